@@ -1,0 +1,66 @@
+package smolvm
+
+import (
+	"fmt"
+	"io"
+)
+
+// Command is a program to run in a guest.
+type Command struct {
+	// Args are the program and its arguments; the program is looked up in the
+	// guest's PATH. Use []string{"sh", "-c", line} for a shell's syntax.
+	Args []string
+	// Env is added to the guest's environment, as "NAME=value"; a later entry
+	// wins over an earlier one.
+	Env []string
+	// Dir is the working directory. Empty: the user's home directory.
+	Dir string
+	// User to run as, by the guest's /etc/passwd. Empty: root.
+	User string
+
+	// Stdin is copied to the command; nil gives it an empty input. A reader
+	// that blocks does not keep Exec from returning when the command ends.
+	Stdin io.Reader
+	// Stdout and Stderr receive the command's output as it comes; nil throws it
+	// away. With a TTY, everything comes by Stdout.
+	Stdout, Stderr io.Writer
+
+	// TTY runs the command in a pseudo-terminal; nil gives it pipes.
+	TTY *TTY
+	// Signals are sent to the command's process group, by the names that SSH
+	// uses: "INT", "TERM", "HUP", ...
+	Signals <-chan string
+}
+
+// TTY is the terminal a command runs in.
+type TTY struct {
+	// Term is the value of TERM, as in "xterm-256color". Empty: "xterm".
+	Term string
+	// Size at the start. Zero: 80 by 24.
+	Size WindowSize
+	// Resizes carries later sizes; it may be nil.
+	Resizes <-chan WindowSize
+}
+
+// WindowSize is the size of a terminal in characters.
+type WindowSize struct{ Columns, Rows int }
+
+// ExitStatus is how a command ended.
+type ExitStatus struct {
+	// Code is the exit status; 128 and the signal's number if a signal ended
+	// the command, as shells have it.
+	Code int `json:"exit_code"`
+	// Signal is the name of the signal that ended the command, as in "KILL";
+	// empty if it ended by itself.
+	Signal string `json:"signal,omitempty"`
+}
+
+// Success says whether the command ended by itself with exit status 0.
+func (s ExitStatus) Success() bool { return s.Code == 0 && s.Signal == "" }
+
+func (s ExitStatus) String() string {
+	if s.Signal != "" {
+		return "ended by SIG" + s.Signal
+	}
+	return fmt.Sprintf("exit status %d", s.Code)
+}

@@ -1,0 +1,362 @@
+package smolvm
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Limits and defaults of a [VMConfig]; the same as those of Python's SmolVM.
+const (
+	DefaultVCPUs     = 2
+	MinVCPUs         = 1
+	MaxVCPUs         = 32
+	DefaultMemoryMiB = 512
+	MinMemoryMiB     = 128
+	MaxMemoryMiB     = 16384
+	MaxIDLength      = 64
+	// DefaultBootArgs are the kernel arguments of a VM that is made from paths
+	// and names none.
+	DefaultBootArgs = "console=ttyS0 reboot=k panic=1 pci=off"
+	// DefaultImage is used by a VM that names neither an image nor a kernel.
+	DefaultImage = "base"
+	// MaxDiskSizeMiB is 16 TiB, ext4's own limit with 4 KiB blocks.
+	MaxDiskSizeMiB = 16 << 20
+)
+
+// DiskMode says what a VM does with its root file system.
+type DiskMode string
+
+const (
+	// DiskIsolated gives the VM a disk of its own over the root file system,
+	// which stays as it is. It is the default.
+	DiskIsolated DiskMode = "isolated"
+	// DiskShared lets the VM write to the root file system itself. At most one
+	// running VM may do that at a time.
+	DiskShared DiskMode = "shared"
+)
+
+// ReadyCondition says when a started VM counts as running.
+type ReadyCondition string
+
+const (
+	// ReadyAgent waits until the agent in the guest answers. It is the default
+	// for a VM made from an image.
+	ReadyAgent ReadyCondition = "agent"
+	// ReadySSH waits until something in the guest answers as an SSH server on
+	// port 22.
+	ReadySSH ReadyCondition = "ssh"
+	// ReadyStarted waits for the VMM only. It is the default for a VM made from
+	// a kernel and a root file system of the caller's own.
+	ReadyStarted ReadyCondition = "started"
+)
+
+// VMConfig says what a VM is to be. The zero value asks for a VM of the default
+// image with all the defaults.
+type VMConfig struct {
+	// ID names the VM: lower-case letters and digits, with '-' inside, at most
+	// 64. Empty: Create makes one up.
+	ID string `json:"id,omitempty"`
+	// VCPUs is the number of virtual CPUs, 1 to 32. Zero: 2.
+	VCPUs int `json:"vcpus"`
+	// MemoryMiB is the guest's memory, 128 to 16384 MiB. Zero: 512.
+	MemoryMiB int `json:"memory_mib"`
+
+	// Image is the name or digest of the image to boot. Empty: "base", unless
+	// KernelPath is given. It excludes KernelPath, InitrdPath and RootfsPath.
+	Image string `json:"image,omitempty"`
+	// KernelPath is a Linux kernel, as ELF or bzImage, that is booted as it is:
+	// without smolvm's initramfs, and so without its agent.
+	KernelPath string `json:"kernel_path,omitempty"`
+	// InitrdPath is an initramfs for KernelPath.
+	InitrdPath string `json:"initrd_path,omitempty"`
+	// RootfsPath is a raw or qcow2 disk image for KernelPath; the guest sees it
+	// as /dev/vda.
+	RootfsPath string `json:"rootfs_path,omitempty"`
+	// BootArgs are the kernel's arguments. Empty: those of the image, or
+	// [DefaultBootArgs].
+	BootArgs string `json:"boot_args,omitempty"`
+
+	// Backend runs the VM: "qemu" or "firecracker". Empty: the Manager's.
+	Backend string `json:"backend,omitempty"`
+
+	// DiskMode is "isolated" (the default) or "shared".
+	DiskMode DiskMode `json:"disk_mode,omitempty"`
+	// DiskSizeMiB is the size of the VM's own disk. Zero: as large as the root
+	// file system it is made from. It can't be smaller than that.
+	DiskSizeMiB int64 `json:"disk_size_mib,omitempty"`
+	// RetainDisk keeps the VM's own disk when the VM is deleted. A VM that is
+	// later created with the same id goes on with it.
+	RetainDisk bool `json:"retain_disk,omitempty"`
+	// Drives are further disks; the guest sees them as /dev/vdb, /dev/vdc, ...
+	Drives []Drive `json:"drives,omitempty"`
+
+	// PortForwards are set up at every start. More can be added to a running VM.
+	PortForwards []PortForward `json:"port_forwards,omitempty"`
+	// SSHHostAddr is the host address on which the guest's SSH port is offered.
+	// Zero: 127.0.0.1. Use 0.0.0.0 to reach the VM from other hosts.
+	SSHHostAddr netip.Addr `json:"ssh_host_addr,omitzero"`
+	// AuthorizedKeys are public keys, in OpenSSH's format, that may log in
+	// besides the data directory's own key.
+	AuthorizedKeys []string `json:"authorized_keys,omitempty"`
+
+	// Env is added to the environment of every command.
+	Env map[string]string `json:"env,omitempty"`
+	// Hostname of the guest. Empty: the VM's id.
+	Hostname string `json:"hostname,omitempty"`
+	// Ready says when Start may return.
+	Ready ReadyCondition `json:"ready,omitempty"`
+	// TTL stops the VM when it has run for so long. Zero: never.
+	TTL time.Duration `json:"ttl_ns,omitempty"`
+	// Ephemeral deletes the VM as soon as it stops, and stops it when the
+	// process that started it ends.
+	Ephemeral bool `json:"ephemeral,omitempty"`
+}
+
+// Drive is a further disk of a VM.
+type Drive struct {
+	// Path of a raw or qcow2 image on the host.
+	Path string `json:"path"`
+	// ReadOnly keeps the guest from writing to it; several running VMs may then
+	// share it.
+	ReadOnly bool `json:"read_only,omitempty"`
+}
+
+// PortForward connects a port of the host to one of the guest.
+type PortForward struct {
+	// HostAddr is the address to listen on. Zero: 127.0.0.1.
+	HostAddr netip.Addr `json:"host_addr,omitzero"`
+	// HostPort to listen on. Zero: any free port, chosen when the VM is created or
+	// the forward is added, and the VM's from then on.
+	HostPort int `json:"host_port"`
+	// GuestPort to connect to, 1 to 65535.
+	GuestPort int `json:"guest_port"`
+}
+
+func (f PortForward) String() string {
+	return fmt.Sprintf("%s -> %d", netip.AddrPortFrom(f.HostAddr, uint16(f.HostPort)), f.GuestPort)
+}
+
+var (
+	idPattern     = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?$`)
+	envKeyPattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+	loopback      = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+)
+
+// ValidateID says what is wrong with a VM id; it returns a [*ValidationError].
+func ValidateID(id string) error {
+	if problem := idProblem(id); problem != "" {
+		return &ValidationError{Fields: []FieldError{{Field: "id", Problem: problem}}}
+	}
+	return nil
+}
+
+func idProblem(id string) string {
+	switch {
+	case id == "":
+		return "is empty; give the id of a VM"
+	case len(id) > MaxIDLength:
+		return fmt.Sprintf("has %d characters; at most %d are allowed", len(id), MaxIDLength)
+	case !idPattern.MatchString(id):
+		return fmt.Sprintf("%q has illegal characters; use a-z, 0-9, and '-' inside", id)
+	}
+	return ""
+}
+
+// NewID makes up an id for a VM.
+func NewID() string {
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
+	return "vm-" + hex.EncodeToString(b[:])
+}
+
+// UsesImage says whether the VM boots an image rather than files of its own.
+func (c VMConfig) UsesImage() bool { return c.KernelPath == "" }
+
+// WithDefaults returns c with every default filled in. Slices and maps are
+// copied, paths are made absolute.
+func (c VMConfig) WithDefaults() VMConfig {
+	if c.VCPUs == 0 {
+		c.VCPUs = DefaultVCPUs
+	}
+	if c.MemoryMiB == 0 {
+		c.MemoryMiB = DefaultMemoryMiB
+	}
+	if c.Image == "" && c.UsesImage() {
+		c.Image = DefaultImage
+	}
+	if c.BootArgs == "" && !c.UsesImage() {
+		c.BootArgs = DefaultBootArgs
+	}
+	if c.DiskMode == "" {
+		c.DiskMode = DiskIsolated
+	}
+	if !c.SSHHostAddr.IsValid() {
+		c.SSHHostAddr = loopback
+	}
+	if c.Hostname == "" {
+		c.Hostname = c.ID
+	}
+	if c.Ready == "" {
+		c.Ready = ReadyStarted
+		if c.UsesImage() {
+			c.Ready = ReadyAgent
+		}
+	}
+	for _, p := range []*string{&c.KernelPath, &c.InitrdPath, &c.RootfsPath} {
+		*p = absolute(*p)
+	}
+	c.Drives = slices.Clone(c.Drives)
+	for i := range c.Drives {
+		c.Drives[i].Path = absolute(c.Drives[i].Path)
+	}
+	c.PortForwards = slices.Clone(c.PortForwards)
+	for i := range c.PortForwards {
+		c.PortForwards[i] = c.PortForwards[i].WithDefaults()
+	}
+	c.AuthorizedKeys = slices.Clone(c.AuthorizedKeys)
+	c.Env = maps.Clone(c.Env)
+	return c
+}
+
+// WithDefaults returns f with the host address filled in.
+func (f PortForward) WithDefaults() PortForward {
+	if !f.HostAddr.IsValid() {
+		f.HostAddr = loopback
+	}
+	return f
+}
+
+func absolute(path string) string {
+	if path == "" {
+		return ""
+	}
+	if abs, err := filepath.Abs(path); err == nil {
+		return abs
+	}
+	return path
+}
+
+// Validate checks all that can be known without touching the host, on a
+// configuration with its defaults filled in. The error is a [*ValidationError]
+// that names every bad field.
+func (c VMConfig) Validate() error {
+	v := validator{}
+	v.check(idProblem(c.ID) == "", "id", "%s", idProblem(c.ID))
+	v.check(c.VCPUs >= MinVCPUs && c.VCPUs <= MaxVCPUs, "vcpus",
+		"%d is out of range; use %d to %d", c.VCPUs, MinVCPUs, MaxVCPUs)
+	v.check(c.MemoryMiB >= MinMemoryMiB && c.MemoryMiB <= MaxMemoryMiB, "memory_mib",
+		"%d MiB is out of range; use %d to %d", c.MemoryMiB, MinMemoryMiB, MaxMemoryMiB)
+	c.validateBoot(&v)
+	c.validateDisks(&v)
+	c.validateGuest(&v)
+	for i, f := range c.PortForwards {
+		field := fmt.Sprintf("port_forwards[%d]", i)
+		v.fields = append(v.fields, f.problems(field)...)
+		for _, other := range c.PortForwards[:i] {
+			v.check(f.HostPort == 0 || f.HostPort != other.HostPort || f.HostAddr != other.HostAddr,
+				field+".host_port", "%d is forwarded twice", f.HostPort)
+		}
+	}
+	if len(v.fields) > 0 {
+		return &ValidationError{ID: c.ID, Fields: v.fields}
+	}
+	return nil
+}
+
+// Validate checks the forward's ports; the error is a [*ValidationError].
+func (f PortForward) Validate() error {
+	if problems := f.problems("port_forward"); len(problems) > 0 {
+		return &ValidationError{Fields: problems}
+	}
+	return nil
+}
+
+func (f PortForward) problems(field string) []FieldError {
+	v := validator{}
+	v.check(f.HostPort >= 0 && f.HostPort <= 65535, field+".host_port",
+		"%d is out of range; use 1 to 65535, or 0 for any free port", f.HostPort)
+	v.check(f.GuestPort >= 1 && f.GuestPort <= 65535, field+".guest_port",
+		"%d is out of range; use 1 to 65535", f.GuestPort)
+	return v.fields
+}
+
+func (c VMConfig) validateBoot(v *validator) {
+	switch c.Backend {
+	case "", "auto", "qemu", "firecracker":
+	default:
+		v.add("backend", "%q is not known; use qemu, firecracker or auto", c.Backend)
+	}
+	if c.UsesImage() {
+		v.check(c.InitrdPath == "", "initrd_path", "needs kernel_path beside it")
+		v.check(c.RootfsPath == "", "rootfs_path", "needs kernel_path beside it")
+	} else {
+		v.check(c.Image == "", "image", "excludes kernel_path; give one of the two")
+		v.check(c.RootfsPath != "" || c.InitrdPath != "", "rootfs_path",
+			"is missing; a kernel needs a root file system or an initramfs")
+		v.check(c.Ready != ReadyAgent, "ready",
+			"a VM with its own kernel has no agent; use ssh or started")
+	}
+	switch c.Ready {
+	case ReadyAgent, ReadySSH, ReadyStarted:
+	default:
+		v.add("ready", "%q is not known; use agent, ssh or started", c.Ready)
+	}
+	// The kernel cuts its command line at 2048 bytes (COMMAND_LINE_SIZE on x86),
+	// and a backend adds some of its own.
+	v.check(len(c.BootArgs) <= 1536, "boot_args", "has %d bytes; at most 1536 are allowed", len(c.BootArgs))
+	v.check(!strings.ContainsAny(c.BootArgs, "\n\x00"), "boot_args", "has a line break or NUL in it")
+	v.check(c.TTL >= 0, "ttl_ns", "is negative")
+}
+
+func (c VMConfig) validateDisks(v *validator) {
+	switch c.DiskMode {
+	case DiskIsolated:
+	case DiskShared:
+		v.check(c.DiskSizeMiB == 0, "disk_size_mib", "is only for disk_mode isolated")
+		v.check(!c.UsesImage(), "disk_mode",
+			"shared would let the VM write to the image itself; give a rootfs_path, or use isolated")
+	default:
+		v.add("disk_mode", "%q is not known; use isolated or shared", c.DiskMode)
+	}
+	v.check(c.DiskSizeMiB >= 0 && c.DiskSizeMiB <= MaxDiskSizeMiB, "disk_size_mib",
+		"%d MiB is out of range; use 0 to %d", c.DiskSizeMiB, MaxDiskSizeMiB)
+	for i, d := range c.Drives {
+		v.check(d.Path != "", fmt.Sprintf("drives[%d].path", i), "is empty")
+	}
+	// vda to vdz; the first is the root disk.
+	v.check(len(c.Drives) <= 25, "drives", "%d are too many; at most 25 are allowed", len(c.Drives))
+}
+
+func (c VMConfig) validateGuest(v *validator) {
+	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
+		v.check(envKeyPattern.MatchString(key), "env", "%q is not a name of a variable", key)
+		v.check(!strings.ContainsRune(c.Env[key], 0), "env", "%s has a NUL in its value", key)
+	}
+	v.check(len(c.Hostname) <= MaxIDLength && (c.Hostname == "" || idPattern.MatchString(strings.ToLower(c.Hostname))),
+		"hostname", "%q is not a host name", c.Hostname)
+	for i, key := range c.AuthorizedKeys {
+		v.check(len(strings.Fields(key)) >= 2 && !strings.ContainsAny(key, "\n\r"),
+			fmt.Sprintf("authorized_keys[%d]", i), "is not one line of OpenSSH's public key format")
+	}
+}
+
+// validator collects the bad fields of a configuration.
+type validator struct{ fields []FieldError }
+
+func (v *validator) add(field, format string, args ...any) {
+	v.fields = append(v.fields, FieldError{Field: field, Problem: fmt.Sprintf(format, args...)})
+}
+
+func (v *validator) check(ok bool, field, format string, args ...any) {
+	if !ok {
+		v.add(field, format, args...)
+	}
+}

@@ -1,0 +1,143 @@
+package smolvm
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// Sentinel errors. Every error of this module that belongs to one of these
+// kinds matches it with [errors.Is], however deeply it is wrapped.
+var (
+	// ErrNotFound is the root of all the "no such thing" errors.
+	ErrNotFound = errors.New("not found")
+	// ErrAlreadyExists is the root of all the "name is taken" errors.
+	ErrAlreadyExists = errors.New("already exists")
+
+	// ErrVMNotFound says that no VM has the given id.
+	ErrVMNotFound = fmt.Errorf("VM %w", ErrNotFound)
+	// ErrVMAlreadyExists says that the id of a new VM is taken.
+	ErrVMAlreadyExists = fmt.Errorf("VM %w", ErrAlreadyExists)
+	// ErrImageNotFound says that no image has the given name or digest.
+	ErrImageNotFound = fmt.Errorf("image %w", ErrNotFound)
+	// ErrImageInUse says that an image can't be removed while VMs use it.
+	ErrImageInUse = errors.New("image is in use")
+	// ErrInvalidState says that the VM's state does not allow the operation.
+	ErrInvalidState = errors.New("invalid VM state")
+	// ErrBootTimeout says that the guest was not ready in the time given.
+	ErrBootTimeout = errors.New("boot timed out")
+	// ErrUnsupported says that this VM or backend can't do what was asked:
+	// for example Exec in a guest that runs no agent.
+	ErrUnsupported = errors.New("not supported")
+	// ErrPortInUse says that another program or VM holds a host port.
+	ErrPortInUse = errors.New("host port is in use")
+	// ErrDatabaseTooNew says that the state database was written by a newer
+	// release than this program.
+	ErrDatabaseTooNew = errors.New("database is newer than this program")
+	// ErrDatabaseCorrupt says that the state database can't be read.
+	ErrDatabaseCorrupt = errors.New("database is corrupt")
+)
+
+// FieldError is one field of a configuration that can't be accepted.
+type FieldError struct {
+	// Field is the field's JSON name, as in "memory_mib" or "drives[1].path".
+	Field string `json:"field"`
+	// Problem says what is wrong and what would be right.
+	Problem string `json:"problem"`
+}
+
+func (e FieldError) String() string { return e.Field + ": " + e.Problem }
+
+// ValidationError reports every bad field of a configuration at once.
+type ValidationError struct {
+	// ID is the id of the VM the configuration was for; it may be empty.
+	ID string
+	// Fields holds at least one entry.
+	Fields []FieldError
+}
+
+func (e *ValidationError) Error() string {
+	var b strings.Builder
+	b.WriteString("invalid configuration")
+	if e.ID != "" {
+		fmt.Fprintf(&b, " of VM %q", e.ID)
+	}
+	for i, f := range e.Fields {
+		sep := "; "
+		if i == 0 {
+			sep = ": "
+		}
+		b.WriteString(sep + f.String())
+	}
+	return b.String()
+}
+
+// NetworkError reports that a VM's network could not be set up or changed.
+type NetworkError struct {
+	ID  string // the VM
+	Op  string // what was being done, as in "reserve SSH port"
+	Err error  // why it failed
+}
+
+func (e *NetworkError) Error() string {
+	return fmt.Sprintf("VM %q: network: %s: %v", e.ID, e.Op, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *NetworkError) Unwrap() error { return e.Err }
+
+// PrerequisiteError reports what the host lacks.
+type PrerequisiteError struct {
+	// Backend is the backend that was checked.
+	Backend string
+	// Findings holds at least one finding that keeps the backend from working.
+	Findings []Finding
+}
+
+func (e *PrerequisiteError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "backend %s can't run on this host", e.Backend)
+	for i, f := range e.Findings {
+		sep := "; "
+		if i == 0 {
+			sep = ": "
+		}
+		b.WriteString(sep + f.String())
+	}
+	return b.String()
+}
+
+// Severity says how much a [Finding] matters.
+type Severity string
+
+// Severities, from harmless to fatal.
+const (
+	SeverityOK      Severity = "ok"      // present and working
+	SeverityWarning Severity = "warning" // works, but slower or with less
+	SeverityError   Severity = "error"   // the backend can't work
+)
+
+// Finding is one thing that was checked about the host.
+type Finding struct {
+	// Name of what was checked, as in "kvm" or "qemu-system-x86_64".
+	Name string `json:"name"`
+	// Severity says whether it is there.
+	Severity Severity `json:"severity"`
+	// Problem says what was found; for a good finding, what is there.
+	Problem string `json:"problem"`
+	// Why says what needs it.
+	Why string `json:"why,omitempty"`
+	// Fix is the exact command that mends it; empty if nothing is to be done.
+	Fix string `json:"fix,omitempty"`
+}
+
+func (f Finding) String() string {
+	s := f.Name + ": " + f.Problem
+	if f.Why != "" {
+		s += " (" + f.Why + ")"
+	}
+	if f.Fix != "" {
+		s += "; to mend it: " + f.Fix
+	}
+	return s
+}
