@@ -1,0 +1,133 @@
+package disk
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// The qcow2 format, as in QEMU's docs/interop/qcow2. An overlay without data is a
+// header, a table of refcounts, and an empty table of clusters; all of that is
+// written here, as starting qemu-img would take longer than the rest of creating a
+// VM.
+const (
+	qcow2Magic        = "QFI\xfb"
+	qcow2HeaderV2Size = 72
+	qcow2HeaderSize   = 104 // of version 3
+	clusterBits       = 16
+	clusterSize       = 1 << clusterBits
+	// Header extensions: the backing file's format, and the end of the list.
+	extensionBackingFormat = 0xe2792aca
+	// refcountOrder 4: refcounts of 16 bits.
+	refcountOrder = 4
+	// maxOverlay is the largest disk that QEMU opens with clusters of this size
+	// (QCOW_MAX_L1_SIZE in its block/qcow2.h), in bytes: 2 PiB.
+	maxOverlay = 2 << 50
+)
+
+// Overlay is a disk to be made over another one.
+type Overlay struct {
+	// Path of the new disk.
+	Path string
+	// Base is the file that it is based on, which must not change from then on, and
+	// BaseFormat its format.
+	Base, BaseFormat string
+	// Size of the new disk in bytes. Zero: the base's. It can't be smaller.
+	Size int64
+}
+
+// CreateOverlay makes a qcow2 disk that holds only what differs from its base. It
+// takes the same short time whatever the size. If it fails, nothing is left.
+func CreateOverlay(ctx context.Context, o Overlay) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	base, err := filepath.Abs(o.Base)
+	if err != nil {
+		return err
+	}
+	info, err := Probe(base)
+	if err != nil && !errors.Is(err, ErrNoFileSystem) {
+		return fmt.Errorf("make disk: %w", err)
+	}
+	switch {
+	case o.Size == 0:
+		o.Size = info.VirtualSize
+	case o.Size < info.VirtualSize:
+		return fmt.Errorf("make disk %s: %d bytes are fewer than the %d of its base %s", o.Path, o.Size, info.VirtualSize, base)
+	}
+	if len(base) > maxBackingName {
+		return fmt.Errorf("make disk %s: the path of its base has %d bytes; at most %d are allowed", o.Path, len(base), maxBackingName)
+	}
+	if o.Size > maxOverlay {
+		return fmt.Errorf("make disk %s: %d bytes are more than the %d that a disk can have", o.Path, o.Size, int64(maxOverlay))
+	}
+	image := emptyOverlay(base, o.BaseFormat, roundUp(o.Size, 512))
+	err = writeNew(o.Path, func(out *os.File) error {
+		_, err := out.Write(image)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("make disk: %w", err)
+	}
+	return nil
+}
+
+// emptyOverlay is the whole file. Its clusters: the header; the refcount table; one
+// refcount block; the L1 table, which may take several.
+func emptyOverlay(base, baseFormat string, size int64) []byte {
+	// An L2 table is a cluster of 8-byte entries, each for a cluster of data.
+	const perL1Entry = clusterSize / 8 * clusterSize
+	l1Entries := (size + perL1Entry - 1) / perL1Entry
+	l1Clusters := (l1Entries*8 + clusterSize - 1) / clusterSize
+	clusters := 3 + l1Clusters
+	image := make([]byte, clusters*clusterSize)
+	be := binary.BigEndian
+
+	header := image[:clusterSize]
+	copy(header, qcow2Magic)
+	be.PutUint32(header[4:], 3)
+	be.PutUint32(header[20:], clusterBits)
+	be.PutUint64(header[24:], uint64(size))
+	be.PutUint32(header[36:], uint32(l1Entries))
+	be.PutUint64(header[40:], 3*clusterSize) // L1 table
+	be.PutUint64(header[48:], 1*clusterSize) // refcount table
+	be.PutUint32(header[56:], 1)             // of one cluster
+	be.PutUint32(header[96:], refcountOrder)
+	be.PutUint32(header[100:], qcow2HeaderSize)
+	at := qcow2HeaderSize
+	be.PutUint32(header[at:], extensionBackingFormat)
+	be.PutUint32(header[at+4:], uint32(len(baseFormat)))
+	copy(header[at+8:], baseFormat)
+	// Padded to 8 bytes, then the end of the extensions, which is all zero.
+	at += 8 + int(roundUp(int64(len(baseFormat)), 8)) + 8
+	be.PutUint64(header[8:], uint64(at))
+	be.PutUint32(header[16:], uint32(len(base)))
+	copy(header[at:], base)
+
+	be.PutUint64(image[1*clusterSize:], 2*clusterSize)
+	for i := range clusters {
+		be.PutUint16(image[2*clusterSize+2*i:], 1)
+	}
+	return image
+}
+
+func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
+
+// writeNew writes a file that must not be there yet, so that it is either whole or
+// not there at all.
+func writeNew(path string, fill func(*os.File) error) (err error) {
+	temp, err := os.CreateTemp(filepath.Dir(path), ".disk-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.Remove(temp.Name())) }()
+	if err := errors.Join(fill(temp), temp.Close()); err != nil {
+		return err
+	}
+	// Unlike a rename, a link never replaces what is there.
+	return os.Link(temp.Name(), path)
+}
