@@ -1,0 +1,8 @@
+//go:build !embedagent
+
+package embedded
+
+var (
+	compressed []byte
+	digest     string
+)

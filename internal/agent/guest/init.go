@@ -1,0 +1,266 @@
+// Package guest is the agent: what runs inside a VM. As the first process of an
+// initramfs it brings the guest up, takes the identity that the host gives it, and
+// serves SSH until the VM ends. See package wire for how host and guest talk.
+package guest
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"syscall"
+
+	"github.com/pkg/sftp"
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/agent/wire"
+)
+
+// What the agent's program is asked to be, by its first argument.
+const (
+	sftpCommand  = "sftp-server" // an SFTP server for a user other than root
+	serveCommand = "serve"       // the agent beside an init of the image's own
+	noopCommand  = "noop"        // a program that ends at once; see warmUp
+)
+
+// servePort is the number that the guest channel has in the agent beside an init.
+const servePort = 3
+
+// Main runs the agent's program and returns its exit status.
+func Main(version string, args []string) int {
+	switch {
+	case len(args) > 1 && args[1] == sftpCommand:
+		return sftpMain()
+	case len(args) > 1 && args[1] == noopCommand:
+		return 0
+	case len(args) > 1 && args[1] == serveCommand:
+		a := &agent{version: version, reaper: newReaper(false), log: openLog()}
+		a.shutdown = shutdownBesideInit
+		return a.report(a.serveBeside())
+	case os.Getpid() == 1:
+		a := &agent{version: version, reaper: newReaper(true)}
+		a.shutdown = a.powerOff
+		return a.report(a.init())
+	}
+	fmt.Fprintln(os.Stderr, "smolvm-agent "+version+": runs as the first process of a smolvm guest, not here")
+	return 2
+}
+
+func sftpMain() int {
+	stdio := struct {
+		io.Reader
+		io.WriteCloser
+	}{os.Stdin, os.Stdout}
+	server, err := sftp.NewServer(stdio)
+	if err == nil {
+		err = server.Serve()
+	}
+	if err != nil && err != io.EOF { //nolint:errorlint // returned as it is
+		fmt.Fprintln(os.Stderr, "sftp:", err)
+		return 1
+	}
+	return 0
+}
+
+// agent is the running agent.
+type agent struct {
+	version  string
+	reaper   *reaper
+	log      *os.File // the kernel's log, which goes to the console
+	server   *Server
+	timeline []wire.Step
+	loadLate func() error // waits until the late modules are loaded
+	shutdown func(wire.Shutdown)
+}
+
+// report tells the console of an error that ends the agent. As that ends PID 1, the
+// kernel panics and the VM with it.
+func (a *agent) report(err error) int {
+	if err == nil {
+		return 0
+	}
+	a.say(err.Error())
+	return 1
+}
+
+// say writes a line to the console; only what goes wrong is worth one.
+func (a *agent) say(text string) {
+	if a.log == nil {
+		fmt.Fprintln(os.Stderr, "smolvm-agent: "+text)
+		return
+	}
+	// <3> is the level of errors, which "quiet" does not hide.
+	_, _ = a.log.WriteString("<3>smolvm-agent: " + strings.ReplaceAll(text, "\n", "; "))
+}
+
+func openLog() *os.File {
+	log, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0)
+	if err != nil {
+		return nil
+	}
+	return log
+}
+
+// step notes that a step of the boot is done.
+func (a *agent) step(name string) {
+	var now unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) == nil {
+		a.timeline = append(a.timeline, wire.Step{Name: name, At: durationOf(now)})
+	}
+}
+
+// init is the life of PID 1.
+func (a *agent) init() error {
+	if err := mountBasics(); err != nil {
+		return err
+	}
+	a.log = openLog()
+	a.step("agent started")
+	go a.warmUp()
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return err
+	}
+	options := parseCmdline(string(cmdline))
+	events, err := openUevents()
+	if err != nil {
+		return err
+	}
+	if err := a.loadModules(); err != nil {
+		return err
+	}
+	a.step("boot modules loaded")
+	port, err := openPort(events)
+	if err != nil {
+		return err
+	}
+	a.step("channel open")
+	// A root that can't be mounted is told to the host, which waits for an answer.
+	rootErr := switchRoot(options, events)
+	_ = events.Close()
+	a.step("root mounted")
+	go readAhead("/bin/sh")
+	if rootErr == nil && options["init"] != "" {
+		return a.handOver(options["init"], port)
+	}
+	go a.watchSignals()
+	return a.serve(port, rootErr)
+}
+
+// handOver makes PID 1 the image's own init, and a child of it the agent.
+func (a *agent) handOver(init string, port *os.File) error {
+	if err := a.loadLate(); err != nil {
+		a.say(err.Error())
+	}
+	_, _, err := a.reaper.start(func() (int, error) {
+		return syscall.ForkExec("/proc/self/exe", []string{"smolvm-agent", serveCommand}, &syscall.ProcAttr{
+			Files: []uintptr{0, 1, 2, port.Fd()},
+			Sys:   &syscall.SysProcAttr{Setsid: true},
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("start the agent beside init: %w", err)
+	}
+	if err := syscall.Exec(init, []string{init}, []string{"PATH=" + defaultPath, "TERM=linux", "container=smolvm"}); err != nil {
+		return fmt.Errorf("run init %s: %w", init, err)
+	}
+	return nil
+}
+
+// serveBeside is the life of the agent beside another init.
+func (a *agent) serveBeside() error {
+	if err := unix.SetNonblock(servePort, true); err != nil {
+		return fmt.Errorf("guest channel: %w", err)
+	}
+	a.loadLate = func() error { return nil }
+	return a.serve(os.NewFile(servePort, "channel"), nil)
+}
+
+// parseCmdline splits the kernel's arguments. One without a value has the value "1".
+func parseCmdline(line string) map[string]string {
+	options := map[string]string{}
+	for word := range strings.FieldsSeq(line) {
+		name, value, found := strings.Cut(word, "=")
+		if !found {
+			value = "1"
+		}
+		options[name] = value
+	}
+	return options
+}
+
+// loadModules loads what the manifest lists: the boot modules now, the late ones
+// while the rest goes on.
+func (a *agent) loadModules() error {
+	a.loadLate = func() error { return nil }
+	text, err := os.ReadFile(wire.ModulesManifest)
+	if os.IsNotExist(err) {
+		return nil // all that is needed is built into the kernel
+	}
+	var modules []wire.Module
+	if err == nil {
+		err = json.Unmarshal(text, &modules)
+	}
+	if err != nil {
+		return fmt.Errorf("read list of modules: %w", err)
+	}
+	transport := "mmio"
+	if entries, err := os.ReadDir("/sys/bus/pci/devices"); err == nil && len(entries) > 0 {
+		transport = "pci"
+	}
+	var late []wire.Module
+	for _, module := range modules {
+		switch {
+		case module.Transport != "" && module.Transport != transport:
+		case module.Use == wire.UseLate:
+			late = append(late, module)
+		default:
+			if err := loadModule(module.Path); err != nil {
+				return err
+			}
+		}
+	}
+	// Opened now, as the file system that holds them is about to go.
+	files := make([]*os.File, 0, len(late))
+	for _, module := range late {
+		file, err := os.Open(module.Path)
+		if err != nil {
+			return err
+		}
+		files = append(files, file)
+	}
+	loaded := make(chan struct{})
+	var firstErr error
+	go func() {
+		defer close(loaded)
+		for _, file := range files {
+			if err := insertModule(file); err != nil && firstErr == nil {
+				firstErr = err
+			}
+		}
+	}()
+	a.loadLate = func() error {
+		<-loaded
+		return firstErr
+	}
+	return nil
+}
+
+func loadModule(path string) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return insertModule(file)
+}
+
+// insertModule loads a module and closes its file.
+func insertModule(file *os.File) error {
+	defer func() { _ = file.Close() }()
+	err := unix.FinitModule(int(file.Fd()), "", 0)
+	if err != nil && err != unix.EEXIST {
+		return fmt.Errorf("load module %s: %w", file.Name(), err)
+	}
+	return nil
+}

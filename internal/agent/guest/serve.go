@@ -1,0 +1,155 @@
+package guest
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/yamux"
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/agent/wire"
+)
+
+func durationOf(t unix.Timespec) time.Duration { return time.Duration(t.Nano()) }
+
+// serve answers one greeting after the other, and serves the connections of each
+// until the host's end closes. fatal is what keeps the guest from being usable; it
+// is all that the host is told then.
+func (a *agent) serve(file *os.File, fatal error) error {
+	a.server = newServer(a.reaper)
+	channel := &channel{file}
+	for {
+		if err := channel.awaitHost(); err != nil {
+			return err
+		}
+		var greeting wire.Greeting
+		err := wire.Read(channel, &greeting)
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			continue // the host went away again
+		}
+		if err == nil {
+			a.step("greeting received")
+			err = wire.Write(channel, a.answer(greeting, fatal))
+		}
+		if err == nil && fatal == nil {
+			err = a.serveSession(channel)
+		}
+		if err != nil {
+			a.say(err.Error())
+		}
+	}
+}
+
+// answer takes on what a greeting says.
+func (a *agent) answer(greeting wire.Greeting, fatal error) wire.Answer {
+	answer := wire.Answer{Version: a.version, Kernel: kernelRelease()}
+	if fatal == nil {
+		answer.Warnings, fatal = a.become(greeting)
+	}
+	a.step("ready")
+	answer.Timeline, a.timeline = a.timeline, nil
+	if fatal != nil {
+		answer.Error = fatal.Error()
+		a.say(answer.Error)
+	}
+	return answer
+}
+
+// serveSession serves the streams of one yamux session.
+func (a *agent) serveSession(channel *channel) error {
+	session, err := yamux.Server(channel, wire.MuxConfig())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = session.Close() }()
+	for {
+		stream, err := session.Accept()
+		if err != nil {
+			return nil // the session is over
+		}
+		go a.serveStream(stream)
+	}
+}
+
+// peekedConn is a connection whose first bytes have been looked at.
+type peekedConn struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+func (c peekedConn) Read(p []byte) (int, error) { return c.r.Read(p) }
+
+// serveStream serves an SSH connection, or one control exchange.
+func (a *agent) serveStream(stream net.Conn) {
+	conn := peekedConn{stream, bufio.NewReader(stream)}
+	first, err := conn.r.Peek(len(wire.Magic))
+	if err == nil && string(first) != wire.Magic {
+		a.server.Serve(conn)
+		return
+	}
+	defer func() { _ = stream.Close() }()
+	var control wire.Control
+	if wire.Read(conn, &control) != nil {
+		return
+	}
+	_ = wire.Write(stream, wire.ControlAnswer{})
+	if control.Shutdown != nil {
+		_ = stream.Close()
+		a.shutdown(*control.Shutdown)
+	}
+}
+
+// channel is the guest channel's device. Closing it ends only the session over it:
+// the device is opened once and for all.
+type channel struct{ *os.File }
+
+// Close ends reads that wait.
+func (c *channel) Close() error { return c.SetReadDeadline(longAgo) }
+
+// awaitHost returns when the host's end is open. A device whose other end is closed
+// reads as if it had ended.
+func (c *channel) awaitHost() error {
+	if err := c.SetReadDeadline(noDeadline); err != nil {
+		return err
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Read(func(fd uintptr) bool {
+		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(poll, 0)
+		return err != nil || n == 0 || poll[0].Revents&unix.POLLHUP == 0
+	})
+}
+
+func kernelRelease() string {
+	var name unix.Utsname
+	if unix.Uname(&name) != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(name.Release[:])
+}
+
+// listenTCP serves SSH on the guest's network as well. Another server that has the
+// port already is one that the image wants.
+func (a *agent) listenTCP() error {
+	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", ":"+strconv.Itoa(wire.SSHPort))
+	if err != nil {
+		if errors.Is(err, unix.EADDRINUSE) {
+			return nil
+		}
+		return err
+	}
+	go a.server.Listen(listener)
+	return nil
+}
+
+func trimLine(b []byte) string { return strings.TrimSpace(string(b)) }

@@ -1,0 +1,235 @@
+package guest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/smolvm/smolvm/internal/agent/wire"
+)
+
+// handshakeTimeout bounds how long a connection may take to log in; it is long
+// because an emulated guest under load is slow.
+const handshakeTimeout = 2 * time.Minute
+
+// Server is the guest's SSH server. It serves whoever has one of the authorized
+// keys as any user of the guest.
+type Server struct {
+	reaper *reaper
+
+	mu       sync.Mutex // guards the following
+	identity identity
+	ready    chan struct{} // closed when commands may start; nil: at once
+}
+
+// identity is what the last greeting made of the server.
+type identity struct {
+	config *ssh.ServerConfig
+	env    []string
+}
+
+// NewServer returns a server that refuses everybody until it has an identity.
+func NewServer() *Server { return newServer(newReaper(false)) }
+
+func newServer(r *reaper) *Server { return &Server{reaper: r} }
+
+// SetIdentity gives the server the host key, the authorized keys and the
+// environment of a greeting. Connections that are open keep what they have.
+func (s *Server) SetIdentity(greeting wire.Greeting) error {
+	signer, err := ssh.ParsePrivateKey([]byte(greeting.HostKey))
+	if err != nil {
+		return fmt.Errorf("SSH host key: %w", err)
+	}
+	var keys [][]byte
+	for _, line := range greeting.AuthorizedKeys {
+		key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(line))
+		if err != nil {
+			return fmt.Errorf("authorized key %q: %w", line, err)
+		}
+		keys = append(keys, key.Marshal())
+	}
+	config := &ssh.ServerConfig{
+		ServerVersion: "SSH-2.0-smolvm",
+		PublicKeyCallback: func(meta ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
+			if !slices.ContainsFunc(keys, func(k []byte) bool { return bytes.Equal(k, key.Marshal()) }) {
+				return nil, errors.New("key is not authorized")
+			}
+			_, err := findAccount(meta.User())
+			return nil, err
+		},
+	}
+	config.AddHostKey(signer)
+	var env []string
+	for _, name := range slices.Sorted(maps.Keys(greeting.Env)) {
+		env = append(env, name+"="+greeting.Env[name])
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.identity = identity{config: config, env: env}
+	return nil
+}
+
+// holdBack keeps commands and connections into the guest waiting from now on, until
+// what it returns is called. Logging in goes on meanwhile.
+func (s *Server) holdBack() (release func()) {
+	ready := make(chan struct{})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ready = ready
+	return func() { close(ready) }
+}
+
+// awaitReady returns when commands may start.
+func (s *Server) awaitReady() {
+	s.mu.Lock()
+	ready := s.ready
+	s.mu.Unlock()
+	if ready != nil {
+		<-ready
+	}
+}
+
+// Listen serves the connections of a listener until it is closed.
+func (s *Server) Listen(listener net.Listener) {
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		go s.Serve(conn)
+	}
+}
+
+// Serve serves one connection to its end.
+func (s *Server) Serve(conn net.Conn) {
+	defer func() { _ = conn.Close() }()
+	s.mu.Lock()
+	identity := s.identity
+	s.mu.Unlock()
+	if identity.config == nil {
+		return
+	}
+	_ = conn.SetDeadline(time.Now().Add(handshakeTimeout))
+	sshConn, channels, requests, err := ssh.NewServerConn(conn, identity.config)
+	if err != nil {
+		return
+	}
+	_ = conn.SetDeadline(noDeadline)
+	go answerGlobal(requests)
+	user, err := findAccount(sshConn.User())
+	if err != nil {
+		return
+	}
+	login := login{server: s, user: user, env: identity.env}
+	for channel := range channels {
+		go login.handle(channel)
+	}
+}
+
+// answerGlobal answers keepalives, so that clients see that we are alive, by
+// refusing them, as OpenSSH does.
+func answerGlobal(requests <-chan *ssh.Request) {
+	for request := range requests {
+		if request.WantReply {
+			_ = request.Reply(false, nil)
+		}
+	}
+}
+
+// login is a user's connection.
+type login struct {
+	server *Server
+	user   account
+	env    []string
+}
+
+func (l login) handle(channel ssh.NewChannel) {
+	l.server.awaitReady()
+	switch channel.ChannelType() {
+	case "session":
+		l.session(channel)
+	case wire.ExecChannel:
+		l.exec(channel)
+	case wire.TarChannel:
+		l.tar(channel)
+	case "direct-tcpip":
+		var to struct {
+			Host       string
+			Port       uint32
+			OriginHost string
+			OriginPort uint32
+		}
+		if err := ssh.Unmarshal(channel.ExtraData(), &to); err != nil {
+			refuse(channel, err)
+			return
+		}
+		forward(channel, "tcp", net.JoinHostPort(to.Host, strconv.FormatUint(uint64(to.Port), 10)))
+	case "direct-streamlocal@openssh.com":
+		var to struct {
+			Path     string
+			Reserved string
+			Unused   uint32
+		}
+		if err := ssh.Unmarshal(channel.ExtraData(), &to); err != nil {
+			refuse(channel, err)
+			return
+		}
+		forward(channel, "unix", to.Path)
+	default:
+		_ = channel.Reject(ssh.UnknownChannelType, "the agent has no channel of type "+channel.ChannelType())
+	}
+}
+
+// refuse says why a channel is not opened.
+func refuse(channel ssh.NewChannel, err error) {
+	_ = channel.Reject(ssh.ConnectionFailed, err.Error())
+}
+
+// decode reads the request of one of our own channels.
+func decode(channel ssh.NewChannel, request any) error {
+	decoder := json.NewDecoder(bytes.NewReader(channel.ExtraData()))
+	if err := decoder.Decode(request); err != nil {
+		return fmt.Errorf("bad request: %w", err)
+	}
+	return nil
+}
+
+// forward connects a channel to an address.
+func forward(newChannel ssh.NewChannel, network, address string) {
+	dialer := net.Dialer{Timeout: handshakeTimeout}
+	conn, err := dialer.DialContext(context.Background(), network, address)
+	if err != nil {
+		refuse(newChannel, err)
+		return
+	}
+	defer func() { _ = conn.Close() }()
+	channel, requests, err := newChannel.Accept()
+	if err != nil {
+		return
+	}
+	defer func() { _ = channel.Close() }()
+	go ssh.DiscardRequests(requests)
+	var both sync.WaitGroup
+	both.Go(func() {
+		_, _ = io.Copy(conn, channel)
+		if half, ok := conn.(interface{ CloseWrite() error }); ok {
+			_ = half.CloseWrite()
+		}
+	})
+	both.Go(func() {
+		_, _ = io.Copy(channel, conn)
+		_ = channel.CloseWrite()
+	})
+	both.Wait()
+}

@@ -1,0 +1,323 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"github.com/pkg/sftp"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/agent/tree"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+)
+
+// Exit statuses of a command that could not be started, as shells have them.
+const (
+	exitNotFound = 127
+	exitNotRun   = 126
+)
+
+// exec serves one command of our own client.
+func (l login) exec(newChannel ssh.NewChannel) {
+	var request wire.ExecRequest
+	if err := decode(newChannel, &request); err != nil || len(request.Args) == 0 {
+		refuse(newChannel, errors.Join(errors.New("no command to run"), err))
+		return
+	}
+	user := l.user
+	if request.User != "" && request.User != user.name {
+		if user.uid != 0 {
+			refuse(newChannel, errors.New("only root may run commands as another user"))
+			return
+		}
+		var err error
+		if user, err = findAccount(request.User); err != nil {
+			refuse(newChannel, err)
+			return
+		}
+	}
+	channel, requests, err := newChannel.Accept()
+	if err != nil {
+		return
+	}
+	command := &job{
+		argv:    request.Args,
+		env:     l.environment(user, request.TTY, request.Env),
+		dir:     workingDir(request.Dir, user),
+		user:    user,
+		tty:     request.TTY,
+		noStdin: request.NoStdin,
+	}
+	l.run(channel, requests, command)
+}
+
+func workingDir(asked string, user account) string {
+	if asked != "" {
+		return asked
+	}
+	// An account may be there without its home.
+	if info, err := os.Stat(user.home); err == nil && info.IsDir() {
+		return user.home
+	}
+	return "/"
+}
+
+// environment is what a command of the user gets; what comes later wins.
+func (l login) environment(user account, tty *wire.TTY, asked []string) []string {
+	env := append(user.environment(), l.env...)
+	if tty != nil {
+		env = append(env, "TERM="+tty.Term)
+	}
+	return lastWins(append(env, asked...))
+}
+
+// lastWins keeps the last of several settings of one variable.
+func lastWins(env []string) []string {
+	index := make(map[string]int, len(env))
+	kept := env[:0:0]
+	for _, entry := range env {
+		name, _, ok := strings.Cut(entry, "=")
+		if !ok || name == "" {
+			continue
+		}
+		if i, seen := index[name]; seen {
+			kept[i] = entry
+			continue
+		}
+		index[name] = len(kept)
+		kept = append(kept, entry)
+	}
+	return kept
+}
+
+// run runs a command on a channel and ends the channel with its status. A client
+// that goes away takes the command with it.
+func (l login) run(channel ssh.Channel, requests <-chan *ssh.Request, command *job) {
+	defer func() { _ = channel.Close() }()
+	command.stdin, command.stdout, command.stderr = channel, channel, channel.Stderr()
+	if err := command.start(l.server.reaper); err != nil {
+		go ssh.DiscardRequests(requests)
+		reportFailure(channel, err)
+		return
+	}
+	ended, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		for request := range requests {
+			ok := command.request(request)
+			if request.WantReply {
+				_ = request.Reply(ok, nil)
+			}
+		}
+		if ended.Err() == nil {
+			// The channel is closed, but the command is not over.
+			command.signal(unix.SIGHUP)
+			command.signal(unix.SIGKILL)
+		}
+	}()
+	status := command.wait()
+	cancel()
+	reportStatus(channel, status)
+}
+
+// request serves a request to a command that runs.
+func (j *job) request(request *ssh.Request) bool {
+	switch request.Type {
+	case "signal":
+		var message struct{ Name string }
+		if ssh.Unmarshal(request.Payload, &message) != nil {
+			return false
+		}
+		number := wire.SignalNumber(message.Name)
+		if number != 0 {
+			j.signal(unix.Signal(number))
+		}
+		return number != 0
+	case "window-change":
+		var size struct{ Columns, Rows, Width, Height uint32 }
+		if ssh.Unmarshal(request.Payload, &size) != nil {
+			return false
+		}
+		j.resize(size.Columns, size.Rows)
+		return true
+	}
+	return false
+}
+
+func reportFailure(channel ssh.Channel, err error) {
+	_, _ = io.WriteString(channel.Stderr(), "smolvm: "+err.Error()+"\n")
+	code := uint32(exitNotRun)
+	if errors.Is(err, errNotFound) || errors.Is(err, fs.ErrNotExist) {
+		code = exitNotFound
+	}
+	reportCode(channel, code)
+}
+
+func reportCode(channel ssh.Channel, code uint32) {
+	_, _ = channel.SendRequest("exit-status", false, ssh.Marshal(struct{ Code uint32 }{code}))
+}
+
+func reportStatus(channel ssh.Channel, status unix.WaitStatus) {
+	name := wire.SignalName(int(status.Signal()))
+	if !status.Signaled() || name == "" {
+		code := uint32(status.ExitStatus())
+		if status.Signaled() { // one without a name, such as a real-time signal
+			code = 128 + uint32(status.Signal())
+		}
+		reportCode(channel, code)
+		return
+	}
+	_, _ = channel.SendRequest("exit-signal", false, ssh.Marshal(struct {
+		Name       string
+		CoreDumped bool
+		Message    string
+		Language   string
+	}{name, status.CoreDump(), "", ""}))
+}
+
+// tar serves one copy of our own client.
+func (l login) tar(newChannel ssh.NewChannel) {
+	var request wire.TarRequest
+	err := decode(newChannel, &request)
+	if err == nil && l.user.uid != 0 {
+		err = errors.New("only root may copy trees; use sftp")
+	}
+	if err != nil {
+		refuse(newChannel, err)
+		return
+	}
+	channel, requests, err := newChannel.Accept()
+	if err != nil {
+		return
+	}
+	defer func() { _ = channel.Close() }()
+	go ssh.DiscardRequests(requests)
+	// Relative paths are below root's home, as with scp.
+	if !path.IsAbs(request.Path) {
+		request.Path = path.Join(l.user.home, request.Path)
+	}
+	if request.Extract {
+		// The host is trusted with the guest, so set-user-id bits are kept.
+		err = tree.Extract(channel, tree.Target{Path: request.Path, Name: request.Name, KeepSetID: true})
+	} else {
+		err = tree.Write(channel, request.Path)
+	}
+	if err != nil {
+		_, _ = io.WriteString(channel.Stderr(), err.Error())
+		reportCode(channel, 1)
+		return
+	}
+	reportCode(channel, 0)
+}
+
+// session serves a standard session: one command, shell or subsystem.
+func (l login) session(newChannel ssh.NewChannel) {
+	channel, requests, err := newChannel.Accept()
+	if err != nil {
+		return
+	}
+	var tty *wire.TTY
+	var env []string
+	for request := range requests {
+		ok, begun := true, false
+		switch request.Type {
+		case "env":
+			var setting struct{ Name, Value string }
+			if ok = ssh.Unmarshal(request.Payload, &setting) == nil; ok {
+				env = append(env, setting.Name+"="+setting.Value)
+			}
+		case "pty-req":
+			tty, ok = parsePTY(request.Payload)
+		case "shell", "exec", "subsystem":
+			begun = true
+		default:
+			ok = false
+		}
+		if !begun {
+			if request.WantReply {
+				_ = request.Reply(ok, nil)
+			}
+			continue
+		}
+		l.begin(channel, requests, request, sessionOptions{tty, env})
+		return
+	}
+	_ = channel.Close()
+}
+
+type sessionOptions struct {
+	tty *wire.TTY
+	env []string
+}
+
+func parsePTY(payload []byte) (*wire.TTY, bool) {
+	var message struct {
+		Term                         string
+		Columns, Rows, Width, Height uint32
+		Modes                        string
+	}
+	if ssh.Unmarshal(payload, &message) != nil {
+		return nil, false
+	}
+	return &wire.TTY{Term: message.Term, Columns: int(message.Columns), Rows: int(message.Rows)}, true
+}
+
+// begin runs what a session was opened for.
+func (l login) begin(channel ssh.Channel, requests <-chan *ssh.Request, request *ssh.Request, opts sessionOptions) {
+	command := &job{
+		env:  l.environment(l.user, opts.tty, opts.env),
+		dir:  workingDir("", l.user),
+		user: l.user,
+		tty:  opts.tty,
+	}
+	var message struct{ Text string }
+	if request.Type != "shell" && ssh.Unmarshal(request.Payload, &message) != nil {
+		_ = request.Reply(false, nil)
+		_ = channel.Close()
+		return
+	}
+	switch request.Type {
+	case "shell":
+		command.argv = []string{l.user.shell}
+		command.arg0 = "-" + path.Base(l.user.shell) // a login shell, by custom
+	case "exec":
+		command.argv = []string{l.user.shell, "-c", message.Text}
+	case "subsystem":
+		if message.Text != "sftp" {
+			_ = request.Reply(false, nil)
+			_ = channel.Close()
+			return
+		}
+		if l.user.uid == 0 {
+			_ = request.Reply(true, nil)
+			go ssh.DiscardRequests(requests)
+			serveSFTP(channel, command.dir)
+			return
+		}
+		// Another process, as ours would serve it as root.
+		command.argv = []string{"/proc/self/exe", sftpCommand}
+	}
+	_ = request.Reply(true, nil)
+	l.run(channel, requests, command)
+}
+
+// serveSFTP serves files to the end of the connection.
+func serveSFTP(channel ssh.Channel, dir string) {
+	defer func() { _ = channel.Close() }()
+	server, err := sftp.NewServer(channel, sftp.WithServerWorkingDirectory(dir))
+	if err != nil {
+		reportFailure(channel, err)
+		return
+	}
+	if err := server.Serve(); err != nil && !errors.Is(err, io.EOF) {
+		reportFailure(channel, err)
+		return
+	}
+	reportCode(channel, 0)
+}

@@ -1,0 +1,109 @@
+package guest
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// defaultPath is where commands are looked for, as in Debian's /etc/login.defs.
+const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// account is a user of the guest.
+type account struct {
+	name, home, shell string
+	uid, gid          uint32
+}
+
+// superuser is there even in an image without /etc/passwd.
+var superuser = account{name: "root", home: "/root", shell: "/bin/sh"}
+
+// findAccount looks a user up by name.
+func findAccount(name string) (account, error) {
+	if name == "" {
+		name = superuser.name
+	}
+	file, err := os.Open("/etc/passwd")
+	if err == nil {
+		defer func() { _ = file.Close() }()
+		if found, ok := parsePasswd(file, name); ok {
+			return found, nil
+		}
+	}
+	if name == superuser.name {
+		return superuser, nil
+	}
+	return account{}, fmt.Errorf("no user %q in the guest", name)
+}
+
+// parsePasswd finds a user in the text of /etc/passwd; see passwd(5). A line that
+// makes no sense is passed over.
+func parsePasswd(r io.Reader, name string) (account, bool) {
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		fields := strings.Split(lines.Text(), ":")
+		if len(fields) != 7 || fields[0] != name {
+			continue
+		}
+		uid, uidErr := strconv.ParseUint(fields[2], 10, 32)
+		gid, gidErr := strconv.ParseUint(fields[3], 10, 32)
+		if uidErr != nil || gidErr != nil {
+			continue
+		}
+		found := account{name: name, uid: uint32(uid), gid: uint32(gid), home: fields[5], shell: fields[6]}
+		if found.home == "" {
+			found.home = "/"
+		}
+		if found.shell == "" {
+			found.shell = superuser.shell
+		}
+		return found, true
+	}
+	return account{}, false
+}
+
+// parseGroups finds the supplementary groups of a user in the text of /etc/group.
+func parseGroups(r io.Reader, name string) []uint32 {
+	var gids []uint32
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		fields := strings.Split(lines.Text(), ":")
+		if len(fields) != 4 {
+			continue
+		}
+		for member := range strings.SplitSeq(fields[3], ",") {
+			if gid, err := strconv.ParseUint(fields[2], 10, 32); err == nil && member == name {
+				gids = append(gids, uint32(gid))
+			}
+		}
+	}
+	return gids
+}
+
+// credential is what a process of the user runs under; nil leaves it as it is.
+func (a account) credential() *syscall.Credential {
+	if int(a.uid) == os.Getuid() && int(a.gid) == os.Getgid() {
+		return nil
+	}
+	credential := &syscall.Credential{Uid: a.uid, Gid: a.gid}
+	if file, err := os.Open("/etc/group"); err == nil {
+		credential.Groups = parseGroups(file, a.name)
+		_ = file.Close()
+	}
+	return credential
+}
+
+// environment is that of a command of the user, before what was asked for.
+func (a account) environment() []string {
+	return []string{
+		"PATH=" + defaultPath,
+		"HOME=" + a.home,
+		"USER=" + a.name,
+		"LOGNAME=" + a.name,
+		"SHELL=" + a.shell,
+	}
+}

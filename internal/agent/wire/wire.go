@@ -1,0 +1,268 @@
+// Package wire holds what the host and the agent in the guest must agree on:
+// the greeting that opens the guest channel, and the names of what smolvm adds
+// to SSH. It imports nothing but the standard library and yamux, so that the agent
+// stays small.
+//
+// # The guest channel
+//
+// The channel is one ordered byte stream: a virtio-serial port or a vsock
+// connection. The host speaks first, because bytes that a guest writes to a
+// virtio port with no host connected are lost:
+//
+//	host  -> guest   Greeting   (identity, network, keys, clock)
+//	guest -> host    Answer     (what the agent is and has done)
+//
+// After that the stream carries yamux, with the host as its client. A yamux
+// stream that the host opens is one SSH connection, with the guest as server; or,
+// if its first bytes are those of a message, one control exchange: the host sends
+// a [Control], the guest answers with a [ControlAnswer] and closes the stream.
+// (An SSH client speaks first too, with "SSH-", so the agent need not wait.)
+// Control is for the shim, which must be able to shut a guest down with no SSH
+// client at hand; whatever users ask for goes by SSH.
+//
+// A message is a line "SMOLVM <length>\n" and so many bytes of JSON. When the
+// host end closes, the agent drops the session and waits for the next greeting;
+// a reader skips everything before the first "SMOLVM ", so bytes left over from
+// an earlier session do no harm.
+//
+// A later greeting to the same guest (after a restore, in a clone) gives it a
+// new identity: every part of it is applied again.
+package wire
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+const (
+	// PortName is the name of the guest channel's virtio-serial port; the guest
+	// finds it at /sys/class/virtio-ports/*/name.
+	PortName = "smolvm.agent"
+	// SSHPort is the TCP port on which the agent also serves SSH.
+	SSHPort = 22
+	// MaxMessage bounds a message, in bytes.
+	MaxMessage = 1 << 20
+
+	// Magic begins every message.
+	Magic = "SMOLVM "
+)
+
+// What smolvm adds to SSH. Everything else is the standard: "session" channels
+// with exec, shell, pty-req, env, window-change, signal, the sftp subsystem, and
+// "direct-tcpip" channels.
+const (
+	// ExecChannel is a channel type whose open request carries an [ExecRequest]
+	// as JSON: one round trip fewer than a session, and exact arguments. The
+	// channel then behaves as a session does after exec: data, extended data 1
+	// for stderr, "signal" and "window-change" requests, and at the end
+	// "exit-status" or "exit-signal". A command that can't be started is
+	// reported on stderr with exit status 127 (not found) or 126.
+	ExecChannel = "exec@smolvm"
+	// TarChannel is a channel type for copying trees; its open request carries a
+	// [TarRequest] as JSON. The channel's data is a tar stream; an error goes to
+	// extended data 1, with a non-zero exit-status.
+	TarChannel = "tar@smolvm"
+)
+
+// Greeting is the host's first message: who the guest is to be.
+type Greeting struct {
+	Hostname string `json:"hostname"`
+	// MachineID is 32 hexadecimal digits, for /etc/machine-id.
+	MachineID string `json:"machine_id"`
+	// HostKey is the SSH host key, as PEM of OpenSSH's private key format.
+	HostKey string `json:"host_key"`
+	// AuthorizedKeys may log in, one line each.
+	AuthorizedKeys []string `json:"authorized_keys"`
+	// Time sets the guest's clock.
+	Time time.Time `json:"time"`
+	// Seed is fresh entropy for the kernel's random number generator.
+	Seed []byte `json:"seed"`
+	// Env is added to the environment of every command.
+	Env map[string]string `json:"env,omitempty"`
+	// Network configures the guest's interface; nil leaves it alone.
+	Network *Network `json:"network,omitempty"`
+}
+
+// Network is the configuration of the guest's interface.
+type Network struct {
+	// MAC finds the interface.
+	MAC     string       `json:"mac"`
+	Address netip.Prefix `json:"address"`
+	Gateway netip.Addr   `json:"gateway"`
+	DNS     []netip.Addr `json:"dns"`
+	// MTU in bytes; zero leaves it alone.
+	MTU int `json:"mtu,omitempty"`
+}
+
+// Answer is the agent's reply to a [Greeting], sent when the guest is ready.
+type Answer struct {
+	// Version of the agent.
+	Version string `json:"version"`
+	// Kernel release of the guest.
+	Kernel string `json:"kernel"`
+	// Warnings are things that went wrong and do not keep the guest from
+	// working, one sentence each.
+	Warnings []string `json:"warnings,omitempty"`
+	// Error says why the guest can't be used; the agent then serves nothing.
+	Error string `json:"error,omitempty"`
+	// Timeline says when, since the kernel started, each step was done.
+	Timeline []Step `json:"timeline,omitempty"`
+}
+
+// Step is one step of the guest's boot.
+type Step struct {
+	Name string `json:"name"`
+	// At is the time since the kernel's start, in nanoseconds in JSON.
+	At time.Duration `json:"at_ns"`
+}
+
+// ExecRequest asks for a command; see [ExecChannel].
+type ExecRequest struct {
+	Args []string `json:"args"`
+	Env  []string `json:"env,omitempty"`
+	Dir  string   `json:"dir,omitempty"`
+	User string   `json:"user,omitempty"`
+	TTY  *TTY     `json:"tty,omitempty"`
+	// NoStdin gives the command an empty input, without a message to say so.
+	NoStdin bool `json:"no_stdin,omitempty"`
+}
+
+// TTY is the terminal of an [ExecRequest].
+type TTY struct {
+	Term    string `json:"term"`
+	Columns int    `json:"columns"`
+	Rows    int    `json:"rows"`
+}
+
+// TarRequest asks for one direction of a copy; see [TarChannel]. The stream is as
+// package tree writes it. With Extract it goes to the guest's Path, or into it
+// under Name if Path is an existing directory, as cp has it; otherwise it holds the
+// guest's Path.
+type TarRequest struct {
+	Extract bool   `json:"extract"`
+	Path    string `json:"path"`
+	// Name of the source, for Extract into an existing directory.
+	Name string `json:"name,omitempty"`
+}
+
+// Control is one request of the shim's; exactly one field is set.
+type Control struct {
+	// Shutdown ends all processes, syncs, unmounts and powers off. It is answered
+	// before the shutdown begins.
+	Shutdown *Shutdown `json:"shutdown,omitempty"`
+	// Ping is answered at once.
+	Ping bool `json:"ping,omitempty"`
+}
+
+// Shutdown says how to shut down.
+type Shutdown struct {
+	// Grace is how long processes may take to end after SIGTERM before they get
+	// SIGKILL.
+	Grace time.Duration `json:"grace_ns"`
+}
+
+// ControlAnswer is the agent's reply to a [Control].
+type ControlAnswer struct {
+	Error string `json:"error,omitempty"`
+}
+
+// Write writes one message.
+func Write(w io.Writer, message any) error {
+	body, err := json.Marshal(message)
+	if err != nil {
+		return fmt.Errorf("encode %T: %w", message, err)
+	}
+	if len(body) > MaxMessage {
+		return fmt.Errorf("%T has %d bytes; at most %d are allowed", message, len(body), MaxMessage)
+	}
+	// One write, so that the header never travels alone.
+	if _, err := w.Write(fmt.Appendf(nil, "%s%d\n%s", Magic, len(body), body)); err != nil {
+		return fmt.Errorf("write %T: %w", message, err)
+	}
+	return nil
+}
+
+// Read reads one message into message, skipping whatever stands before it. It
+// reads not a byte beyond the message, as r may go on with another protocol.
+func Read(r io.Reader, message any) error {
+	br := byteReader{r: r}
+	if err := skipToMagic(&br); err != nil {
+		return fmt.Errorf("read %T: %w", message, err)
+	}
+	length := 0
+	for digits := 0; ; digits++ {
+		b, err := br.ReadByte()
+		if err != nil {
+			return fmt.Errorf("read %T: %w", message, noEOF(err))
+		}
+		if b == '\n' && digits > 0 {
+			break
+		}
+		length = length*10 + int(b-'0')
+		if b < '0' || b > '9' || length > MaxMessage {
+			return fmt.Errorf("read %T: bad length in the header", message)
+		}
+	}
+	body := make([]byte, length)
+	if _, err := io.ReadFull(r, body); err != nil {
+		return fmt.Errorf("read %T: %w", message, noEOF(err))
+	}
+	if err := json.Unmarshal(body, message); err != nil {
+		return fmt.Errorf("decode %T: %w", message, err)
+	}
+	return nil
+}
+
+// skipToMagic reads up to and including the magic. No proper prefix of the magic
+// is also a suffix of one, so a mismatch starts again with the byte at hand.
+func skipToMagic(r io.ByteReader) error {
+	for matched := 0; matched < len(Magic); {
+		b, err := r.ReadByte()
+		if err != nil {
+			return err
+		}
+		switch b {
+		case Magic[matched]:
+			matched++
+		case Magic[0]:
+			matched = 1
+		default:
+			matched = 0
+		}
+	}
+	return nil
+}
+
+func noEOF(err error) error {
+	if err == io.EOF { //nolint:errorlint // readers return it bare
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// byteReader reads single bytes without buffering ahead.
+type byteReader struct {
+	r   io.Reader
+	buf [1]byte
+}
+
+func (b *byteReader) ReadByte() (byte, error) {
+	_, err := io.ReadFull(b.r, b.buf[:])
+	return b.buf[0], err
+}
+
+// Quote quotes a word for a POSIX shell.
+func Quote(word string) string {
+	if word != "" && !strings.ContainsFunc(word, needsQuote) {
+		return word
+	}
+	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
+}
+
+func needsQuote(r rune) bool {
+	return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%_+=:,./-", r)
+}
