@@ -1,0 +1,238 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// rootfsSize is the size of a root file system that is made here, in bytes. It is
+// sparse: what is not used takes no space, in the image or in VMs' disks.
+const rootfsSize = 8 << 30
+
+// userID is the id of the default image's user and of its group.
+const userID = 1000
+
+// baseFiles are the files of the default image beside busybox.
+func baseFiles() map[string]string {
+	return map[string]string{
+		"etc/passwd": "root:x:0:0:root:/root:/bin/sh\n" +
+			"nobody:x:65534:65534:nobody:/nonexistent:/bin/false\n" +
+			"user:x:1000:1000:user:/home/user:/bin/sh\n",
+		"etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\nuser:x:1000:\n",
+		// Nobody can log in by a password.
+		"etc/shadow": "root:*:19000:0:99999:7:::\nnobody:*:19000:0:99999:7:::\nuser:*:19000:0:99999:7:::\n",
+		// The agent writes those of the network here.
+		"etc/resolv.conf":   "",
+		"etc/hosts":         "127.0.0.1\tlocalhost\n::1\tlocalhost\n",
+		"etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+		"etc/profile":       "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nexport PS1='\\u@\\h:\\w\\$ '\n",
+		"etc/shells":        "/bin/sh\n/bin/ash\n",
+		"etc/os-release":    "NAME=\"smolvm base\"\nID=smolvm\nPRETTY_NAME=\"smolvm base (busybox)\"\n",
+		// For an image that is booted with init=/sbin/init.
+		"etc/inittab": "::sysinit:/bin/mount -a\n::ctrlaltdel:/sbin/reboot\n::shutdown:/bin/umount -a -r\n",
+		"etc/fstab":   "proc /proc proc defaults 0 0\nsysfs /sys sysfs defaults 0 0\ndevpts /dev/pts devpts gid=5,mode=620 0 0\ntmpfs /run tmpfs mode=755 0 0\n",
+	}
+}
+
+// baseDirs are its directories, with their modes. Each comes after the one it is in.
+func baseDirs() []struct {
+	name string
+	mode fs.FileMode
+} {
+	return []struct {
+		name string
+		mode fs.FileMode
+	}{
+		{".", 0o755}, {"bin", 0o755}, {"dev", 0o755}, {"etc", 0o755}, {"home", 0o755}, {"home/user", 0o755},
+		{"lib", 0o755}, {"mnt", 0o755}, {"opt", 0o755}, {"proc", 0o555}, {"root", 0o700}, {"run", 0o755},
+		{"sbin", 0o755}, {"sys", 0o555}, {"tmp", fs.ModeSticky | 0o777},
+		{"usr", 0o755}, {"usr/bin", 0o755}, {"usr/sbin", 0o755}, {"usr/local", 0o755}, {"usr/local/bin", 0o755},
+		{"var", 0o755}, {"var/log", 0o755}, {"var/tmp", fs.ModeSticky | 0o777},
+	}
+}
+
+// makeBaseTree lays the default image's files out below dir.
+func makeBaseTree(ctx context.Context, dir, busybox string) error {
+	program, err := os.ReadFile(busybox)
+	if err != nil {
+		return err
+	}
+	// Modes are set by chmod, whatever the umask is; those of directories last, as
+	// their owner may not be allowed to write to them.
+	for _, d := range baseDirs() {
+		if err := os.MkdirAll(filepath.Join(dir, d.name), 0o700); err != nil {
+			return err
+		}
+	}
+	write := func(name string, mode fs.FileMode, content []byte) error {
+		path := filepath.Join(dir, name)
+		return errors.Join(os.WriteFile(path, content, mode), os.Chmod(path, mode))
+	}
+	for name, text := range baseFiles() {
+		mode := fs.FileMode(0o644)
+		if name == "etc/shadow" {
+			mode = 0o600
+		}
+		if err := write(name, mode, []byte(text)); err != nil {
+			return err
+		}
+	}
+	// A process that is forked meanwhile, for whatever else this program does, would
+	// hold the file open for writing, and the kernel runs no such file.
+	syscall.ForkLock.RLock()
+	err = write("bin/busybox", 0o755, program)
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return err
+	}
+	if err := linkApplets(ctx, dir); err != nil {
+		return err
+	}
+	for _, d := range baseDirs() {
+		if err := os.Chmod(filepath.Join(dir, d.name), d.mode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// linkApplets makes all that busybox can do a command.
+func linkApplets(ctx context.Context, dir string) error {
+	cmd := exec.CommandContext(ctx, filepath.Join(dir, "bin/busybox"), "--list-full")
+	applets, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("ask busybox what it can do: %w", err)
+	}
+	for applet := range strings.FieldsSeq(string(applets)) {
+		if !filepath.IsLocal(applet) || applet == "bin/busybox" {
+			continue
+		}
+		// Of a directory that is not in baseDirs, nothing is wanted.
+		err := os.Symlink("/bin/busybox", filepath.Join(dir, applet))
+		if err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// ext4 is a file system to be made.
+type ext4 struct {
+	path, tree string
+	// owners says whose files of the tree are that are not root's, by user id, which
+	// is the group's as well. Nil: whose they are in the tree.
+	owners map[string]int
+	// seed is where identifiers come from: hexadecimal digits, at least 64.
+	seed string
+}
+
+// ext4Features are what mke2fs 1.46 and 1.47 both know. They are given here, as each
+// distribution has its own in /etc/mke2fs.conf, and some of them are too new for
+// kernels that are still in use. 64bit and resize_inode let the guest grow the file
+// system while it is mounted.
+const ext4Features = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super," +
+	"large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
+
+// makeExt4 makes a sparse file system that holds a tree.
+func makeExt4(ctx context.Context, e ext4) error {
+	// Of a file that is there and empty, mke2fs knows that it reads as zeros: then it
+	// writes none, and tells the guest's kernel to write none either.
+	file, err := os.Create(e.path)
+	if err != nil {
+		return err
+	}
+	size := max(rootfsSize, 2*usage(e.tree))
+	if err := errors.Join(file.Truncate(size), file.Close()); err != nil {
+		return err
+	}
+	// A smaller journal would not let the file system grow while it is mounted: one
+	// step of that may fill a quarter of it.
+	err = runTool(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-O", ext4Features, "-b", "4096", "-I", "256", "-i", "16384",
+		"-m", "0", "-J", "size=32", "-U", uuid(e.seed[:32]),
+		"-E", "root_owner=0:0,discard,lazy_journal_init=1,hash_seed="+uuid(e.seed[32:64]), "-d", e.tree, e.path)
+	if err != nil {
+		return err
+	}
+	if e.owners == nil && os.Getuid() == 0 {
+		return nil
+	}
+	return setOwners(ctx, e)
+}
+
+// uuid writes 32 hexadecimal digits as mke2fs takes them.
+func uuid(hex string) string {
+	return strings.Join([]string{hex[:8], hex[8:12], hex[12:16], hex[16:20], hex[20:]}, "-")
+}
+
+// setOwners sets the owners in a file system. mke2fs has taken them from the tree,
+// where only root can have files of others.
+func setOwners(ctx context.Context, e ext4) error {
+	owners := map[string]int{}
+	if os.Getuid() != 0 {
+		err := filepath.WalkDir(e.tree, func(path string, _ fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			inner, err := filepath.Rel(e.tree, path)
+			owners[inner] = 0
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	maps.Copy(owners, e.owners)
+	var commands bytes.Buffer
+	for _, name := range slices.Sorted(maps.Keys(owners)) {
+		if strings.ContainsAny(name, "\"\n") {
+			return fmt.Errorf("only root can make an image with a file named %q", name)
+		}
+		for _, field := range []string{"uid", "gid"} {
+			fmt.Fprintf(&commands, "set_inode_field \"/%s\" %s %d\n", strings.TrimPrefix(name, "."), field, owners[name])
+		}
+	}
+	script := e.path + ".debugfs"
+	defer func() { _ = os.Remove(script) }()
+	if err := os.WriteFile(script, commands.Bytes(), 0o600); err != nil {
+		return err
+	}
+	return runTool(ctx, "debugfs", "-w", "-f", script, e.path)
+}
+
+// runTool runs a program of e2fsprogs, which Debian keeps out of users' PATH.
+func runTool(ctx context.Context, name string, args ...string) error {
+	path, err := findTool(name)
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w: %s", name, err, lastWords(errs.String()))
+	}
+	return nil
+}
+
+func findTool(name string) (string, error) {
+	if path, err := exec.LookPath(name); err == nil {
+		return path, nil
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("%s is missing: install e2fsprogs (`smolvm doctor` says how)", name)
+}

@@ -1,0 +1,249 @@
+// Package testenv is what tests of several packages need: a real image to boot, and
+// a check that nothing is left behind. Only tests import it.
+package testenv
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/image/cpio"
+)
+
+// cacheEnv names a directory in which images are kept from one run to the next.
+const cacheEnv = "SMOLVM_TEST_CACHE"
+
+// buildTimeout bounds the building of the image, which downloads packages.
+const buildTimeout = 10 * time.Minute
+
+// Cache is the directory that all tests of this user share.
+func Cache(t testing.TB) string {
+	t.Helper()
+	dir, err := cache()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func cache() (string, error) {
+	dir := os.Getenv(cacheEnv)
+	if dir == "" {
+		home, err := os.UserCacheDir()
+		if err != nil {
+			return "", fmt.Errorf("find cache directory (set %s): %w", cacheEnv, err)
+		}
+		dir = filepath.Join(home, "smolvm-test")
+	}
+	return dir, os.MkdirAll(dir, 0o755)
+}
+
+// RequireQEMU skips the test where QEMU is not installed.
+func RequireQEMU(t testing.TB) {
+	t.Helper()
+	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+		t.Skip("real VMs need qemu-system-x86_64: ", err)
+	}
+}
+
+// Agent builds the agent, once in a test's process, and returns its path.
+func Agent(t testing.TB) string {
+	t.Helper()
+	path, err := agentOnce()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+var agentOnce = sync.OnceValues(func() (string, error) {
+	dir, err := moduleRoot()
+	if err != nil {
+		return "", err
+	}
+	home, err := cache()
+	if err != nil {
+		return "", err
+	}
+	// A name of this process's own: others may build at the same time.
+	temp := filepath.Join(home, fmt.Sprintf("smolvm-agent.%d", os.Getpid()))
+	cmd := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", temp, "./cmd/smolvm-agent")
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build agent: %w\n%s", err, out)
+	}
+	// If it is as it was, the old file stays, so that images need no new look.
+	path := filepath.Join(home, "smolvm-agent")
+	built, err := os.ReadFile(temp)
+	if err != nil {
+		return "", err
+	}
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, built) {
+		return path, os.Remove(temp)
+	}
+	return path, os.Rename(temp, path)
+})
+
+func moduleRoot() (string, error) {
+	out, err := exec.CommandContext(context.Background(), "go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", fmt.Errorf("find module: %w", err)
+	}
+	return filepath.Dir(strings.TrimSpace(string(out))), nil
+}
+
+// Images is a store that has the default image, shared by all tests. The test is
+// skipped where that can't be made.
+func Images(t testing.TB) string {
+	t.Helper()
+	if missing := missingTools(); len(missing) > 0 {
+		t.Skip("real VMs need the default image, which is made with ", strings.Join(missing, ", "))
+	}
+	dir := filepath.Join(Cache(t), "images")
+	store, err := image.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), buildTimeout)
+	defer cancel()
+	if _, err := store.Ensure(ctx, image.Recipe{Name: smolvm.DefaultImage, Agent: Agent(t)}); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// missingTools are those that an image is made with and this host lacks.
+func missingTools() []string {
+	var missing []string
+	for _, name := range []string{"apt-get", "apt-cache", "dpkg-deb", "mke2fs", "debugfs"} {
+		if _, err := exec.LookPath(name); err == nil {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join("/usr/sbin", name)); err != nil {
+			missing = append(missing, name)
+		}
+	}
+	return missing
+}
+
+// Image is the default image.
+func Image(t testing.TB) smolvm.Image {
+	t.Helper()
+	store, err := image.Open(Images(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found, err := store.Get(context.Background(), smolvm.DefaultImage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+// SeedImages gives a data directory the shared images, by a link.
+func SeedImages(t testing.TB, dataDir string) {
+	t.Helper()
+	if err := os.MkdirAll(dataDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(Images(t), filepath.Join(dataDir, "images")); err != nil && !errors.Is(err, os.ErrExist) {
+		t.Fatal(err)
+	}
+}
+
+// Kernel is the default image's kernel.
+func Kernel(t testing.TB) string { t.Helper(); return Image(t).KernelPath }
+
+// prologue is how an init script begins: with what every guest needs.
+const prologue = `#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sysfs /sys
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+/bin/busybox --install -s /bin
+export PATH=/bin
+for module in $(sed -n 's/.*"path": "\(.*\)".*/\1/p' /lib/smolvm/modules.json); do
+	insmod $module 2>/dev/null
+done
+`
+
+// Initramfs makes an initramfs that runs a busybox shell script as its init, with the
+// modules of the default image loaded: a guest without our agent.
+func Initramfs(t testing.TB, script string) string {
+	t.Helper()
+	base := Image(t)
+	original, err := os.ReadFile(base.InitrdPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The kernel unpacks one archive after the other, so a second one replaces the
+	// agent of the first.
+	path := filepath.Join(t.TempDir(), "initramfs")
+	out, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, writeErr := out.Write(original)
+	archive := cpio.NewWriter(out)
+	archive.Dir("bin", 0o755)
+	archive.File("bin/busybox", 0o755, busybox(t, base))
+	archive.File("init", 0o755, []byte(prologue+script))
+	if err := errors.Join(writeErr, archive.Close(), out.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// busybox takes the program out of the default image's root file system.
+func busybox(t testing.TB, base smolvm.Image) []byte {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "busybox")
+	cmd := exec.CommandContext(t.Context(), "debugfs", "-R", "dump /bin/busybox "+path, base.RootfsPath)
+	cmd.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	if cmd.Err != nil {
+		cmd.Path, cmd.Err = "/usr/sbin/debugfs", nil
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("debugfs: %v\n%s", err, out)
+	}
+	program, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return program
+}
+
+// Processes lists the processes whose command line has a word, as "pid: command".
+func Processes(word string) []string {
+	var found []string
+	paths, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, path := range paths {
+		text, err := os.ReadFile(path)
+		line := strings.ReplaceAll(string(text), "\x00", " ")
+		if err == nil && strings.Contains(line, word) && filepath.Dir(path) != fmt.Sprintf("/proc/%d", os.Getpid()) {
+			found = append(found, filepath.Base(filepath.Dir(path))+": "+line)
+		}
+	}
+	return found
+}
+
+// NoProcesses fails a test that, at its end, has left processes whose command line has
+// a word, such as the test's own directory.
+func NoProcesses(t testing.TB, word string) {
+	t.Helper()
+	t.Cleanup(func() {
+		for _, process := range Processes(word) {
+			t.Errorf("left behind: process %s", process)
+		}
+	})
+}
