@@ -1,0 +1,177 @@
+package qemu
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Machines. How they were chosen (QEMU 7.2, Debian's cloud kernel 6.1):
+//
+// Under emulation both boot in the same time, but microvm has neither HPET nor
+// ACPI timer: its guest's clock ticks in steps of 4 ms, and at the wrong rate
+// unless the kernel is told the host's TSC frequency. On q35 the kernel finds that
+// out by itself. Under hardware virtualization the clock comes from kvm-clock, and
+// microvm saves the firmware and the PCI scan, most of the boot's time there. A
+// kernel that is not ours gets q35 in either case: it may know PCI only.
+const (
+	machineMicroVM = "microvm"
+	machineQ35     = "q35"
+	machineVirt    = "virt" // arm64's only one
+)
+
+// fds are the numbers that inherited files have in the VMM's process.
+type fds struct{ qmp, channel, link int }
+
+// machineFor chooses the machine for a VM.
+func machineFor(cfg vmm.Config, arch string) string {
+	switch {
+	case arch == "arm64":
+		return machineVirt
+	case cfg.Accelerator == vmm.KVM && cfg.Channel:
+		return machineMicroVM
+	default:
+		return machineQ35
+	}
+}
+
+// args is QEMU's command line for a VM. It is a function of its arguments alone.
+func args(cfg vmm.Config, machine string, fd fds) []string {
+	b := builder{bus: "pci"}
+	if machine == machineMicroVM {
+		b.bus = "device"
+	}
+	b.add("-name", "smolvm-"+cfg.ID)
+	b.add("-no-user-config")
+	b.add("-nodefaults")
+	b.add("-no-reboot")
+	b.add("-display", "none")
+	// The guest is not trusted: should it take QEMU over, it may not start
+	// programs, gain privileges, or change resource limits.
+	b.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+	b.add("-machine", machineArg(machine, cfg.Accelerator))
+	b.add("-accel", accelArg(cfg.Accelerator))
+	b.add("-cpu", cpuArg(cfg.Accelerator))
+	b.add("-smp", strconv.Itoa(cfg.VCPUs))
+	b.add("-m", fmt.Sprintf("%dM", cfg.MemoryMiB))
+	b.add("-rtc", "base=utc")
+
+	b.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", fd.qmp))
+	b.add("-mon", "chardev=qmp,mode=control")
+	b.add("-chardev", "file,id=console,append=on,path="+escape(cfg.ConsolePath))
+	b.add("-serial", "chardev:console")
+
+	b.add("-kernel", cfg.Kernel)
+	if cfg.Initrd != "" {
+		b.add("-initrd", cfg.Initrd)
+	}
+	b.add("-append", bootArgs(cfg, machine))
+
+	b.add("-device", b.virtio("virtio-rng"))
+	for i, drive := range cfg.Drives {
+		b.drive(i, drive)
+	}
+	if cfg.NIC != nil {
+		b.nic(*cfg.NIC, fd.link)
+	}
+	if cfg.Channel {
+		b.add("-device", b.virtio("virtio-serial"))
+		b.add("-chardev", fmt.Sprintf("socket,id=channel,fd=%d", fd.channel))
+		b.add("-device", "virtserialport,chardev=channel,name="+vmm.ChannelPort)
+	}
+	return b.args
+}
+
+func machineArg(machine, accelerator string) string {
+	switch machine {
+	case machineQ35:
+		// What a virtual machine has no use for, a guest can't attack.
+		return "q35,sata=off,smbus=off,vmport=off"
+	case machineVirt:
+		return "virt"
+	}
+	if accelerator == vmm.KVM {
+		// The clock, timer and interrupts come from KVM.
+		return "microvm,acpi=on,rtc=on,isa-serial=on,pit=off,pic=off"
+	}
+	// Without PIT and PIC an emulated guest hangs when it calibrates its timers.
+	return "microvm,acpi=on,rtc=on,isa-serial=on,pit=on,pic=on"
+}
+
+func accelArg(accelerator string) string {
+	if accelerator == vmm.KVM {
+		return "kvm"
+	}
+	return "tcg,thread=multi"
+}
+
+func cpuArg(accelerator string) string {
+	if accelerator == vmm.KVM {
+		return "host"
+	}
+	return "max"
+}
+
+// bootArgs is the kernel's command line: what was asked for, without what keeps a
+// guest from booting on this machine, and with what it needs.
+//
+// Under emulation that is no_timer_check: the kernel counts timer interrupts for a
+// moment, and panics if an emulated CPU on a busy host has missed them. It is not
+// tsc=reliable, tempting as a clock is that can be read without leaving the emulated
+// CPU: of some hundred boots with it, one ended with both CPUs in an endless run of
+// interrupts.
+func bootArgs(cfg vmm.Config, machine string) string {
+	var words []string
+	for word := range strings.FieldsSeq(cfg.BootArgs) {
+		// Where the disks are on PCI, no PCI means no disks. The default arguments
+		// have it because Firecracker's machine has no PCI.
+		if word == "pci=off" && machine != machineMicroVM {
+			continue
+		}
+		words = append(words, word)
+	}
+	if cfg.Accelerator == vmm.TCG && machine != machineVirt {
+		words = append(words, "no_timer_check")
+	}
+	return strings.Join(words, " ")
+}
+
+// builder collects arguments.
+type builder struct {
+	args []string
+	bus  string // suffix of virtio devices: "pci", or "device" for virtio-mmio
+}
+
+func (b *builder) add(args ...string) { b.args = append(b.args, args...) }
+
+func (b *builder) virtio(device string) string { return device + "-" + b.bus }
+
+func (b *builder) drive(index int, drive vmm.Drive) {
+	id := "drive" + strconv.Itoa(index)
+	readOnly := "off"
+	if drive.ReadOnly {
+		readOnly = "on"
+	}
+	b.add("-drive", fmt.Sprintf("if=none,id=%s,format=%s,read-only=%s,cache=writeback,discard=unmap,file=%s",
+		id, drive.Format, readOnly, escape(drive.Path)))
+	b.add("-device", fmt.Sprintf("%s,drive=%s", b.virtio("virtio-blk"), id))
+}
+
+func (b *builder) nic(nic vmm.NIC, fd int) {
+	// Datagrams on a pair of unix sockets: this netdev takes them in every version
+	// of QEMU, though the manual speaks of TCP and UDP only.
+	b.add("-netdev", fmt.Sprintf("socket,id=net,fd=%d", fd))
+	device := b.virtio("virtio-net") + ",netdev=net,mac=" + nic.MAC
+	if nic.MTU != 0 {
+		device += fmt.Sprintf(",host_mtu=%d", nic.MTU)
+	}
+	if b.bus == "pci" {
+		device += ",romfile=" // no network boot
+	}
+	b.add("-device", device)
+}
+
+// escape quotes a path for an option's value, where a comma ends it.
+func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }

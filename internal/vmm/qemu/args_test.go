@@ -1,0 +1,142 @@
+package qemu
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+func testConfig(edit func(*vmm.Config)) vmm.Config {
+	cfg := vmm.Config{
+		ID:          "web",
+		Accelerator: vmm.TCG,
+		VCPUs:       2,
+		MemoryMiB:   512,
+		Kernel:      "/images/vmlinux",
+		BootArgs:    "console=ttyS0 panic=1",
+		ConsolePath: "/vms/web/console.log",
+		LogPath:     "/vms/web/vmm.log",
+	}
+	if edit != nil {
+		edit(&cfg)
+	}
+	return cfg
+}
+
+func TestMachineFor(t *testing.T) {
+	for _, test := range []struct{ accelerator, arch, want string }{
+		{vmm.TCG, "amd64", machineQ35},
+		{vmm.KVM, "amd64", machineMicroVM},
+		{vmm.KVM, "arm64", machineVirt},
+		{vmm.TCG, "arm64", machineVirt},
+	} {
+		cfg := vmm.Config{Accelerator: test.accelerator, Channel: true}
+		if got := machineFor(cfg, test.arch); got != test.want {
+			t.Errorf("machineFor(%s, %s) = %s, want %s", test.accelerator, test.arch, got, test.want)
+		}
+	}
+	if got := machineFor(vmm.Config{Accelerator: vmm.KVM}, "amd64"); got != machineQ35 {
+		t.Errorf("a kernel that is not ours gets %s, want %s", got, machineQ35)
+	}
+}
+
+// Each case names words that must follow each other in the command line, and words
+// that must not be in it.
+func TestArgs(t *testing.T) {
+	tests := map[string]struct {
+		machine string
+		edit    func(*vmm.Config)
+		want    []string
+		not     []string
+	}{
+		"sandbox and nothing by default": {
+			machine: machineQ35,
+			want: []string{
+				"-no-user-config -nodefaults -no-reboot",
+				"-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+				"-machine q35,sata=off,smbus=off,vmport=off", "-accel tcg,thread=multi", "-cpu max", "-smp 2", "-m 512M",
+				"-chardev socket,id=qmp,fd=3",
+			},
+			not: []string{"-initrd", "-netdev", "virtio-serial-pci", "-drive"},
+		},
+		"drives in order": {
+			machine: machineQ35,
+			edit: func(c *vmm.Config) {
+				c.Drives = []vmm.Drive{
+					{Path: "/disks/a,b.qcow2", Format: "qcow2"},
+					{Path: "/data.img", Format: "raw", ReadOnly: true},
+				}
+			},
+			want: []string{
+				"-drive if=none,id=drive0,format=qcow2,read-only=off,cache=writeback,discard=unmap,file=/disks/a,,b.qcow2 -device virtio-blk-pci,drive=drive0",
+				"-drive if=none,id=drive1,format=raw,read-only=on,cache=writeback,discard=unmap,file=/data.img -device virtio-blk-pci,drive=drive1",
+			},
+		},
+		"channel and NIC": {
+			machine: machineQ35,
+			edit: func(c *vmm.Config) {
+				c.Channel = true
+				c.NIC = &vmm.NIC{MAC: "02:00:00:00:00:02", MTU: 4000}
+			},
+			want: []string{
+				"-netdev socket,id=net,fd=5 -device virtio-net-pci,netdev=net,mac=02:00:00:00:00:02,host_mtu=4000,romfile=",
+				"-device virtio-serial-pci -chardev socket,id=channel,fd=4 -device virtserialport,chardev=channel,name=smolvm.agent",
+			},
+		},
+		"microvm has no PCI": {
+			machine: machineMicroVM,
+			edit: func(c *vmm.Config) {
+				c.Accelerator = vmm.KVM
+				c.BootArgs += " pci=off"
+				c.NIC = &vmm.NIC{MAC: "02:00:00:00:00:02"}
+			},
+			want: []string{
+				"-machine microvm,acpi=on,rtc=on,isa-serial=on,pit=off,pic=off", "-cpu host",
+				"-append console=ttyS0 panic=1 pci=off", "virtio-net-device,netdev=net,mac=02:00:00:00:00:02",
+			},
+			not: []string{"romfile"},
+		},
+		"q35 needs PCI": {
+			machine: machineQ35,
+			edit:    func(c *vmm.Config) { c.BootArgs = "console=ttyS0 pci=off root=/dev/vda" },
+			want:    []string{"-append console=ttyS0 root=/dev/vda no_timer_check"},
+			not:     []string{"pci=off"},
+		},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			got := strings.Join(args(testConfig(test.edit), test.machine, fds{qmp: 3, channel: 4, link: 5}), " ")
+			for _, want := range test.want {
+				if !strings.Contains(got, want) {
+					t.Errorf("command line lacks %q:\n%s", want, got)
+				}
+			}
+			for _, not := range test.not {
+				if strings.Contains(got, not) {
+					t.Errorf("command line has %q:\n%s", not, got)
+				}
+			}
+		})
+	}
+}
+
+func TestArgsSameTwice(t *testing.T) {
+	cfg := testConfig(func(c *vmm.Config) { c.Channel = true })
+	if a, b := args(cfg, machineQ35, fds{3, 4, 5}), args(cfg, machineQ35, fds{3, 4, 5}); !slices.Equal(a, b) {
+		t.Errorf("two command lines of one configuration differ:\n%s\n%s", a, b)
+	}
+}
+
+func TestPanicLine(t *testing.T) {
+	for console, want := range map[string]string{
+		"": "",
+		"[1.0] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\r\n[1.0] CPU: 0": "VFS: Unable to mount root fs on unknown-block(0,0)",
+		"a user prints Kernel panic\n": "",
+	} {
+		if got := panicLine(console); got != want {
+			t.Errorf("panicLine(%q) = %q, want %q", console, got, want)
+		}
+	}
+}

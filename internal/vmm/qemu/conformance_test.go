@@ -1,0 +1,46 @@
+package qemu_test
+
+import (
+	"testing"
+
+	"github.com/smolvm/smolvm/internal/host"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/qemu"
+	"github.com/smolvm/smolvm/internal/vmm/vmmtest"
+)
+
+func TestConformance(t *testing.T) {
+	testenv.RequireQEMU(t)
+	tests := []struct {
+		name, machine, accelerator, bootArgs, skipClock string
+	}{
+		{"emulated q35", "q35", vmm.TCG, "", ""},
+		// Not what is chosen for VMs, but it shows on any host that devices on
+		// virtio-mmio work as those on PCI do. The kernel can't calibrate the time
+		// stamp counter there, so it is told a frequency, and not to go by it.
+		{
+			"emulated microvm", "microvm", vmm.TCG, "tsc_early_khz=2000000 tsc=unstable",
+			"the guest's clock counts timer interrupts, of which a busy host loses some",
+		},
+		{"q35 on KVM", "q35", vmm.KVM, "", ""},
+		{"microvm on KVM", "microvm", vmm.KVM, "", ""},
+	}
+	best := host.New(host.Options{}).Accelerator(t.Context())
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			if test.accelerator == vmm.KVM && best.Name != host.KVM {
+				t.Skip("needs KVM: ", best.Reason)
+			}
+			vmmtest.Run(t,
+				func(testing.TB) vmm.Backend { return qemu.New(qemu.Options{Machine: test.machine}) },
+				vmmtest.Assets{
+					Kernel:      testenv.Kernel(t),
+					Initrd:      testenv.Initramfs,
+					Accelerator: test.accelerator,
+					BootArgs:    test.bootArgs,
+					SkipClock:   test.skipClock,
+				})
+		})
+	}
+}

@@ -1,0 +1,191 @@
+// Package qemu runs VMs by QEMU, controlled over QMP. All connections to QEMU are
+// inherited pairs of sockets, so it makes no socket files and none can be stale.
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Options of a [Backend]. The zero value is useful.
+type Options struct {
+	// Machine is QEMU's machine for every VM. Empty: chosen for each.
+	Machine string
+}
+
+// Backend implements [vmm.Backend].
+type Backend struct{ opts Options }
+
+var _ vmm.Backend = (*Backend)(nil)
+
+// New returns a Backend.
+func New(opts Options) *Backend { return &Backend{opts: opts} }
+
+// Name implements [vmm.Backend].
+func (b *Backend) Name() string { return "qemu" }
+
+// Start implements [vmm.Backend].
+func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, error) {
+	binary, err := findBinary(cfg.Binary)
+	if err != nil {
+		return nil, err
+	}
+	machine := b.opts.Machine
+	if machine == "" {
+		machine = machineFor(cfg, runtime.GOARCH)
+	}
+	inst, err := launch(binary, machine, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("start QEMU for VM %q: %w", cfg.ID, err)
+	}
+	if err := inst.awaitRunning(ctx); err != nil {
+		return nil, fmt.Errorf("start QEMU for VM %q: %w", cfg.ID, err)
+	}
+	return inst, nil
+}
+
+func findBinary(asked string) (string, error) {
+	name := asked
+	if name == "" {
+		name = vmm.QEMUProgram(runtime.GOARCH)
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", &smolvm.PrerequisiteError{Backend: "qemu", Findings: []smolvm.Finding{{
+			Name:     name,
+			Severity: smolvm.SeverityError,
+			Problem:  "not found: " + err.Error(),
+			Why:      "runs the VMs",
+			Fix:      "smolvm doctor",
+		}}}
+	}
+	return filepath.Abs(path)
+}
+
+// launch starts QEMU with its three connections.
+func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
+	control, controlFile, err := pair()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = controlFile.Close() }()
+	channel, channelFile, err := pair()
+	if err != nil {
+		return nil, errors.Join(err, control.Close())
+	}
+	defer func() { _ = channelFile.Close() }()
+	log, err := os.OpenFile(cfg.LogPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, errors.Join(err, control.Close(), channel.Close())
+	}
+	defer func() { _ = log.Close() }()
+	inst := &instance{cfg: cfg, control: control, done: make(chan struct{})}
+	inst.logStart, inst.consoleStart = size(cfg.LogPath), size(cfg.ConsolePath)
+
+	// Go gives the nth extra file the number 3+n.
+	files, fd := []*os.File{controlFile}, fds{qmp: 3}
+	if cfg.Channel {
+		fd.channel, files = 3+len(files), append(files, channelFile)
+		inst.channel = channel
+	} else {
+		_ = channel.Close()
+	}
+	if cfg.NIC != nil {
+		fd.link, files = 3+len(files), append(files, cfg.NIC.Link)
+	}
+	cmd := exec.Command(binary, args(cfg, machine, fd)...) //nolint:noctx // it outlives the call that starts it
+	cmd.ExtraFiles = files
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	if inst.child, err = proc.Start(cmd); err != nil {
+		return nil, errors.Join(err, inst.closeConns())
+	}
+	inst.qmp = newQMP(control, inst.handle)
+	go inst.watch()
+	return inst, nil
+}
+
+// awaitRunning returns when the guest's CPUs run. If they never do, it leaves
+// nothing behind.
+func (i *instance) awaitRunning(ctx context.Context) error {
+	var status struct {
+		Running bool `json:"running"`
+	}
+	err := i.qmp.execute(ctx, "qmp_capabilities", nil)
+	if err == nil {
+		err = i.qmp.execute(ctx, "query-status", &status)
+	}
+	if err == nil && status.Running {
+		return nil
+	}
+	// A connection that ended means that QEMU is ending; its own words say why.
+	if errors.Is(err, errQMPClosed) {
+		<-i.done
+		return errors.New(i.exit.Detail)
+	}
+	if err == nil {
+		err = errors.New("QEMU does not run the guest")
+	}
+	err = errors.Join(err, i.child.Kill())
+	<-i.done // its connections are closed by then
+	return err
+}
+
+// pair returns two connected stream sockets, one for us and one to be inherited.
+func pair() (net.Conn, *os.File, error) {
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make socket pair: %w", err)
+	}
+	ours := os.NewFile(uintptr(ends[0]), "vmm")
+	theirs := os.NewFile(uintptr(ends[1]), "vmm")
+	conn, err := net.FileConn(ours) // duplicates it
+	_ = ours.Close()
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("make socket pair: %w", err), theirs.Close())
+	}
+	return conn, theirs, nil
+}
+
+func size(path string) int64 {
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// since reads what has been appended to a file, at most the last 64 KiB of it.
+func since(path string, start int64) string {
+	file, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = file.Close() }()
+	end := size(path)
+	text := make([]byte, min(max(end-start, 0), 64<<10))
+	n, _ := file.ReadAt(text, end-int64(len(text)))
+	return string(text[:n])
+}
+
+// lastLines joins the last lines of a text into one line.
+func lastLines(text string, n int) string {
+	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' })
+	return strings.Join(lines[max(0, len(lines)-n):], "; ")
+}
+
+func now() time.Time { return time.Now().UTC() }

@@ -1,0 +1,139 @@
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+)
+
+// qmp is a connection to QEMU's control protocol: one line of JSON a message. See
+// QEMU's docs/interop/qmp-spec.
+type qmp struct {
+	conn   net.Conn
+	events func(event) // called in order, from one goroutine; must not block
+
+	mu      sync.Mutex // guards the following, and writes
+	nextID  int
+	pending map[int]chan reply
+	err     error // why the connection ended
+
+	done chan struct{} // closed when it has ended
+}
+
+// event is something that QEMU tells unasked.
+type event struct {
+	Name string          `json:"event"`
+	Data json.RawMessage `json:"data"`
+}
+
+type reply struct {
+	ID     *int            `json:"id"`
+	Return json.RawMessage `json:"return"`
+	Error  *qmpError       `json:"error"`
+}
+
+// qmpError is QEMU's refusal of a command.
+type qmpError struct {
+	Class string `json:"class"`
+	Desc  string `json:"desc"`
+}
+
+func (e *qmpError) Error() string { return e.Desc }
+
+var errQMPClosed = errors.New("control connection to QEMU is closed")
+
+// newQMP serves conn until it is closed. The first command must be
+// qmp_capabilities; QEMU's greeting needs no waiting for.
+func newQMP(conn net.Conn, events func(event)) *qmp {
+	q := &qmp{conn: conn, events: events, pending: map[int]chan reply{}, done: make(chan struct{})}
+	go q.read()
+	return q
+}
+
+// execute runs a command and decodes what it returns into result, if not nil.
+func (q *qmp) execute(ctx context.Context, command string, result any) error {
+	answer := make(chan reply, 1)
+	if err := q.send(command, answer); err != nil {
+		return fmt.Errorf("QMP %s: %w", command, err)
+	}
+	select {
+	case got := <-answer:
+		if got.Error != nil {
+			return fmt.Errorf("QMP %s: %w", command, got.Error)
+		}
+		if result != nil {
+			if err := json.Unmarshal(got.Return, result); err != nil {
+				return fmt.Errorf("QMP %s: decode result: %w", command, err)
+			}
+		}
+		return nil
+	case <-q.done:
+		return fmt.Errorf("QMP %s: %w", command, q.err)
+	case <-ctx.Done():
+		return fmt.Errorf("QMP %s: %w", command, context.Cause(ctx))
+	}
+}
+
+func (q *qmp) send(command string, answer chan reply) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.err != nil {
+		return q.err
+	}
+	q.nextID++
+	line, err := json.Marshal(struct {
+		Execute string `json:"execute"`
+		ID      int    `json:"id"`
+	}{command, q.nextID})
+	if err != nil {
+		return err
+	}
+	if _, err := q.conn.Write(append(line, '\n')); err != nil {
+		return fmt.Errorf("%w: %w", errQMPClosed, err)
+	}
+	q.pending[q.nextID] = answer
+	return nil
+}
+
+// read hands out what QEMU sends until the connection ends.
+func (q *qmp) read() {
+	lines := bufio.NewScanner(q.conn)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		q.handle(lines.Bytes())
+	}
+	err := errQMPClosed
+	if errors.Is(lines.Err(), bufio.ErrTooLong) {
+		err = fmt.Errorf("control connection to QEMU: %w", lines.Err())
+	}
+	q.mu.Lock()
+	q.err = err
+	q.mu.Unlock()
+	close(q.done)
+}
+
+func (q *qmp) handle(line []byte) {
+	var message struct {
+		event
+		reply
+	}
+	if json.Unmarshal(line, &message) != nil {
+		return // not for us: QEMU's own errors come as JSON too
+	}
+	switch {
+	case message.Name != "":
+		q.events(message.event)
+	case message.ID != nil:
+		q.mu.Lock()
+		answer := q.pending[*message.ID]
+		delete(q.pending, *message.ID)
+		q.mu.Unlock()
+		if answer != nil {
+			answer <- message.reply
+		}
+	}
+}

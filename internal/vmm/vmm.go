@@ -1,0 +1,225 @@
+// Package vmm is the contract between smolvm and the programs that run VMs.
+//
+// A [Backend] adapts one VMM program. It is immutable: everything of one VM is
+// in the [Instance] that Start returns. Backends run in the VM's shim, which
+// stays the VMM's parent for as long as it lives; a backend must see to it that
+// the VMM dies with the process that started it.
+//
+// Extra abilities are optional interfaces, found by type assertion on an
+// Instance. What every backend does is checked by package vmmtest.
+package vmm
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"slices"
+	"time"
+)
+
+// Accelerators.
+const (
+	KVM = "kvm" // hardware virtualization
+	TCG = "tcg" // emulation in software, on any host
+)
+
+// Traits is what the rest of the program must know of a backend without running
+// it; see [Lookup].
+type Traits struct {
+	// Name of the backend.
+	Name string
+	// DiskFormats lists the formats that it can use, best first.
+	DiskFormats []string
+	// Accelerators lists what it can run on, best first.
+	Accelerators []string
+	// Programs lists the programs that it needs on the host.
+	Programs []Program
+}
+
+// Program is a program that a backend needs.
+type Program struct {
+	// Names are alternatives, any one of which will do.
+	Names []string
+	// MinVersion is the oldest version that works. Empty: any.
+	MinVersion string
+	// Why says what needs it.
+	Why string
+	// Packages names the package that holds it, by package manager ("apt", "dnf",
+	// "pacman", "apk", "zypper").
+	Packages map[string]string
+	// Optional programs make things better; the backend works without them.
+	Optional bool
+}
+
+// Known lists the traits of every backend, in the order in which "auto" prefers
+// them.
+func Known() []Traits {
+	return []Traits{
+		{
+			Name:         "qemu",
+			DiskFormats:  []string{"qcow2", "raw"},
+			Accelerators: []string{KVM, TCG},
+			Programs: []Program{{
+				Names:      []string{QEMUProgram(runtime.GOARCH)},
+				MinVersion: "6.0", // the first with all the options that we use
+				Why:        "runs the VMs",
+				Packages:   qemuPackages(runtime.GOARCH),
+			}},
+		},
+	}
+}
+
+// QEMUProgram is the name of QEMU's program for an architecture as Go names it.
+func QEMUProgram(arch string) string {
+	return "qemu-system-" + map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[arch]
+}
+
+func qemuPackages(arch string) map[string]string {
+	packages := map[string]string{"apt": "qemu-system-x86", "dnf": "qemu-system-x86-core", "zypper": "qemu-x86", "pacman": "qemu-system-x86", "apk": "qemu-system-x86_64"}
+	if arch == "arm64" {
+		packages = map[string]string{"apt": "qemu-system-arm", "dnf": "qemu-system-aarch64-core", "zypper": "qemu-arm", "pacman": "qemu-system-aarch64", "apk": "qemu-system-aarch64"}
+	}
+	return packages
+}
+
+// Lookup returns the traits of the named backend.
+func Lookup(name string) (Traits, error) {
+	known := Known()
+	i := slices.IndexFunc(known, func(t Traits) bool { return t.Name == name })
+	if i < 0 {
+		return Traits{}, fmt.Errorf("backend %q is not known to this program", name)
+	}
+	return known[i], nil
+}
+
+// ChannelPort is the name of the guest channel's virtio-serial port.
+const ChannelPort = "smolvm.agent"
+
+// Config is all that a backend needs to start one VM. It is plain data, so that
+// it can cross from the manager's process to the shim's.
+type Config struct {
+	// ID names the VM in messages and in the VMM's process list.
+	ID string `json:"id"`
+	// Binary is the VMM program. Empty: the backend looks in PATH.
+	Binary string `json:"binary,omitempty"`
+	// Accelerator is [KVM] or [TCG].
+	Accelerator string `json:"accelerator"`
+	VCPUs       int    `json:"vcpus"`
+	MemoryMiB   int    `json:"memory_mib"`
+
+	Kernel string `json:"kernel"`
+	Initrd string `json:"initrd,omitempty"`
+	// BootArgs are the kernel's arguments. A backend adds what its machine
+	// needs, and drops what would keep a guest from booting on it.
+	BootArgs string `json:"boot_args"`
+
+	// Drives in order; the first becomes /dev/vda.
+	Drives []Drive `json:"drives,omitempty"`
+	// NIC is the guest's network interface; nil: none.
+	NIC *NIC `json:"nic,omitempty"`
+	// Channel asks for a guest channel; see [Instance].
+	Channel bool `json:"channel"`
+
+	// ConsolePath is the file to which the guest's serial console is appended.
+	ConsolePath string `json:"console_path"`
+	// LogPath is the file to which the VMM's own output is appended.
+	LogPath string `json:"log_path"`
+}
+
+// Drive is one disk.
+type Drive struct {
+	Path     string `json:"path"`
+	Format   string `json:"format"` // "raw" or "qcow2"
+	ReadOnly bool   `json:"read_only,omitempty"`
+}
+
+// NIC is a network interface.
+type NIC struct {
+	MAC string `json:"mac"`
+	// MTU in bytes that the device offers to the guest. Zero: 1500.
+	MTU int `json:"mtu,omitempty"`
+	// Link is the VMM's end of a pair of connected unix datagram sockets, each
+	// datagram one Ethernet frame. Start duplicates it: the caller closes its
+	// own copy. It does not cross processes by JSON.
+	Link *os.File `json:"-"`
+}
+
+// Backend starts VMs.
+type Backend interface {
+	// Name as in [Traits].
+	Name() string
+	// Start starts the VMM and returns when the guest's CPUs run. ctx bounds
+	// only the call: the VM lives on when it is done or cancelled after that.
+	// On failure nothing is left running, and the error quotes what the VMM
+	// printed.
+	Start(ctx context.Context, cfg Config) (Instance, error)
+}
+
+// Instance is one running VM. All methods may be called at any time, from any
+// goroutine, and again.
+type Instance interface {
+	// PID of the VMM process.
+	PID() int
+	// Channel is the host's end of the guest channel, nil if [Config] asked for
+	// none: a byte stream that is buffered until the guest opens its end.
+	Channel() io.ReadWriteCloser
+	// Done is closed when the VMM has ended and has been reaped.
+	Done() <-chan struct{}
+	// Exit says how it ended. It may be called only after Done is closed.
+	Exit() Exit
+	// Shutdown asks the guest's firmware or kernel to power off (ACPI power
+	// button or the like), and returns at once. Nothing happens if the guest
+	// does not listen.
+	Shutdown(ctx context.Context) error
+	// Kill ends the VMM: first by asking it to quit, then, when ctx is done or
+	// it does not follow, by SIGKILL. It returns when the VMM has been reaped;
+	// a VMM that has already ended is a success.
+	Kill(ctx context.Context) error
+}
+
+// ExitReason says why a VM ended.
+type ExitReason string
+
+// Why a VM ended.
+const (
+	ExitPowerOff ExitReason = "power-off" // the guest powered off
+	ExitReboot   ExitReason = "reboot"    // the guest reset itself; we don't reboot
+	ExitPanic    ExitReason = "panic"     // the guest's kernel panicked
+	ExitKilled   ExitReason = "killed"    // by Kill
+	ExitCrashed  ExitReason = "crashed"   // the VMM ended by itself
+)
+
+// Exit is how a VM ended.
+type Exit struct {
+	Reason ExitReason `json:"reason"`
+	// Detail says more, in words: the VMM's exit status, the panic's message.
+	Detail string    `json:"detail,omitempty"`
+	At     time.Time `json:"at"`
+}
+
+// Clean says whether the VM ended in an orderly way.
+func (e Exit) Clean() bool {
+	return e.Reason == ExitPowerOff || e.Reason == ExitReboot || e.Reason == ExitKilled
+}
+
+func (e Exit) String() string {
+	words := map[ExitReason]string{
+		ExitPowerOff: "the guest powered off",
+		ExitReboot:   "the guest rebooted, which ends a VM",
+		ExitPanic:    "the guest's kernel panicked",
+		ExitKilled:   "the VMM was ended by smolvm",
+		ExitCrashed:  "the VMM ended unexpectedly",
+	}[e.Reason]
+	if e.Detail != "" {
+		words += ": " + e.Detail
+	}
+	return words
+}
+
+// Pauser is an Instance that can hold and continue the guest's CPUs.
+type Pauser interface {
+	Pause(ctx context.Context) error
+	Resume(ctx context.Context) error
+}

@@ -1,0 +1,236 @@
+package vmmtest
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// machine: the guest has what was asked for.
+func machine(k *kit) {
+	g := k.boot(func(c *vmm.Config) {
+		c.VCPUs, c.MemoryMiB = 2, 256
+		c.BootArgs += " vmmtest.word=1"
+	})
+	if got := g.run("nproc"); got != "2" {
+		k.Errorf("the guest has %s CPUs, want 2", got)
+	}
+	kibibytes, err := strconv.Atoi(g.run("awk '/^MemTotal/ { print $2 }' /proc/meminfo"))
+	// A kernel keeps some for itself.
+	if mebibytes := kibibytes >> 10; err != nil || mebibytes > 256 || mebibytes < 180 {
+		k.Errorf("the guest has %d MiB of memory (%v), want somewhat less than 256", mebibytes, err)
+	}
+	if got := strings.Fields(g.run("cat /proc/cmdline")); !slices.Contains(got, "vmmtest.word=1") {
+		k.Errorf("the kernel's arguments are %q, without our own", got)
+	}
+	if got := g.backend.Name(); !isKnown(got) {
+		k.Errorf("backend %q has no traits", got)
+	}
+	if _, err := os.Stat("/proc/" + strconv.Itoa(g.PID())); err != nil {
+		k.Errorf("the VMM's process: %v", err)
+	}
+}
+
+func isKnown(backend string) bool {
+	_, err := vmm.Lookup(backend)
+	return err == nil
+}
+
+// console: what the kernel and init print is appended to the file.
+func console(k *kit) {
+	const earlier, mark = "of an earlier run\n", "a word on the console"
+	g := k.boot(func(c *vmm.Config) {
+		if err := os.WriteFile(c.ConsolePath, []byte(earlier), 0o600); err != nil {
+			k.Fatal(err)
+		}
+	})
+	g.run("echo " + mark + " >/dev/console")
+	// The command has ended when the guest's driver has the text, not the host.
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	limit := time.After(patience)
+	for !strings.Contains(readFile(g.cfg.ConsolePath), mark) {
+		select {
+		case <-tick.C:
+		case <-limit:
+			k.Fatalf("the console's file lacks %q", mark)
+		}
+	}
+	if got := readFile(g.cfg.ConsolePath); !strings.HasPrefix(got, earlier) {
+		k.Errorf("the console's file does not begin with what it held: %.100q", got)
+	}
+}
+
+// clock: the guest's clock shows the host's time, and runs at its speed.
+func clock(k *kit) {
+	if k.assets.SkipClock != "" {
+		k.Skip(k.assets.SkipClock)
+	}
+	g := k.boot(nil)
+	// The guest reads its clock at some time between early and late.
+	read := func() (early time.Time, uptime, date float64, late time.Time) {
+		early = time.Now()
+		words := strings.Fields(g.run("cut -d' ' -f1 /proc/uptime; date +%s"))
+		late = time.Now()
+		if len(words) != 2 {
+			k.Fatalf("the guest's clock is %q", words)
+		}
+		return early, number(k, words[0]), number(k, words[1]), late
+	}
+	early1, uptime1, date, late1 := read()
+	const slack = 3 // seconds: the date is in whole ones
+	if date < float64(early1.Unix()-slack) || date > float64(late1.Unix()+slack) {
+		k.Errorf("the guest's date is %.0f s from the host's", date-float64(late1.Unix()))
+	}
+	<-time.After(2 * time.Second)
+	early2, uptime2, _, late2 := read()
+	least, most := early2.Sub(late1).Seconds(), late2.Sub(early1).Seconds()
+	const tolerance = 1.1
+	if passed := uptime2 - uptime1; passed < least/tolerance || passed > most*tolerance {
+		k.Errorf("%.2f s passed in the guest, between %.2f and %.2f s on the host", passed, least, most)
+	}
+}
+
+func number(k *kit, text string) float64 {
+	k.Helper()
+	value, err := strconv.ParseFloat(text, 64)
+	if err != nil {
+		k.Fatal(err)
+	}
+	return value
+}
+
+// channel: bytes get through unchanged, in both directions, also those written
+// before the guest listens.
+func channel(k *kit) {
+	g := k.start(nil)
+	g.tell("echo written early")
+	for _, want := range []string{ready, "written early", status + "0"} {
+		if got := g.line(); got != want {
+			k.Fatalf("the guest says %q, want %q", got, want)
+		}
+	}
+	// More than any buffer on the way holds, and every value that a byte can have.
+	const size = 1 << 20
+	data := make([]byte, size)
+	_, _ = rand.Read(data) // never fails
+	g.tell("head -c " + strconv.Itoa(size) + " <&3 | sha256sum")
+	if _, err := g.Channel().Write(data); err != nil {
+		k.Fatal(err)
+	}
+	sum := sha256.Sum256(data)
+	if got, want := g.line(), hex.EncodeToString(sum[:]); !strings.HasPrefix(got, want) {
+		k.Errorf("the guest received data of hash %s, want %s", got, want)
+	}
+	_ = g.line() // the exit status
+	if got := g.run("head -c " + strconv.Itoa(size) + " /dev/zero | tr '\\0' x; echo"); got != strings.Repeat("x", size) {
+		k.Errorf("the host received %d bytes, of %d that the guest sent", len(got), size)
+	}
+	g.killed()
+	if _, err := g.Channel().Write([]byte("anybody there?")); err == nil {
+		k.Error("the channel of a VM that has ended takes data")
+	}
+}
+
+// noChannel: a guest that was given none has none.
+func noChannel(k *kit) {
+	g := k.start(func(c *vmm.Config) { c.Channel = false })
+	if got := g.Channel(); got != nil {
+		k.Errorf("Channel = %v, want nil", got)
+	}
+}
+
+// drives: they come in order, can be written unless they are read-only, and what
+// was written is in the file when the VM has ended.
+func drives(k *kit) {
+	traits, err := vmm.Lookup(k.backend.Name())
+	if err != nil {
+		k.Fatal(err)
+	}
+	list := []vmm.Drive{
+		k.drive("first", "raw"),
+		k.drive("second", "raw"),
+		k.drive("third", "raw"),
+	}
+	list[1].ReadOnly = true
+	for _, format := range traits.DiskFormats {
+		if _, err := exec.LookPath("qemu-img"); err != nil {
+			k.Log("drives of other formats than raw are not tested: ", err)
+			break
+		}
+		if format != "raw" {
+			list = append(list, k.drive("in-"+format, format))
+		}
+	}
+	g := k.boot(func(c *vmm.Config) { c.Drives = list })
+	for i, drive := range list {
+		device := "vd" + string(rune('a'+i))
+		name := strings.TrimSuffix(filepath.Base(drive.Path), ".img")
+		if got := g.run("head -n 1 /dev/" + device); got != name {
+			k.Errorf("%s holds %q, want %q", device, got, name)
+		}
+		want := map[bool]string{false: "0", true: "1"}[drive.ReadOnly]
+		if got := g.run("cat /sys/block/" + device + "/ro"); got != want {
+			k.Errorf("%s has ro=%s, want %s", device, got, want)
+		}
+	}
+	g.run("printf 'written\\n' | dd of=/dev/vdc conv=notrunc,fsync 2>/dev/null")
+	if _, code := g.try("printf 'written\\n' | dd of=/dev/vdb conv=notrunc,fsync 2>/dev/null"); code == "0" {
+		k.Error("the guest can write to a read-only drive")
+	}
+	g.killed()
+	for i, want := range []string{"first\n", "second\n", "written\n"} {
+		if got := readFile(list[i].Path); !strings.HasPrefix(got, want) {
+			k.Errorf("the file of drive %d begins with %.10q, want %q", i, got, want)
+		}
+	}
+}
+
+// drive makes a drive of 1 MiB whose first line is its name.
+func (k *kit) drive(name, format string) vmm.Drive {
+	k.Helper()
+	path := filepath.Join(k.dir, name+".img")
+	if err := os.WriteFile(path, []byte(name+"\n"), 0o600); err != nil {
+		k.Fatal(err)
+	}
+	if err := os.Truncate(path, 1<<20); err != nil {
+		k.Fatal(err)
+	}
+	if format == "raw" {
+		return vmm.Drive{Path: path, Format: format}
+	}
+	raw := path + ".raw"
+	if err := os.Rename(path, raw); err != nil {
+		k.Fatal(err)
+	}
+	// It takes both file names as they are.
+	cmd := exec.CommandContext(k.Context(), "qemu-img", "convert", "-f", "raw", "-O", format, raw, path)
+	if output, err := cmd.CombinedOutput(); err != nil {
+		k.Fatalf("%v: %v: %s", cmd, err, output)
+	}
+	return vmm.Drive{Path: path, Format: format}
+}
+
+// sharedDrive: VMs can share what they only read.
+func sharedDrive(k *kit) {
+	drive := k.drive("shared", "raw")
+	drive.ReadOnly = true
+	share := func(c *vmm.Config) { c.Drives = []vmm.Drive{drive} }
+	for _, g := range []*guest{k.start(share), k.start(share)} {
+		if got := g.line(); got != ready {
+			k.Fatalf("the guest says %q, want %q", got, ready)
+		}
+		if got := g.run("head -n 1 /dev/vda"); got != "shared" {
+			k.Errorf("the shared drive holds %q", got)
+		}
+	}
+}

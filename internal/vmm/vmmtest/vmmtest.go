@@ -1,0 +1,71 @@
+// Package vmmtest checks that a [vmm.Backend] keeps its contract. Every backend's
+// own tests run it; what is peculiar to one VMM is tested there.
+//
+// The guest is a kernel and an initramfs whose init does what the test tells it
+// over the guest channel, so a test reads as a conversation. Paths hold commas,
+// spaces and equals signs, which VMMs like to give a meaning.
+package vmmtest
+
+import (
+	"testing"
+
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Assets are what guests are made of.
+type Assets struct {
+	// Kernel is an ELF kernel.
+	Kernel string
+	// Initrd makes an initramfs whose init, a shell with busybox's programs in
+	// PATH, runs the script when /proc, /sys and /dev are mounted and the modules
+	// of all virtio devices are loaded.
+	Initrd func(t testing.TB, script string) string
+	// Accelerator is [vmm.KVM] or [vmm.TCG].
+	Accelerator string
+	// BootArgs are the kernel's arguments, without those of the console.
+	BootArgs string
+	// SkipClock says why the guest's clock is not tested. Empty: it is.
+	SkipClock string
+}
+
+// Run runs the suite. Each case starts VMs of its own, on a backend of its own.
+func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
+	initrd := assets.Initrd(t, obey)
+	cases := []struct {
+		name string
+		run  func(*kit)
+		// alone is for cases that count what this whole process has open.
+		alone bool
+	}{
+		{"leaves nothing open", leavesNothing, true},
+		{"start fails", startFails, true},
+		{"dies with its parent", diesWithParent, true},
+
+		{"machine", machine, false},
+		{"console", console, false},
+		{"clock", clock, false},
+		{"channel", channel, false},
+		{"no channel", noChannel, false},
+		{"drives", drives, false},
+		{"shared drive", sharedDrive, false},
+		{"network", network, false},
+
+		{"power-off", powerOff, false},
+		{"reboot", reboot, false},
+		{"panic", kernelPanic, false},
+		{"crash", crash, false},
+		{"kill", kill, false},
+		{"kill at once", killAtOnce, false},
+		{"kill a VMM that hangs", killHung, false},
+		{"shutdown", shutdown, false},
+		{"pause", pause, false},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			if !c.alone {
+				t.Parallel()
+			}
+			c.run(newKit(t, newBackend(t), assets, initrd))
+		})
+	}
+}
