@@ -1,0 +1,114 @@
+package usernet
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+)
+
+// filter says which frames of a guest get into the stack: those that a guest with
+// one interface and one address sends. A guest is not trusted, and under ever new
+// addresses it would make the stack remember all of them. Where the guest may connect
+// to is not decided here but by [outbound].
+type filter struct {
+	guestMAC, gatewayMAC net.HardwareAddr
+	guest, gateway       netip.Addr
+}
+
+func newFilter(config Config) (filter, error) {
+	for _, addr := range []netip.Addr{config.Guest, config.Gateway} {
+		if !addr.Is4() || !config.Prefix.Contains(addr) {
+			return filter{}, fmt.Errorf("address %s is not in the IPv4 network %s", addr, config.Prefix)
+		}
+	}
+	guestMAC, err := net.ParseMAC(config.GuestMAC)
+	if err != nil || len(guestMAC) != macLength {
+		return filter{}, fmt.Errorf("MAC address %q of the guest is not valid", config.GuestMAC)
+	}
+	ours, err := net.ParseMAC(gatewayMAC)
+	return filter{guestMAC: guestMAC, gatewayMAC: ours, guest: config.Guest, gateway: config.Gateway}, err
+}
+
+// Offsets and values in frames of Ethernet II (RFC 894), IPv4 (RFC 791), UDP (RFC 768)
+// and DHCP (RFC 2131).
+const (
+	macLength      = 6
+	ethernetHeader = 14
+	etherTypeIPv4  = 0x0800
+	etherTypeARP   = 0x0806
+
+	ipv4MinHeader = 20
+	ipv4More      = 0x2000 // flag: more fragments follow
+	ipv4Offset    = 0x1fff // where in the datagram the fragment belongs
+	protocolICMP  = 1
+	protocolTCP   = 6
+	protocolUDP   = 17
+
+	dnsPort        = 53
+	dhcpServerPort = 67
+	udpHeader      = 8
+	dhcpHWAddr     = 28
+)
+
+func (f filter) admit(frame []byte) bool {
+	if len(frame) < ethernetHeader {
+		return false
+	}
+	to, from := frame[:macLength], frame[macLength:2*macLength]
+	broadcast := bytes.Equal(to, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
+	if !bytes.Equal(from, f.guestMAC) || !broadcast && !bytes.Equal(to, f.gatewayMAC) {
+		return false
+	}
+	switch binary.BigEndian.Uint16(frame[2*macLength:]) {
+	case etherTypeARP:
+		return true
+	case etherTypeIPv4:
+		return f.admitIPv4(frame[ethernetHeader:])
+	}
+	return false
+}
+
+func (f filter) admitIPv4(packet []byte) bool {
+	if len(packet) < ipv4MinHeader {
+		return false
+	}
+	header := 4 * int(packet[0]&0x0f)
+	if header < ipv4MinHeader || len(packet) < header {
+		return false
+	}
+	protocol := packet[9]
+	from, to := netip.AddrFrom4([4]byte(packet[12:16])), netip.AddrFrom4([4]byte(packet[16:20]))
+	if to == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
+		return protocol == protocolUDP && f.isDHCP(packet, header)
+	}
+	if from != f.guest {
+		return false
+	}
+	if to != f.gateway {
+		// The stack would answer a ping itself, whether the address is there or not.
+		return protocol == protocolTCP || protocol == protocolUDP
+	}
+	return protocol != protocolUDP || !isFragment(packet) && (f.isDHCP(packet, header) || port(packet, header) != dhcpServerPort)
+}
+
+// isDHCP says whether the packet is for the DHCP server and about this guest: it leases
+// an address to each hardware address that it hears of.
+func (f filter) isDHCP(packet []byte, header int) bool {
+	address := header + udpHeader + dhcpHWAddr
+	return !isFragment(packet) && port(packet, header) == dhcpServerPort &&
+		len(packet) >= address+macLength && bytes.Equal(packet[address:address+macLength], f.guestMAC)
+}
+
+// port is the port that a TCP or UDP packet goes to; 0 if it has none.
+func port(packet []byte, header int) int {
+	if len(packet) < header+4 {
+		return 0
+	}
+	return int(binary.BigEndian.Uint16(packet[header+2:]))
+}
+
+func isFragment(packet []byte) bool {
+	return binary.BigEndian.Uint16(packet[6:])&(ipv4More|ipv4Offset) != 0
+}

@@ -1,0 +1,246 @@
+package usernet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+)
+
+// hostAddrs lists the host's own addresses, and those that mean it or all its
+// neighbours.
+func hostAddrs(t testing.TB) []netip.Addr {
+	t.Helper()
+	list := []netip.Addr{
+		testConfig().Gateway,
+		netip.MustParseAddr("0.0.0.0"),
+		netip.MustParseAddr("0.0.0.1"),
+		netip.MustParseAddr("127.0.0.1"),
+		netip.MustParseAddr("127.1.2.3"),
+		netip.MustParseAddr("169.254.169.254"), // where clouds have their metadata
+		netip.MustParseAddr("224.0.0.1"),       // all hosts of a link
+	}
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, addr := range addrs {
+		prefix, err := netip.ParsePrefix(addr.String())
+		if err != nil || !prefix.Addr().Is4() || prefix.Addr().IsLoopback() {
+			continue
+		}
+		list = append(list, prefix.Addr(), lastOf(prefix))
+	}
+	return list
+}
+
+// lastOf is the broadcast address of a network.
+func lastOf(prefix netip.Prefix) netip.Addr {
+	b := prefix.Addr().As4()
+	for bit := prefix.Bits(); bit < 32; bit++ {
+		b[bit/8] |= 1 << (7 - bit%8)
+	}
+	return netip.AddrFrom4(b)
+}
+
+// What listens on the host is out of the guest's reach, on whichever address.
+func TestHostUnreachable(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	listener, err := net.Listen("tcp4", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = listener.Close() }()
+	port := uint16(listener.Addr().(*net.TCPAddr).Port)
+	n := newNetwork(t)
+	g := newGuest(t, n)
+	newOutside(t) // gives the host an address that the network does not know of
+	var dials sync.WaitGroup
+	for _, addr := range hostAddrs(t) {
+		dials.Go(func() {
+			to := netip.AddrPortFrom(addr, port)
+			if conn, err := n.outbound.dial(to, "tcp4"); err == nil {
+				t.Errorf("%s can be reached", to)
+				_ = conn.Close()
+			}
+			// Some are refused, and some get no answer, as the guest has no neighbours.
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			if conn, err := gonet.DialContextTCP(ctx, g.Stack, full(to), ipv4.ProtocolNumber); err == nil {
+				t.Errorf("the guest is connected to %s", to)
+				_ = conn.Close()
+			}
+		})
+		_, _ = g.dialUDP(netip.AddrPortFrom(addr, port)).Write([]byte("hello"))
+	}
+	dials.Wait()
+	// The guest's frames are handled in order, so by now a flow has been made of each
+	// datagram that is let through.
+	ask(t, g.dialUDP(netip.AddrPortFrom(testConfig().Gateway, dnsPort)), "UDP", "localhost.")
+	n.outbound.mu.Lock()
+	defer n.outbound.mu.Unlock()
+	for f := range n.outbound.flows {
+		t.Errorf("datagrams get to %s", f.outside.RemoteAddr())
+	}
+}
+
+// Nothing is open on the gateway but the services of the network.
+func TestGatewayPorts(t *testing.T) {
+	n := newNetwork(t)
+	g := newGuest(t, n)
+	for _, port := range []uint16{22, 67, 80, 443, 2375, 7777, 8080} {
+		if conn, err := g.dialTCP(netip.AddrPortFrom(testConfig().Gateway, port)); err == nil {
+			t.Errorf("port %d of the gateway is open", port)
+			_ = conn.Close()
+		}
+	}
+	conn, err := g.dialTCP(netip.AddrPortFrom(testConfig().Gateway, dnsPort))
+	if err != nil {
+		t.Fatalf("DNS over TCP: %v", err)
+	}
+	_ = conn.Close()
+}
+
+func TestOutboundTCP(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	var listener net.Listener
+	newOutside(t).run(func() (err error) {
+		listener, err = net.Listen("tcp4", outsideAddr.String()+":8080")
+		return err
+	})
+	sums := make(chan [2][32]byte, 1)
+	go func() {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		sent, received, _ := exchange(conn, 1)
+		sums <- [2][32]byte{sent, received}
+	}()
+	n := newNetwork(t)
+	g := newGuest(t, n)
+	conn, err := g.dialTCP(netip.AddrPortFrom(outsideAddr, 8080))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent, received, err := exchange(conn, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := <-sums; got != [2][32]byte{received, sent} {
+		t.Error("what arrives is not what was sent")
+	}
+	// A port that is closed outside is closed for the guest.
+	_ = listener.Close()
+	if conn, err := g.dialTCP(netip.AddrPortFrom(outsideAddr, 8080)); err == nil {
+		t.Error("a connection to a closed port succeeds")
+		_ = conn.Close()
+	}
+}
+
+func TestOutboundUDP(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	var server net.PacketConn
+	newOutside(t).run(func() (err error) {
+		server, err = net.ListenPacket("udp4", outsideAddr.String()+":8080")
+		return err
+	})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		datagram := make([]byte, maxDatagram)
+		for {
+			size, from, err := server.ReadFrom(datagram)
+			if err != nil {
+				return
+			}
+			_, _ = server.WriteTo(datagram[:size], from)
+		}
+	}()
+	defer func() {
+		_ = server.Close()
+		<-done
+	}()
+	n := newNetwork(t)
+	g := newGuest(t, n)
+	// More flows than there can be: those that are idle make place.
+	for i := range maxFlows + 20 {
+		conn := g.dialUDP(netip.AddrPortFrom(outsideAddr, 8080))
+		for range 2 {
+			exchangeDatagram(t, conn, fmt.Sprint("datagram ", i))
+		}
+	}
+	n.outbound.mu.Lock()
+	flows := len(n.outbound.flows)
+	n.outbound.mu.Unlock()
+	if flows > maxFlows {
+		t.Errorf("%d flows, want at most %d", flows, maxFlows)
+	}
+	// Fragments, both ways.
+	exchangeDatagram(t, g.dialUDP(netip.AddrPortFrom(outsideAddr, 8080)), strings.Repeat("long ", 5000))
+}
+
+func exchangeDatagram(t *testing.T, conn net.Conn, text string) {
+	t.Helper()
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	answer := make([]byte, maxDatagram)
+	_, err := io.WriteString(conn, text)
+	if err == nil {
+		var size int
+		size, err = conn.Read(answer)
+		answer = answer[:size]
+	}
+	if err != nil || string(answer) != text {
+		t.Fatalf("send %d bytes: got %d bytes, %v", len(text), len(answer), err)
+	}
+}
+
+// Closing the network ends what is under way to the outside.
+func TestCloseOutbound(t *testing.T) {
+	if !inOwnNetwork(t) {
+		return
+	}
+	var listener net.Listener
+	newOutside(t).run(func() (err error) {
+		listener, err = net.Listen("tcp4", outsideAddr.String()+":8080")
+		return err
+	})
+	defer func() { _ = listener.Close() }()
+	n := newNetwork(t)
+	g := newGuest(t, n)
+	if _, err := g.dialTCP(netip.AddrPortFrom(outsideAddr, 8080)); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if _, err := g.dialUDP(netip.AddrPortFrom(outsideAddr, 8081)).Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Errorf("close: %v", err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the connection outlives the network: %v", err)
+	}
+}

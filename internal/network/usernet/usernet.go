@@ -1,0 +1,116 @@
+package usernet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// defaultMTU is Ethernet's.
+const defaultMTU = 1500
+
+// Network is the network of one VM.
+type Network struct {
+	config   Config
+	stack    *stack.Stack
+	link     *os.File
+	conn     net.Conn // our end of the link
+	services []io.Closer
+	outbound *outbound
+	running  sync.WaitGroup // what serves the link and the services
+
+	mu     sync.Mutex // guards the following
+	closed bool
+	open   map[io.Closer]struct{} // forwards
+}
+
+// New makes the network. It serves the guest from then on, until Close.
+func New(config Config) (*Network, error) {
+	if config.MTU == 0 {
+		config.MTU = defaultMTU
+	}
+	filter, err := newFilter(config)
+	if err != nil {
+		return nil, fmt.Errorf("make user-space network: %w", err)
+	}
+	conn, link, err := newLink()
+	if err != nil {
+		return nil, err
+	}
+	n := &Network{config: config, conn: conn, link: link, open: map[io.Closer]struct{}{}}
+	if err := n.build(filter); err != nil {
+		return nil, errors.Join(fmt.Errorf("make user-space network: %w", err), n.Close())
+	}
+	return n, nil
+}
+
+// Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.
+func (n *Network) Link() *os.File { return n.link }
+
+// DialGuest connects to a TCP port of the guest. The connection ends with the network.
+func (n *Network) DialGuest(ctx context.Context, port int) (net.Conn, error) {
+	if port < 1 || port > 65535 {
+		return nil, fmt.Errorf("connect to port %d of the guest: ports are 1 to 65535", port)
+	}
+	address := tcpip.FullAddress{NIC: nicID, Addr: tcpip.AddrFrom4(n.config.Guest.As4()), Port: uint16(port)}
+	conn, err := gonet.DialContextTCP(ctx, n.stack, address, ipv4.ProtocolNumber)
+	if err != nil {
+		return nil, fmt.Errorf("connect to port %d of the guest: %w", port, err)
+	}
+	return conn, nil
+}
+
+// Close ends all forwards and connections and the link, and returns when nothing of
+// the network runs any more. It may be called again.
+func (n *Network) Close() error {
+	n.mu.Lock()
+	if n.closed {
+		n.mu.Unlock()
+		return nil
+	}
+	open := n.open
+	n.open, n.closed = nil, true
+	n.mu.Unlock()
+	for c := range open {
+		_ = c.Close()
+	}
+	err := errors.Join(n.conn.Close(), n.link.Close())
+	for _, service := range n.services {
+		_ = service.Close()
+	}
+	if n.stack != nil {
+		n.outbound.close()
+		n.stack.Close()
+		n.running.Wait()
+		n.outbound.wait()
+		n.stack.Wait()
+	}
+	return err
+}
+
+// track keeps c to be closed with the network. It says false if the network is closed
+// already.
+func (n *Network) track(c io.Closer) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return false
+	}
+	n.open[c] = struct{}{}
+	return true
+}
+
+func (n *Network) untrack(c io.Closer) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.open, c)
+}
