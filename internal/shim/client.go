@@ -1,0 +1,117 @@
+package shim
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+)
+
+// Client asks a running shim. Each call is a connection of its own. If there is no
+// shim any more, the error matches [ErrGone].
+type Client struct{ runtimeDir string }
+
+// NewClient returns a client for the shim of that runtime directory.
+func NewClient(runtimeDir string) *Client { return &Client{runtimeDir: runtimeDir} }
+
+// Status asks for the VM's status.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	answer, err := c.call(ctx, request{Op: opStatus})
+	if err != nil || answer.Status == nil {
+		return Status{}, err
+	}
+	return *answer.Status, nil
+}
+
+// Stop stops the VM within about the grace, and returns when it has ended. With no
+// grace it is ended at once.
+func (c *Client) Stop(ctx context.Context, grace time.Duration) error {
+	_, err := c.call(ctx, request{Op: opStop, Grace: grace})
+	return err
+}
+
+// AddForward sets up a port forward. Port 0 of the host is any free port; the
+// forward that is returned names it. The error matches [smolvm.ErrPortInUse] if the
+// port is taken.
+func (c *Client) AddForward(ctx context.Context, forward Forward) (Forward, error) {
+	answer, err := c.call(ctx, request{Op: opAddForward, Forward: forward})
+	return answer.Forward, err
+}
+
+// RemoveForward ends the forward of a host address, with its connections. The error
+// matches [smolvm.ErrNotFound] if there is none.
+func (c *Client) RemoveForward(ctx context.Context, host netip.AddrPort) error {
+	_, err := c.call(ctx, request{Op: opRemoveForward, Host: host})
+	return err
+}
+
+// Pause holds the guest's CPUs.
+func (c *Client) Pause(ctx context.Context) error {
+	_, err := c.call(ctx, request{Op: opPause})
+	return err
+}
+
+// Resume lets the guest's CPUs go on.
+func (c *Client) Resume(ctx context.Context) error {
+	_, err := c.call(ctx, request{Op: opResume})
+	return err
+}
+
+// DialGuest connects to a TCP port of the guest's network address.
+func (c *Client) DialGuest(ctx context.Context, port int) (net.Conn, error) {
+	conn, reader, _, err := c.send(ctx, request{Op: opDial, Port: port})
+	if err != nil {
+		return nil, err
+	}
+	return bufferedConn{conn, reader}, nil
+}
+
+// DialAgent connects to the SSH server of the guest's agent.
+func (c *Client) DialAgent(ctx context.Context) (net.Conn, error) {
+	return dialUnix(ctx, AgentSocket(c.runtimeDir))
+}
+
+func (c *Client) call(ctx context.Context, asked request) (response, error) {
+	conn, _, answer, err := c.send(ctx, asked)
+	if err != nil {
+		return answer, err
+	}
+	return answer, conn.Close()
+}
+
+// send sends a request and reads the response. The connection is open if there is
+// no error.
+func (c *Client) send(ctx context.Context, asked request) (net.Conn, *bufio.Reader, response, error) {
+	var answer response
+	conn, err := dialUnix(ctx, ControlSocket(c.runtimeDir))
+	if err != nil {
+		return nil, nil, answer, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	reader := bufio.NewReader(conn)
+	var line []byte
+	if err = json.NewEncoder(conn).Encode(asked); err == nil {
+		line, err = reader.ReadBytes('\n')
+	}
+	if err == nil {
+		err = json.Unmarshal(line, &answer)
+	}
+	switch {
+	case !stop():
+		err = context.Cause(ctx)
+	case isBroken(err):
+		err = fmt.Errorf("ask the VM's shim to %s: %w: %w", asked.Op, ErrGone, err)
+	case err != nil:
+		err = fmt.Errorf("ask the VM's shim to %s: %w", asked.Op, err)
+	case answer.Failure != nil:
+		err = answer.Failure.error()
+	}
+	if err != nil {
+		_ = conn.Close()
+		return nil, nil, answer, err
+	}
+	return conn, reader, answer, nil
+}

@@ -1,0 +1,57 @@
+package shim
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// The files that a shim inherits beside its standard streams.
+const (
+	reportsFD       = 3
+	firstListenerFD = 4
+)
+
+// keepInherited keeps the files that the launcher means for the shim from the VMM, and
+// closes all others that it has: its shell's, say, which may hold a lock or a pipe that
+// somebody waits for. Inherited files are those without close-on-exec: this process
+// opens all of its own with it.
+func keepInherited(listeners int) error {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return fmt.Errorf("list open files: %w", err)
+	}
+	for _, entry := range entries {
+		fd, err := strconv.Atoi(entry.Name())
+		if err != nil || fd < reportsFD {
+			continue
+		}
+		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+		switch {
+		case err != nil: // closed since: the directory itself
+		case fd < firstListenerFD+listeners:
+			unix.CloseOnExec(fd)
+		case flags&unix.FD_CLOEXEC == 0:
+			_ = unix.Close(fd)
+		}
+	}
+	return nil
+}
+
+// inheritListeners takes over the listeners that the launcher has bound.
+func inheritListeners(forwards []Forward) ([]net.Listener, error) {
+	listeners := make([]net.Listener, 0, len(forwards))
+	for i, forward := range forwards {
+		file := os.NewFile(uintptr(firstListenerFD+i), "listener")
+		listener, err := net.FileListener(file) // duplicates it
+		_ = file.Close()
+		if err != nil {
+			return nil, fmt.Errorf("take over the listener on %s: %w", forward.Host, err)
+		}
+		listeners = append(listeners, listener)
+	}
+	return listeners, nil
+}

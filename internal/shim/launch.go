@@ -1,0 +1,262 @@
+package shim
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/smolvm/smolvm/internal/agent/wire"
+)
+
+// LaunchOptions are the options of [Launch].
+type LaunchOptions struct {
+	// Program is the shim's program with its first arguments.
+	Program []string
+	Spec    Spec
+	// Listeners are bound to the host ports of Spec.Forwards, in the same order.
+	// The shim gets duplicates: the caller closes its own.
+	Listeners []net.Listener
+	// LogPath receives what the shim itself has to say.
+	LogPath string
+}
+
+// Launched is a shim whose VM is ready. Until [Launched.Commit] the VM ends when
+// this process does.
+type Launched struct {
+	// PID and Start name the shim, VMMPID and VMMStart the VMM.
+	PID, VMMPID     int
+	Start, VMMStart uint64
+	// Answer is the agent's, if there is one.
+	Answer wire.Answer
+	// Timeline says when, since the launch, each step was done.
+	Timeline []wire.Step
+
+	ephemeral bool
+	process   *os.Process
+	exited    <-chan struct{}
+	orders    *os.File // the shim's standard input
+	pipe      *os.File // under reports
+	reports   *bufio.Reader
+}
+
+// report is one message of the shim to its launcher.
+type report struct {
+	Failure *failure `json:"failure,omitempty"`
+
+	Start    uint64       `json:"start,omitempty"`
+	VMMPID   int          `json:"vmm_pid,omitempty"`
+	VMMStart uint64       `json:"vmm_start,omitempty"`
+	Answer   *wire.Answer `json:"answer,omitempty"`
+	Timeline []wire.Step  `json:"timeline,omitempty"`
+
+	Committed bool `json:"committed,omitempty"`
+}
+
+const (
+	// commitOrder confirms a start.
+	commitOrder = "commit"
+	// abortTime is how long a shim may take to end its VM, before it is killed, and
+	// the VMM with it.
+	abortTime = 10 * time.Second
+)
+
+// Launch starts a shim and returns when its VM is ready. If it fails, or ctx is done
+// first, nothing is left. The error matches [smolvm.ErrBootTimeout] if the VM was not
+// ready in time, and is a [*smolvm.PrerequisiteError] if the host lacks something.
+func Launch(ctx context.Context, opts LaunchOptions) (*Launched, error) {
+	began, logStart := time.Now(), sizeOf(opts.LogPath)
+	l, err := spawn(opts)
+	if err != nil {
+		return nil, fmt.Errorf("start shim: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() {
+		past := time.Unix(1, 0)
+		_, _ = l.orders.SetWriteDeadline(past), l.pipe.SetReadDeadline(past)
+	})
+	defer stop()
+	spec, err := json.Marshal(opts.Spec)
+	if err == nil {
+		_, err = l.orders.Write(append(spec, '\n'))
+	}
+	var got report
+	if err == nil {
+		got, err = l.next()
+	}
+	switch {
+	case ctx.Err() != nil:
+		err = fmt.Errorf("wait for the VM: %w", context.Cause(ctx))
+	case err != nil:
+		// Most likely the program is no shim; its words say what it is.
+		err = fmt.Errorf("shim %q did not report (%w); its log says: %s",
+			opts.Program, err, tail(opts.LogPath, logStart))
+	case got.Failure != nil:
+		err = got.Failure.error()
+	}
+	if err != nil {
+		l.Abort(context.WithoutCancel(ctx))
+		return nil, err
+	}
+	l.Start, l.VMMPID, l.VMMStart = got.Start, got.VMMPID, got.VMMStart
+	if got.Answer != nil {
+		l.Answer = *got.Answer
+	}
+	l.Timeline = append(got.Timeline, wire.Step{Name: "launched", At: time.Since(began)})
+	return l, nil
+}
+
+// spawn starts the process, with nothing of ours but what it needs.
+func spawn(opts LaunchOptions) (_ *Launched, err error) {
+	if len(opts.Program) == 0 {
+		return nil, errors.New("no program is given")
+	}
+	var theirs, ours []*os.File // the shim's are closed when it has them, ours if it never does
+	defer func() {
+		if err != nil {
+			theirs = append(theirs, ours...)
+		}
+		for _, file := range theirs {
+			_ = file.Close()
+		}
+	}()
+	log, err := os.OpenFile(opts.LogPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	theirs = append(theirs, log)
+	ordersRead, ordersWrite, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	theirs, ours = append(theirs, ordersRead), append(ours, ordersWrite)
+	reportsRead, reportsWrite, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	theirs, ours = append(theirs, reportsWrite), append(ours, reportsRead)
+	inherited := []*os.File{reportsFD - 3: reportsWrite}
+	for _, listener := range opts.Listeners {
+		file, err := fileOf(listener)
+		if err != nil {
+			return nil, err
+		}
+		theirs, inherited = append(theirs, file), append(inherited, file)
+	}
+	argv := append(opts.Program[1:len(opts.Program):len(opts.Program)], opts.Spec.ID)
+	cmd := exec.Command(opts.Program[0], argv...) //nolint:noctx // it outlives the call that starts it
+	cmd.Dir = "/"
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = ordersRead, log, log
+	cmd.ExtraFiles = inherited
+	// A session of its own: neither a terminal's signals nor its end reach it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	exited := make(chan struct{})
+	go func() {
+		_ = cmd.Wait() // no zombie is left while this process lives
+		close(exited)
+	}()
+	return &Launched{
+		PID:       cmd.Process.Pid,
+		ephemeral: opts.Spec.Ephemeral,
+		process:   cmd.Process,
+		exited:    exited,
+		orders:    ordersWrite,
+		pipe:      reportsRead,
+		reports:   bufio.NewReader(reportsRead),
+	}, nil
+}
+
+func fileOf(listener net.Listener) (*os.File, error) {
+	filer, ok := listener.(interface{ File() (*os.File, error) })
+	if !ok {
+		return nil, fmt.Errorf("listener on %s has no file to hand over", listener.Addr())
+	}
+	return filer.File()
+}
+
+func (l *Launched) next() (report, error) {
+	var got report
+	line, err := l.reports.ReadBytes('\n')
+	if err == nil {
+		err = json.Unmarshal(line, &got)
+	}
+	return got, err
+}
+
+// Commit makes the VM independent of this process, but for an ephemeral one, which
+// ends when this process does. It returns when the shim has confirmed. If it fails,
+// the VM has ended or is to be ended by Abort.
+func (l *Launched) Commit() error {
+	_, err := l.orders.WriteString(commitOrder + "\n")
+	var got report
+	if err == nil || errors.Is(err, syscall.EPIPE) { // then the shim has said why it ended
+		got, err = l.next()
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("confirm the start to the shim: %w", err)
+	case got.Failure != nil:
+		return got.Failure.error()
+	case !got.Committed:
+		return errors.New("confirm the start to the shim: unexpected answer")
+	}
+	_ = l.pipe.Close()
+	if !l.ephemeral {
+		_ = l.orders.Close()
+		return nil
+	}
+	// The end of this pipe tells the shim of ours. The garbage collector must not close
+	// it, so it is held as long as the shim lives.
+	go func() {
+		<-l.exited
+		_ = l.orders.Close()
+	}()
+	return nil
+}
+
+// Abort ends the VM and returns when the shim is gone. A shim that takes long, or
+// longer than ctx, is killed; the VMM goes with it.
+func (l *Launched) Abort(ctx context.Context) {
+	_ = l.orders.Close()
+	_ = l.pipe.Close()
+	ctx, cancel := context.WithTimeout(ctx, abortTime)
+	defer cancel()
+	select {
+	case <-l.exited:
+	case <-ctx.Done():
+		_ = l.process.Kill()
+		<-l.exited
+	}
+}
+
+// tail is the end of a log, as one line, without what was there before start.
+func tail(path string, start int64) string {
+	const size, lines = 4096, 8
+	file, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = file.Close() }()
+	_, _ = file.Seek(max(start, sizeOf(path)-size), io.SeekStart)
+	text, _ := io.ReadAll(io.LimitReader(file, size))
+	found := strings.FieldsFunc(string(text), func(r rune) bool { return r == '\n' || r == '\r' })
+	return strings.Join(found[max(0, len(found)-lines):], "; ")
+}
+
+func sizeOf(path string) int64 {
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}

@@ -1,0 +1,168 @@
+package shim
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent"
+)
+
+const (
+	// seedSize is how much entropy a guest is given: what its kernel's generator
+	// can hold.
+	seedSize = 32
+	// sshPort is where a guest's SSH server listens.
+	sshPort = 22
+	// A guest's SSH server can't tell us that it has come up, so it is tried again
+	// and again, at intervals that grow from the first to the last.
+	firstRetry, lastRetry = 20 * time.Millisecond, 500 * time.Millisecond
+)
+
+var (
+	errVMMEnded  = errors.New("the VM ended while it was started")
+	errGivenUp   = errors.New("the process that started the VM is gone")
+	errUnplugged = errors.New("shim was told to end")
+)
+
+// startContext is done when the start can't go on: its time is over, the VMM has
+// ended, or the launcher is gone. Its cause says which.
+func (s *shim) startContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	outer := ctx
+	base, cancelCause := context.WithCancelCause(context.Background())
+	timed, cancelTime := context.WithDeadlineCause(base, s.began.Add(s.spec.ReadyTimeout), smolvm.ErrBootTimeout)
+	var vmmEnded <-chan struct{}
+	if s.instance != nil {
+		vmmEnded = s.instance.Done()
+	}
+	go func() {
+		select {
+		case <-vmmEnded:
+			cancelCause(errVMMEnded)
+		case <-s.launcherGone:
+			cancelCause(errGivenUp)
+		case <-outer.Done():
+			cancelCause(errUnplugged)
+		case <-timed.Done():
+		}
+	}()
+	return timed, func() {
+		cancelTime()
+		cancelCause(nil)
+	}
+}
+
+// explain says why a start did not succeed, with the end of the console.
+func (s *shim) explain(ctx context.Context, err error) error {
+	if s.instance != nil && isBroken(err) {
+		// The channel breaks when the VMM ends, and that says more.
+		select {
+		case <-s.instance.Done():
+		case <-ctx.Done():
+		}
+	}
+	cause := context.Cause(ctx)
+	if s.instance != nil && isClosed(s.instance.Done()) {
+		cause = errVMMEnded
+	}
+	switch {
+	case cause == nil:
+	case errors.Is(cause, errVMMEnded):
+		err = errors.New(s.instance.Exit().String())
+	case errors.Is(cause, smolvm.ErrBootTimeout):
+		err = fmt.Errorf("%w: not ready after %s (by %q); give it a longer timeout if the host is slow",
+			smolvm.ErrBootTimeout, s.spec.ReadyTimeout, s.spec.Ready)
+	default:
+		err = cause
+	}
+	if s.instance == nil {
+		return err
+	}
+	if console := tail(s.spec.VMM.ConsolePath, s.consoleStart); console != "" {
+		return fmt.Errorf("%w; the console ends with: %s", err, console)
+	}
+	return fmt.Errorf("%w; the console is empty", err)
+}
+
+func isBroken(err error) bool {
+	for _, broken := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.EPIPE, syscall.ECONNRESET} {
+		if errors.Is(err, broken) {
+			return true
+		}
+	}
+	return false
+}
+
+// awaitReady returns when the guest is ready, as the spec says.
+func (s *shim) awaitReady(ctx context.Context) error {
+	ctx, cancel := s.startContext(ctx)
+	defer cancel()
+	var err error
+	switch {
+	case s.spec.Greeting != nil:
+		// Even if nobody waits for it, the agent must be told who it is.
+		err = s.greet(ctx)
+	case s.spec.Ready == smolvm.ReadyAgent:
+		err = errors.New("a VM without an agent can't become ready by it")
+	}
+	if err == nil && s.spec.Ready == smolvm.ReadySSH {
+		err = s.awaitSSH(ctx)
+	}
+	if err != nil {
+		return s.explain(ctx, err)
+	}
+	return nil
+}
+
+func (s *shim) greet(ctx context.Context) error {
+	greeting := *s.spec.Greeting
+	greeting.Time = time.Now()
+	greeting.Seed = make([]byte, seedSize)
+	_, _ = rand.Read(greeting.Seed) // never fails: crypto/rand ends the program instead
+	link, answer, err := agent.Greet(ctx, s.instance.Channel(), greeting)
+	if err != nil {
+		return err
+	}
+	s.link, s.answer = link, &answer
+	s.step("agent answered")
+	return nil
+}
+
+// awaitSSH returns when something answers on the guest's port 22 as an SSH server
+// does.
+func (s *shim) awaitSSH(ctx context.Context) error {
+	if s.network == nil {
+		return errors.New("a VM without a network can't be reached by SSH")
+	}
+	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
+		if s.hasSSH(ctx) {
+			return nil
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (s *shim) hasSSH(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 10*lastRetry)
+	defer cancel()
+	conn, err := s.network.DialGuest(ctx, sshPort)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = conn.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	banner := make([]byte, len("SSH-"))
+	_, err = io.ReadFull(conn, banner)
+	return err == nil && strings.HasPrefix(string(banner), "SSH-")
+}

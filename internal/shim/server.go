@@ -1,0 +1,244 @@
+package shim
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Operations of the control socket. A connection carries one request and one
+// response, a line of JSON each; after a successful dial it is the connection.
+const (
+	opStatus        = "status"
+	opStop          = "stop"
+	opAddForward    = "add-forward"
+	opRemoveForward = "remove-forward"
+	opPause         = "pause"
+	opResume        = "resume"
+	opDial          = "dial"
+)
+
+// dialTimeout is how long a guest may take to accept a connection; its kernel does so
+// at once, if it does at all.
+const dialTimeout = 30 * time.Second
+
+type request struct {
+	Op      string         `json:"op"`
+	Grace   time.Duration  `json:"grace_ns,omitempty"`
+	Forward Forward        `json:"forward,omitzero"`
+	Host    netip.AddrPort `json:"host,omitzero"`
+	Port    int            `json:"port,omitempty"`
+}
+
+type response struct {
+	Failure *failure `json:"failure,omitempty"`
+	Forward Forward  `json:"forward,omitzero"`
+	Status  *Status  `json:"status,omitempty"`
+}
+
+// Status is what a shim says of its VM.
+type Status struct {
+	ID     string `json:"id"`
+	Run    string `json:"run"`
+	PID    int    `json:"pid"` // of the shim
+	VMMPID int    `json:"vmm_pid"`
+	// Uptime is the time since the shim was started.
+	Uptime   time.Duration `json:"uptime_ns"`
+	Forwards []Forward     `json:"forwards"`
+	// Answer is the agent's, if there is one.
+	Answer *wire.Answer `json:"answer,omitempty"`
+}
+
+// serveControl answers requests until the listener is closed.
+func (s *shim) serveControl(listener net.Listener) {
+	usernet.Accept(context.Background(), listener, func(conn net.Conn) { go s.answerRequest(conn) })
+}
+
+func (s *shim) answerRequest(conn net.Conn) {
+	defer func() { _ = conn.Close() }()
+	reader := bufio.NewReader(conn)
+	line, err := reader.ReadBytes('\n')
+	var asked request
+	if err != nil || json.Unmarshal(line, &asked) != nil || !s.beginRequest() {
+		return
+	}
+	if asked.Op == opDial {
+		s.requests.Done() // it may last as long as the VM
+		s.connectGuest(conn, reader, asked.Port)
+		return
+	}
+	defer s.requests.Done()
+	var answer response
+	if err := s.handle(asked, &answer); err != nil {
+		answer = response{Failure: newFailure(err)}
+	}
+	_ = json.NewEncoder(conn).Encode(answer)
+}
+
+// beginRequest counts a request, unless the VM has ended and nothing can be asked of it.
+func (s *shim) beginRequest() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.ended {
+		s.requests.Add(1)
+	}
+	return !s.ended
+}
+
+// endRequests waits until the requests that were begun have been answered. All of them
+// end with the VM.
+func (s *shim) endRequests() {
+	s.mu.Lock()
+	s.ended = true
+	s.mu.Unlock()
+	s.requests.Wait()
+}
+
+func (s *shim) handle(asked request, answer *response) error {
+	ctx := context.Background()
+	switch asked.Op {
+	case opStatus:
+		answer.Status = s.status()
+		return nil
+	case opStop:
+		s.stop(ctx, asked.Grace, "it was stopped by request")
+		return nil
+	case opAddForward:
+		var err error
+		answer.Forward, err = s.addForward(ctx, asked.Forward)
+		return err
+	case opRemoveForward:
+		return s.removeForward(asked.Host)
+	case opPause, opResume:
+		pauser, ok := s.instance.(vmm.Pauser)
+		if !ok {
+			return fmt.Errorf("%s: %w by backend %s", asked.Op, smolvm.ErrUnsupported, s.spec.Backend)
+		}
+		if asked.Op == opPause {
+			return pauser.Pause(ctx)
+		}
+		return pauser.Resume(ctx)
+	}
+	return fmt.Errorf("shim has no operation %q; it may be older than this program", asked.Op)
+}
+
+func (s *shim) status() *Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return &Status{
+		ID:     s.spec.ID,
+		Run:    s.spec.Run,
+		PID:    os.Getpid(),
+		VMMPID: s.instance.PID(),
+		Uptime: time.Since(s.began),
+		Forwards: slices.SortedFunc(maps.Keys(s.forwards), func(a, b Forward) int {
+			return a.Host.Compare(b.Host)
+		}),
+		Answer: s.answer,
+	}
+}
+
+func (s *shim) addForward(ctx context.Context, forward Forward) (Forward, error) {
+	if s.network == nil {
+		return forward, fmt.Errorf("forward a port: %w: the VM has no network", smolvm.ErrUnsupported)
+	}
+	var config net.ListenConfig
+	listener, err := config.Listen(ctx, "tcp", forward.Host.String())
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return forward, fmt.Errorf("%s: %w by another program", forward.Host, smolvm.ErrPortInUse)
+	}
+	if err != nil {
+		return forward, err
+	}
+	if bound, ok := listener.Addr().(*net.TCPAddr); ok {
+		forward.Host = netip.AddrPortFrom(forward.Host.Addr(), uint16(bound.Port))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forwards[forward] = s.network.Forward(listener, forward.GuestPort)
+	return forward, nil
+}
+
+func (s *shim) removeForward(host netip.AddrPort) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for forward, closer := range s.forwards {
+		if forward.Host == host {
+			delete(s.forwards, forward)
+			return closer.Close()
+		}
+	}
+	return fmt.Errorf("forward of %s: %w", host, smolvm.ErrNotFound)
+}
+
+// connectGuest makes conn a connection to a port of the guest.
+func (s *shim) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
+	var guest net.Conn
+	err := fmt.Errorf("connect to the guest: %w: the VM has no network", smolvm.ErrUnsupported)
+	if s.network != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
+		guest, err = s.network.DialGuest(ctx, port)
+		cancel()
+	}
+	var answer response
+	if err != nil {
+		answer.Failure = newFailure(err)
+	}
+	if json.NewEncoder(conn).Encode(answer) != nil || err != nil {
+		if guest != nil {
+			_ = guest.Close()
+		}
+		return
+	}
+	usernet.Splice(context.Background(), bufferedConn{conn, reader}, guest)
+}
+
+// bufferedConn is a connection of which some has been read ahead.
+type bufferedConn struct {
+	net.Conn
+	reader *bufio.Reader
+}
+
+func (c bufferedConn) Read(p []byte) (int, error) { return c.reader.Read(p) }
+
+func (c bufferedConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return c.Close()
+}
+
+// serveAgents connects each connection to the agent's SSH server.
+func (s *shim) serveAgents(listener net.Listener) {
+	usernet.Accept(context.Background(), listener, func(conn net.Conn) { go s.connectAgent(conn) })
+}
+
+func (s *shim) connectAgent(conn net.Conn) {
+	defer func() { _ = conn.Close() }()
+	if s.link == nil {
+		// Lines before the server's version are for people; see RFC 4253, section 4.2.
+		_, _ = io.WriteString(conn, "This guest has no agent of smolvm.\r\n")
+		return
+	}
+	guest, err := s.link.Open()
+	if err != nil {
+		_, _ = io.WriteString(conn, "The guest's agent does not answer any more.\r\n")
+		return
+	}
+	usernet.Splice(context.Background(), conn, guest)
+}

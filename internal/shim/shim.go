@@ -1,0 +1,354 @@
+// Package shim is the process beside a running VM. It is the VMM's parent, so it
+// knows of the VM's end and its cause; it holds the guest channel and the VM's
+// rootless network; and it ends when the VM ends.
+//
+// [Launch] starts a shim and waits until its VM is ready; [Main] is the shim itself;
+// [Client] asks a shim that runs. The launcher and the shim talk over two pipes:
+//
+//	launcher -> shim   Spec, then "commit"
+//	shim -> launcher   ready or failed, then committed
+//
+// The launcher's end of the first pipe closes when the launcher dies. Before the
+// commit that makes the shim undo everything; after it, it ends an ephemeral VM.
+package shim
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Options of [Main].
+type Options struct {
+	// Stdin carries the launcher's orders.
+	Stdin io.Reader
+	// Backends are what VMs can be run by.
+	Backends []vmm.Backend
+	// Exited is called when the VM has ended, to write that down.
+	Exited func(context.Context, ExitRecord) error
+}
+
+// shim is the running shim.
+type shim struct {
+	spec    Spec
+	opts    Options
+	log     *slog.Logger
+	began   time.Time
+	reports *os.File
+
+	consoleStart int64 // how long the console's log was when this run began
+
+	network  *usernet.Network
+	instance vmm.Instance
+	link     *agent.Link // nil without an agent
+	answer   *wire.Answer
+	timeline []wire.Step
+
+	committed    chan struct{} // closed at the launcher's commit
+	launcherGone chan struct{} // closed when the launcher's end of the pipe closes
+
+	mu       sync.Mutex // guards the following
+	forwards map[Forward]io.Closer
+	notes    []string       // why and how the VM was stopped
+	ended    bool           // no more requests are taken
+	requests sync.WaitGroup // counts those being answered
+}
+
+// Main runs one VM from its start to its end. ctx being done stops the VM in an
+// orderly way.
+func Main(ctx context.Context, opts Options) error {
+	limitMemory()
+	s := &shim{
+		opts:         opts,
+		log:          slog.New(slog.NewTextHandler(os.Stderr, nil)),
+		began:        time.Now(),
+		reports:      os.NewFile(reportsFD, "reports"),
+		committed:    make(chan struct{}),
+		launcherGone: make(chan struct{}),
+		forwards:     map[Forward]io.Closer{},
+	}
+	orders := bufio.NewReader(opts.Stdin)
+	line, err := orders.ReadBytes('\n')
+	if err == nil {
+		err = json.Unmarshal(line, &s.spec)
+	}
+	if err != nil {
+		return fmt.Errorf("read orders (a shim is started by smolvm, not by hand): %w", err)
+	}
+	if err := keepInherited(len(s.spec.Forwards)); err != nil {
+		return err
+	}
+	s.consoleStart = sizeOf(s.spec.VMM.ConsolePath)
+	go s.follow(orders)
+	err = s.run(ctx)
+	if err != nil {
+		s.log.Error("shim failed", "vm", s.spec.ID, "error", err)
+	}
+	return err
+}
+
+// follow reads the launcher's orders to their end.
+func (s *shim) follow(orders *bufio.Reader) {
+	defer close(s.launcherGone)
+	line, err := orders.ReadString('\n')
+	if err != nil || strings.TrimSpace(line) != commitOrder {
+		return
+	}
+	close(s.committed)
+	_, _ = io.Copy(io.Discard, orders)
+}
+
+func (s *shim) run(ctx context.Context) error {
+	closeAll, err := s.start(ctx)
+	defer closeAll()
+	if err != nil {
+		closeAll()
+		s.report(report{Failure: newFailure(err)})
+		return errors.Join(err, s.recordOrphan())
+	}
+	s.report(report{
+		Start:    startOf(os.Getpid()),
+		VMMPID:   s.instance.PID(),
+		VMMStart: startOf(s.instance.PID()),
+		Answer:   s.answer,
+		Timeline: s.timeline,
+	})
+	s.attend(ctx)
+	closeAll()
+	err = s.record()
+	s.endRequests() // or a client that has asked for the end would not learn of it
+	return err
+}
+
+func startOf(pid int) uint64 {
+	start, err := proc.StartTime(pid)
+	if err != nil {
+		return 0 // it has ended; nobody will take another process for it
+	}
+	return start
+}
+
+// report tells the launcher; if it is gone, that is noticed elsewhere.
+func (s *shim) report(r report) {
+	line, err := json.Marshal(r)
+	if err == nil {
+		_, err = s.reports.Write(append(line, '\n'))
+	}
+	if err != nil {
+		s.log.Warn("report to launcher", "error", err)
+	}
+}
+
+func (s *shim) step(name string) {
+	s.timeline = append(s.timeline, wire.Step{Name: name, At: time.Since(s.began)})
+}
+
+// start brings the VM up to readiness. What it returns undoes all of it, once, and
+// is to be called in any case.
+func (s *shim) start(ctx context.Context) (undo func(), err error) {
+	var undos []func()
+	var once sync.Once
+	undo = func() {
+		once.Do(func() {
+			for _, f := range slices.Backward(undos) {
+				f()
+			}
+		})
+	}
+	control, agents, err := s.listen()
+	if err != nil {
+		return undo, err
+	}
+	undos = append(undos, func() {
+		_, _ = control.Close(), agents.Close()
+		_ = os.RemoveAll(s.spec.RuntimeDir)
+	})
+	if s.spec.Network != nil {
+		if s.network, err = usernet.New(*s.spec.Network); err != nil {
+			return undo, err
+		}
+		undos = append(undos, func() { _ = s.network.Close() })
+	}
+	listeners, err := inheritListeners(s.spec.Forwards)
+	if err != nil {
+		return undo, err
+	}
+	if s.network == nil && len(listeners) > 0 {
+		return undo, errors.New("a VM without a network can't have port forwards")
+	}
+	s.step("network ready")
+	if err := s.startVMM(ctx); err != nil {
+		return undo, err
+	}
+	undos = append(undos, s.kill)
+	s.step("VMM started")
+	for i, forward := range s.spec.Forwards {
+		s.forwards[forward] = s.network.Forward(listeners[i], forward.GuestPort)
+	}
+	if err := s.awaitReady(ctx); err != nil {
+		return undo, err
+	}
+	s.step("ready")
+	go s.serveControl(control)
+	go s.serveAgents(agents)
+	return undo, nil
+}
+
+// listen makes the two sockets. A runtime directory that is there already is of an
+// earlier run whose shim was killed: the launcher holds the VM's lock.
+func (s *shim) listen() (control, agents net.Listener, err error) {
+	dir := s.spec.RuntimeDir
+	if err := os.RemoveAll(dir); err != nil {
+		return nil, nil, fmt.Errorf("make sockets: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		return nil, nil, fmt.Errorf("make sockets: %w", err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, nil, fmt.Errorf("make sockets: %w", err)
+	}
+	control, err = listenUnix(ControlSocket(dir))
+	if err == nil {
+		agents, err = listenUnix(AgentSocket(dir))
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return control, agents, nil
+}
+
+func (s *shim) startVMM(ctx context.Context) error {
+	i := slices.IndexFunc(s.opts.Backends, func(b vmm.Backend) bool { return b.Name() == s.spec.Backend })
+	if i < 0 {
+		return fmt.Errorf("backend %q is not part of this program", s.spec.Backend)
+	}
+	config := s.spec.VMM
+	if s.network != nil && config.NIC != nil {
+		nic := *config.NIC
+		nic.Link = s.network.Link()
+		config.NIC = &nic
+	}
+	ctx, cancel := s.startContext(ctx)
+	defer cancel()
+	instance, err := s.opts.Backends[i].Start(ctx, config)
+	if err != nil {
+		return s.explain(ctx, err)
+	}
+	s.instance = instance
+	return nil
+}
+
+// kill ends the VM without asking it. It is the undoing of a start.
+func (s *shim) kill() {
+	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
+	defer cancel()
+	if err := s.instance.Kill(ctx); err != nil {
+		s.log.Error("kill VMM", "error", err)
+	}
+	if s.link != nil {
+		_ = s.link.Close()
+	}
+}
+
+// attend serves a VM that runs until it has ended, and ends it when it must.
+func (s *shim) attend(ctx context.Context) {
+	switch s.awaitCommit(); {
+	case isClosed(s.committed):
+	case isClosed(s.instance.Done()):
+		s.report(report{Failure: newFailure(fmt.Errorf("%w: %s", errVMMEnded, s.instance.Exit()))})
+		return
+	default:
+		s.stop(context.Background(), 0, "its start was given up")
+		return
+	}
+	s.report(report{Committed: true})
+	_ = s.reports.Close()
+	releaseMemory()
+	var expired <-chan time.Time
+	if s.spec.TTL > 0 {
+		timer := time.NewTimer(s.spec.TTL)
+		defer timer.Stop()
+		expired = timer.C
+	}
+	owner := s.launcherGone
+	if !s.spec.Ephemeral {
+		owner = nil // the VM does not depend on it
+	}
+	select {
+	case <-s.instance.Done():
+	case <-expired:
+		s.stop(context.Background(), stopGrace, "its time to live is over")
+	case <-owner:
+		s.stop(context.Background(), 0, "the process that it belongs to ended")
+	case <-ctx.Done():
+		s.stop(context.Background(), stopGrace, "its shim was told to end")
+	}
+}
+
+// awaitCommit waits until the launcher has confirmed the start, or can't any more. A
+// launcher may be gone right after it has confirmed.
+func (s *shim) awaitCommit() {
+	select {
+	case <-s.committed:
+	case <-s.launcherGone:
+	case <-s.instance.Done():
+	}
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// recordOrphan writes down the end of a start whose launcher is no longer there to
+// do it.
+func (s *shim) recordOrphan() error {
+	if !isClosed(s.launcherGone) {
+		return nil
+	}
+	return s.opts.Exited(context.Background(), ExitRecord{
+		ID:       s.spec.ID,
+		Run:      s.spec.Run,
+		Exit:     vmm.Exit{Reason: vmm.ExitKilled, Detail: errGivenUp.Error(), At: time.Now().UTC()},
+		HandOver: s.spec.HandOver,
+	})
+}
+
+// record writes down how the VM ended.
+func (s *shim) record() error {
+	record := ExitRecord{
+		ID:        s.spec.ID,
+		Run:       s.spec.Run,
+		Exit:      s.instance.Exit(),
+		HandOver:  s.spec.HandOver,
+		Committed: isClosed(s.committed),
+	}
+	s.mu.Lock()
+	record.Exit.Detail = strings.TrimSuffix(strings.Join(append(s.notes, record.Exit.Detail), "; "), "; ")
+	s.mu.Unlock()
+	if err := s.opts.Exited(context.Background(), record); err != nil {
+		return fmt.Errorf("record the end of VM %q: %w", s.spec.ID, err)
+	}
+	return nil
+}

@@ -1,0 +1,71 @@
+package shim
+
+import (
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Spec is what a shim is to run. It travels as JSON on the shim's standard input.
+type Spec struct {
+	// ID of the VM, and Run, which is unique to this start of it.
+	ID  string `json:"id"`
+	Run string `json:"run"`
+
+	Backend string     `json:"backend"`
+	VMM     vmm.Config `json:"vmm"`
+	// Network is the VM's rootless network; nil: the VM has no network.
+	Network *usernet.Config `json:"network,omitempty"`
+	// Forwards are set up at the start. The launcher has bound their ports
+	// already; see [Launch].
+	Forwards []Forward `json:"forwards,omitempty"`
+
+	// Greeting makes the shim wait for an agent in the guest and greet it; nil:
+	// the guest has none. Its Time and Seed are filled in by the shim.
+	Greeting *wire.Greeting `json:"greeting,omitempty"`
+	// Ready says what to wait for, at most ReadyTimeout from the VMM's start.
+	Ready        smolvm.ReadyCondition `json:"ready"`
+	ReadyTimeout time.Duration         `json:"ready_timeout_ns"`
+
+	// TTL stops the VM when it has run for so long. Zero: never.
+	TTL time.Duration `json:"ttl_ns,omitempty"`
+	// Ephemeral stops the VM when the launcher ends.
+	Ephemeral bool `json:"ephemeral,omitempty"`
+
+	// RuntimeDir holds the shim's two sockets. The shim makes it and removes it.
+	RuntimeDir string `json:"runtime_dir"`
+	// HandOver is data of the launcher's that comes back in [ExitRecord].
+	HandOver map[string]string `json:"hand_over,omitempty"`
+}
+
+// Forward is one port forward of a running VM.
+type Forward struct {
+	// Host is the address and port that is listened on.
+	Host netip.AddrPort `json:"host"`
+	// GuestPort is connected to.
+	GuestPort int `json:"guest_port"`
+}
+
+// ControlSocket and AgentSocket are the sockets in a VM's runtime directory. On
+// the first the shim answers the requests of [Client]; each connection to the
+// second is one SSH connection to the agent.
+func ControlSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "ctl") }
+
+// AgentSocket is described at [ControlSocket].
+func AgentSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "agent") }
+
+// ExitRecord is what a shim reports when its VM has ended.
+type ExitRecord struct {
+	ID       string            `json:"id"`
+	Run      string            `json:"run"`
+	Exit     vmm.Exit          `json:"exit"`
+	HandOver map[string]string `json:"hand_over,omitempty"`
+	// Committed is false if the launcher died, or gave up, before it confirmed
+	// the start.
+	Committed bool `json:"committed"`
+}
