@@ -1,0 +1,66 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"slices"
+
+	"github.com/smolvm/smolvm"
+)
+
+// keptEvents is how many events are kept; older ones are dropped, so that the
+// database of a host that runs VMs by the thousand does not grow for ever.
+const keptEvents = 100_000
+
+// AddEvent writes down that something happened. The event's ID is chosen by the
+// database; a zero time means now.
+func (s *Store) AddEvent(ctx context.Context, event smolvm.Event) error {
+	if event.At.IsZero() {
+		event.At = s.opts.Now()
+	}
+	return s.update(ctx, func(tx *sql.Tx) error {
+		result, err := tx.ExecContext(ctx,
+			"INSERT INTO events (vm_id, actor, action, at, duration_ns, detail) VALUES (?, ?, ?, ?, ?, ?)",
+			event.VMID, event.Actor, event.Action, moment{&event.At}, int64(event.Duration), event.Detail)
+		if err != nil {
+			return err
+		}
+		id, err := result.LastInsertId()
+		if err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, "DELETE FROM events WHERE id <= ?", id-keptEvents)
+		return err
+	})
+}
+
+// Events reads the newest events of a VM, or of all if the id is empty, the newest
+// last. A limit of zero or less means all of them.
+func (s *Store) Events(ctx context.Context, vmID string, limit int) ([]smolvm.Event, error) {
+	query, args := "SELECT id, vm_id, actor, action, at, duration_ns, detail FROM events", []any(nil)
+	if vmID != "" {
+		query, args = query+" WHERE vm_id = ?", []any{vmID}
+	}
+	query += " ORDER BY id DESC"
+	if limit > 0 {
+		query, args = query+" LIMIT ?", append(args, limit)
+	}
+	var events []smolvm.Event
+	err := s.view(ctx, func(tx *sql.Tx) error {
+		rows, err := tx.QueryContext(ctx, query, args...)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = rows.Close() }()
+		for rows.Next() {
+			var e smolvm.Event
+			if err := rows.Scan(&e.ID, &e.VMID, &e.Actor, &e.Action, moment{&e.At}, (*int64)(&e.Duration), &e.Detail); err != nil {
+				return err
+			}
+			events = append(events, e)
+		}
+		return rows.Err()
+	})
+	slices.Reverse(events)
+	return events, err
+}

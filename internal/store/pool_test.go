@@ -1,0 +1,283 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
+
+	"github.com/smolvm/smolvm"
+)
+
+var loopback = netip.MustParseAddr("127.0.0.1")
+
+func forward(hostPort, guestPort int) smolvm.PortForward {
+	return smolvm.PortForward{HostAddr: loopback, HostPort: hostPort, GuestPort: guestPort}
+}
+
+// except says that all ports but some are free.
+func except(taken ...int) PortFree {
+	return func(_ netip.Addr, port int) bool { return !slices.Contains(taken, port) }
+}
+
+func TestSSHPortSkipsOtherPrograms(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	n := newVM("web")
+	n.Config.SSHHostAddr = netip.MustParseAddr("127.0.0.7")
+	n.PortFree = func(addr netip.Addr, port int) bool {
+		if addr != n.Config.SSHHostAddr {
+			t.Errorf("asked about address %s, want %s", addr, n.Config.SSHHostAddr)
+		}
+		return port >= 2203
+	}
+	if vm := mustCreate(t, s, n); vm.SSHPort != 2203 {
+		t.Errorf("port = %d, want 2203", vm.SSHPort)
+	}
+	if vm := mustCreate(t, s, newVM("db")); vm.SSHPort != 2200 {
+		t.Errorf("port = %d, want 2200, which is free by now", vm.SSHPort)
+	}
+}
+
+func TestDeleteGivesBack(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	for i := range 5 {
+		n := newVM(fmt.Sprintf("vm-%d", i))
+		n.Config.PortForwards = []smolvm.PortForward{forward(8000+i, 80)}
+		mustCreate(t, s, n)
+	}
+	for _, id := range []string{"vm-1", "vm-3"} {
+		if err := s.DeleteVM(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var got []string
+	for _, id := range []string{"a", "b", "c"} {
+		n := newVM(id)
+		if id == "a" {
+			n.Config.PortForwards = []smolvm.PortForward{forward(8003, 80)}
+		}
+		vm := mustCreate(t, s, n)
+		got = append(got, fmt.Sprint(vm.Lease, " ", vm.SSHPort))
+	}
+	if want := []string{"3 2201", "5 2203", "7 2205"}; !slices.Equal(got, want) {
+		t.Errorf("leases and ports = %q, want %q", got, want)
+	}
+}
+
+func TestForwards(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "smolvm.db")
+	s := reopen(t, path, Options{})
+	n := newVM("web")
+	// The first asks for any port; it must not get what the second asks for.
+	n.Config.PortForwards = []smolvm.PortForward{forward(0, 1), forward(2201, 2)}
+	vm := mustCreate(t, s, n)
+	want := []smolvm.PortForward{forward(2202, 1), forward(2201, 2)}
+	if diff := cmp.Diff(want, vm.Forwards, equalAddrs); diff != "" || vm.SSHPort != 2200 {
+		t.Fatalf("SSH port %d, forwards (-want +got):\n%s", vm.SSHPort, diff)
+	}
+	for _, f := range []smolvm.PortForward{forward(9000, 3), forward(80, 4), forward(0, 5)} {
+		added, err := s.AddForward(t.Context(), "web", f, except(2203))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f.HostPort == 0 {
+			f.HostPort = 2204
+		}
+		if added != f {
+			t.Errorf("added %v, want %v", added, f)
+		}
+		want = append(want, f)
+	}
+	if err := s.RemoveForward(t.Context(), "web", 2201); err != nil {
+		t.Fatal(err)
+	}
+	want = slices.Delete(want, 1, 2)
+	start(t, s, "web", "run")
+	if _, err := s.MarkEnded(t.Context(), "web", "run", smolvm.StateStopped, "", startedAt); err != nil {
+		t.Fatal(err)
+	}
+	vm = mustGet(t, reopen(t, path, Options{}), "web")
+	if diff := cmp.Diff(want, vm.Forwards, equalAddrs); diff != "" {
+		t.Errorf("forwards after a run (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(n.Config, vm.Config, equalAddrs); diff != "" {
+		t.Errorf("the configuration changed (-want +got):\n%s", diff)
+	}
+	for _, port := range []int{vm.SSHPort, 2201, 1} {
+		if err := s.RemoveForward(t.Context(), "web", port); !errors.Is(err, smolvm.ErrNotFound) {
+			t.Errorf("remove forward of port %d: error = %v, want ErrNotFound", port, err)
+		}
+	}
+}
+
+func TestPortInUse(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	owner := newVM("owner")
+	owner.Config.PortForwards = []smolvm.PortForward{forward(8080, 80)}
+	mustCreate(t, s, owner)
+	mustCreate(t, s, newVM("other"))
+	check := func(what string, err error, owner string) {
+		t.Helper()
+		if !errors.Is(err, smolvm.ErrPortInUse) || !strings.Contains(err.Error(), `"`+owner+`"`) {
+			t.Errorf("%s: error = %v, want ErrPortInUse that names %s", what, err, owner)
+		}
+	}
+	for _, port := range []int{8080, 2200} {
+		n := newVM("late")
+		n.Config.PortForwards = []smolvm.PortForward{forward(9999, 1), forward(port, 80)}
+		_, err := s.CreateVM(t.Context(), n)
+		check(fmt.Sprintf("create with port %d", port), err, "owner")
+		_, err = s.AddForward(t.Context(), "other", forward(port, 80), nil)
+		check(fmt.Sprintf("add port %d", port), err, "owner")
+	}
+	_, err := s.AddForward(t.Context(), "owner", forward(8080, 81), nil)
+	check("add its own port", err, "owner")
+	if _, err := s.GetVM(t.Context(), "late"); !errors.Is(err, smolvm.ErrVMNotFound) {
+		t.Errorf("VM that could not be created: error = %v, want ErrVMNotFound", err)
+	}
+	if _, err := s.AddForward(t.Context(), "other", forward(9999, 1), nil); err != nil {
+		t.Errorf("a port of the VM that could not be created is still taken: %v", err)
+	}
+}
+
+func TestMoveSSHPort(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	mustCreate(t, s, newVM("a"))
+	mustCreate(t, s, newVM("b"))
+	n := newVM("c")
+	n.Config.PortForwards = []smolvm.PortForward{forward(2203, 80)}
+	mustCreate(t, s, n)
+	var asked []int
+	port, err := s.MoveSSHPort(t.Context(), "a", func(addr netip.Addr, port int) bool {
+		if addr != loopback {
+			t.Errorf("asked about address %s, want %s", addr, loopback)
+		}
+		asked = append(asked, port)
+		return port >= 2205
+	})
+	if err != nil || port != 2205 {
+		t.Fatalf("port = %d, %v; want 2205", port, err)
+	}
+	if want := []int{2204, 2205}; !slices.Equal(asked, want) {
+		t.Errorf("asked about ports %v, want only those that no VM has, %v", asked, want)
+	}
+	if got := mustGet(t, s, "a").SSHPort; got != 2205 {
+		t.Errorf("VM has port %d, want 2205", got)
+	}
+	if vm := mustCreate(t, s, newVM("d")); vm.SSHPort != 2200 {
+		t.Errorf("next VM has port %d, want the one that was given up, 2200", vm.SSHPort)
+	}
+}
+
+func TestPoolFull(t *testing.T) {
+	t.Parallel()
+	leases := openTemp(t, Options{Leases: Range{2, 3}})
+	ports := openTemp(t, Options{Ports: Range{2200, 2201}})
+	for _, id := range []string{"a", "b"} {
+		mustCreate(t, leases, newVM(id))
+		mustCreate(t, ports, newVM(id))
+	}
+	_, leaseErr := leases.CreateVM(t.Context(), newVM("c"))
+	_, portErr := ports.CreateVM(t.Context(), newVM("c"))
+	_, forwardErr := ports.AddForward(t.Context(), "a", forward(0, 80), nil)
+	_, moveErr := ports.MoveSSHPort(t.Context(), "a", nil)
+	for text, err := range map[string]error{"all leases from 2 to 3": leaseErr, "all host ports from 2200 to 2201": portErr} {
+		if !errors.Is(err, ErrPoolFull) || !strings.Contains(err.Error(), text) {
+			t.Errorf("error = %v, want ErrPoolFull with %q", err, text)
+		}
+	}
+	for _, err := range []error{forwardErr, moveErr} {
+		if !errors.Is(err, ErrPoolFull) {
+			t.Errorf("error = %v, want ErrPoolFull", err)
+		}
+	}
+	// Ports that are asked for by number need not be of the pool.
+	if _, err := ports.AddForward(t.Context(), "a", forward(80, 80), nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestPoolModel compares leases and SSH ports with a model: each new VM gets the
+// lowest of both that no living VM has.
+func TestPoolModel(t *testing.T) {
+	t.Parallel()
+	dir, databases := t.TempDir(), 0
+	rapid.Check(t, func(rt *rapid.T) {
+		databases++
+		opts := Options{Leases: Range{2, 9}, Ports: Range{2200, 2299}}
+		s, err := Open(t.Context(), filepath.Join(dir, fmt.Sprintf("%d.db", databases)), opts)
+		if err != nil {
+			rt.Fatal(err)
+		}
+		defer func() { _ = s.Close() }()
+		leases, ports := map[int]string{}, map[int]string{}
+		lowest := func(taken map[int]string, from int) int {
+			for ; taken[from] != ""; from++ {
+			}
+			return from
+		}
+		created := 0
+		rt.Repeat(map[string]func(*rapid.T){
+			"create": func(rt *rapid.T) {
+				created++
+				id := fmt.Sprintf("vm-%d", created)
+				vm, err := s.CreateVM(t.Context(), newVM(id))
+				if len(leases) == 8 {
+					if !errors.Is(err, ErrPoolFull) {
+						rt.Fatalf("error = %v, want ErrPoolFull", err)
+					}
+					return
+				}
+				if err != nil {
+					rt.Fatal(err)
+				}
+				if want := lowest(leases, 2); vm.Lease != want {
+					rt.Fatalf("lease = %d, want %d", vm.Lease, want)
+				}
+				if want := lowest(ports, 2200); vm.SSHPort != want {
+					rt.Fatalf("port = %d, want %d", vm.SSHPort, want)
+				}
+				leases[vm.Lease], ports[vm.SSHPort] = id, id
+			},
+			"delete": func(rt *rapid.T) {
+				vms, err := s.ListVMs(t.Context(), "")
+				if err != nil {
+					rt.Fatal(err)
+				}
+				if len(vms) == 0 {
+					rt.Skip("no VM to delete")
+				}
+				vm := rapid.SampledFrom(vms).Draw(rt, "vm")
+				if err := s.DeleteVM(t.Context(), vm.ID); err != nil {
+					rt.Fatal(err)
+				}
+				delete(leases, vm.Lease)
+				delete(ports, vm.SSHPort)
+			},
+			"": func(rt *rapid.T) {
+				vms, err := s.ListVMs(t.Context(), "")
+				if err != nil {
+					rt.Fatal(err)
+				}
+				got := map[int]string{}
+				for _, vm := range vms {
+					got[vm.Lease] = vm.ID
+				}
+				if diff := cmp.Diff(leases, got); diff != "" {
+					rt.Fatalf("leases (-want +got):\n%s", diff)
+				}
+			},
+		})
+	})
+}

@@ -1,0 +1,143 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"strings"
+
+	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/smolvm/smolvm"
+)
+
+// vmColumns are the columns of table vms, in the order of [row.fields].
+const vmColumns = `seq, id, state, vcpus, memory_mib, image_name, options,
+	lease, image, backend, disk_path, log_path, machine_id, host_key, created_at,
+	run, pid, pid_start, shim_pid, shim_start, boot_id, accelerator, cause, started_at, stopped_at`
+
+// row is a VM as table vms has it.
+type row struct {
+	VM
+	seq     int64
+	options string
+}
+
+// fields are the row's fields in the order of [vmColumns], to be written from or
+// read into.
+func (r *row) fields() []any {
+	return []any{
+		number[int64]{&r.seq}, text[string]{&r.ID}, text[smolvm.VMState]{&r.State}, number[int]{&r.Config.VCPUs},
+		number[int]{&r.Config.MemoryMiB}, text[string]{&r.Config.Image}, text[string]{&r.options},
+
+		number[int]{&r.Lease}, text[string]{&r.Image}, text[string]{&r.Backend}, text[string]{&r.DiskPath},
+		text[string]{&r.LogPath}, text[string]{&r.MachineID}, text[string]{&r.HostKey}, moment{&r.CreatedAt},
+
+		text[string]{&r.Run}, number[int]{&r.PID}, number[uint64]{&r.PIDStart}, number[int]{&r.ShimPID},
+		number[uint64]{&r.ShimStart}, text[string]{&r.BootID}, text[string]{&r.Accelerator}, text[string]{&r.Cause},
+		moment{&r.StartedAt}, moment{&r.StoppedAt},
+	}
+}
+
+// What column options leaves out. These values are part of the schema: they must
+// stay as they are even if the program's defaults change.
+const (
+	usualDiskMode = smolvm.DiskIsolated
+	usualReady    = smolvm.ReadyAgent
+)
+
+// packOptions returns what a configuration has beyond the columns, as JSON; empty
+// if that is all as usual.
+func packOptions(vm VM) (string, error) {
+	c := vm.Config
+	// These have columns; the address is that of the SSH port.
+	c.ID, c.VCPUs, c.MemoryMiB, c.Image, c.SSHHostAddr = "", 0, 0, "", netip.Addr{}
+	if c.Backend == vm.Backend {
+		c.Backend = ""
+	}
+	if c.Hostname == vm.ID {
+		c.Hostname = ""
+	}
+	if c.DiskMode == usualDiskMode {
+		c.DiskMode = ""
+	}
+	if c.Ready == usualReady {
+		c.Ready = ""
+	}
+	if reflect.ValueOf(c).IsZero() {
+		return "", nil
+	}
+	text, err := json.Marshal(c)
+	return string(text), err
+}
+
+// unpackOptions completes the configuration of a VM whose columns have been read.
+func unpackOptions(vm *VM, options string) error {
+	c := smolvm.VMConfig{}
+	if options != "" {
+		if err := json.Unmarshal([]byte(options), &c); err != nil {
+			return err
+		}
+	}
+	c.ID, c.VCPUs, c.MemoryMiB, c.Image = vm.ID, vm.Config.VCPUs, vm.Config.MemoryMiB, vm.Config.Image
+	c.Backend = cmp.Or(c.Backend, vm.Backend)
+	c.Hostname = cmp.Or(c.Hostname, vm.ID)
+	c.DiskMode = cmp.Or(c.DiskMode, usualDiskMode)
+	c.Ready = cmp.Or(c.Ready, usualReady)
+	vm.Config = c
+	return nil
+}
+
+// insertVM makes the row of a VM, and returns its number.
+func insertVM(ctx context.Context, tx *sql.Tx, vm VM) (int64, error) {
+	options, err := packOptions(vm)
+	if err != nil {
+		return 0, err
+	}
+	r := row{VM: vm, options: options} // seq is NULL: SQLite takes the next one
+	fields := r.fields()
+	result, err := tx.ExecContext(ctx,
+		"INSERT INTO vms ("+vmColumns+") VALUES (?"+strings.Repeat(", ?", len(fields)-1)+")", fields...)
+	// The lease is unique as well, but it was chosen in this transaction.
+	if resultCode(err) == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+		return 0, fmt.Errorf("%w: %q", smolvm.ErrVMAlreadyExists, vm.ID)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return result.LastInsertId()
+}
+
+// selectVMs reads VMs with their ports. The clause says which, and in what order;
+// count is how many there may be, if that is known.
+func selectVMs(ctx context.Context, tx *sql.Tx, count int, clause string, args ...any) ([]VM, error) {
+	rows, err := tx.QueryContext(ctx, "SELECT "+vmColumns+" FROM vms "+clause, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = rows.Close() }()
+	vms := make([]VM, 0, count)
+	bySeq := make(map[int64]int, count)
+	var r row // one for all of them, and so one list of fields
+	fields := r.fields()
+	for rows.Next() {
+		if err := rows.Scan(fields...); err != nil {
+			return nil, err
+		}
+		if err := unpackOptions(&r.VM, r.options); err != nil {
+			return nil, fmt.Errorf("read options of VM %q: %w", r.ID, err)
+		}
+		bySeq[r.seq] = len(vms)
+		vms = append(vms, r.VM)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return vms, selectPorts(ctx, tx, vms, bySeq)
+}
+
+func notFound(id string) error { return fmt.Errorf("%w: %q", smolvm.ErrVMNotFound, id) }
