@@ -1,0 +1,106 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm"
+)
+
+// Requirements is what is to be checked.
+type Requirements struct {
+	// Backend that needs Programs.
+	Backend  string
+	Programs []Program
+	// DataDir is where VMs keep their disks; it need not be there yet. Empty: its
+	// free space is not checked.
+	DataDir string
+}
+
+// Check looks at everything that VMs need of this host. It reports each finding,
+// the good ones too. KVM is probed afresh, and what is found holds for
+// [Host.Accelerator] from then on.
+func (h *Host) Check(ctx context.Context, needed Requirements) []smolvm.Finding {
+	var findings []smolvm.Finding
+	for _, program := range needed.Programs {
+		program.Why = "backend " + needed.Backend + ": " + program.Why
+		findings = append(findings, h.checkProgram(ctx, program))
+	}
+	for _, program := range commonPrograms() {
+		findings = append(findings, h.checkProgram(ctx, program))
+	}
+	findings = append(findings, h.checkKVM(ctx), h.checkMemory())
+	if needed.DataDir != "" {
+		findings = append(findings, checkSpace(needed.DataDir))
+	}
+	return findings
+}
+
+// Less than this brings a warning. A VM of the default size has 512 MiB of memory,
+// and QEMU takes some 60 MiB for itself; a root drive takes what the guest writes.
+const (
+	lowMemory = 768 << 20
+	lowSpace  = 1 << 30
+)
+
+func (h *Host) checkMemory() smolvm.Finding {
+	finding := smolvm.Finding{Name: "memory", Severity: smolvm.SeverityOK, Why: "a VM's memory is the host's"}
+	available, ok := availableMemory(h.read("proc/meminfo"))
+	switch {
+	case !ok:
+		finding.Severity = smolvm.SeverityWarning
+		finding.Problem = "how much is available can't be read from /proc/meminfo"
+	case available < lowMemory:
+		finding.Severity = smolvm.SeverityWarning
+		finding.Problem = fmt.Sprintf("only %s are available: end other programs, or give VMs less than the default 512 MiB", mebibytes(available))
+	default:
+		finding.Problem = mebibytes(available) + " are available"
+	}
+	return finding
+}
+
+// availableMemory reads the bytes that can be used without swapping; see proc(5).
+func availableMemory(meminfo string) (bytes uint64, ok bool) {
+	for line := range strings.Lines(meminfo) {
+		value, found := strings.CutPrefix(line, "MemAvailable:")
+		if !found {
+			continue
+		}
+		kibibytes, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 54)
+		return kibibytes << 10, err == nil
+	}
+	return 0, false
+}
+
+// checkSpace looks at the file system that holds dir, or is to hold it.
+func checkSpace(dir string) smolvm.Finding {
+	finding := smolvm.Finding{Name: "disk space", Severity: smolvm.SeverityOK, Why: "holds images and the disks of VMs"}
+	var stat unix.Statfs_t
+	at := dir
+	err := unix.Statfs(at, &stat)
+	for errors.Is(err, fs.ErrNotExist) && at != filepath.Dir(at) {
+		at = filepath.Dir(at)
+		err = unix.Statfs(at, &stat)
+	}
+	free := stat.Bavail * uint64(stat.Bsize)
+	switch {
+	case err != nil:
+		finding.Severity = smolvm.SeverityWarning
+		finding.Problem = fmt.Sprintf("what is free in %s can't be read: %v", dir, err)
+	case free < lowSpace:
+		finding.Severity = smolvm.SeverityWarning
+		finding.Problem = fmt.Sprintf("only %s are free in %s: remove VMs and images, or use another data directory", mebibytes(free), dir)
+	default:
+		finding.Problem = fmt.Sprintf("%s are free in %s", mebibytes(free), dir)
+	}
+	return finding
+}
+
+func mebibytes(bytes uint64) string { return fmt.Sprintf("%d MiB", bytes>>20) }
