@@ -1,0 +1,424 @@
+package manager_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// Every verb on an id that no VM has, or can have.
+func TestUnknownAndIllegalIDs(t *testing.T) {
+	m := openEmpty(t)
+	ctx := t.Context()
+	verbs := map[string]func(id string) error{
+		"get":    func(id string) error { _, err := m.Get(ctx, id); return err },
+		"start":  func(id string) error { _, err := m.Start(ctx, id, manager.StartOptions{}); return err },
+		"stop":   func(id string) error { _, err := m.Stop(ctx, id, manager.StopOptions{}); return err },
+		"delete": func(id string) error { return m.Delete(ctx, id) },
+		"exec": func(id string) error {
+			_, err := m.Exec(ctx, id, smolvm.Command{Args: []string{"true"}})
+			return err
+		},
+		"logs":  func(id string) error { _, err := m.Logs(ctx, id, manager.LogOptions{}); return err },
+		"copy":  func(id string) error { return m.CopyTo(ctx, id, "/etc/hostname", "/tmp") },
+		"dial":  func(id string) error { _, err := m.Dial(ctx, id, "tcp", "127.0.0.1:80"); return err },
+		"ssh":   func(id string) error { _, err := m.SSHCommands(ctx, id, manager.SSHOptions{}); return err },
+		"ports": func(id string) error { _, err := m.PortForwards(ctx, id); return err },
+		"port": func(id string) error {
+			_, err := m.AddPortForward(ctx, id, smolvm.PortForward{GuestPort: 1})
+			return err
+		},
+		"unport": func(id string) error { return m.RemovePortForward(ctx, id, 1) },
+	}
+	for name, verb := range verbs {
+		t.Run(name, func(t *testing.T) {
+			if err := verb("nobody"); !errors.Is(err, smolvm.ErrVMNotFound) || !strings.Contains(err.Error(), `"nobody"`) {
+				t.Errorf("unknown id: %v", err)
+			}
+			for _, id := range []string{"", "UPPER", "../escape", "a b", "-a", strings.Repeat("a", 65)} {
+				var invalid *smolvm.ValidationError
+				if err := verb(id); !errors.As(err, &invalid) {
+					t.Errorf("id %q: %v", id, err)
+				}
+			}
+		})
+	}
+	for _, dir := range []string{"locks", "vms", "disks"} {
+		checkEmpty(t, filepath.Join(m.DataDir(), dir))
+	}
+}
+
+// Bad configurations are refused with every bad field named, and leave nothing.
+func TestCreateBadConfig(t *testing.T) {
+	m := openEmpty(t)
+	dir := t.TempDir()
+	text := filepath.Join(dir, "text")
+	if err := os.WriteFile(text, []byte("not a kernel, nor a disk"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kernel := filepath.Join(dir, "kernel")
+	if err := os.WriteFile(kernel, append([]byte("\x7fELF"), make([]byte, 100)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]struct {
+		config smolvm.VMConfig
+		fields []string
+	}{
+		"id":             {smolvm.VMConfig{ID: "No Good"}, []string{"id"}},
+		"too much":       {smolvm.VMConfig{VCPUs: 33, MemoryMiB: 16385}, []string{"vcpus", "memory_mib"}},
+		"too little":     {smolvm.VMConfig{VCPUs: -1, MemoryMiB: 127}, []string{"vcpus", "memory_mib"}},
+		"missing files":  {smolvm.VMConfig{KernelPath: dir + "/no", RootfsPath: dir + "/nor"}, []string{"kernel_path", "rootfs_path"}},
+		"not a kernel":   {smolvm.VMConfig{KernelPath: text, InitrdPath: text}, []string{"kernel_path"}},
+		"no file system": {smolvm.VMConfig{KernelPath: kernel, RootfsPath: text}, []string{"rootfs_path"}},
+		"directories":    {smolvm.VMConfig{KernelPath: kernel, InitrdPath: dir, RootfsPath: dir}, []string{"initrd_path", "rootfs_path"}},
+		"drives":         {smolvm.VMConfig{KernelPath: kernel, InitrdPath: text, Drives: []smolvm.Drive{{Path: dir + "/no"}}}, []string{"drives[0].path"}},
+		"backend":        {smolvm.VMConfig{Backend: "xen"}, []string{"backend"}},
+		"both":           {smolvm.VMConfig{Image: "base", KernelPath: kernel, InitrdPath: text}, []string{"image"}},
+		"ports": {smolvm.VMConfig{PortForwards: []smolvm.PortForward{{HostPort: 70000, GuestPort: 0}}},
+			[]string{"port_forwards[0].host_port", "port_forwards[0].guest_port"}},
+		"many": {smolvm.VMConfig{ID: "A", VCPUs: 99, DiskMode: "magic", Ready: "never", Env: map[string]string{"1": ""}, Backend: "xen"},
+			[]string{"id", "vcpus", "backend", "ready", "disk_mode", "env"}},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			_, err := m.Create(t.Context(), test.config)
+			var invalid *smolvm.ValidationError
+			if !errors.As(err, &invalid) {
+				t.Fatalf("error is %v", err)
+			}
+			got := map[string]bool{}
+			for _, field := range invalid.Fields {
+				got[field.Field] = true
+			}
+			for _, want := range test.fields {
+				if !got[want] {
+					t.Errorf("field %s is not named: %v", want, err)
+				}
+			}
+		})
+	}
+	if os.Getuid() != 0 {
+		t.Run("unreadable", func(t *testing.T) {
+			_ = os.Chmod(kernel, 0)
+			if _, err := m.Create(t.Context(), smolvm.VMConfig{KernelPath: kernel, InitrdPath: text}); err == nil {
+				t.Error("a kernel that can't be read is taken")
+			}
+		})
+	}
+	vms, err := m.List(t.Context(), manager.ListOptions{})
+	if err != nil || len(vms) != 0 {
+		t.Errorf("there are VMs: %v, %v", vms, err)
+	}
+	for _, dir := range []string{"disks", "vms", "locks"} {
+		checkEmpty(t, filepath.Join(m.DataDir(), dir))
+	}
+}
+
+func TestOpenBadDirectories(t *testing.T) {
+	dir := tempDir(t)
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	corrupt := filepath.Join(dir, "corrupt")
+	if err := os.MkdirAll(corrupt, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(corrupt, "smolvm.db"), []byte(strings.Repeat("garbage ", 1000)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct{ dataDir, want string }{
+		"a file":     {file, "data directory from the DataDir option"},
+		"below one":  {file + "/data", "not a directory"},
+		"corrupt":    {corrupt, "corrupt"},
+		"unwritable": {"/proc/smolvm", "data directory from the DataDir option"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := manager.Open(t.Context(), manager.Config{DataDir: test.dataDir})
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("error is %v, want %q", err, test.want)
+			}
+		})
+	}
+	if _, err := manager.Open(t.Context(), manager.Config{DataDir: corrupt}); !errors.Is(err, smolvm.ErrDatabaseCorrupt) {
+		t.Errorf("a corrupt database: %v", err)
+	}
+	if _, err := manager.Open(t.Context(), manager.Config{DataDir: dir + "/data", Backend: "xen"}); err == nil || !strings.Contains(err.Error(), `"xen"`) {
+		t.Errorf("an unknown backend: %v", err)
+	}
+}
+
+func TestDataDirResolution(t *testing.T) {
+	dir := tempDir(t)
+	t.Setenv("XDG_STATE_HOME", filepath.Join(dir, "state"))
+	open := func() string {
+		t.Helper()
+		m, err := manager.Open(t.Context(), manager.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = m.Close() }()
+		if m.DiskDir() != filepath.Join(m.DataDir(), "disks") || m.Backend() != "qemu" || m.SocketDir() == "" {
+			t.Errorf("disks in %s, backend %s, sockets in %s", m.DiskDir(), m.Backend(), m.SocketDir())
+		}
+		return m.DataDir()
+	}
+	t.Setenv("SMOLVM_DATA_DIR", "")
+	if got, want := open(), filepath.Join(dir, "state", "smolvm"); got != want {
+		t.Errorf("by the state directory: %s, want %s", got, want)
+	}
+	t.Setenv("SMOLVM_DATA_DIR", filepath.Join(dir, "env"))
+	if got, want := open(), filepath.Join(dir, "env"); got != want {
+		t.Errorf("by the environment: %s, want %s", got, want)
+	}
+}
+
+func TestSameIDTwice(t *testing.T) {
+	m := openReal(t)
+	mustCreate(t, m, smolvm.VMConfig{ID: "twin"})
+	if _, err := m.Create(t.Context(), smolvm.VMConfig{ID: "twin"}); !errors.Is(err, smolvm.ErrVMAlreadyExists) || !strings.Contains(err.Error(), "twin") {
+		t.Errorf("second create: %v", err)
+	}
+	if vms, err := m.List(t.Context(), manager.ListOptions{}); err != nil || len(vms) != 1 {
+		t.Errorf("there are %d VMs, %v", len(vms), err)
+	}
+}
+
+// Many at once get different leases, ports and disks.
+func TestConcurrentCreates(t *testing.T) {
+	m := openReal(t)
+	const n = 24
+	var all sync.WaitGroup
+	infos := make([]smolvm.VMInfo, n)
+	for i := range n {
+		all.Go(func() {
+			var err error
+			if infos[i], err = m.Create(context.Background(), smolvm.VMConfig{}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	seen := map[any]bool{}
+	for _, info := range infos {
+		for _, key := range []any{info.ID, info.DiskPath, info.Network.GuestMAC, info.Network.SSHHostPort} {
+			if seen[key] {
+				t.Errorf("%v is given out twice", key)
+			}
+			seen[key] = true
+		}
+	}
+}
+
+// A port that another program takes between create and start is not the VM's end.
+func TestSSHPortTakenMeanwhile(t *testing.T) {
+	m := openReal(t)
+	vm := mustCreate(t, m, smolvm.VMConfig{})
+	taken, err := net.Listen("tcp", hostAddr(smolvm.PortForward{HostAddr: vm.Network.SSHHostAddr, HostPort: vm.Network.SSHHostPort}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	started, err := m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if started.Network.SSHHostPort == vm.Network.SSHHostPort {
+		t.Errorf("the VM still has port %d", vm.Network.SSHHostPort)
+	}
+	conn := dialTCP(t, smolvm.PortForward{HostAddr: started.Network.SSHHostAddr, HostPort: started.Network.SSHHostPort})
+	defer func() { _ = conn.Close() }()
+	banner := make([]byte, 4)
+	if _, err := conn.Read(banner); err != nil || string(banner) != "SSH-" {
+		t.Errorf("at the new port: %q, %v", banner, err)
+	}
+}
+
+// What keeps a start from succeeding leaves the VM in error, its log readable, and
+// nothing running.
+func TestFailedStarts(t *testing.T) {
+	m := openReal(t)
+	kernel := testenv.Kernel(t)
+	panics := testenv.Initramfs(t, "echo about to fail; exit 1\n")
+	hangs := testenv.Initramfs(t, "echo hanging; while :; do sleep 1; done\n")
+	disk := filepath.Join(t.TempDir(), "drive")
+	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dead := []string{"/bin/sh", "-c", "echo no luck >&2; exit 1"}
+	tests := map[string]struct {
+		config smolvm.VMConfig
+		opts   manager.StartOptions
+		before func()
+		want   []string
+		is     error
+		state  smolvm.VMState
+	}{
+		"panic": {
+			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: panics, Ready: smolvm.ReadySSH},
+			want:   []string{"panicked", "Attempted to kill init", "console ends with"}, state: smolvm.StateError,
+		},
+		"no agent, no SSH": {
+			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs, Ready: smolvm.ReadySSH},
+			opts:   manager.StartOptions{Timeout: 8 * time.Second},
+			want:   []string{"boot timed out", "hanging"}, is: smolvm.ErrBootTimeout, state: smolvm.StateError,
+		},
+		"drive is gone": {
+			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs, Drives: []smolvm.Drive{{Path: disk}}},
+			before: func() { _ = os.Remove(disk) },
+			want:   []string{"no such file"}, state: smolvm.StateCreated,
+		},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			vm := mustCreate(t, m, test.config)
+			if test.before != nil {
+				test.before()
+			}
+			_, err := m.Start(t.Context(), vm.ID, test.opts)
+			if err == nil {
+				t.Fatal("the start succeeds")
+			}
+			for _, want := range append(test.want, vm.ID) {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("error lacks %q: %v", want, err)
+				}
+			}
+			if test.is != nil && !errors.Is(err, test.is) {
+				t.Errorf("error is not %v: %v", test.is, err)
+			}
+			got, err := m.Get(t.Context(), vm.ID)
+			if err != nil || got.State != test.state {
+				t.Errorf("state is %s, %v; want %s", got.State, err, test.state)
+			}
+			if left := testenv.Processes(m.DataDir()); len(left) > 0 {
+				t.Errorf("processes are left: %q", left)
+			}
+			checkEmpty(t, m.SocketDir())
+			if err := m.Delete(t.Context(), vm.ID); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Run("shim dies at once", func(t *testing.T) {
+		config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), ShimCommand: dead}
+		broken, err := manager.Open(t.Context(), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = broken.Close() }()
+		vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs})
+		if _, err := broken.Start(t.Context(), vm.ID, manager.StartOptions{}); err == nil || !strings.Contains(err.Error(), "no luck") {
+			t.Errorf("error is %v", err)
+		}
+	})
+}
+
+// QEMU may be missing, or die at once; PATH decides which one is found.
+func TestQEMUMissingOrBroken(t *testing.T) {
+	m := openReal(t)
+	kernel, initrd := testenv.Kernel(t), testenv.Initramfs(t, "while :; do sleep 1; done\n")
+	vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd})
+	bin := t.TempDir()
+	t.Setenv("PATH", bin)
+	_, err := m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	var missing *smolvm.PrerequisiteError
+	if !errors.As(err, &missing) || !strings.Contains(err.Error(), "qemu-system") {
+		t.Errorf("without QEMU: %v", err)
+	}
+	if got, err := m.Get(t.Context(), vm.ID); err != nil || got.State != smolvm.StateCreated {
+		t.Errorf("without QEMU the VM is %s, %v", got.State, err)
+	}
+	script := "#!/bin/sh\necho 'qemu: out of luck' >&2\nexit 3\n"
+	if err := os.WriteFile(filepath.Join(bin, "qemu-system-x86_64"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	_, err = m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	if err == nil || !strings.Contains(err.Error(), "out of luck") || !strings.Contains(err.Error(), "exit status 3") {
+		t.Errorf("with a QEMU that dies at once: %v", err)
+	}
+	if got, err := m.Get(t.Context(), vm.ID); err != nil || got.State != smolvm.StateError || got.Cause == "" {
+		t.Errorf("with a QEMU that dies at once the VM is %s, %v", got.State, err)
+	}
+}
+
+// A caller that gives up a start leaves the VM as it was.
+func TestStartCancelled(t *testing.T) {
+	m := openReal(t)
+	vm := mustCreate(t, m, smolvm.VMConfig{})
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := m.Start(ctx, vm.ID, manager.StartOptions{}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("error is %v", err)
+	}
+	if got, err := m.Get(t.Context(), vm.ID); err != nil || got.State != smolvm.StateCreated {
+		t.Errorf("state is %s, %v", got.State, err)
+	}
+	if left := testenv.Processes(m.DataDir()); len(left) > 0 {
+		t.Errorf("processes are left: %q", left)
+	}
+	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err != nil {
+		t.Errorf("start after one that was given up: %v", err)
+	}
+}
+
+// A socket directory of any length works.
+func TestLongSocketDir(t *testing.T) {
+	testenv.RequireQEMU(t)
+	dir := tempDir(t)
+	config := testConfig(t, dir)
+	config.AgentPath = testenv.Agent(t)
+	config.SocketDir = filepath.Join(dir, strings.Repeat("long", 20), strings.Repeat("path", 20))
+	testenv.SeedImages(t, config.DataDir)
+	m, err := manager.Open(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = m.Close() }()
+	vm := mustRun(t, m, smolvm.VMConfig{ID: strings.Repeat("i", 64)})
+	if len(vm.SocketPath) > 107 {
+		t.Errorf("socket path has %d bytes: %s", len(vm.SocketPath), vm.SocketPath)
+	}
+	if got := sh(t, m, vm.ID, "echo works"); got != "works" {
+		t.Errorf("exec printed %q", got)
+	}
+	if err := m.Delete(t.Context(), vm.ID); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Dir(vm.SocketPath)); !os.IsNotExist(err) {
+		t.Errorf("the runtime directory is left: %v", err)
+	}
+	checkNothingLeft(t, config)
+}
+
+// A disk that does not fit leaves no VM behind.
+func TestCreateDiskFull(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("mounting a small file system takes root")
+	}
+	m := openReal(t)
+	if err := unix.Mount("tmpfs", m.DiskDir(), "tmpfs", 0, "size=64k"); err != nil {
+		t.Skip("mounting is not allowed here: ", err)
+	}
+	defer func() { _ = unix.Unmount(m.DiskDir(), 0) }()
+	_, err := m.Create(t.Context(), smolvm.VMConfig{ID: "full"})
+	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), `"full"`) {
+		t.Errorf("error is %v", err)
+	}
+	if _, err := m.Get(t.Context(), "full"); !errors.Is(err, smolvm.ErrVMNotFound) {
+		t.Errorf("the VM is there: %v", err)
+	}
+	checkEmpty(t, m.DiskDir())
+}

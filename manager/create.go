@@ -1,0 +1,230 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Create reserves all that a VM needs and makes its disk, but does not start it.
+// If the VM's image is missing and it is the default one, it is built first; see
+// [Config].Progress.
+//
+// The error matches [smolvm.ErrVMAlreadyExists] if the id is taken, or is a
+// [*smolvm.ValidationError] that names every bad field, or a
+// [*smolvm.NetworkError].
+func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VMInfo, error) {
+	began := time.Now()
+	if config.ID == "" {
+		config.ID = smolvm.NewID()
+	}
+	config = config.WithDefaults()
+	backend, root, err := m.check(config)
+	if err != nil {
+		return smolvm.VMInfo{}, err
+	}
+	config.Backend = backend.Name
+	// Before an image is built for a VM that can't be made.
+	if _, err := m.store.GetVM(ctx, config.ID); err == nil {
+		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w; choose another id, or delete it first", config.ID, smolvm.ErrVMAlreadyExists)
+	}
+	var digest string
+	if config.UsesImage() {
+		image, err := m.ensureImage(ctx, config.Image)
+		if err != nil {
+			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
+		}
+		digest = image.Digest
+		if root, err = disk.Probe(image.RootfsPath); err != nil {
+			return smolvm.VMInfo{}, fmt.Errorf("create %q: image %s: %w", config.ID, config.Image, err)
+		}
+	}
+	if err := checkDiskSize(config, root); err != nil {
+		return smolvm.VMInfo{}, err
+	}
+	lock, err := m.lock(ctx, config.ID)
+	if err != nil {
+		return smolvm.VMInfo{}, err
+	}
+	vm, err := m.reserve(ctx, config, backend, digest)
+	if err != nil {
+		if errors.Is(err, smolvm.ErrVMAlreadyExists) {
+			lock.unlock()
+		} else {
+			lock.remove()
+		}
+		return smolvm.VMInfo{}, err
+	}
+	err = m.ensureDisk(ctx, vm)
+	if err == nil && config.Ephemeral {
+		err = m.own(vm.ID)
+	}
+	if err != nil {
+		err = errors.Join(err, m.erase(context.WithoutCancel(ctx), vm))
+		lock.remove()
+		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
+	}
+	lock.unlock()
+	m.note(ctx, vm.ID, "create", began, "")
+	return m.info(vm), nil
+}
+
+// check validates a configuration, and looks at the files that it names. It
+// reports all that is wrong at once.
+func (m *Manager) check(config smolvm.VMConfig) (vmm.Traits, disk.Info, error) {
+	invalid := &smolvm.ValidationError{ID: config.ID}
+	if err := config.Validate(); err != nil && !errors.As(err, &invalid) {
+		return vmm.Traits{}, disk.Info{}, err
+	}
+	bad := func(field string, err error) {
+		invalid.Fields = append(invalid.Fields, smolvm.FieldError{Field: field, Problem: err.Error()})
+	}
+	backend, err := m.backendOf(config.Backend)
+	if err != nil {
+		bad("backend", err)
+	}
+	if config.KernelPath != "" {
+		if _, err := m.images.Kernel(context.Background(), config.KernelPath); err != nil {
+			bad("kernel_path", err)
+		}
+	}
+	if config.InitrdPath != "" {
+		if err := readable(config.InitrdPath); err != nil {
+			bad("initrd_path", err)
+		}
+	}
+	var root disk.Info
+	if config.RootfsPath != "" {
+		if root, err = disk.Probe(config.RootfsPath); err != nil {
+			bad("rootfs_path", err)
+		}
+	}
+	for i, drive := range config.Drives {
+		if _, err := disk.Probe(drive.Path); err != nil && !errors.Is(err, disk.ErrNoFileSystem) {
+			// An empty drive is fine: the guest may make a file system on it.
+			bad(fmt.Sprintf("drives[%d].path", i), err)
+		}
+	}
+	if len(invalid.Fields) > 0 {
+		return vmm.Traits{}, disk.Info{}, invalid
+	}
+	return backend, root, nil
+}
+
+func readable(path string) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Close() }()
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() {
+		return &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
+	}
+	return nil
+}
+
+func checkDiskSize(config smolvm.VMConfig, root disk.Info) error {
+	if config.DiskSizeMiB == 0 || config.DiskSizeMiB<<20 >= root.VirtualSize {
+		return nil
+	}
+	return &smolvm.ValidationError{ID: config.ID, Fields: []smolvm.FieldError{{
+		Field: "disk_size_mib",
+		Problem: fmt.Sprintf("%d MiB is smaller than the root file system; use at least %d",
+			config.DiskSizeMiB, (root.VirtualSize+1<<20-1)>>20),
+	}}}
+}
+
+// reserve makes the VM's row with all its leases, in one transaction.
+func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest string) (store.VM, error) {
+	hostKey, err := newKey("smolvm host " + config.ID)
+	if err != nil {
+		return store.VM{}, err
+	}
+	vm, err := m.store.CreateVM(ctx, store.NewVM{
+		Config:    config,
+		Image:     digest,
+		Backend:   backend.Name,
+		DiskPath:  m.diskPath(config, backend),
+		LogPath:   filepath.Join(m.vmDir(config.ID), "console.log"),
+		MachineID: newMachineID(),
+		HostKey:   hostKey,
+		PortFree:  portFree,
+	})
+	switch {
+	case err == nil:
+		return vm, nil
+	case errors.Is(err, smolvm.ErrVMAlreadyExists):
+		return store.VM{}, fmt.Errorf("create %q: %w; choose another id, or delete it first", config.ID, smolvm.ErrVMAlreadyExists)
+	case errors.Is(err, smolvm.ErrPortInUse):
+		return store.VM{}, &smolvm.NetworkError{ID: config.ID, Op: "reserve host port", Err: err}
+	}
+	return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
+}
+
+// portFree says whether a port can be bound now. Another program may still take
+// it before the VM starts; Start then moves to another one.
+func portFree(addr netip.Addr, port int) bool {
+	listener, err := listenOn(context.Background(), addr, port)
+	if err != nil {
+		return false
+	}
+	_ = listener.Close()
+	return true
+}
+
+// diskPath is where the VM's root disk is: its own, or in shared mode the root
+// file system itself. A VM without a root file system has none.
+func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits) string {
+	switch {
+	case config.DiskMode == smolvm.DiskShared || (!config.UsesImage() && config.RootfsPath == ""):
+		return config.RootfsPath
+	default:
+		return filepath.Join(m.DiskDir(), config.ID+"."+backend.DiskFormats[0])
+	}
+}
+
+// ensureDisk makes the VM's own disk unless it is there: retained from an earlier
+// VM of that id, or from the VM's earlier runs. A process that was killed while it
+// created a VM may have left one without a disk, so Start calls it too.
+func (m *Manager) ensureDisk(ctx context.Context, vm store.VM) error {
+	if vm.DiskPath == "" || vm.DiskPath == vm.Config.RootfsPath {
+		return nil
+	}
+	if _, err := os.Stat(vm.DiskPath); err == nil {
+		return nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("find disk: %w", err)
+	}
+	base := vm.Config.RootfsPath
+	if vm.Image != "" {
+		image, err := m.images.Get(ctx, vm.Image)
+		if err != nil {
+			return err
+		}
+		base = image.RootfsPath
+	}
+	info, err := disk.Probe(base)
+	if err != nil {
+		return err
+	}
+	return disk.CreateOverlay(ctx, disk.Overlay{
+		Path:       vm.DiskPath,
+		Base:       base,
+		BaseFormat: info.Format,
+		Size:       vm.Config.DiskSizeMiB << 20,
+	})
+}

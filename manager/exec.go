@@ -1,0 +1,212 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"strconv"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/store"
+)
+
+// Exec runs a command in the guest and returns how it ended. The error is nil
+// however the command ended; it says that the command could not be run, or that the
+// connection to the guest was lost. When ctx is done the command is killed.
+//
+// The error matches [smolvm.ErrInvalidState] if the VM does not run, and
+// [smolvm.ErrUnsupported] if no agent is in the guest.
+func (m *Manager) Exec(ctx context.Context, id string, command smolvm.Command) (smolvm.ExitStatus, error) {
+	if len(command.Args) == 0 {
+		return smolvm.ExitStatus{}, &smolvm.ValidationError{ID: id, Fields: []smolvm.FieldError{{Field: "args", Problem: "is empty; give a command"}}}
+	}
+	client, err := m.client(ctx, id, "run a command in")
+	if err != nil {
+		return smolvm.ExitStatus{}, err
+	}
+	status, err := client.Exec(ctx, command)
+	if err != nil {
+		return status, fmt.Errorf("run %q in VM %q: %w", command.Args[0], id, err)
+	}
+	return status, nil
+}
+
+// CopyTo copies a file or a tree of the host into the guest, with modes, times and
+// symbolic links; it belongs to root there. As with cp, an existing directory as
+// the target receives the source under its own name.
+func (m *Manager) CopyTo(ctx context.Context, id, hostPath, guestPath string) error {
+	client, err := m.client(ctx, id, "copy to")
+	if err != nil {
+		return err
+	}
+	if err := client.CopyTo(ctx, hostPath, guestPath); err != nil {
+		return fmt.Errorf("copy %s to %s of VM %q: %w", hostPath, guestPath, id, err)
+	}
+	return nil
+}
+
+// CopyFrom copies a file or a tree of the guest to the host, as [Manager.CopyTo]
+// does the other way. The guest is not trusted: whatever it sends, nothing outside
+// hostPath is touched.
+func (m *Manager) CopyFrom(ctx context.Context, id, guestPath, hostPath string) error {
+	client, err := m.client(ctx, id, "copy from")
+	if err != nil {
+		return err
+	}
+	if err := client.CopyFrom(ctx, guestPath, hostPath); err != nil {
+		return fmt.Errorf("copy %s of VM %q to %s: %w", guestPath, id, hostPath, err)
+	}
+	return nil
+}
+
+// Dial connects to an address as the guest sees it: "tcp" to a host and port, such
+// as the guest's own "127.0.0.1:8080", or "unix" to a socket's path. In a guest
+// without an agent only ports of the guest itself can be reached, and only those
+// that listen on its network address.
+func (m *Manager) Dial(ctx context.Context, id, network, address string) (net.Conn, error) {
+	vm, err := m.living(ctx, id, "connect into")
+	if err != nil {
+		return nil, err
+	}
+	var conn net.Conn
+	if vm.Config.UsesImage() {
+		client, err := m.clientOf(ctx, vm)
+		if err != nil {
+			return nil, err
+		}
+		conn, err = client.Dial(ctx, network, address)
+		if err != nil {
+			return nil, fmt.Errorf("connect to %s in VM %q: %w", address, id, err)
+		}
+		return conn, nil
+	}
+	port, err := guestPort(network, address)
+	if err == nil {
+		conn, err = shim.NewClient(m.runtimeDir(id)).DialGuest(ctx, port)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s in VM %q: %w", address, id, err)
+	}
+	return conn, nil
+}
+
+func guestPort(network, address string) (int, error) {
+	if network != "tcp" {
+		return 0, fmt.Errorf("%w: a VM without an agent can be reached by tcp only, not by %s", smolvm.ErrUnsupported, network)
+	}
+	_, text, err := net.SplitHostPort(address)
+	if err != nil {
+		return 0, err
+	}
+	port, err := strconv.ParseUint(text, 10, 16)
+	if err != nil || port == 0 {
+		return 0, fmt.Errorf("port %q is not a number from 1 to 65535", text)
+	}
+	return int(port), nil
+}
+
+// guestClient is an open SSH connection to one run of a VM.
+type guestClient struct {
+	*agent.Client
+	run string
+}
+
+func (c *guestClient) close() { _ = c.Close() }
+
+// living looks up a VM that must be running.
+func (m *Manager) living(ctx context.Context, id, verb string) (store.VM, error) {
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return vm, err
+	}
+	if vm.State != smolvm.StateRunning {
+		return vm, stateError(verb, vm)
+	}
+	return vm, nil
+}
+
+// client returns a connection to the agent of a running VM.
+func (m *Manager) client(ctx context.Context, id, verb string) (*guestClient, error) {
+	vm, err := m.living(ctx, id, verb)
+	if err != nil {
+		return nil, err
+	}
+	if !vm.Config.UsesImage() {
+		return nil, fmt.Errorf("%s VM %q: %w: it boots a kernel of its own, without smolvm's agent; log in by SSH, if it has a server (`smolvm ssh %s`)",
+			verb, id, smolvm.ErrUnsupported, id)
+	}
+	return m.clientOf(ctx, vm)
+}
+
+// clientOf returns the connection that is open, or opens one. Of two that are
+// opened at the same time one is kept.
+func (m *Manager) clientOf(ctx context.Context, vm store.VM) (*guestClient, error) {
+	m.mu.Lock()
+	client := m.clients[vm.ID]
+	m.mu.Unlock()
+	if client != nil && client.run == vm.Run && !client.ended() {
+		return client, nil
+	}
+	client, err := m.connect(ctx, vm)
+	if err != nil {
+		return nil, fmt.Errorf("connect to the agent of VM %q: %w", vm.ID, err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		client.close()
+		return nil, fmt.Errorf("connect to the agent of VM %q: %w", vm.ID, net.ErrClosed)
+	}
+	if other := m.clients[vm.ID]; other != nil && other.run == vm.Run && !other.ended() {
+		client.close()
+		return other, nil
+	} else if other != nil {
+		other.close()
+	}
+	m.clients[vm.ID] = client
+	return client, nil
+}
+
+func (c *guestClient) ended() bool {
+	select {
+	case <-c.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+func (m *Manager) connect(ctx context.Context, vm store.VM) (*guestClient, error) {
+	signer, err := m.clientSigner()
+	if err != nil {
+		return nil, err
+	}
+	key, err := hostKey(vm)
+	if err != nil {
+		return nil, err
+	}
+	shimClient := shim.NewClient(m.runtimeDir(vm.ID))
+	client, err := agent.Dial(ctx, agent.ClientConfig{
+		Dial:    shimClient.DialAgent,
+		User:    "root",
+		Signer:  signer,
+		HostKey: key,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &guestClient{Client: client, run: vm.Run}, nil
+}
+
+// forgetClient closes the connection to a VM that is about to end.
+func (m *Manager) forgetClient(id string) {
+	m.mu.Lock()
+	client := m.clients[id]
+	delete(m.clients, id)
+	m.mu.Unlock()
+	if client != nil {
+		client.close()
+	}
+}

@@ -1,0 +1,176 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/embedded"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/image"
+)
+
+// BuildImage builds an image, unless one of the same recipe is there. Of several
+// processes that build the same image at once, one does the work.
+func (m *Manager) BuildImage(ctx context.Context, opts BuildOptions) (smolvm.Image, error) {
+	began := time.Now()
+	if opts.Name == "" {
+		opts.Name = smolvm.DefaultImage
+	}
+	agentPath, err := m.agentPath()
+	if err != nil {
+		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
+	}
+	built, err := m.images.Build(ctx, image.Recipe{
+		Name:       opts.Name,
+		Agent:      agentPath,
+		Kernel:     opts.Kernel,
+		ModulesDir: opts.ModulesDir,
+		Rootfs:     opts.Rootfs,
+		Force:      opts.Force,
+		Progress:   m.imageProgress(),
+	})
+	if err != nil {
+		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
+	}
+	m.note(ctx, "", "image build", began, opts.Name+" "+built.Digest)
+	return built, nil
+}
+
+// Images lists the images, the oldest first.
+func (m *Manager) Images(ctx context.Context) ([]smolvm.Image, error) { return m.images.List(ctx) }
+
+// Image finds an image by name, digest, or the beginning of its digest. The error
+// matches [smolvm.ErrImageNotFound] if there is none.
+func (m *Manager) Image(ctx context.Context, ref string) (smolvm.Image, error) {
+	return m.images.Get(ctx, ref)
+}
+
+// RemoveImage removes an image. The error matches [smolvm.ErrImageInUse] if a VM,
+// or a disk that was retained from one, is based on it.
+func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
+	found, err := m.findImage(ctx, ref)
+	if err != nil {
+		return err
+	}
+	users, err := m.imageUsers(ctx)
+	if err != nil {
+		return fmt.Errorf("remove image %q: %w", ref, err)
+	}
+	if by := users[found.Digest]; len(by) > 0 {
+		return fmt.Errorf("remove image %q: %w by %s; delete them first", ref, smolvm.ErrImageInUse, strings.Join(by, ", "))
+	}
+	return m.images.Remove(ctx, found.Digest)
+}
+
+// findImage finds an image even if it is damaged, by its digest then.
+func (m *Manager) findImage(ctx context.Context, ref string) (smolvm.Image, error) {
+	found, err := m.images.Get(ctx, ref)
+	if err == nil || errors.Is(err, smolvm.ErrImageNotFound) {
+		return found, err
+	}
+	images, listErr := m.images.List(ctx)
+	if listErr != nil {
+		return found, errors.Join(err, listErr)
+	}
+	i := slices.IndexFunc(images, func(i smolvm.Image) bool {
+		return i.Digest == ref || strings.HasPrefix(i.Digest, "sha256:"+ref)
+	})
+	if i < 0 {
+		return found, err
+	}
+	return images[i], nil
+}
+
+// PruneImages removes every image that no VM uses and that no name points to, and
+// what killed builds have left. It returns the images removed.
+func (m *Manager) PruneImages(ctx context.Context) ([]smolvm.Image, error) {
+	users, err := m.imageUsers(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("prune images: %w", err)
+	}
+	return m.images.Prune(ctx, func(i smolvm.Image) bool { return len(i.Names) > 0 || len(users[i.Digest]) > 0 })
+}
+
+// imageUsers says by digest what is based on an image, in words.
+func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
+	vms, err := m.store.ListVMs(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	users := map[string][]string{}
+	own := map[string]bool{}
+	for _, vm := range vms {
+		own[vm.DiskPath] = true
+		if vm.Image != "" {
+			users[vm.Image] = append(users[vm.Image], "VM "+vm.ID)
+		}
+	}
+	images, err := m.images.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	retained, err := filepath.Glob(filepath.Join(m.DiskDir(), "*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range retained {
+		if own[path] {
+			continue
+		}
+		info, err := disk.Probe(path)
+		if err != nil {
+			continue // no disk of ours
+		}
+		i := slices.IndexFunc(images, func(i smolvm.Image) bool { return i.RootfsPath == info.Backing })
+		if i >= 0 {
+			users[images[i].Digest] = append(users[images[i].Digest], "retained disk "+filepath.Base(path))
+		}
+	}
+	return users, nil
+}
+
+// ensureImage finds the image of a new VM, and builds it if it is the default one
+// and missing, or made for another agent than ours.
+func (m *Manager) ensureImage(ctx context.Context, ref string) (smolvm.Image, error) {
+	if ref != smolvm.DefaultImage {
+		return m.images.Get(ctx, ref)
+	}
+	agentPath, err := m.agentPath()
+	if err != nil {
+		// A program without an agent may still use what another has built.
+		if found, getErr := m.images.Get(ctx, ref); getErr == nil {
+			return found, nil
+		}
+		return smolvm.Image{}, err
+	}
+	return m.images.Ensure(ctx, image.Recipe{Name: ref, Agent: agentPath, Progress: m.imageProgress()})
+}
+
+func (m *Manager) imageProgress() func(image.Progress) {
+	if m.config.Progress == nil {
+		return nil
+	}
+	return func(p image.Progress) { m.config.Progress(Progress(p)) }
+}
+
+// agentPath finds the agent program.
+func (m *Manager) agentPath() (string, error) {
+	if m.config.AgentPath != "" {
+		return m.config.AgentPath, nil
+	}
+	path, err := embedded.Extract(filepath.Join(m.dataDir, cacheName))
+	if !errors.Is(err, embedded.ErrNotBuiltIn) {
+		return path, err
+	}
+	path, err = findProgram("smolvm-agent")
+	if err != nil {
+		return "", fmt.Errorf("%w; build it with `make build`, or name it with the AgentPath option", err)
+	}
+	return path, nil
+}

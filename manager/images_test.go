@@ -1,0 +1,145 @@
+package manager_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// A disk that belongs to the VM alone, one that is shared, and one that outlives it.
+func TestDisks(t *testing.T) {
+	m := openReal(t)
+	ctx := t.Context()
+
+	// Larger than the image: the guest has the room.
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "large", DiskSizeMiB: 20 << 10})
+	if got := sh(t, m, vm.ID, "df -m / | awk 'NR==2 {print ($2 > 19000)}'"); got != "1" {
+		t.Errorf("the guest does not see its larger disk: %q", got)
+	}
+	if err := m.Delete(ctx, vm.ID); err != nil {
+		t.Fatal(err)
+	}
+	var invalid *smolvm.ValidationError
+	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 16}); !errors.As(err, &invalid) || !strings.Contains(err.Error(), "disk_size_mib") {
+		t.Errorf("a disk smaller than its image: %v", err)
+	}
+
+	// Retained over the VM's end.
+	vm = mustRun(t, m, smolvm.VMConfig{ID: "keeper", RetainDisk: true})
+	sh(t, m, vm.ID, "echo precious > /root/file")
+	if err := m.Delete(ctx, vm.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(vm.DiskPath); err != nil {
+		t.Fatalf("the disk is gone: %v", err)
+	}
+	if err := m.RemoveImage(ctx, vm.Image); !errors.Is(err, smolvm.ErrImageInUse) || !strings.Contains(err.Error(), "keeper") {
+		t.Errorf("the image of a retained disk can be removed: %v", err)
+	}
+	vm = mustRun(t, m, smolvm.VMConfig{ID: "keeper"})
+	if got := sh(t, m, vm.ID, "cat /root/file"); got != "precious" {
+		t.Errorf("the retained disk has %q", got)
+	}
+	if err := m.RemoveImage(ctx, smolvm.DefaultImage); !errors.Is(err, smolvm.ErrImageInUse) || !strings.Contains(err.Error(), "VM keeper") {
+		t.Errorf("the image of a VM can be removed: %v", err)
+	}
+}
+
+// Further drives are there in their order, and what is read-only can't be written.
+func TestDrives(t *testing.T) {
+	m := openReal(t)
+	dir := t.TempDir()
+	var drives []smolvm.Drive
+	for i, text := range []string{"first", "second"} {
+		path := filepath.Join(dir, text)
+		content := make([]byte, 1<<20)
+		copy(content, text)
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		drives = append(drives, smolvm.Drive{Path: path, ReadOnly: i == 1})
+	}
+	vm := mustRun(t, m, smolvm.VMConfig{Drives: drives})
+	if got := sh(t, m, vm.ID, "head -c 5 /dev/vdb; head -c 6 /dev/vdc; cat /sys/block/vdc/ro"); got != "firstsecond1" {
+		t.Errorf("the guest sees %q", got)
+	}
+	sh(t, m, vm.ID, "printf written | dd of=/dev/vdb conv=fsync 2>/dev/null; ! dd if=/dev/zero of=/dev/vdc count=1 2>/dev/null")
+	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{drives[0].Path: "written", drives[1].Path: "second"} {
+		if got, err := os.ReadFile(path); err != nil || !strings.HasPrefix(string(got), want) {
+			t.Errorf("%s begins with %q, %v", path, got[:8], err)
+		}
+	}
+}
+
+// A kernel and a disk of the caller's own boot untouched; in shared mode the VM writes
+// to that very disk.
+func TestSharedDisk(t *testing.T) {
+	m := openReal(t)
+	path := filepath.Join(t.TempDir(), "disk")
+	content := make([]byte, 1<<20)
+	copy(content[0x438:], "\x53\xef") // looks like ext4 to a probe, and is no more
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	initrd := testenv.Initramfs(t, "printf shared | dd of=/dev/vda conv=fsync; echo DONE; poweroff -f\n")
+	for mode, want := range map[smolvm.DiskMode]string{smolvm.DiskIsolated: "\x00\x00", smolvm.DiskShared: "shared"} {
+		vm := mustRun(t, m, smolvm.VMConfig{KernelPath: testenv.Kernel(t), InitrdPath: initrd, RootfsPath: path, DiskMode: mode})
+		if err := waitEnd(t, vm); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(path); err != nil || !strings.HasPrefix(string(got), want) {
+			t.Errorf("%s: the disk begins with %q, %v", mode, got[:8], err)
+		}
+		if err := m.Delete(t.Context(), vm.ID); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(path); err != nil {
+			t.Errorf("%s: the caller's disk is gone: %v", mode, err)
+		}
+	}
+}
+
+// An image of a kernel and a root file system of one's own, with the agent in it.
+func TestImageOfOwnFiles(t *testing.T) {
+	m := openReal(t)
+	base := testenv.Image(t)
+	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, "hello"), []byte("from my tree"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	built, err := m.BuildImage(t.Context(), manager.BuildOptions{Name: "mine", Rootfs: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.RemoveImage(t.Context(), built.Digest); err != nil && t.Context().Err() == nil {
+			t.Error(err)
+		}
+	})
+	if built.Digest == base.Digest {
+		t.Error("it has the digest of the default image")
+	}
+	vm := mustRun(t, m, smolvm.VMConfig{Image: built.Names[0]})
+	target := filepath.Join(t.TempDir(), "hello")
+	if err := m.CopyFrom(t.Context(), vm.ID, "/hello", target); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(target); err != nil || string(got) != "from my tree" {
+		t.Errorf("the guest's file is %q, %v", got, err)
+	}
+	if err := m.Delete(t.Context(), vm.ID); err != nil {
+		t.Error(err)
+	}
+	if _, err := m.Create(t.Context(), smolvm.VMConfig{Image: "no-such"}); !errors.Is(err, smolvm.ErrImageNotFound) {
+		t.Errorf("an image that is not there: %v", err)
+	}
+}

@@ -1,0 +1,114 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/store"
+)
+
+// Get returns what is known of a VM. The error matches [smolvm.ErrVMNotFound] if
+// there is none of that id.
+func (m *Manager) Get(ctx context.Context, id string) (smolvm.VMInfo, error) {
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return smolvm.VMInfo{}, err
+	}
+	return m.info(vm), nil
+}
+
+// List returns the VMs in the order in which they were created.
+func (m *Manager) List(ctx context.Context, opts ListOptions) ([]smolvm.VMInfo, error) {
+	// All of them, as a VM that is found dead changes its state.
+	vms, err := m.store.ListVMs(ctx, "")
+	if err != nil {
+		return nil, fmt.Errorf("list VMs: %w", err)
+	}
+	infos := make([]smolvm.VMInfo, 0, len(vms))
+	for _, vm := range vms {
+		if vm, err = m.settle(ctx, vm); err != nil {
+			return nil, fmt.Errorf("list VMs: %w", err)
+		}
+		if opts.State == "" || opts.State == vm.State {
+			infos = append(infos, m.info(vm))
+		}
+	}
+	return infos, nil
+}
+
+// lookup reads a VM's row and makes it agree with what is so.
+func (m *Manager) lookup(ctx context.Context, id string) (store.VM, error) {
+	if err := smolvm.ValidateID(id); err != nil {
+		return store.VM{}, err
+	}
+	vm, err := m.store.GetVM(ctx, id)
+	if err != nil {
+		return store.VM{}, err
+	}
+	return m.settle(ctx, vm)
+}
+
+// settle finds out whether a VM whose row says that it is alive has died without
+// anybody to write it down. A shim writes down its VM's end, so that takes the
+// death of the shim itself, or of the host.
+func (m *Manager) settle(ctx context.Context, vm store.VM) (store.VM, error) {
+	if !vm.State.Alive() || m.shimAlive(vm) {
+		return vm, nil
+	}
+	if err := m.bury(ctx, vm, "the VM's shim ended unexpectedly"); err != nil {
+		return vm, err
+	}
+	return m.store.GetVM(ctx, vm.ID)
+}
+
+func (m *Manager) shimAlive(vm store.VM) bool {
+	return vm.BootID == m.bootID() && proc.Alive(vm.ShimPID, vm.ShimStart)
+}
+
+// info is what callers get to see of a row.
+func (m *Manager) info(vm store.VM) smolvm.VMInfo {
+	plan := network.User(vm.Lease)
+	plan.SSHHostAddr = vm.Config.SSHHostAddr
+	plan.SSHHostPort = vm.SSHPort
+	plan.PortForwards = vm.Forwards
+	info := smolvm.VMInfo{
+		ID:          vm.ID,
+		State:       vm.State,
+		Config:      vm.Config,
+		Network:     plan,
+		Image:       vm.Image,
+		Backend:     vm.Backend,
+		Accelerator: vm.Accelerator,
+		DiskPath:    vm.DiskPath,
+		LogPath:     vm.LogPath,
+		Cause:       vm.Cause,
+		CreatedAt:   vm.CreatedAt,
+		StartedAt:   vm.StartedAt,
+		StoppedAt:   vm.StoppedAt,
+	}
+	if vm.State.Alive() {
+		info.PID, info.ShimPID = vm.PID, vm.ShimPID
+		info.SocketPath = shim.ControlSocket(m.runtimeDir(vm.ID))
+	}
+	return info
+}
+
+// stateError says that a verb does not fit the VM's state, and what would.
+func stateError(verb string, vm store.VM) error {
+	var next string
+	switch vm.State {
+	case smolvm.StateCreated, smolvm.StateStopped:
+		next = "start it first"
+	case smolvm.StateRunning:
+		next = "stop it first"
+	case smolvm.StatePaused:
+		next = "resume or stop it first"
+	case smolvm.StateError:
+		next = fmt.Sprintf("it failed (%s); read its log, then delete it", vm.Cause)
+	}
+	return fmt.Errorf("%s VM %q: %w: it is %s; %s", verb, vm.ID, smolvm.ErrInvalidState, vm.State, next)
+}

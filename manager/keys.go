@@ -1,0 +1,96 @@
+package manager
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// clientKeyName is the file of the key by which this data directory logs in to
+// its VMs; the public half is beside it.
+const clientKeyName = "id_ed25519"
+
+// newKey makes a key pair as PEM in OpenSSH's private key format.
+func newKey(comment string) (string, error) {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return "", fmt.Errorf("make SSH key: %w", err)
+	}
+	block, err := ssh.MarshalPrivateKey(private, comment)
+	if err != nil {
+		return "", fmt.Errorf("encode SSH key: %w", err)
+	}
+	return string(pem.EncodeToMemory(block)), nil
+}
+
+// newMachineID makes a value for /etc/machine-id.
+func newMachineID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
+	return hex.EncodeToString(b[:])
+}
+
+// clientKey reads the data directory's key, making it the first time.
+func clientKey(keysDir string) (ssh.Signer, error) {
+	path := filepath.Join(keysDir, clientKeyName)
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := makeClientKey(keysDir); err != nil {
+			return nil, err
+		}
+		text, err = os.ReadFile(path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read SSH key: %w", err)
+	}
+	signer, err := ssh.ParsePrivateKey(text)
+	if err != nil {
+		return nil, fmt.Errorf("SSH key %s is damaged (%w); move it away, and a new one is made", path, err)
+	}
+	return signer, nil
+}
+
+// makeClientKey makes the key so that of several processes that do it at once,
+// one wins and all use the winner's.
+func makeClientKey(keysDir string) error {
+	if err := os.MkdirAll(keysDir, 0o700); err != nil {
+		return fmt.Errorf("make SSH key: %w", err)
+	}
+	text, err := newKey("smolvm")
+	if err != nil {
+		return err
+	}
+	signer, err := ssh.ParsePrivateKey([]byte(text))
+	if err != nil {
+		return fmt.Errorf("make SSH key: %w", err)
+	}
+	temp, err := os.CreateTemp(keysDir, ".key-*") // mode 0600
+	if err != nil {
+		return fmt.Errorf("make SSH key: %w", err)
+	}
+	defer func() { _ = os.Remove(temp.Name()) }()
+	_, writeErr := temp.WriteString(text)
+	if err := errors.Join(writeErr, temp.Sync(), temp.Close()); err != nil {
+		return fmt.Errorf("write SSH key: %w", err)
+	}
+	path := filepath.Join(keysDir, clientKeyName)
+	// A link fails where a rename would replace the key of a faster process.
+	if err := os.Link(temp.Name(), path); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return nil
+		}
+		return fmt.Errorf("write SSH key: %w", err)
+	}
+	if err := os.WriteFile(path+".pub", ssh.MarshalAuthorizedKey(signer.PublicKey()), 0o644); err != nil {
+		return fmt.Errorf("write SSH public key: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,190 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/host"
+	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+const backendEnv = "SMOLVM_BACKEND"
+
+// Manager manages the VMs of one data directory. It is safe for use by any number
+// of goroutines, beside any number of Managers in other processes.
+type Manager struct {
+	dataDir, socketDir string
+	backend            vmm.Traits
+	config             Config
+
+	store  *store.Store
+	images *image.Store
+	host   *host.Host
+
+	// actor names this process in events.
+	actor string
+
+	mu      sync.Mutex // guards the following
+	clients map[string]*guestClient
+	owned   map[string]*os.File // see own
+	closed  bool
+}
+
+// Open opens the data directory, making it if it is missing.
+func Open(ctx context.Context, config Config) (*Manager, error) {
+	dataDir, err := resolveDataDir(config.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	socketDir, err := resolveSocketDir(config.SocketDir)
+	if err != nil {
+		return nil, err
+	}
+	backend, err := resolveBackend(config.Backend)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range []string{disksName, locksName, vmsName} {
+		if err := os.MkdirAll(filepath.Join(dataDir, name), 0o700); err != nil {
+			return nil, fmt.Errorf("prepare data directory: %w", err)
+		}
+	}
+	images, err := image.Open(filepath.Join(dataDir, imagesName))
+	if err != nil {
+		return nil, err
+	}
+	state, err := store.Open(ctx, filepath.Join(dataDir, databaseName), store.Options{})
+	if err != nil {
+		return nil, err
+	}
+	return &Manager{
+		dataDir:   dataDir,
+		socketDir: socketDir,
+		backend:   backend,
+		config:    config,
+		store:     state,
+		images:    images,
+		host:      host.New(host.Options{CacheDir: filepath.Join(dataDir, cacheName)}),
+		actor:     fmt.Sprintf("%s[%d]", filepath.Base(os.Args[0]), os.Getpid()),
+		clients:   map[string]*guestClient{},
+		owned:     map[string]*os.File{},
+	}, nil
+}
+
+// FromID opens a Manager and checks that it has a VM of that id, to attach to a VM
+// that another process made. The error matches [smolvm.ErrVMNotFound] if it has
+// not.
+func FromID(ctx context.Context, id string, config Config) (*Manager, error) {
+	m, err := Open(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := m.Get(ctx, id); err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	return m, nil
+}
+
+// Close lets go of the database and of connections to guests. VMs go on running.
+// Closing again does nothing.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	clients, owned := m.clients, m.owned
+	m.clients, m.owned = nil, nil
+	closed := m.closed
+	m.closed = true
+	m.mu.Unlock()
+	if closed {
+		return nil
+	}
+	for _, client := range clients {
+		client.close()
+	}
+	for _, file := range owned {
+		_ = file.Close()
+	}
+	return m.store.Close()
+}
+
+// DataDir is the directory of the state database and of all that belongs to VMs.
+func (m *Manager) DataDir() string { return m.dataDir }
+
+// SocketDir is the directory for sockets of running VMs.
+func (m *Manager) SocketDir() string { return m.socketDir }
+
+// Backend is the backend of VMs that don't name one.
+func (m *Manager) Backend() string { return m.backend.Name }
+
+// DiskDir is the directory of the VMs' own disks.
+func (m *Manager) DiskDir() string { return filepath.Join(m.dataDir, disksName) }
+
+// Events lists what happened to a VM, or to all VMs if id is empty: the newest
+// limit events, the newest last. Events outlive their VM. A limit of zero is 100.
+func (m *Manager) Events(ctx context.Context, id string, limit int) ([]smolvm.Event, error) {
+	if limit <= 0 {
+		limit = 100
+	}
+	return m.store.Events(ctx, id, limit)
+}
+
+// resolveBackend picks the backend that the option, the environment, or "auto"
+// stand for.
+func resolveBackend(option string) (vmm.Traits, error) {
+	name, from := option, "the Backend option"
+	if name == "" {
+		name, from = os.Getenv(backendEnv), "$"+backendEnv
+	}
+	if name == "" || name == "auto" {
+		return vmm.Known()[0], nil
+	}
+	traits, err := vmm.Lookup(name)
+	if err != nil {
+		return vmm.Traits{}, fmt.Errorf("%s: %w", from, err)
+	}
+	return traits, nil
+}
+
+// backendOf is the backend of a VM.
+func (m *Manager) backendOf(name string) (vmm.Traits, error) {
+	if name == "" || name == "auto" {
+		return m.backend, nil
+	}
+	return vmm.Lookup(name)
+}
+
+// findProgram finds one of our own programs: beside the running one, or in PATH.
+func findProgram(name string) (string, error) {
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), name)
+		if info, err := os.Stat(beside); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("find program %s beside this one or in PATH: %w", name, err)
+	}
+	return filepath.Abs(path)
+}
+
+// note records an event. What was done has been done by then, so a failure to
+// write it down is no failure of the operation.
+func (m *Manager) note(ctx context.Context, id, action string, began time.Time, detail string) {
+	_ = m.store.AddEvent(context.WithoutCancel(ctx), smolvm.Event{
+		VMID:     id,
+		Actor:    m.actor,
+		Action:   action,
+		At:       began.UTC(),
+		Duration: time.Since(began),
+		Detail:   detail,
+	})
+}

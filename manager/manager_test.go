@@ -1,0 +1,175 @@
+package manager_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/qemu"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// shimCommand makes this test's program a shim.
+const shimCommand = "shim"
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == shimCommand {
+		err := manager.RunShim(context.Background(), manager.ShimOptions{
+			Stdin:    os.Stdin,
+			Backends: []vmm.Backend{qemu.New(qemu.Options{})},
+		})
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	if len(os.Args) > 1 && os.Args[1] == childCommand {
+		os.Exit(childMain(os.Args[2:]))
+	}
+	os.Exit(m.Run())
+}
+
+// tempDir is a short directory, as sockets are made below it.
+func tempDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "smolvm-test-") //nolint:usetesting // t.TempDir has long names
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("remove test directory: %v", err)
+		}
+	})
+	return dir
+}
+
+func testConfig(t testing.TB, dir string) manager.Config {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return manager.Config{
+		DataDir:     filepath.Join(dir, "data"),
+		SocketDir:   filepath.Join(dir, "run"),
+		Backend:     "qemu",
+		ShimCommand: []string{self, shimCommand},
+		AgentPath:   "/nonexistent/agent", // nothing may need it that does not boot an image
+	}
+}
+
+// openEmpty opens a Manager without an image: for what needs no VM.
+func openEmpty(t testing.TB) *manager.Manager {
+	t.Helper()
+	m, err := manager.Open(t.Context(), testConfig(t, tempDir(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return m
+}
+
+// openReal opens a Manager that can boot the default image, and checks at the test's
+// end that nothing is left of its VMs.
+func openReal(t testing.TB) *manager.Manager {
+	t.Helper()
+	testenv.RequireQEMU(t)
+	dir := tempDir(t)
+	config := testConfig(t, dir)
+	config.AgentPath = testenv.Agent(t)
+	testenv.SeedImages(t, config.DataDir)
+	m, err := manager.Open(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		vms, err := m.List(ctx, manager.ListOptions{})
+		if err != nil {
+			t.Errorf("list: %v", err)
+		}
+		for _, vm := range vms {
+			if err := m.Delete(ctx, vm.ID); err != nil {
+				t.Errorf("delete %s: %v", vm.ID, err)
+			}
+		}
+		checkNothingLeft(t, config)
+		if err := m.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return m
+}
+
+// checkNothingLeft fails the test if processes or files of VMs are there.
+func checkNothingLeft(t testing.TB, config manager.Config) {
+	t.Helper()
+	for _, process := range testenv.Processes(config.DataDir) {
+		t.Errorf("left behind: process %s", process)
+	}
+	for _, dir := range []string{"disks", "vms", "locks"} {
+		checkEmpty(t, filepath.Join(config.DataDir, dir))
+	}
+	checkEmpty(t, config.SocketDir)
+}
+
+func checkEmpty(t testing.TB, dir string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	for _, entry := range entries {
+		t.Errorf("left behind: %s", filepath.Join(dir, entry.Name()))
+	}
+}
+
+func mustCreate(t testing.TB, m *manager.Manager, config smolvm.VMConfig) smolvm.VMInfo {
+	t.Helper()
+	vm, err := m.Create(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return vm
+}
+
+// mustRun creates and starts a VM.
+func mustRun(t testing.TB, m *manager.Manager, config smolvm.VMConfig) smolvm.VMInfo {
+	t.Helper()
+	vm, err := m.Start(t.Context(), mustCreate(t, m, config).ID, manager.StartOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return vm
+}
+
+// sh runs a shell's line in a VM and returns what it printed.
+func sh(t testing.TB, m *manager.Manager, id, line string) string {
+	t.Helper()
+	var out bytes.Buffer
+	status, err := m.Exec(t.Context(), id, smolvm.Command{Args: []string{"sh", "-c", line}, Stdout: &out, Stderr: &out})
+	if err != nil {
+		t.Fatalf("%s: %v", line, err)
+	}
+	if !status.Success() {
+		t.Fatalf("%s: %s\n%s", line, status, out.String())
+	}
+	return strings.TrimSpace(out.String())
+}

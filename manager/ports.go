@@ -1,0 +1,96 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/shim"
+)
+
+// AddPortForward forwards a host port to the guest, at once if the VM runs, and at
+// each of its starts. What is returned names the host port that was chosen, if the
+// caller left that open. The error is a [*smolvm.NetworkError], and matches
+// [smolvm.ErrPortInUse] if another VM or program has the port.
+func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.PortForward) (smolvm.PortForward, error) {
+	began := time.Now()
+	forward = forward.WithDefaults()
+	if err := forward.Validate(); err != nil {
+		return forward, err
+	}
+	lock, err := m.lockExisting(ctx, id)
+	if err != nil {
+		return forward, err
+	}
+	defer lock.unlock()
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return forward, err
+	}
+	fail := func(err error) (smolvm.PortForward, error) {
+		return forward, &smolvm.NetworkError{ID: id, Op: "forward " + forward.String(), Err: err}
+	}
+	// The row comes first: it keeps other VMs off the port.
+	forward, err = m.store.AddForward(ctx, id, forward, portFree)
+	if err != nil {
+		return fail(err)
+	}
+	if vm.State.Alive() {
+		_, err := shim.NewClient(m.runtimeDir(id)).AddForward(ctx, shimForward(forward))
+		if err != nil {
+			_ = m.store.RemoveForward(context.WithoutCancel(ctx), id, forward.HostPort)
+			return fail(err)
+		}
+	}
+	m.note(ctx, id, "port add", began, forward.String())
+	return forward, nil
+}
+
+// RemovePortForward ends the forward of a host port, with its connections.
+func (m *Manager) RemovePortForward(ctx context.Context, id string, hostPort int) error {
+	began := time.Now()
+	lock, err := m.lockExisting(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer lock.unlock()
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(vm.Forwards, func(f smolvm.PortForward) bool { return f.HostPort == hostPort })
+	if i < 0 {
+		return &smolvm.NetworkError{ID: id, Op: "remove port forward",
+			Err: fmt.Errorf("host port %d: %w; `smolvm port ls %s` lists the VM's forwards", hostPort, smolvm.ErrNotFound, id)}
+	}
+	// The row goes last: as long as the port is held it belongs to this VM.
+	if vm.State.Alive() {
+		if err := shim.NewClient(m.runtimeDir(id)).RemoveForward(ctx, shimForward(vm.Forwards[i]).Host); err != nil {
+			return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
+		}
+	}
+	if err := m.store.RemoveForward(ctx, id, hostPort); err != nil {
+		return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
+	}
+	m.note(ctx, id, "port rm", began, vm.Forwards[i].String())
+	return nil
+}
+
+// PortForwards lists the VM's forwards, without that of SSH.
+func (m *Manager) PortForwards(ctx context.Context, id string) ([]smolvm.PortForward, error) {
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if vm.Forwards == nil {
+		return []smolvm.PortForward{}, nil
+	}
+	return vm.Forwards, nil
+}
+
+func shimForward(f smolvm.PortForward) shim.Forward {
+	return shim.Forward{Host: netip.AddrPortFrom(f.HostAddr, uint16(f.HostPort)), GuestPort: f.GuestPort}
+}

@@ -1,0 +1,89 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/store"
+)
+
+// Reconcile makes what is written down agree with what is so, after processes or
+// the host have died: VMs that are said to be alive but are dead become
+// [smolvm.StateError], and their ids are returned; what is left of VMs that are
+// gone is removed. Every other call does the same for the VMs that it looks at, so
+// nothing depends on Reconcile; it collects what nobody looks at any more.
+func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
+	vms, err := m.store.ListVMs(ctx, "")
+	if err != nil {
+		return nil, fmt.Errorf("reconcile: %w", err)
+	}
+	dead := []string{}
+	known := map[string]bool{}
+	var errs []error
+	for _, vm := range vms {
+		known[vm.ID], known[vm.ID+ownerSuffix] = true, true
+		if !vm.State.Alive() {
+			errs = append(errs, m.reclaimOrphan(ctx, vm))
+			continue
+		}
+		settled, err := m.settle(ctx, vm)
+		if err != nil {
+			errs = append(errs, err)
+		} else if settled.State == smolvm.StateError {
+			dead = append(dead, vm.ID)
+		}
+	}
+	errs = append(errs, m.reclaim(ctx, known))
+	return dead, errors.Join(errs...)
+}
+
+// reclaim removes logs and locks of VMs that have no row. Disks without a row are
+// kept: they were retained on purpose, as a row outlives its VM's own disk.
+func (m *Manager) reclaim(ctx context.Context, known map[string]bool) error {
+	var errs []error
+	for _, name := range []string{vmsName, locksName} {
+		entries, err := os.ReadDir(filepath.Join(m.dataDir, name))
+		if err != nil {
+			errs = append(errs, fmt.Errorf("reclaim %s: %w", name, err))
+			continue
+		}
+		for _, entry := range entries {
+			if !known[entry.Name()] {
+				errs = append(errs, m.reclaimVM(ctx, entry.Name()))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// reclaimOrphan deletes an ephemeral VM whose creator died before it could start or
+// delete it.
+func (m *Manager) reclaimOrphan(ctx context.Context, vm store.VM) error {
+	if !vm.Config.Ephemeral || !m.orphaned(vm.ID) {
+		return nil
+	}
+	return m.eraseEphemeral(ctx, vm.ID)
+}
+
+// reclaimVM removes what a VM without a row has left, unless the VM is being made
+// or deleted just now.
+func (m *Manager) reclaimVM(ctx context.Context, id string) error {
+	lock, err := m.tryLock(id)
+	if errors.Is(err, errLocked) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := m.store.GetVM(ctx, id); !errors.Is(err, smolvm.ErrVMNotFound) {
+		lock.unlock()
+		return err
+	}
+	err = errors.Join(os.RemoveAll(m.vmDir(id)), os.RemoveAll(m.runtimeDir(id)))
+	lock.remove()
+	return err
+}

@@ -1,0 +1,168 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/store"
+)
+
+// SSHCommands returns shell commands that log in to the VM by its SSH port. They
+// check the guest's host key against the one that the VM was given, so no client
+// has to be told to trust blindly. The port answers while the VM runs.
+func (m *Manager) SSHCommands(ctx context.Context, id string, opts SSHOptions) (SSHCommands, error) {
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return SSHCommands{}, err
+	}
+	local, err := m.sshArgs(vm, opts, dialAddr(vm.Config.SSHHostAddr).String())
+	if err != nil {
+		return SSHCommands{}, fmt.Errorf("SSH commands of VM %q: %w", id, err)
+	}
+	commands := SSHCommands{LocalhostPort: shellLine(local)}
+	if opts.PublicHost != "" {
+		// The key file and the known_hosts file are on this host, so what another
+		// host runs names neither, but for a key that the caller has named.
+		public := []string{"ssh"}
+		if opts.KeyPath != "" {
+			public = append(public, "-i", expandHome(opts.KeyPath))
+		}
+		public = append(public, "-p", strconv.Itoa(vm.SSHPort), opts.user()+"@"+opts.PublicHost)
+		commands.Public = shellLine(public)
+	}
+	return commands, nil
+}
+
+// SSHArgs is the argument vector of the stock ssh client that logs in to the VM,
+// to which a command may be appended.
+func (m *Manager) SSHArgs(ctx context.Context, id, user string) ([]string, error) {
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if !vm.State.Alive() {
+		return nil, stateError("log in to", vm)
+	}
+	args, err := m.sshArgs(vm, SSHOptions{User: user}, dialAddr(vm.Config.SSHHostAddr).String())
+	if err != nil {
+		return nil, fmt.Errorf("SSH arguments of VM %q: %w", id, err)
+	}
+	return args, nil
+}
+
+func (m *Manager) sshArgs(vm store.VM, opts SSHOptions, host string) ([]string, error) {
+	key := expandHome(opts.KeyPath)
+	if key == "" {
+		if _, err := m.clientPublicKey(); err != nil { // makes the key, if need be
+			return nil, err
+		}
+		key = filepath.Join(m.dataDir, keysName, clientKeyName)
+	}
+	args := []string{"ssh", "-i", key, "-o", "IdentitiesOnly=yes"}
+	if vm.Config.UsesImage() {
+		knownHosts, err := m.writeKnownHosts(vm)
+		if err != nil {
+			return nil, err
+		}
+		args = append(args,
+			"-o", "UserKnownHostsFile="+knownHosts,
+			"-o", "HostKeyAlias="+hostKeyAlias(vm.ID),
+			"-o", "StrictHostKeyChecking=yes")
+	}
+	return append(args, "-p", strconv.Itoa(vm.SSHPort), opts.user()+"@"+host), nil
+}
+
+func (o SSHOptions) user() string {
+	if o.User == "" {
+		return "root"
+	}
+	return o.User
+}
+
+// dialAddr is an address to connect to for a listener on addr.
+func dialAddr(addr netip.Addr) netip.Addr {
+	switch {
+	case !addr.IsUnspecified():
+		return addr
+	case addr.Is6():
+		return netip.IPv6Loopback()
+	default:
+		return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+}
+
+// hostKeyAlias names the VM in known_hosts; its port may change.
+func hostKeyAlias(id string) string { return "smolvm-" + id }
+
+// writeKnownHosts writes the VM's known_hosts file, if it is not there yet. A VM's
+// host key never changes.
+func (m *Manager) writeKnownHosts(vm store.VM) (string, error) {
+	path := filepath.Join(m.vmDir(vm.ID), "known_hosts")
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	key, err := hostKey(vm)
+	if err != nil {
+		return "", err
+	}
+	if err := os.MkdirAll(m.vmDir(vm.ID), 0o700); err != nil {
+		return "", fmt.Errorf("write known_hosts: %w", err)
+	}
+	line := hostKeyAlias(vm.ID) + " " + string(ssh.MarshalAuthorizedKey(key))
+	temp, err := os.CreateTemp(m.vmDir(vm.ID), ".known_hosts-*")
+	if err != nil {
+		return "", fmt.Errorf("write known_hosts: %w", err)
+	}
+	_, writeErr := temp.WriteString(line)
+	if err := errors.Join(writeErr, temp.Close()); err != nil {
+		return "", errors.Join(fmt.Errorf("write known_hosts: %w", err), os.Remove(temp.Name()))
+	}
+	return path, os.Rename(temp.Name(), path)
+}
+
+func hostKey(vm store.VM) (ssh.PublicKey, error) {
+	signer, err := ssh.ParsePrivateKey([]byte(vm.HostKey))
+	if err != nil {
+		return nil, fmt.Errorf("host key of VM %q: %w", vm.ID, err)
+	}
+	return signer.PublicKey(), nil
+}
+
+// clientPublicKey is the public half of the data directory's key, as one line.
+func (m *Manager) clientPublicKey() (string, error) {
+	signer, err := clientKey(filepath.Join(m.dataDir, keysName))
+	if err != nil {
+		return "", err
+	}
+	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(signer.PublicKey()))), nil
+}
+
+// expandHome replaces a leading ~, which a shell would not do within quotes.
+func expandHome(path string) string {
+	rest, ok := strings.CutPrefix(path, "~/")
+	if !ok {
+		return path
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return path
+	}
+	return filepath.Join(home, rest)
+}
+
+func shellLine(args []string) string {
+	quoted := make([]string, len(args))
+	for i, arg := range args {
+		quoted[i] = wire.Quote(arg)
+	}
+	return strings.Join(quoted, " ")
+}

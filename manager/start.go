@@ -1,0 +1,355 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+const (
+	// guestSSHPort is where every guest's SSH server is, ours or its own.
+	guestSSHPort = 22
+	// emulationFactor is how many times longer things may take without hardware
+	// virtualization; a kernel boots about ten times slower, a guest that is up
+	// works about four times slower.
+	emulationFactor = 4
+)
+
+// Start boots a VM that is created or stopped, and returns when it is ready as its
+// configuration says. On failure nothing is left running, the VM is in
+// [smolvm.StateError], and the error quotes the end of its console log.
+//
+// The error matches [smolvm.ErrVMNotFound], [smolvm.ErrInvalidState] or
+// [smolvm.ErrBootTimeout], or is a [*smolvm.NetworkError] or a
+// [*smolvm.PrerequisiteError].
+func (m *Manager) Start(ctx context.Context, id string, opts StartOptions) (smolvm.VMInfo, error) {
+	began := time.Now()
+	lock, err := m.lockExisting(ctx, id)
+	if err != nil {
+		return smolvm.VMInfo{}, err
+	}
+	defer lock.unlock()
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return smolvm.VMInfo{}, err
+	}
+	if vm.State != smolvm.StateCreated && vm.State != smolvm.StateStopped {
+		return smolvm.VMInfo{}, stateError("start", vm)
+	}
+	if err := m.requireBackend(ctx, vm.Backend); err != nil {
+		return smolvm.VMInfo{}, fmt.Errorf("start VM %q: %w", id, err)
+	}
+	vm, err = m.boot(ctx, vm, opts)
+	if err != nil {
+		m.note(ctx, id, "start failed", began, err.Error())
+		return smolvm.VMInfo{}, err
+	}
+	m.note(ctx, id, "start", began, vm.Accelerator)
+	return m.info(vm), nil
+}
+
+// boot starts the VM's shim, waits until the VM is ready, and writes that down. Up
+// to the commit at its end the shim undoes everything if this process dies.
+func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions) (store.VM, error) {
+	if err := m.ensureDisk(ctx, vm); err != nil {
+		return vm, fmt.Errorf("start VM %q: %w", vm.ID, err)
+	}
+	launch, err := m.prepare(ctx, vm, opts)
+	if err != nil {
+		return vm, err
+	}
+	listeners, err := m.listen(ctx, &vm)
+	if err != nil {
+		return vm, err
+	}
+	defer closeAll(listeners)
+	for _, listener := range listeners {
+		launch.Listeners = append(launch.Listeners, listener.Listener)
+		launch.Spec.Forwards = append(launch.Spec.Forwards, listener.forward)
+	}
+	launched, err := shim.Launch(ctx, launch)
+	if err != nil {
+		return vm, m.failed(ctx, vm, err)
+	}
+	err = m.store.MarkStarted(context.WithoutCancel(ctx), vm.ID, store.Started{
+		Run:         launch.Spec.Run,
+		PID:         launched.VMMPID,
+		PIDStart:    launched.VMMStart,
+		ShimPID:     launched.PID,
+		ShimStart:   launched.Start,
+		BootID:      m.bootID(),
+		Accelerator: launch.Spec.VMM.Accelerator,
+		At:          time.Now().UTC(),
+	})
+	if err == nil {
+		err = launched.Commit()
+	}
+	if err != nil {
+		launched.Abort(context.WithoutCancel(ctx))
+		return vm, m.failed(ctx, vm, err)
+	}
+	return m.store.GetVM(ctx, vm.ID)
+}
+
+// failed writes down a start that did not succeed. A start that the caller gave up
+// leaves the VM as it was.
+func (m *Manager) failed(ctx context.Context, vm store.VM, cause error) error {
+	err := fmt.Errorf("start VM %q: %w", vm.ID, cause)
+	if ctx.Err() != nil && !errors.Is(cause, smolvm.ErrBootTimeout) {
+		return err
+	}
+	return errors.Join(err, m.store.MarkFailed(context.WithoutCancel(ctx), vm.ID, cause.Error(), time.Now().UTC()))
+}
+
+// prepare makes the directories of a start, and the shim's orders.
+func (m *Manager) prepare(ctx context.Context, vm store.VM, opts StartOptions) (shim.LaunchOptions, error) {
+	command, err := m.shimCommand()
+	if err != nil {
+		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+	}
+	dir := m.vmDir(vm.ID)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+	}
+	runtimeDir := m.runtimeDir(vm.ID)
+	if err := makeRuntimeParent(runtimeDir); err != nil {
+		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+	}
+	accelerator := m.host.Accelerator(ctx)
+	machine, err := m.vmmConfig(ctx, vm, accelerator.Name)
+	if err != nil {
+		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+	}
+	plan := network.User(vm.Lease)
+	spec := shim.Spec{
+		ID:      vm.ID,
+		Run:     newRun(),
+		Backend: vm.Backend,
+		VMM:     machine,
+		Network: &usernet.Config{
+			Prefix:   plan.Prefix,
+			Gateway:  plan.Gateway,
+			Guest:    plan.GuestIP,
+			GuestMAC: plan.GuestMAC,
+		},
+		Ready:        vm.Config.Ready,
+		ReadyTimeout: bootTimeout(opts, accelerator.Name),
+		TTL:          vm.Config.TTL,
+		Ephemeral:    vm.Config.Ephemeral,
+		RuntimeDir:   runtimeDir,
+		HandOver:     map[string]string{handOverDataDir: m.dataDir, handOverSocketDir: m.socketDir},
+	}
+	if vm.Config.UsesImage() {
+		if spec.Greeting, err = m.greeting(vm, plan); err != nil {
+			return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+		}
+	}
+	return shim.LaunchOptions{
+		Program: command,
+		Spec:    spec,
+		LogPath: filepath.Join(dir, "shim.log"),
+	}, nil
+}
+
+func bootTimeout(opts StartOptions, accelerator string) time.Duration {
+	switch {
+	case opts.Timeout != 0:
+		return opts.Timeout
+	case accelerator == vmm.KVM:
+		return DefaultBootTimeout
+	default:
+		return emulationFactor * DefaultBootTimeout
+	}
+}
+
+// vmmConfig says what the VMM is to run.
+func (m *Manager) vmmConfig(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {
+	config := vmm.Config{
+		ID:          vm.ID,
+		Accelerator: accelerator,
+		VCPUs:       vm.Config.VCPUs,
+		MemoryMiB:   vm.Config.MemoryMiB,
+		Kernel:      vm.Config.KernelPath,
+		Initrd:      vm.Config.InitrdPath,
+		BootArgs:    vm.Config.BootArgs,
+		NIC:         &vmm.NIC{MAC: network.User(vm.Lease).GuestMAC},
+		Channel:     vm.Config.UsesImage(),
+		ConsolePath: vm.LogPath,
+		LogPath:     filepath.Join(m.vmDir(vm.ID), "vmm.log"),
+	}
+	var err error
+	if vm.Config.UsesImage() {
+		image, err := m.images.Get(ctx, vm.Image)
+		if err != nil {
+			return config, err
+		}
+		config.Kernel, config.Initrd = image.KernelPath, image.InitrdPath
+		if config.BootArgs == "" {
+			config.BootArgs = image.BootArgs
+		}
+	} else if config.Kernel, err = m.images.Kernel(ctx, config.Kernel); err != nil {
+		return config, err
+	}
+	paths := vm.Config.Drives
+	if vm.DiskPath != "" {
+		paths = append([]smolvm.Drive{{Path: vm.DiskPath}}, paths...)
+		if !hasArg(config.BootArgs, "root") {
+			config.BootArgs += " root=/dev/vda rw"
+		}
+	}
+	for _, drive := range paths {
+		info, err := disk.Probe(drive.Path)
+		if err != nil && !errors.Is(err, disk.ErrNoFileSystem) {
+			return config, err
+		}
+		config.Drives = append(config.Drives, vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly})
+	}
+	return config, nil
+}
+
+func hasArg(bootArgs, name string) bool {
+	for arg := range strings.FieldsSeq(bootArgs) {
+		if strings.HasPrefix(arg, name+"=") {
+			return true
+		}
+	}
+	return false
+}
+
+// greeting is what the guest is told of itself.
+func (m *Manager) greeting(vm store.VM, plan smolvm.NetworkConfig) (*wire.Greeting, error) {
+	key, err := m.clientPublicKey()
+	if err != nil {
+		return nil, err
+	}
+	return &wire.Greeting{
+		Hostname:       vm.Config.Hostname,
+		MachineID:      vm.MachineID,
+		HostKey:        vm.HostKey,
+		AuthorizedKeys: append([]string{key}, vm.Config.AuthorizedKeys...),
+		Env:            vm.Config.Env,
+		Network: &wire.Network{
+			MAC:     plan.GuestMAC,
+			Address: netip.PrefixFrom(plan.GuestIP, plan.Prefix.Bits()),
+			Gateway: plan.Gateway,
+			DNS:     []netip.Addr{plan.Gateway},
+		},
+	}, nil
+}
+
+// boundForward is a port forward whose host port is held by this process, until
+// the shim has taken it over.
+type boundForward struct {
+	net.Listener
+	forward shim.Forward
+}
+
+// listen binds the host ports of the VM. The SSH port moves on if another program
+// has taken it since it was reserved; a port that the user named is an error then.
+func (m *Manager) listen(ctx context.Context, vm *store.VM) ([]boundForward, error) {
+	var bound []boundForward
+	sshListener, err := m.listenSSH(ctx, vm)
+	if err != nil {
+		return nil, err
+	}
+	bound = append(bound, boundForward{sshListener, shim.Forward{
+		Host:      netip.AddrPortFrom(vm.Config.SSHHostAddr, uint16(vm.SSHPort)),
+		GuestPort: guestSSHPort,
+	}})
+	for _, forward := range vm.Forwards {
+		listener, err := listenOn(ctx, forward.HostAddr, forward.HostPort)
+		if err != nil {
+			closeAll(bound)
+			return nil, &smolvm.NetworkError{ID: vm.ID, Op: "forward " + forward.String(), Err: err}
+		}
+		bound = append(bound, boundForward{listener, shim.Forward{
+			Host:      netip.AddrPortFrom(forward.HostAddr, uint16(forward.HostPort)),
+			GuestPort: forward.GuestPort,
+		}})
+	}
+	return bound, nil
+}
+
+func (m *Manager) listenSSH(ctx context.Context, vm *store.VM) (net.Listener, error) {
+	listener, err := listenOn(ctx, vm.Config.SSHHostAddr, vm.SSHPort)
+	if err == nil {
+		return listener, nil
+	}
+	if !errors.Is(err, smolvm.ErrPortInUse) {
+		return nil, &smolvm.NetworkError{ID: vm.ID, Op: "forward SSH", Err: err}
+	}
+	// The port that is found free stays bound from that moment on, so no other
+	// program can take it before it is ours in the database as well.
+	port, err := m.store.MoveSSHPort(ctx, vm.ID, func(addr netip.Addr, port int) bool {
+		candidate, err := listenOn(ctx, addr, port)
+		if err != nil {
+			return false
+		}
+		if listener != nil {
+			_ = listener.Close()
+		}
+		listener = candidate
+		return true
+	})
+	if err != nil {
+		if listener != nil {
+			_ = listener.Close()
+		}
+		return nil, &smolvm.NetworkError{ID: vm.ID, Op: "reserve SSH port", Err: err}
+	}
+	vm.SSHPort = port
+	return listener, nil
+}
+
+func listenOn(ctx context.Context, addr netip.Addr, port int) (net.Listener, error) {
+	var config net.ListenConfig
+	listener, err := config.Listen(ctx, "tcp", net.JoinHostPort(addr.String(), strconv.Itoa(port)))
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%s:%d: %w by another program", addr, port, smolvm.ErrPortInUse)
+	}
+	return listener, err
+}
+
+func closeAll(listeners []boundForward) {
+	for _, listener := range listeners {
+		_ = listener.Close()
+	}
+}
+
+// shimCommand is the program that becomes the shim.
+func (m *Manager) shimCommand() ([]string, error) {
+	if len(m.config.ShimCommand) > 0 {
+		return m.config.ShimCommand, nil
+	}
+	path, err := findProgram("smolvm")
+	if err != nil {
+		return nil, fmt.Errorf("%w; install the smolvm CLI, or name it with the ShimCommand option", err)
+	}
+	return []string{path, "shim"}, nil
+}
+
+func (m *Manager) bootID() string {
+	id, err := proc.BootID()
+	if err != nil {
+		return "" // then only a start time tells a reused pid from ours
+	}
+	return id
+}
