@@ -1,0 +1,24 @@
+// Command smolvm runs disposable VMs; see package cli.
+package main
+
+import (
+	"context"
+	"os"
+
+	"github.com/smolvm/smolvm/internal/cli"
+	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/qemu"
+)
+
+var version string // set by the linker
+
+func main() {
+	program := cli.Program{
+		Stdin:    os.Stdin,
+		Stdout:   os.Stdout,
+		Stderr:   os.Stderr,
+		Version:  version,
+		Backends: []vmm.Backend{qemu.New(qemu.Options{})},
+	}
+	os.Exit(program.Run(context.Background(), os.Args[1:]))
+}

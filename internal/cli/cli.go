@@ -1,0 +1,125 @@
+// Package cli is the smolvm command: one file per subcommand over a
+// [manager.Manager].
+//
+// The rules of its output:
+//   - Standard output carries what was asked for, and nothing else: ids, tables,
+//     JSON, or the output of a command in a guest.
+//   - Standard error carries the rest: progress, and an error as "smolvm: what
+//     failed", with a line "hint: what to do next" where there is something to do.
+//   - A table that goes to a terminal fits its width and may be coloured; one that
+//     goes elsewhere is whole and plain.
+//   - JSON is the types of package smolvm; an empty list is [].
+//
+// The exit status is 0 for success, 1 for an error and 2 for wrong usage. Commands
+// that run something in a guest (run, exec, shell) exit with its status; what is on
+// standard error tells the two apart.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// Exit statuses of smolvm's own.
+const (
+	statusError = 1
+	statusUsage = 2
+	// statusTimeout is what timeout(1) exits with when it has ended a command.
+	statusTimeout = 124
+	// statusSignal and the number of a signal is how shells report an end by it.
+	statusSignal = 128
+)
+
+// shimName is the hidden command that turns this program into the shim of a VM.
+const shimName = "shim"
+
+// Program is the smolvm command with all that it needs of the outside.
+type Program struct {
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+	// Version to report. Empty: the version in the build information.
+	Version string
+	// Backends are what the program runs VMs by when it is a shim.
+	Backends []vmm.Backend
+}
+
+// Run runs the command line args, which starts after the program's name, and returns
+// the exit status. From here on it takes care of signals: they end what it does, or
+// are passed on to a command in a guest.
+func (p Program) Run(ctx context.Context, args []string) int {
+	// A shim lives as long as its VM, so it is spared what only commands need.
+	if len(args) > 0 && args[0] == shimName {
+		return p.runShim(ctx)
+	}
+	ctx, signals := watchSignals(ctx)
+	defer signals.stop()
+	a := &app{Program: p, signals: signals}
+	root := a.rootCommand()
+	root.SetArgs(args)
+	executed, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return 0
+	}
+	if !a.ran {
+		// Cobra refused the command line before a command of ours began.
+		err = &usageError{err}
+	}
+	return a.report(ctx, executed, err)
+}
+
+func (p Program) runShim(ctx context.Context) int {
+	err := manager.RunShim(ctx, manager.ShimOptions{Stdin: p.Stdin, Backends: p.Backends})
+	if err != nil {
+		_, _ = fmt.Fprintln(p.Stderr, "smolvm shim:", err)
+		return statusError
+	}
+	return 0
+}
+
+// app is one run of the program.
+type app struct {
+	Program
+	signals *signals
+	ran     bool // a command's own code has begun
+
+	// Global flags.
+	dataDir, socketDir, backend string
+	json                        bool
+
+	progress *progress // nil: the building of images is not shown
+}
+
+// open opens the data directory that the global flags name.
+func (a *app) open(ctx context.Context) (*manager.Manager, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program, which is the VMs' shim too: %w", err)
+	}
+	config := manager.Config{
+		DataDir:     a.dataDir,
+		SocketDir:   a.socketDir,
+		Backend:     a.backend,
+		ShimCommand: []string{self, shimName},
+	}
+	if a.progress != nil {
+		config.Progress = a.progress.update
+	}
+	return manager.Open(ctx, config)
+}
+
+// withManager calls f with a Manager that is closed afterwards.
+func (a *app) withManager(ctx context.Context, f func(*manager.Manager) error) error {
+	m, err := a.open(ctx)
+	if err != nil {
+		return err
+	}
+	err = f(m)
+	a.progress.finish()
+	return errors.Join(err, m.Close())
+}

@@ -1,0 +1,102 @@
+package cli
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/smolvm/smolvm"
+)
+
+// printJSON prints one JSON value on standard output.
+func (a *app) printJSON(value any) error {
+	encoder := json.NewEncoder(a.Stdout)
+	encoder.SetIndent("", "  ")
+	encoder.SetEscapeHTML(false)
+	return encoder.Encode(value)
+}
+
+// printList prints a list as one JSON array.
+func printList[T any](a *app, list []T) error {
+	if list == nil {
+		list = []T{}
+	}
+	return a.printJSON(list)
+}
+
+func (a *app) println(text string) error {
+	_, err := fmt.Fprintln(a.Stdout, text)
+	return err
+}
+
+// age says how long ago something was, in one unit.
+func age(since, now time.Time) string {
+	if since.IsZero() {
+		return ""
+	}
+	d := now.Sub(since)
+	switch {
+	case d < time.Second:
+		return "0s"
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	}
+	return fmt.Sprintf("%dd", int(d.Hours()/24))
+}
+
+// took formats a measured duration in the unit that suits it.
+func took(d time.Duration) string {
+	switch {
+	case d < time.Second:
+		return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
+	case d < time.Minute:
+		return fmt.Sprintf("%.2f s", d.Seconds())
+	}
+	return d.Round(time.Second).String()
+}
+
+// byteSize formats a number of bytes in binary units.
+func byteSize(n int64) string {
+	const units = "KMGT"
+	if n < 1<<10 {
+		return fmt.Sprintf("%d B", n)
+	}
+	value, unit := float64(n)/(1<<10), 0
+	for value >= 1<<10 && unit < len(units)-1 {
+		value, unit = value/(1<<10), unit+1
+	}
+	return fmt.Sprintf("%.1f %ciB", value, units[unit])
+}
+
+func mebibytes(n int) string {
+	if n >= 1<<10 && n%(1<<10) == 0 {
+		return fmt.Sprintf("%dG", n>>10)
+	}
+	return fmt.Sprintf("%dM", n)
+}
+
+// shortDigest is the beginning of a digest, long enough to name an image.
+func shortDigest(digest string) string {
+	const digits = 12
+	digest = strings.TrimPrefix(digest, "sha256:")
+	return digest[:min(digits, len(digest))]
+}
+
+func stateCell(state smolvm.VMState) cell {
+	color := plain
+	switch state {
+	case smolvm.StateRunning:
+		color = green
+	case smolvm.StatePaused:
+		color = yellow
+	case smolvm.StateError:
+		color = red
+	case smolvm.StateCreated, smolvm.StateStopped:
+	}
+	return cell{string(state), color}
+}

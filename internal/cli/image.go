@@ -1,0 +1,173 @@
+package cli
+
+import (
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
+)
+
+func (a *app) imageCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "image",
+		Short: "Build, list and remove images",
+		Long: `Images are what VMs boot: a kernel and a root file system with smolvm's agent. They
+never change; an image is named by a name, its digest, or the beginning of that.`,
+		Args: cobra.ArbitraryArgs,
+		RunE: a.requireSubcommand,
+	}
+	cmd.AddCommand(a.imageLsCommand(), a.imageBuildCommand(), a.imageInspectCommand(),
+		a.imageRmCommand(), a.imagePruneCommand())
+	return cmd
+}
+
+func (a *app) imageLsCommand() *cobra.Command {
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:               "ls [flags]",
+		Aliases:           []string{"list"},
+		Short:             "List images",
+		Args:              needs(0, 0, "no arguments"),
+		ValidArgsFunction: words(),
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print digests only")
+	cmd.RunE = a.does(func(cmd *cobra.Command, _ []string) error {
+		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			images, err := m.Images(cmd.Context())
+			switch {
+			case err != nil:
+				return err
+			case a.json:
+				return printList(a, images)
+			case quiet:
+				for _, image := range images {
+					if err := a.println(image.Digest); err != nil {
+						return err
+					}
+				}
+				return nil
+			}
+			now := time.Now()
+			t := &table{titles: []string{"NAMES", "DIGEST", "SIZE", "AGE", "SOURCE"}, shrinks: []int{4, 0}}
+			for _, image := range images {
+				t.add(strings.Join(image.Names, ", "), shortDigest(image.Digest), byteSize(image.Size),
+					age(image.CreatedAt, now), image.Source)
+			}
+			return a.print(t)
+		})
+	})
+	return cmd
+}
+
+const imageBuildLong = `Build an image and print its digest. Without flags it is the default image: the
+distribution's kernel, fetched by the host's package manager, and a small busybox
+system. What is there already is used again.`
+
+func (a *app) imageBuildCommand() *cobra.Command {
+	var options manager.BuildOptions
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:               "build [flags] [NAME]",
+		Short:             "Build an image",
+		Long:              imageBuildLong,
+		Example:           "  smolvm image build\n  smolvm image build --rootfs alpine.ext4 alpine",
+		Args:              needs(0, 1, "at most one name"),
+		ValidArgsFunction: first(a.imageNames()),
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&options.Rootfs, "rootfs", "", "root file system: an ext4 image or a directory at `PATH`")
+	flags.StringVar(&options.Kernel, "kernel", "", "kernel in `FILE`, as ELF or bzImage")
+	flags.StringVar(&options.ModulesDir, "modules", "", "modules of --kernel in `DIR`, as under /lib/modules")
+	flags.BoolVar(&options.Force, "force", false, "build even if the same image is there")
+	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show how it goes on")
+	complete(cmd, "modules", directories)
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			options.Name = args[0]
+		}
+		if !quiet {
+			a.progress = newProgress(a.Stderr)
+		}
+		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			image, err := m.BuildImage(cmd.Context(), options)
+			if err != nil {
+				return err
+			}
+			a.progress.finish()
+			return a.printImage(image)
+		})
+	})
+	return cmd
+}
+
+func (a *app) imageInspectCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "inspect IMAGE...",
+		Short:             "Print all that is known of images as JSON, one object for each",
+		Args:              needs(1, anyNumber, "names or digests of images"),
+		ValidArgsFunction: a.imageNames(),
+		RunE: a.does(func(cmd *cobra.Command, args []string) error {
+			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+				return eachOf(args, func(ref string) (smolvm.Image, error) {
+					return m.Image(cmd.Context(), ref)
+				}, func(image smolvm.Image) error { return a.printJSON(image) })
+			})
+		}),
+	}
+}
+
+func (a *app) imageRmCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "rm IMAGE...",
+		Aliases:           []string{"delete"},
+		Short:             "Remove images that no VM uses",
+		Args:              needs(1, anyNumber, "names or digests of images"),
+		ValidArgsFunction: a.imageNames(),
+		RunE: a.does(func(cmd *cobra.Command, args []string) error {
+			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+				return eachOf(args, func(ref string) (string, error) {
+					return ref, m.RemoveImage(cmd.Context(), ref)
+				}, a.println)
+			})
+		}),
+	}
+}
+
+func (a *app) imagePruneCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "prune",
+		Short:             "Remove all images that no VM uses and that have no name",
+		Args:              needs(0, 0, "no arguments"),
+		ValidArgsFunction: words(),
+		RunE: a.does(func(cmd *cobra.Command, _ []string) error {
+			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+				images, err := m.PruneImages(cmd.Context())
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return printList(a, images)
+				}
+				var freed int64
+				for _, image := range images {
+					freed += image.Size
+					if err := a.println(image.Digest); err != nil {
+						return err
+					}
+				}
+				a.errorf("smolvm: removed %d images, %s", len(images), byteSize(freed))
+				return nil
+			})
+		}),
+	}
+}
+
+func (a *app) printImage(image smolvm.Image) error {
+	if a.json {
+		return a.printJSON(image)
+	}
+	return a.println(image.Digest)
+}

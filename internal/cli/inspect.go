@@ -1,0 +1,39 @@
+package cli
+
+import (
+	"github.com/spf13/cobra"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
+)
+
+const inspectLong = `Print all that is known of VMs as JSON: one object for each id, one after the other,
+so that ` + "`smolvm inspect web | jq .state`" + ` works.`
+
+// inspected is what inspect prints of a VM.
+type inspected struct {
+	smolvm.VMInfo
+	SSH manager.SSHCommands `json:"ssh"`
+}
+
+func (a *app) inspectCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "inspect ID...",
+		Short:             "Print all that is known of VMs as JSON",
+		Long:              inspectLong,
+		Args:              needs(1, anyNumber, "the ids of VMs"),
+		ValidArgsFunction: a.vmIDs(),
+		RunE: a.does(func(cmd *cobra.Command, args []string) error {
+			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+				return eachOf(args, func(id string) (inspected, error) {
+					vm, err := m.Get(cmd.Context(), id)
+					if err != nil {
+						return inspected{}, err
+					}
+					ssh, err := m.SSHCommands(cmd.Context(), id, manager.SSHOptions{})
+					return inspected{vm, ssh}, err
+				}, func(vm inspected) error { return a.printJSON(vm) })
+			})
+		}),
+	}
+}

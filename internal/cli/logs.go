@@ -1,0 +1,40 @@
+package cli
+
+import (
+	"errors"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/smolvm/smolvm/manager"
+)
+
+const logsLong = `Print the guest's console: what its kernel and its agent have said in all the runs
+of the VM. Output of commands is not in it.`
+
+func (a *app) logsCommand() *cobra.Command {
+	var options manager.LogOptions
+	cmd := &cobra.Command{
+		Use:               "logs [flags] ID",
+		Short:             "Print a VM's console log",
+		Long:              logsLong,
+		Args:              withID,
+		ValidArgsFunction: first(a.vmIDs()),
+	}
+	cmd.Flags().BoolVarP(&options.Follow, "follow", "f", false, "go on until the VM stops")
+	cmd.Flags().IntVarP(&options.Tail, "tail", "n", 0, "only the last `N` lines")
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		if options.Tail < 0 || (options.Tail == 0 && cmd.Flags().Changed("tail")) {
+			return usagef("--tail: give a number from 1 up")
+		}
+		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			log, err := m.Logs(cmd.Context(), args[0], options)
+			if err != nil {
+				return err
+			}
+			_, err = io.Copy(a.Stdout, log)
+			return errors.Join(err, log.Close())
+		})
+	})
+	return cmd
+}

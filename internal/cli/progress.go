@@ -1,0 +1,85 @@
+package cli
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/smolvm/smolvm/manager"
+)
+
+// progress shows how a long operation goes on: on a terminal in one line that
+// changes, elsewhere as one line for each phase. A nil progress shows nothing.
+type progress struct {
+	w     io.Writer
+	width int // 0: not a terminal
+
+	mu      sync.Mutex // guards the following
+	phase   string
+	drawn   time.Time
+	visible bool // the line on the terminal is ours
+}
+
+// redrawEvery keeps a fast operation from drawing more than anybody can see.
+const redrawEvery = 100 * time.Millisecond
+
+func newProgress(w io.Writer) *progress { return &progress{w: w, width: terminalWidth(w)} }
+
+func (p *progress) update(step manager.Progress) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	fresh := step.Phase != p.phase
+	p.phase = step.Phase
+	if p.width == 0 {
+		if fresh {
+			_, _ = fmt.Fprintf(p.w, "smolvm: %s\n", step.Phase)
+		}
+		return
+	}
+	if !fresh && time.Since(p.drawn) < redrawEvery && step.Done != step.Total {
+		return
+	}
+	p.drawn = time.Now()
+	p.visible = true
+	// Back to the start of the line, and clear it.
+	_, _ = fmt.Fprintf(p.w, "\r\x1b[K%s", progressLine(step, p.width-1))
+}
+
+// finish takes the line off the terminal.
+func (p *progress) finish() {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.visible {
+		_, _ = io.WriteString(p.w, "\r\x1b[K")
+	}
+	p.visible = false
+	p.phase = ""
+}
+
+// progressLine draws a step in at most width characters.
+func progressLine(step manager.Progress, width int) string {
+	line := step.Phase + " ..."
+	switch {
+	case step.Total > 0:
+		amount := byteSize(step.Done) + " of " + byteSize(step.Total)
+		const bar = 24
+		line = fmt.Sprintf("%-20s %s %s", step.Phase, progressBar(step, bar), amount)
+		if utf8.RuneCountInString(line) > width {
+			line = truncate(step.Phase, max(width-len(amount)-1, 1)) + " " + amount
+		}
+	case step.Done > 0:
+		line = step.Phase + " " + byteSize(step.Done)
+	}
+	return truncate(line, max(width, 1))
+}
+
+func progressBar(step manager.Progress, length int) string {
+	full := int(min(step.Done, step.Total) * int64(length) / step.Total)
+	return "[" + strings.Repeat("#", full) + strings.Repeat("-", length-full) + "]"
+}

@@ -1,0 +1,194 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
+)
+
+const runLong = `Run a command in a new VM, with our standard streams, and exit with its status. The
+VM is removed at the end, however that comes: also if this program is interrupted or
+killed. With --keep it goes on running instead.
+
+Without a command, a shell is run: on a terminal to work in, else to read commands
+from standard input. IMAGE is by default ` + "`base`" + `, which is built when it is first
+needed. Write -- between the flags and the command if no image is named.
+
+The command is run as it is, without a shell; use sh -c 'LINE' for a shell's syntax.
+Signals are passed on to it. A command that is still there 10 seconds after it was
+interrupted, or when it is interrupted again, is ended.
+
+With --kernel the VM boots files of your own, with no agent to run a command: its
+console is printed until it powers off.`
+
+const runExample = `  smolvm run -- uname -a
+  echo hi | smolvm run -- cat
+  smolvm run -e TOKEN --memory 1G --timeout 60s base -- sh -c 'wget -qO- http://10.0.2.2'
+  smolvm run --keep --name web -p 8080:80 -- httpd -p 80`
+
+// runFlags are the flags of run.
+type runFlags struct {
+	vm          vmFlags
+	exec        execFlags
+	bootTimeout time.Duration
+	keep, rm    bool
+	timings     bool
+}
+
+func (a *app) runCommand() *cobra.Command {
+	var flags runFlags
+	cmd := &cobra.Command{
+		Use:               "run [flags] [IMAGE] [--] [COMMAND...]",
+		Short:             "Run a command in a new VM",
+		Long:              runLong,
+		Example:           runExample,
+		ValidArgsFunction: first(a.imageNames()),
+	}
+	flags.vm.register(cmd)
+	flags.exec.register(cmd)
+	bootTimeoutFlag(cmd, &flags.bootTimeout)
+	cmd.Flags().BoolVar(&flags.keep, "keep", false, "keep the VM running, and print its id on standard error")
+	cmd.Flags().BoolVar(&flags.rm, "rm", false, "remove the VM at the end (the default)")
+	cmd.Flags().BoolVar(&flags.timings, "timings", false, "print on standard error how long each phase took")
+	cmd.MarkFlagsMutuallyExclusive("keep", "rm")
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		image, command, err := splitImage(args, cmd.ArgsLenAtDash())
+		if err != nil {
+			return err
+		}
+		config := flags.vm.resolve(a, image)
+		config.Ephemeral = !flags.keep
+		if len(command) > 0 && !config.UsesImage() {
+			return usagef("a VM with a kernel of its own has no agent to run %q; give an image instead of --kernel, or no command", command[0])
+		}
+		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			err := a.run(cmd.Context(), m, config, &flags, command)
+			if errors.Is(err, smolvm.ErrImageNotFound) && image != "" {
+				err = withHint(err, "to run %q in the default image, write `smolvm run -- %s`",
+					image, strings.Join(append([]string{image}, command...), " "))
+			}
+			return err
+		})
+	})
+	return cmd
+}
+
+// splitImage splits the arguments of run into an image and a command. dash is the
+// number of arguments before a "--" that comes first; negative: there is none.
+func splitImage(args []string, dash int) (image string, command []string, err error) {
+	if dash == 0 || len(args) == 0 {
+		return "", args, nil
+	}
+	image, command, err = splitID(args)
+	if err != nil {
+		err = withHint(usagef("%s comes after the image %q; flags of smolvm go before it, and a command after --", args[1], args[0]),
+			"to run %q in the default image, write `smolvm run -- %s`", args[0], strings.Join(args, " "))
+	}
+	return image, command, err
+}
+
+// run makes a VM, runs a command in it, and removes it.
+func (a *app) run(ctx context.Context, m *manager.Manager, config smolvm.VMConfig, flags *runFlags, command []string) (err error) {
+	times := startStopwatch()
+	if flags.timings {
+		defer times.print(a.Stderr)
+	}
+	vm, err := m.Create(ctx, config)
+	a.progress.finish()
+	times.lap("create")
+	if err != nil {
+		return err
+	}
+	keep := false
+	defer func() {
+		if !keep {
+			err = errors.Join(err, remove(ctx, m, vm.ID))
+			times.lap("remove")
+		}
+	}()
+	_, err = m.Start(ctx, vm.ID, manager.StartOptions{Timeout: flags.bootTimeout})
+	times.lap("start")
+	if err != nil {
+		return err
+	}
+	keep = flags.keep
+	if keep {
+		a.errorf("smolvm: VM %s is kept running; `smolvm rm %s` removes it", vm.ID, vm.ID)
+	}
+	switch {
+	case !config.UsesImage() && keep:
+		return nil
+	case !config.UsesImage():
+		err = a.console(ctx, m, vm.ID)
+		times.lap("console")
+		return err
+	case len(command) == 0:
+		command = loginShell()
+		flags.exec.tty = flags.exec.tty || a.interactive()
+	}
+	err = a.execute(ctx, m, vm.ID, flags.exec, smolvm.Command{Args: command})
+	times.lap("command")
+	return err
+}
+
+// console prints a VM's console until the VM ends.
+func (a *app) console(ctx context.Context, m *manager.Manager, id string) error {
+	log, err := m.Logs(ctx, id, manager.LogOptions{Follow: true})
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(a.Stdout, log)
+	return errors.Join(err, log.Close())
+}
+
+// remove removes the VM at the end of a run, interrupted or not. If its guest has
+// powered off it is gone already.
+func remove(ctx context.Context, m *manager.Manager, id string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTimeout)
+	defer cancel()
+	err := m.Delete(ctx, id)
+	if errors.Is(err, smolvm.ErrVMNotFound) {
+		return nil
+	}
+	return err
+}
+
+// removeTimeout bounds the removal of a VM, for which a tenth of a second is normal.
+const removeTimeout = 30 * time.Second
+
+// stopwatch measures phases that follow each other.
+type stopwatch struct {
+	began, last time.Time
+	laps        []lap
+}
+
+type lap struct {
+	phase string
+	took  time.Duration
+}
+
+func startStopwatch() *stopwatch {
+	now := time.Now()
+	return &stopwatch{began: now, last: now}
+}
+
+// lap ends a phase.
+func (s *stopwatch) lap(phase string) {
+	now := time.Now()
+	s.laps = append(s.laps, lap{phase, now.Sub(s.last)})
+	s.last = now
+}
+
+func (s *stopwatch) print(w io.Writer) {
+	for _, l := range append(s.laps, lap{"total", s.last.Sub(s.began)}) {
+		_, _ = fmt.Fprintf(w, "smolvm: %-8s %10s\n", l.phase, took(l.took))
+	}
+}

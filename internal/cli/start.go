@@ -1,0 +1,38 @@
+package cli
+
+import (
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
+)
+
+const startLong = `Start VMs that are created or stopped, wait until they are ready, and print their
+ids. A VM of an image is ready when commands can be run in it.`
+
+func (a *app) startCommand() *cobra.Command {
+	var options manager.StartOptions
+	cmd := &cobra.Command{
+		Use:               "start [flags] ID...",
+		Short:             "Start VMs",
+		Long:              startLong,
+		Args:              needs(1, anyNumber, "the ids of VMs"),
+		ValidArgsFunction: a.vmIDs(smolvm.StateCreated, smolvm.StateStopped),
+		RunE: a.does(func(cmd *cobra.Command, args []string) error {
+			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+				return eachOf(args, func(id string) (smolvm.VMInfo, error) {
+					return m.Start(cmd.Context(), id, options)
+				}, a.printVM)
+			})
+		}),
+	}
+	bootTimeoutFlag(cmd, &options.Timeout)
+	return cmd
+}
+
+func bootTimeoutFlag(cmd *cobra.Command, timeout *time.Duration) {
+	cmd.Flags().DurationVar(timeout, "boot-timeout", 0,
+		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization)")
+}

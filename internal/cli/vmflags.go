@@ -1,0 +1,99 @@
+package cli
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/smolvm/smolvm"
+)
+
+// vmFlags are the flags that describe a new VM.
+type vmFlags struct {
+	config smolvm.VMConfig
+	quiet  bool
+}
+
+func (f *vmFlags) register(cmd *cobra.Command) {
+	flags, config := cmd.Flags(), &f.config
+	flags.StringVar(&config.ID, "name", "", "`ID` of the VM (default: made up)")
+	flags.IntVar(&config.VCPUs, "vcpus", 0, fmt.Sprintf("`N` virtual CPUs (default %d)", smolvm.DefaultVCPUs))
+	flags.FuncP("memory", "m", fmt.Sprintf("memory of `SIZE`: MiB, or as in 2G (default %d)", smolvm.DefaultMemoryMiB), func(text string) error {
+		size, err := parseMebibytes(text)
+		config.MemoryMiB = int(size)
+		return err
+	})
+	flags.Func("disk-size", "disk of `SIZE`: MiB, or as in 8G (default: as the image)", func(text string) (err error) {
+		config.DiskSizeMiB, err = parseMebibytes(text)
+		return err
+	})
+	flags.Func("drive", "attach a disk image: `PATH[:ro]` (repeatable)", func(text string) error {
+		drive, err := parseDrive(text)
+		config.Drives = append(config.Drives, drive)
+		return err
+	})
+	flags.FuncP("publish", "p", "forward a port: `[[ADDR:]HOSTPORT:]GUESTPORT` (repeatable)", func(text string) error {
+		forward, err := parseForward(text)
+		config.PortForwards = append(config.PortForwards, forward)
+		return err
+	})
+	flags.FuncP("env", "e", "set a variable for all commands: `NAME[=VALUE]` (repeatable)", f.addEnv)
+	flags.StringVar(&config.Hostname, "hostname", "", "`NAME` of the guest (default: the id)")
+	flags.DurationVar(&config.TTL, "ttl", 0, "stop the VM when it has run for `DURATION`, as in 90s or 2h")
+	flags.TextVar(&config.SSHHostAddr, "ssh-addr", netip.Addr{}, "offer SSH on the host's `ADDR` (default 127.0.0.1)")
+	flags.Func("authorized-key", "let the public key in `FILE` log in (repeatable)", f.addKey)
+
+	flags.StringVar(&config.KernelPath, "kernel", "", "boot the kernel in `FILE` instead of an image")
+	flags.StringVar(&config.InitrdPath, "initrd", "", "initramfs for --kernel in `FILE`")
+	flags.StringVar(&config.RootfsPath, "rootfs", "", "root file system for --kernel: a disk image in `FILE`")
+	flags.StringVar((*string)(&config.DiskMode), "disk-mode", "", "`MODE` of --rootfs: isolated (default) or shared, which writes to it")
+	flags.StringVar(&config.BootArgs, "boot-args", "", "kernel `ARGUMENTS` (default: those of the image)")
+	flags.StringVar((*string)(&config.Ready), "ready", "", "`WHEN` the VM counts as running: agent, ssh or started")
+	flags.BoolVarP(&f.quiet, "quiet", "q", false, "don't show the building of an image")
+
+	complete(cmd, "ready", words(string(smolvm.ReadyAgent), string(smolvm.ReadySSH), string(smolvm.ReadyStarted)))
+	complete(cmd, "disk-mode", words(string(smolvm.DiskIsolated), string(smolvm.DiskShared)))
+	for _, name := range []string{"name", "vcpus", "memory", "disk-size", "publish", "env", "hostname", "ttl", "ssh-addr", "boot-args"} {
+		complete(cmd, name, words())
+	}
+}
+
+func (f *vmFlags) addEnv(text string) error {
+	name, value, err := parseEnv(text)
+	if err != nil {
+		return err
+	}
+	if f.config.Env == nil {
+		f.config.Env = map[string]string{}
+	}
+	f.config.Env[name] = value
+	return nil
+}
+
+func (f *vmFlags) addKey(path string) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(text)) {
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
+			f.config.AuthorizedKeys = append(f.config.AuthorizedKeys, line)
+		}
+	}
+	return nil
+}
+
+// resolve returns the configuration of a VM of that image; empty: the default one,
+// or none if a kernel was given.
+func (f *vmFlags) resolve(a *app, image string) smolvm.VMConfig {
+	config := f.config
+	config.Image = image
+	config.Backend = a.backend
+	if !f.quiet {
+		a.progress = newProgress(a.Stderr)
+	}
+	return config
+}
