@@ -1,0 +1,63 @@
+package main
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/qemu"
+	"github.com/smolvm/smolvm/manager"
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "shim" {
+		options := manager.ShimOptions{Stdin: os.Stdin, Backends: []vmm.Backend{qemu.New(qemu.Options{})}}
+		if manager.RunShim(context.Background(), options) != nil {
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// The example does its job, on a real VM, and leaves nothing.
+func TestJob(t *testing.T) {
+	testenv.RequireQEMU(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	data := filepath.Join(dir, "data")
+	testenv.SeedImages(t, data)
+	testenv.NoProcesses(t, data)
+	source := filepath.Join(dir, "source")
+	for name, text := range map[string]string{"a.go": "1\n2\n3\n", "deep/b.go": "4\n", "notes.md": "one\ntwo\n"} {
+		path := filepath.Join(source, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	config := manager.Config{
+		DataDir:     data,
+		ShimCommand: []string{self, "shim"},
+		AgentPath:   testenv.Agent(t),
+	}
+	result := filepath.Join(dir, "result")
+	if err := run(t.Context(), config, source, result); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(result)
+	if err != nil || string(got) != "4 go\n2 md\n" {
+		t.Errorf("the result is %q, %v", got, err)
+	}
+	if left, err := os.ReadDir(filepath.Join(data, "disks")); err != nil || len(left) > 0 {
+		t.Errorf("disks are left: %v, %v", left, err)
+	}
+}
