@@ -1,0 +1,106 @@
+package main
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/image"
+)
+
+// bare starts QEMU as it was started for a VM, with nothing of ours around it, and
+// returns how long it took until the agent answered.
+func (b *bench) bare(line []string) (time.Duration, error) {
+	path := filepath.Join(b.dir, "bare.qcow2")
+	images, err := image.Open(filepath.Join(b.m.DataDir(), "images"))
+	if err != nil {
+		return 0, err
+	}
+	base, err := images.Get(b.ctx, "base")
+	if err != nil {
+		return 0, err
+	}
+	if err := disk.CreateOverlay(b.ctx, disk.Overlay{Path: path, Base: base.RootfsPath, BaseFormat: disk.Raw}); err != nil {
+		return 0, err
+	}
+	defer func() { _ = os.Remove(path) }()
+	for i, word := range line {
+		switch {
+		case strings.Contains(word, "id=drive0,"):
+			before, _, _ := strings.Cut(word, "file=")
+			line[i] = before + "file=" + path
+		case strings.HasPrefix(word, "file,id=console"):
+			line[i] = "file,id=console,append=on,path=" + filepath.Join(b.dir, "bare.log")
+		}
+	}
+	var files []*os.File // 3: QMP, 4: guest channel, 5: network, as in the command line
+	var ours []int
+	for _, kind := range []int{unix.SOCK_STREAM, unix.SOCK_STREAM, unix.SOCK_DGRAM} {
+		ends, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return 0, err
+		}
+		ours = append(ours, ends[0])
+		files = append(files, os.NewFile(uintptr(ends[1]), "theirs"))
+	}
+	ourChannel := os.NewFile(uintptr(ours[1]), "channel")
+	channel, err := net.FileConn(ourChannel)
+	if err != nil {
+		return 0, err
+	}
+	hello, err := greeting()
+	if err != nil {
+		return 0, err
+	}
+	began := time.Now()
+	cmd := exec.CommandContext(b.ctx, line[0], line[1:]...)
+	cmd.ExtraFiles = files
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	_, _, err = agent.Greet(b.ctx, channel, hello)
+	took := time.Since(began)
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	_ = ourChannel.Close()
+	for _, file := range files {
+		_ = file.Close()
+	}
+	for _, fd := range []int{ours[0], ours[2]} {
+		_ = unix.Close(fd)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("bare QEMU: %w", err)
+	}
+	return took, nil
+}
+
+func greeting() (wire.Greeting, error) {
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return wire.Greeting{}, err
+	}
+	block, err := ssh.MarshalPrivateKey(key, "")
+	if err != nil {
+		return wire.Greeting{}, err
+	}
+	return wire.Greeting{
+		Hostname:  "bare",
+		MachineID: strings.Repeat("0", 32),
+		HostKey:   string(pem.EncodeToMemory(block)),
+		Time:      time.Now(),
+	}, nil
+}

@@ -1,0 +1,287 @@
+// Bench measures smolvm on this host and prints a table. Times of different runs
+// can't be compared on shared machines, so what matters is a ratio of two times that
+// were measured by turns in the same run.
+//
+//	make bench
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
+)
+
+const (
+	coldRuns = 7
+	quickRun = 100
+	manyVMs  = 10_000
+	// guestLoop is how often the guest forks and execs by itself.
+	guestLoop = 300
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	err := run(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// bench holds what all measurements use.
+type bench struct {
+	ctx  context.Context // of the whole run
+	m    *manager.Manager
+	dir  string
+	rows [][3]string
+}
+
+func run(ctx context.Context) error {
+	program, err := filepath.Abs("bin/smolvm")
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "smolvm-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	m, err := manager.Open(ctx, manager.Config{
+		DataDir:     filepath.Join(dir, "data"),
+		SocketDir:   filepath.Join(dir, "run"),
+		ShimCommand: []string{program, "shim"},
+		AgentPath:   "bin/smolvm-agent",
+		Progress:    func(p manager.Progress) { fmt.Fprintf(os.Stderr, "\r\033[K%s", p.Phase) },
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = m.Close() }()
+	if _, err := m.BuildImage(ctx, manager.BuildOptions{}); err != nil {
+		return err
+	}
+	b := &bench{ctx: ctx, m: m, dir: dir}
+	for _, step := range []func() error{b.calls, b.cold, b.warm, b.command(program), b.list} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	fmt.Fprint(os.Stderr, "\r\033[K")
+	fmt.Println("| What | Measured | Wanted |\n|---|---|---|")
+	for _, row := range b.rows {
+		fmt.Printf("| %s | %s | %s |\n", row[0], row[1], row[2])
+	}
+	return nil
+}
+
+func (b *bench) row(what, measured, wanted string) {
+	fmt.Fprintf(os.Stderr, "\r\033[K%s: %s\n", what, measured)
+	b.rows = append(b.rows, [3]string{what, measured, wanted})
+}
+
+// repeat measures n runs of f.
+func repeat(n int, f func() error) ([]time.Duration, error) {
+	times := make([]time.Duration, 0, n)
+	for range n {
+		began := time.Now()
+		if err := f(); err != nil {
+			return nil, err
+		}
+		times = append(times, time.Since(began))
+	}
+	return times, nil
+}
+
+func median(times []time.Duration) time.Duration {
+	sorted := slices.Sorted(slices.Values(times))
+	return sorted[len(sorted)/2]
+}
+
+func ms(d time.Duration) string {
+	return strconv.FormatFloat(float64(d)/float64(time.Millisecond), 'g', 3, 64) + " ms"
+}
+
+func ratio(a, b time.Duration) string { return fmt.Sprintf("%.2f ×", float64(a)/float64(b)) }
+
+// calls measures Create and Get.
+func (b *bench) calls() error {
+	var ids []string
+	times, err := repeat(quickRun, func() error {
+		vm, err := b.m.Create(b.ctx, smolvm.VMConfig{})
+		ids = append(ids, vm.ID)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	b.row("`Create`, median", ms(median(times)), "5 ms")
+	times, err = repeat(quickRun, func() error { _, err := b.m.Get(b.ctx, ids[0]); return err })
+	if err != nil {
+		return err
+	}
+	b.row("`Get`, median", ms(median(times)), "0.3 ms")
+	for _, id := range ids {
+		if err := b.m.Delete(b.ctx, id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cold measures a start from nothing against a bare QEMU, by turns.
+func (b *bench) cold() error {
+	var ours, bare []time.Duration
+	for range coldRuns {
+		began := time.Now()
+		vm, err := b.start()
+		if err != nil {
+			return err
+		}
+		if err := b.exec(vm.ID); err != nil {
+			return err
+		}
+		ours = append(ours, time.Since(began))
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", vm.PID))
+		if err != nil {
+			return err
+		}
+		if err := b.m.Delete(b.ctx, vm.ID); err != nil {
+			return err
+		}
+		took, err := b.bare(strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00"))
+		if err != nil {
+			return err
+		}
+		bare = append(bare, took)
+	}
+	b.row("bare QEMU, same command line: start → agent answers", ms(median(bare)), "")
+	b.row("`Create` + `Start` → first exec done", ms(median(ours)), "")
+	b.row("ratio of the two", ratio(median(ours), median(bare)), "1.15 ×")
+	return nil
+}
+
+func (b *bench) start() (smolvm.VMInfo, error) {
+	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{})
+	if err != nil {
+		return vm, err
+	}
+	return b.m.Start(b.ctx, vm.ID, manager.StartOptions{})
+}
+
+func (b *bench) exec(id string) error {
+	status, err := b.m.Exec(b.ctx, id, smolvm.Command{Args: []string{"/bin/true"}})
+	if err == nil && !status.Success() {
+		err = fmt.Errorf("true: %s", status)
+	}
+	return err
+}
+
+// warm measures what a running VM costs.
+func (b *bench) warm() error {
+	vm, err := b.start()
+	if err != nil {
+		return err
+	}
+	if err := b.exec(vm.ID); err != nil {
+		return err
+	}
+	select { // a shim gives memory back when it is idle
+	case <-time.After(2 * time.Second):
+	case <-b.ctx.Done():
+		return b.ctx.Err()
+	}
+	pss, err := proportionalSize(vm.ShimPID)
+	if err != nil {
+		return err
+	}
+	// The guest's own time for the same, measured by the guest's shell.
+	loop := fmt.Sprintf("i=0; while [ $i -lt %d ]; do /bin/true; i=$((i+1)); done", guestLoop)
+	var own, execs []time.Duration
+	for range 3 {
+		began := time.Now()
+		if _, err := b.m.Exec(b.ctx, vm.ID, smolvm.Command{Args: []string{"sh", "-c", loop}}); err != nil {
+			return err
+		}
+		own = append(own, time.Since(began)/guestLoop)
+		times, err := repeat(quickRun, func() error { return b.exec(vm.ID) })
+		if err != nil {
+			return err
+		}
+		execs = append(execs, times...)
+	}
+	b.row("fork + exec of `true` in the guest", ms(median(own)), "")
+	b.row("exec of `true` over an open connection, median", ms(median(execs)), "")
+	b.row("ratio of the two", ratio(median(execs), median(own)), "2.2 ×")
+	b.row("memory of an idle shim (PSS)", fmt.Sprintf("%.1f MB", float64(pss)/1000), "16 MB")
+	began := time.Now()
+	if err := b.m.Delete(b.ctx, vm.ID); err != nil {
+		return err
+	}
+	b.row("`Delete` of a running VM", ms(time.Since(began)), "")
+	return nil
+}
+
+// proportionalSize is a process's share of memory, in kB.
+func proportionalSize(pid int) (int, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if fields := strings.Fields(line); fields[0] == "Pss:" {
+			return strconv.Atoi(fields[1])
+		}
+	}
+	return 0, fmt.Errorf("no size of process %d", pid)
+}
+
+// command measures the CLI as a whole process.
+func (b *bench) command(program string) func() error {
+	return func() error {
+		times, err := repeat(quickRun/4, func() error {
+			return exec.CommandContext(b.ctx, program, "--data-dir", b.m.DataDir(), "ls").Run()
+		})
+		if err != nil {
+			return err
+		}
+		b.row("`smolvm ls`, whole process, median", ms(median(times)), "25 ms")
+		return nil
+	}
+}
+
+// list measures List with many VMs; they have no disks, to be made sooner.
+func (b *bench) list() error {
+	image, err := b.m.Image(b.ctx, smolvm.DefaultImage)
+	if err != nil {
+		return err
+	}
+	for range manyVMs {
+		_, err := b.m.Create(b.ctx, smolvm.VMConfig{KernelPath: image.KernelPath, InitrdPath: image.InitrdPath})
+		if err != nil {
+			return err
+		}
+	}
+	times, err := repeat(quickRun/4, func() error {
+		vms, err := b.m.List(b.ctx, manager.ListOptions{})
+		if err == nil && len(vms) != manyVMs {
+			err = fmt.Errorf("listed %d VMs", len(vms))
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	b.row("`List` of 10,000 VMs, median", ms(median(times)), "60 ms")
+	return nil
+}
