@@ -1,0 +1,60 @@
+# The targets of the README. Each works on a fresh checkout.
+.PHONY: help quickstart build test race test-deps lint bench clean
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+# No cgo: one static binary that runs on any Linux of its architecture.
+export CGO_ENABLED = 0
+
+# Where go install puts tools; bin/ is not under version control.
+TOOLS         := $(CURDIR)/bin/tools
+GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
+EMBEDDED      := internal/agent/embedded
+
+help:
+	@echo 'make quickstart  install what is missing, build, and run a command in a first VM'
+	@echo 'make build       build bin/smolvm and bin/smolvm-agent'
+	@echo 'make test        run all tests, on real VMs'
+	@echo 'make race        run the tests that need no VM under the race detector'
+	@echo 'make lint        check formatting and run the linters'
+	@echo 'make bench       measure against bare QEMU, as ratios within one run'
+	@echo 'make clean       remove what was built'
+
+quickstart:
+	@scripts/quickstart.sh
+
+build:
+	@mkdir -p bin
+	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/smolvm-agent ./cmd/smolvm-agent
+	@gzip -9nc bin/smolvm-agent > $(EMBEDDED)/smolvm-agent.gz
+	@sha256sum < bin/smolvm-agent | cut -d' ' -f1 > $(EMBEDDED)/smolvm-agent.sha256
+	$(GO) build -trimpath -tags embedagent -ldflags '-s -w -X main.version=$(VERSION)' -o bin/smolvm ./cmd/smolvm
+
+# Packages run one after the other: each boots several VMs of its own.
+test: test-deps
+	$(GO) test -p 1 -timeout 25m ./...
+
+# What needs no VM, under the race detector, which needs a C compiler.
+race:
+	CGO_ENABLED=1 $(GO) test -race -short -timeout 20m ./...
+
+test-deps:
+	@scripts/install-deps.sh test
+
+lint: $(GOLANGCI_LINT)
+	@test -z "$$(gofmt -l .)" || { echo 'gofmt would change:'; gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GOLANGCI_LINT) run ./...
+
+$(GOLANGCI_LINT):
+	@echo 'Building golangci-lint (once, about two minutes) ...'
+	@mkdir -p $(TOOLS)
+	GOBIN=$(TOOLS) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+	@mv $(TOOLS)/golangci-lint $@
+
+bench: build test-deps
+	$(GO) run ./bench
+
+clean:
+	rm -rf bin $(EMBEDDED)/smolvm-agent.gz $(EMBEDDED)/smolvm-agent.sha256
