@@ -112,12 +112,12 @@ func Extract(r io.Reader, target Target) error {
 	if err != nil {
 		return err
 	}
-	root, err := os.OpenRoot(parent)
+	holder, err := os.OpenRoot(parent)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = root.Close() }()
-	x := extractor{root: root, base: base, keepSetID: target.KeepSetID}
+	x := extractor{root: holder, base: base, keepSetID: target.KeepSetID}
+	defer x.close()
 	in := tar.NewReader(r)
 	for {
 		header, err := in.Next()
@@ -161,13 +161,27 @@ func (t Target) resolve() (parent, base string, err error) {
 }
 
 // extractor puts entries below root, which nothing can leave: os.Root follows no
-// link out of it.
+// link out of it. For the first entry that is the directory that holds the target;
+// if the entry is a directory, it is that one for all others.
 type extractor struct {
 	root      *os.Root
 	base      string
 	keepSetID bool
-	any       bool
+	any, dir  bool
 	dirs      []dirTimes // in the order in which they came
+}
+
+func (x *extractor) close() { _ = x.root.Close() }
+
+// descend makes the target itself the root.
+func (x *extractor) descend() error {
+	inner, err := x.root.OpenRoot(x.base)
+	if err != nil {
+		return err
+	}
+	x.close()
+	x.root, x.base, x.dir = inner, ".", true
+	return nil
 }
 
 type dirTimes struct {
@@ -178,7 +192,7 @@ type dirTimes struct {
 func (x *extractor) entry(header *tar.Header, content io.Reader) error {
 	// Clean has every ".." at the front, where IsLocal finds it.
 	inner := path.Clean(header.Name)
-	if !filepath.IsLocal(inner) || (inner == ".") == x.any {
+	if !filepath.IsLocal(inner) || (inner == ".") == x.any || x.any && !x.dir {
 		return fmt.Errorf("entry %q is not where it belongs", header.Name)
 	}
 	x.any = true
@@ -193,7 +207,12 @@ func (x *extractor) entry(header *tar.Header, content io.Reader) error {
 				return err
 			}
 		}
-		x.dirs = append(x.dirs, dirTimes{name, header})
+		if inner == "." {
+			if err := x.descend(); err != nil {
+				return err
+			}
+		}
+		x.dirs = append(x.dirs, dirTimes{inner, header})
 		return nil
 	case tar.TypeSymlink:
 		if err := x.clear(name); err != nil {
