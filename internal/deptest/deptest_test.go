@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -86,6 +88,22 @@ func allowed(from, to string) bool {
 		return true // the list of modules in an initramfs is read by the agent
 	}
 	return false
+}
+
+// maxAgent is how large the agent may be, in bytes.
+const maxAgent = 6_000_000
+
+func TestAgentSize(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "agent")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, module+"/cmd/smolvm-agent")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build agent: %v\n%s", err, out)
+	}
+	info, err := os.Stat(path)
+	if err != nil || info.Size() > maxAgent {
+		t.Errorf("the agent has %d bytes (%v); at most %d are allowed", info.Size(), err, maxAgent)
+	}
 }
 
 // The agent goes into every guest, and into memory that guests need.
