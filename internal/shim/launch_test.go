@@ -1,0 +1,318 @@
+package shim_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// A start that fails says why, and leaves nothing; see cleanup.
+func TestLaunchFails(t *testing.T) {
+	t.Parallel()
+	prerequisite := func(err error) bool {
+		missing, ok := errors.AsType[*smolvm.PrerequisiteError](err)
+		return ok && missing.Backend == "fake" && len(missing.Findings) == 1
+	}
+	timeout := func(err error) bool { return errors.Is(err, smolvm.ErrBootTimeout) }
+	for name, test := range map[string]struct {
+		args   string
+		change func(*shim.LaunchOptions)
+		text   string // in the error
+		is     func(error) bool
+	}{
+		"no answer": {change: func(o *shim.LaunchOptions) { o.Spec.ReadyTimeout = time.Second },
+			text: "the console ends with: " + consoleText, is: timeout},
+		"no SSH": {args: hasAgent, change: func(o *shim.LaunchOptions) {
+			o.Spec.ReadyTimeout, o.Spec.Ready, o.Spec.Network = time.Second, smolvm.ReadySSH, testNetwork()
+		}, text: `(by "ssh")`, is: timeout},
+		"SSH without a network": {args: hasAgent, change: func(o *shim.LaunchOptions) { o.Spec.Ready = smolvm.ReadySSH },
+			text: "without a network"},
+		"VMM ends":       {args: dies, text: "exit status 1; the console ends with: " + consoleText},
+		"VMM missing":    {args: missing, text: "start fake: backend fake can't run on this host", is: prerequisite},
+		"other backend":  {change: func(o *shim.LaunchOptions) { o.Spec.Backend = "other" }, text: `"other" is not part`},
+		"agent expected": {change: func(o *shim.LaunchOptions) { o.Spec.Greeting = nil }, text: "without an agent"},
+		"no directory":   {change: func(o *shim.LaunchOptions) { o.Spec.RuntimeDir = "/dev/null/vm" }, text: "/dev/null"},
+		"no program":     {change: func(o *shim.LaunchOptions) { o.Program = nil }, text: "no program"},
+		"program that is not there": {change: func(o *shim.LaunchOptions) { o.Program = []string{"/nonexistent/shim"} },
+			text: "/nonexistent/shim"},
+		"program that is no shim": {change: func(o *shim.LaunchOptions) {
+			o.Program = []string{"/bin/sh", "-c", "echo this is no shim; echo; exit 3"}
+		}, text: "its log says: this is no shim"},
+		"forwards without a network": {args: hasAgent, change: func(o *shim.LaunchOptions) {
+			o.Listeners = []net.Listener{listen(t)}
+			o.Spec.Forwards = []shim.Forward{{GuestPort: 80}}
+		}, text: "port forwards"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, test.args)
+			// Earlier runs have left words of their own.
+			for _, path := range []string{f.opts.LogPath, f.opts.Spec.VMM.ConsolePath} {
+				if err := os.WriteFile(path, []byte("words of old\n"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if test.change != nil {
+				test.change(&f.opts)
+			}
+			launched, err := shim.Launch(t.Context(), f.opts)
+			if err == nil {
+				launched.Abort(t.Context())
+				t.Fatal("Launch succeeds")
+			}
+			if !strings.Contains(err.Error(), test.text) || strings.Contains(err.Error(), "words of old") {
+				t.Errorf("error is %q, want %q in it", err, test.text)
+			}
+			if test.is != nil && !test.is(err) {
+				t.Errorf("error %q (%T) is of another kind", err, err)
+			}
+			if left := testenv.Processes(f.opts.Spec.ID); len(left) > 0 {
+				t.Errorf("when Launch has returned there are processes: %q", left)
+			}
+		})
+	}
+}
+
+func listen(t testing.TB) net.Listener {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	return listener
+}
+
+func testNetwork() *usernet.Config {
+	return &usernet.Config{
+		Prefix:   netip.MustParsePrefix("10.0.2.0/24"),
+		Gateway:  netip.MustParseAddr("10.0.2.2"),
+		Guest:    netip.MustParseAddr("10.0.2.15"),
+		GuestMAC: "02:00:ac:10:00:02",
+	}
+}
+
+func TestLaunchCancelled(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	reason := errors.New("changed my mind")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	go func() {
+		f.awaitConsole()
+		cancel(reason)
+	}()
+	if _, err := shim.Launch(ctx, f.opts); !errors.Is(err, reason) {
+		t.Errorf("Launch: %v, want %v", err, reason)
+	}
+	if record := f.record(); record.Committed {
+		t.Errorf("exit record is %+v", record)
+	}
+}
+
+// awaitConsole waits until the guest has said something.
+func (f *fixture) awaitConsole() {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if info, err := os.Stat(f.opts.Spec.VMM.ConsolePath); err == nil && info.Size() > 0 {
+			return
+		}
+	}
+	f.Error("the guest says nothing")
+}
+
+// Until the commit, giving up is all it takes to undo the start.
+func TestAbort(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, hasAgent)
+	launched, err := shim.Launch(t.Context(), f.opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		launched.Abort(t.Context())
+	}
+	record := f.end(launched)
+	if record.Committed || record.Exit.Reason != vmm.ExitKilled || !strings.Contains(record.Exit.Detail, "given up") {
+		t.Errorf("exit record is %+v", record)
+	}
+	if err := launched.Commit(); err == nil {
+		t.Error("Commit succeeds after Abort")
+	}
+}
+
+// A shim that does not react is killed, and its VMM with it.
+func TestAbortHungShim(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, hasAgent)
+	launched, err := shim.Launch(t.Context(), f.opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(launched.PID, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	launched.Abort(ctx)
+	if err := proc.Wait(t.Context(), launched.VMMPID, launched.VMMStart); err != nil {
+		t.Error(err)
+	}
+	if err := os.RemoveAll(f.opts.Spec.RuntimeDir); err != nil { // nobody was there to do it
+		t.Error(err)
+	}
+}
+
+// A VM that ends before the commit makes the commit fail, with the reason.
+func TestEndsBeforeCommit(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, hasAgent)
+	launched, err := shim.Launch(t.Context(), f.opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := proc.Kill(t.Context(), launched.VMMPID, launched.VMMStart); err != nil {
+		t.Fatal(err)
+	}
+	record := f.end(launched)
+	if record.Committed || record.Exit.Reason != vmm.ExitCrashed {
+		t.Errorf("exit record is %+v", record)
+	}
+	if err := launched.Commit(); err == nil || !strings.Contains(err.Error(), "ended unexpectedly") {
+		t.Errorf("Commit: %v", err)
+	}
+	launched.Abort(t.Context())
+}
+
+// launcher starts a process that launches the VM, and returns when it has come so far.
+func (f *fixture) launcher(commit bool, until string, files ...*os.File) *exec.Cmd {
+	f.Helper()
+	orders, err := json.Marshal(map[string]any{"Options": f.opts, "Commit": commit})
+	if err != nil {
+		f.Fatal(err)
+	}
+	cmd := exec.Command(f.opts.Program[0], launcherRole)
+	cmd.Stderr = os.Stderr
+	cmd.ExtraFiles = files
+	stdin, stdinErr := cmd.StdinPipe()
+	stdout, stdoutErr := cmd.StdoutPipe()
+	if err := errors.Join(stdinErr, stdoutErr, cmd.Start()); err != nil {
+		f.Fatal(err)
+	}
+	if _, err := stdin.Write(append(orders, '\n')); err != nil {
+		f.Fatal(err)
+	}
+	lines := bufio.NewScanner(stdout)
+	for lines.Scan() {
+		if lines.Text() == until {
+			return cmd
+		}
+	}
+	f.Fatalf("launcher has ended without a word of %q", until)
+	return nil
+}
+
+func (f *fixture) killLauncher(cmd *exec.Cmd) {
+	f.Helper()
+	if err := cmd.Process.Kill(); err != nil {
+		f.Fatal(err)
+	}
+	_ = cmd.Wait()
+}
+
+// gone waits until no process of the VM is left.
+func (f *fixture) gone() {
+	f.Helper()
+	for deadline := time.Now().Add(patience); len(testenv.Processes(f.opts.Spec.ID)) > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			f.Fatalf("processes do not end: %q", testenv.Processes(f.opts.Spec.ID))
+		}
+	}
+}
+
+// A launcher that is killed takes the VM along, until the commit and, if the VM is
+// ephemeral, after it.
+func TestLauncherKilled(t *testing.T) {
+	t.Parallel()
+	t.Run("while booting", func(t *testing.T) {
+		t.Parallel()
+		f := newFixture(t)
+		launcher := f.launcher(false, "launching")
+		f.awaitConsole()
+		f.killLauncher(launcher)
+		f.gone()
+		if f.record().Committed {
+			t.Error("the start is recorded as committed")
+		}
+	})
+	t.Run("before commit", func(t *testing.T) {
+		t.Parallel()
+		f := newFixture(t, hasAgent)
+		f.killLauncher(f.launcher(false, "launched"))
+		f.gone()
+		if f.record().Committed {
+			t.Error("the start is recorded as committed")
+		}
+	})
+	t.Run("ephemeral", func(t *testing.T) {
+		t.Parallel()
+		f := newFixture(t, hasAgent)
+		f.opts.Spec.Ephemeral = true
+		f.killLauncher(f.launcher(true, "launched"))
+		f.gone()
+		if record := f.record(); !record.Committed || !strings.Contains(record.Exit.Detail, "belongs to ended") {
+			t.Errorf("exit record is %+v", record)
+		}
+	})
+	t.Run("after commit", func(t *testing.T) {
+		t.Parallel()
+		f := newFixture(t, hasAgent)
+		f.killLauncher(f.launcher(true, "launched"))
+		if _, err := f.client().Status(t.Context()); err != nil {
+			t.Errorf("status: %v", err)
+		}
+		f.stop(patience)
+		f.gone()
+		if record := f.record(); !record.Committed || record.Exit.Reason != vmm.ExitPowerOff {
+			t.Errorf("exit record is %+v", record)
+		}
+	})
+}
+
+// A shim does not hold what its launcher has inherited: somebody may wait for its end.
+func TestInheritedFiles(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, hasAgent)
+	f.opts.Spec.Ephemeral = false
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = reader.Close() }()
+	launcher := f.launcher(true, "launched", writer, writer, writer, writer, writer)
+	_ = writer.Close()
+	f.killLauncher(launcher)
+	if err := reader.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := reader.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("the pipe is still held: %v", err)
+	}
+	f.stop(0)
+	f.gone()
+}
