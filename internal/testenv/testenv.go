@@ -48,9 +48,12 @@ func cache() (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
-// RequireQEMU skips the test where QEMU is not installed.
+// RequireQEMU skips the test where QEMU is not installed, and in short mode.
 func RequireQEMU(t testing.TB) {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("real VMs are left out in short mode")
+	}
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		t.Skip("real VMs need qemu-system-x86_64: ", err)
 	}

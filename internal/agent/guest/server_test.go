@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/pem"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -103,7 +104,7 @@ func TestLogin(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, err := session.Output("echo $GREETING $ASKED; echo oops >&2; exit 3")
-	exit, ok := err.(*ssh.ExitError)
+	exit, ok := errors.AsType[*ssh.ExitError](err)
 	if !ok || exit.ExitStatus() != 3 || string(out) != "hello for\n" || errs.String() != "oops\n" {
 		t.Errorf("got %q, %q, %v", out, errs.String(), err)
 	}

@@ -55,6 +55,7 @@ func show(t *testing.T, root string) string {
 		case fs.ModeSymlink:
 			target, _ := os.Readlink(path)
 			out.WriteString(" -> " + target)
+		default: // no content
 		}
 		out.WriteByte('\n')
 		return nil
