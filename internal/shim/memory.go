@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,7 +25,10 @@ func limitMemory() {
 	runtime.GOMAXPROCS(min(runtime.NumCPU(), 2))
 }
 
-// releaseMemory gives back what only the start needed.
+// quiet is how long nothing must have happened before memory is given back.
+const quiet = time.Second
+
+// releaseMemory gives back what is not needed while nothing happens.
 func releaseMemory() {
 	debug.FreeOSMemory()
 	dropProgramPages()

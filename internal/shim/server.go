@@ -229,6 +229,8 @@ func (s *shim) serveAgents(listener net.Listener) {
 }
 
 func (s *shim) connectAgent(conn net.Conn) {
+	s.active()
+	defer s.active()
 	defer func() { _ = conn.Close() }()
 	if s.link == nil {
 		// Lines before the server's version are for people; see RFC 4253, section 4.2.

@@ -63,6 +63,7 @@ type shim struct {
 
 	committed    chan struct{} // closed at the launcher's commit
 	launcherGone chan struct{} // closed when the launcher's end of the pipe closes
+	idle         *time.Timer   // see active
 
 	mu       sync.Mutex // guards the following
 	forwards map[Forward]io.Closer
@@ -82,6 +83,7 @@ func Main(ctx context.Context, opts Options) error {
 		reports:      os.NewFile(reportsFD, "reports"),
 		committed:    make(chan struct{}),
 		launcherGone: make(chan struct{}),
+		idle:         time.AfterFunc(time.Hour, releaseMemory),
 		forwards:     map[Forward]io.Closer{},
 	}
 	orders := bufio.NewReader(opts.Stdin)
@@ -103,6 +105,10 @@ func Main(ctx context.Context, opts Options) error {
 	}
 	return err
 }
+
+// active notes that something happened; memory is given back when nothing has for a
+// while.
+func (s *shim) active() { s.idle.Reset(quiet) }
 
 // follow reads the launcher's orders to their end.
 func (s *shim) follow(orders *bufio.Reader) {
@@ -280,7 +286,8 @@ func (s *shim) attend(ctx context.Context) {
 	}
 	s.report(report{Committed: true})
 	_ = s.reports.Close()
-	releaseMemory()
+	s.active()
+	defer s.idle.Stop()
 	var expired <-chan time.Time
 	if s.spec.TTL > 0 {
 		timer := time.NewTimer(s.spec.TTL)
