@@ -14,12 +14,14 @@ import (
 )
 
 // A shim idles for most of its life, and there is one for each VM, so it is kept
-// small. Measured with its network and an agent: 24 MB without any of this, 14 MB with
-// it (PSS, a single shim; more of them share the program's pages).
+// small. Measured (PSS of a single shim, with network and agent): 16 MB without any of
+// this, 7 MB with it, also after use. Most of that is dropping the program's pages;
+// what is not linked in counts as well, see package usernet.
 
 // limitMemory is called before anything is allocated.
 func limitMemory() {
-	// There is little garbage, so collecting it often costs nothing.
+	// There is little garbage, so collecting it often costs nothing. It saves 1.3 MB
+	// when 120 MB have passed through.
 	debug.SetGCPercent(20)
 	// Each processor that Go uses has caches of its own.
 	runtime.GOMAXPROCS(min(runtime.NumCPU(), 2))

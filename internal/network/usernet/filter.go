@@ -31,13 +31,16 @@ func newFilter(config Config) (filter, error) {
 	return filter{guestMAC: guestMAC, gatewayMAC: ours, guest: config.Guest, gateway: config.Gateway}, err
 }
 
-// Offsets and values in frames of Ethernet II (RFC 894), IPv4 (RFC 791), UDP (RFC 768)
+// Offsets and values in frames of Ethernet II (RFC 894), ARP (RFC 826), IPv4 (RFC 791), UDP (RFC 768)
 // and DHCP (RFC 2131).
 const (
 	macLength      = 6
 	ethernetHeader = 14
 	etherTypeIPv4  = 0x0800
 	etherTypeARP   = 0x0806
+
+	arpLength = 28
+	arpTarget = 24
 
 	ipv4MinHeader = 20
 	ipv4More      = 0x2000 // flag: more fragments follow
@@ -63,7 +66,10 @@ func (f filter) admit(frame []byte) bool {
 	}
 	switch binary.BigEndian.Uint16(frame[2*macLength:]) {
 	case etherTypeARP:
-		return true
+		// The stack would answer for every address, also for the guest's own, which the
+		// guest would then take for taken.
+		target := frame[ethernetHeader:]
+		return len(target) >= arpLength && netip.AddrFrom4([4]byte(target[arpTarget:])) == f.gateway
 	case etherTypeIPv4:
 		return f.admitIPv4(frame[ethernetHeader:])
 	}

@@ -131,6 +131,56 @@ func TestDHCP(t *testing.T) {
 	}
 }
 
+func TestAnswerDHCP(t *testing.T) {
+	config := testConfig()
+	config.MTU = 4000
+	asking := func(kind dhcpv4.MessageType, options ...dhcpv4.Modifier) *dhcpv4.DHCPv4 {
+		request, err := dhcpv4.New(append(options, dhcpv4.WithMessageType(kind), dhcpv4.WithHwAddr(parseMAC(config.GuestMAC)))...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return request
+	}
+	wanting := func(ip string) dhcpv4.Modifier {
+		return dhcpv4.WithOption(dhcpv4.OptRequestedIPAddress(net.ParseIP(ip)))
+	}
+	for _, test := range []struct {
+		name    string
+		request *dhcpv4.DHCPv4
+		want    dhcpv4.MessageType // 0: no answer
+		leased  string
+	}{
+		{"discover", asking(dhcpv4.MessageTypeDiscover), dhcpv4.MessageTypeOffer, "10.0.2.15"},
+		{"discover, wanting another", asking(dhcpv4.MessageTypeDiscover, wanting("10.0.2.16")), dhcpv4.MessageTypeOffer, "10.0.2.15"},
+		{"request", asking(dhcpv4.MessageTypeRequest, wanting("10.0.2.15")), dhcpv4.MessageTypeAck, "10.0.2.15"},
+		{"renew", asking(dhcpv4.MessageTypeRequest, dhcpv4.WithClientIP(net.ParseIP("10.0.2.15"))), dhcpv4.MessageTypeAck, "10.0.2.15"},
+		{"request another", asking(dhcpv4.MessageTypeRequest, wanting("10.0.2.16")), dhcpv4.MessageTypeNak, "0.0.0.0"},
+		{"inform", asking(dhcpv4.MessageTypeInform), dhcpv4.MessageTypeAck, "0.0.0.0"},
+		{"release", asking(dhcpv4.MessageTypeRelease), 0, ""},
+		{"nothing", asking(dhcpv4.MessageTypeNone), 0, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			reply := answerDHCP(config, test.request)
+			if (reply == nil) != (test.want == 0) {
+				t.Fatalf("reply is %v, want %s", reply, test.want)
+			}
+			if reply == nil {
+				return
+			}
+			if reply.MessageType() != test.want || reply.YourIPAddr.String() != test.leased {
+				t.Errorf("%s of %s, want %s of %s", reply.MessageType(), reply.YourIPAddr, test.want, test.leased)
+			}
+			if test.want == dhcpv4.MessageTypeNak {
+				return
+			}
+			mtu := binary.BigEndian.Uint16(reply.Options.Get(dhcpv4.OptionInterfaceMTU))
+			if mtu != 4000 || reply.SubnetMask().String() != "ffffff00" || reply.DNS()[0].String() != config.Gateway.String() {
+				t.Errorf("options are %s", reply.Options)
+			}
+		})
+	}
+}
+
 func TestFilter(t *testing.T) {
 	config := testConfig()
 	f, err := newFilter(config)
@@ -154,6 +204,8 @@ func TestFilter(t *testing.T) {
 		{"ARP", arpRequest(config), true},
 		{"ARP from another MAC", changed(arpRequest(config), macLength, 2, 0, 0, 0, 0, 9), false},
 		{"ARP to another MAC", changed(arpRequest(config), 0, 2, 0, 0, 0, 0, 9), false},
+		{"ARP for another address", changed(arpRequest(config), ethernetHeader+arpTarget, config.Guest.AsSlice()...), false},
+		{"ARP cut short", arpRequest(config)[:ethernetHeader+arpTarget+3], false},
 		{"IPv6", ethernet(config, 0x86dd, make([]byte, 60)), false},
 		{"VLAN", ethernet(config, 0x8100, make([]byte, 60)), false},
 		{"IPv4 cut short", ip(make([]byte, ipv4MinHeader-1)), false},

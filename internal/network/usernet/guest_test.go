@@ -7,8 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containers/gvisor-tap-vsock/pkg/tap"
-	"github.com/containers/gvisor-tap-vsock/pkg/types"
 	"go.uber.org/goleak"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -67,14 +65,11 @@ type guest struct {
 func newGuest(t testing.TB, n *Network) *guest {
 	t.Helper()
 	config := testConfig()
-	endpoint, err := tap.NewLinkEndpoint(false, 1500, config.GuestMAC, config.Guest.String(), nil)
-	if err != nil {
-		t.Fatal(err)
+	link := &endpoint{
+		conn: linkConn(t, n), mtu: defaultMTU, mac: parseMAC(config.GuestMAC),
+		admit: func(frame []byte) bool { return len(frame) > header.EthernetMinimumSize },
 	}
-	ethernet := tap.NewSwitch(false)
-	endpoint.Connect(ethernet)
-	ethernet.Connect(endpoint)
-	s, err := newStack(Config{Prefix: config.Prefix, Gateway: config.Guest}, endpoint)
+	s, err := newStack(Config{Prefix: config.Prefix, Gateway: config.Guest}, link)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,11 +78,11 @@ func newGuest(t testing.TB, n *Network) *guest {
 	})
 	_ = s.SetPromiscuousMode(nicID, false)
 	_ = s.SetSpoofing(nicID, false)
-	g := &guest{t, s, linkConn(t, n)}
+	g := &guest{t, s, link.conn}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = ethernet.Accept(context.Background(), g.link, types.VfkitProtocol)
+		link.serve()
 	}()
 	t.Cleanup(func() {
 		_ = g.link.Close()

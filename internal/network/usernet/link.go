@@ -1,19 +1,30 @@
 package usernet
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// socketBuffer holds a few hundred full frames, so that neither side waits for the
-// other at each. The kernel may grant less; that is slower, not wrong: a socket that
-// is full makes the sender wait, so no frame is lost on the link.
-const socketBuffer = 1 << 20
+const (
+	// socketBuffer holds a few hundred full frames, so that neither side waits for the
+	// other at each. The kernel may grant less; that is slower, not wrong: a socket
+	// that is full makes the sender wait, so no frame is lost on the link.
+	socketBuffer = 1 << 20
+	// stallTime is how long a guest may take to accept a frame before the frame is
+	// lost. A guest that is paused takes none, and must not hold up the stack.
+	stallTime = 100 * time.Millisecond
+)
 
 // newLink returns two connected datagram sockets, one for us and one for the VMM.
 func newLink() (net.Conn, *os.File, error) {
@@ -34,31 +45,104 @@ func newLink() (net.Conn, *os.File, error) {
 	return conn, theirs, nil
 }
 
-// stallTime is how long a guest may take to accept a frame before the frame is lost.
-// A guest that is paused takes none, and must not hold up the stack.
-const stallTime = 100 * time.Millisecond
+// endpoint connects a stack to a link: each datagram is one Ethernet frame.
+type endpoint struct {
+	conn  net.Conn
+	mtu   uint32
+	mac   net.HardwareAddr
+	admit func(frame []byte) bool // says which frames get into the stack
 
-// guardedConn is the stack's end of the link: it drops the frames of the guest that the
-// filter does not admit, and those to the guest that it does not take.
-type guardedConn struct {
-	net.Conn
-	filter filter
+	dispatcher atomic.Pointer[stack.NetworkDispatcher]
 }
 
-func (c guardedConn) Read(p []byte) (int, error) {
+var _ stack.LinkEndpoint = (*endpoint)(nil)
+
+// serve hands the frames of the link to the stack until the link is closed.
+func (e *endpoint) serve() {
+	frame := make([]byte, header.EthernetMinimumSize+int(e.mtu)+1) // a longer one is cut, and thus broken
 	for {
-		n, err := c.Conn.Read(p)
-		if err != nil || c.filter.admit(p[:n]) {
-			return n, err
+		n, err := e.conn.Read(frame)
+		if err != nil {
+			return
 		}
+		dispatcher := e.dispatcher.Load()
+		if dispatcher == nil || !e.admit(frame[:n]) {
+			continue
+		}
+		packet := stack.NewPacketBuffer(stack.PacketBufferOptions{
+			Payload: buffer.MakeWithData(frame[header.EthernetMinimumSize:n]), // copies it
+		})
+		protocol := tcpip.NetworkProtocolNumber(binary.BigEndian.Uint16(frame[2*macLength:]))
+		(*dispatcher).DeliverNetworkPacket(protocol, packet)
+		packet.DecRef()
 	}
 }
 
-func (c guardedConn) Write(p []byte) (int, error) {
-	_ = c.SetWriteDeadline(time.Now().Add(stallTime))
-	n, err := c.Conn.Write(p)
-	if err == nil || errors.Is(err, net.ErrClosed) {
-		return n, err
+// WritePackets implements [stack.LinkWriter]. A frame that the guest does not take is
+// lost, as happens to frames; the protocols above are made for that.
+func (e *endpoint) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
+	for _, packet := range packets.AsSlice() {
+		frame := packet.ToView()
+		_ = e.conn.SetWriteDeadline(time.Now().Add(stallTime))
+		_, _ = e.conn.Write(frame.AsSlice())
+		frame.Release()
 	}
-	return len(p), nil // lost, as happens to frames; after an error the stack would give the link up
+	return packets.Len(), nil
 }
+
+// AddHeader implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) AddHeader(packet *stack.PacketBuffer) {
+	header.Ethernet(packet.LinkHeader().Push(header.EthernetMinimumSize)).Encode(&header.EthernetFields{
+		SrcAddr: packet.EgressRoute.LocalLinkAddress,
+		DstAddr: packet.EgressRoute.RemoteLinkAddress,
+		Type:    packet.NetworkProtocolNumber,
+	})
+}
+
+// ParseHeader implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) ParseHeader(*stack.PacketBuffer) bool { return true }
+
+// Attach implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) Attach(dispatcher stack.NetworkDispatcher) {
+	if dispatcher == nil {
+		e.dispatcher.Store(nil)
+		return
+	}
+	e.dispatcher.Store(&dispatcher)
+}
+
+// IsAttached implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) IsAttached() bool { return e.dispatcher.Load() != nil }
+
+// Capabilities implements [stack.NetworkLinkEndpoint]. A frame that has come over a
+// local socket has not been damaged on the way.
+func (e *endpoint) Capabilities() stack.LinkEndpointCapabilities {
+	return stack.CapabilityResolutionRequired | stack.CapabilityRXChecksumOffload
+}
+
+// MTU implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) MTU() uint32 { return e.mtu }
+
+// SetMTU implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) SetMTU(uint32) {}
+
+// MaxHeaderLength implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) MaxHeaderLength() uint16 { return header.EthernetMinimumSize }
+
+// LinkAddress implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) LinkAddress() tcpip.LinkAddress { return tcpip.LinkAddress(e.mac) }
+
+// SetLinkAddress implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) SetLinkAddress(tcpip.LinkAddress) {}
+
+// ARPHardwareType implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) ARPHardwareType() header.ARPHardwareType { return header.ARPHardwareEther }
+
+// Wait implements [stack.NetworkLinkEndpoint]; serve is waited for elsewhere.
+func (e *endpoint) Wait() {}
+
+// Close implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) Close() {}
+
+// SetOnCloseAction implements [stack.NetworkLinkEndpoint].
+func (e *endpoint) SetOnCloseAction(func()) {}

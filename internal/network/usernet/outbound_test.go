@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 )
@@ -88,7 +89,7 @@ func TestHostUnreachable(t *testing.T) {
 	dials.Wait()
 	// The guest's frames are handled in order, so by now a flow has been made of each
 	// datagram that is let through.
-	ask(t, g.dialUDP(netip.AddrPortFrom(testConfig().Gateway, dnsPort)), "UDP", "localhost.")
+	ask(t, packetConn{g.dialUDP(netip.AddrPortFrom(testConfig().Gateway, dnsPort))}, "localhost.", dns.TypeA)
 	n.outbound.mu.Lock()
 	defer n.outbound.mu.Unlock()
 	for f := range n.outbound.flows {

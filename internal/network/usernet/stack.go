@@ -1,15 +1,10 @@
 package usernet
 
 import (
-	"context"
 	"errors"
 	"net"
 
-	"github.com/containers/gvisor-tap-vsock/pkg/services/dhcp"
-	"github.com/containers/gvisor-tap-vsock/pkg/services/dns"
-	"github.com/containers/gvisor-tap-vsock/pkg/tap"
-	"github.com/containers/gvisor-tap-vsock/pkg/types"
-	"github.com/sirupsen/logrus"
+	"github.com/miekg/dns"
 	"golang.org/x/net/netutil"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -31,39 +26,29 @@ const (
 	// has no latency to speak of, so more would only be more memory for a guest to
 	// fill.
 	tcpBuffer = 256 << 10
-	// maxDNSConns bounds the guest's DNS connections over TCP.
-	maxDNSConns = 16
 )
 
 // build makes the stack, its services, and the way out, and connects them to the
-// link. The parts are those of gvisor-tap-vsock; they are put together here and not
-// by its virtualnetwork package because that can't be shut down, and lets a guest
-// reach the host itself and take as much of its memory as it likes.
-func (n *Network) build(filter filter) error {
-	// The library logs what it thinks of the guest's packets; a guest could fill the
-	// disk with that.
-	logrus.SetLevel(logrus.PanicLevel)
-	endpoint, err := tap.NewLinkEndpoint(false, uint32(n.config.MTU), gatewayMAC, n.config.Gateway.String(), nil)
-	if err != nil {
-		return err
-	}
-	ethernet := tap.NewSwitch(false)
-	endpoint.Connect(ethernet)
-	ethernet.Connect(endpoint)
-	if n.stack, err = newStack(n.config, endpoint); err != nil {
+// link. The stack is that of gVisor, as in containers/gvisor-tap-vsock. That is not
+// used itself: its network can't be shut down, it lets a guest reach the host and take
+// as much of its memory as it likes, and it costs each process 6 MB and 4 ms, for
+// tables that it prints packets by.
+func (n *Network) build(filter filter) (err error) {
+	link := &endpoint{conn: n.conn, mtu: uint32(n.config.MTU), mac: filter.gatewayMAC, admit: filter.admit}
+	if n.stack, err = newStack(n.config, link); err != nil {
 		return err
 	}
 	n.outbound = newOutbound(n.stack, n.config.Prefix)
 	if err := n.serveDNS(); err != nil {
 		return err
 	}
-	if err := n.serveDHCP(filter); err != nil {
+	leases, err := listenDHCP(n.stack)
+	if err != nil {
 		return err
 	}
-	// It returns when the link is closed, and the error says just that.
-	n.running.Go(func() {
-		_ = ethernet.Accept(context.Background(), guardedConn{n.conn, filter}, types.VfkitProtocol)
-	})
+	n.services = append(n.services, leases)
+	n.running.Go(func() { serveDHCP(leases, n.config) })
+	n.running.Go(link.serve)
 	return nil
 }
 
@@ -95,14 +80,17 @@ func newStack(config Config, endpoint stack.LinkEndpoint) (*stack.Stack, error) 
 	} {
 		if err != nil {
 			s.Destroy()
-			return nil, errors.New(err.String())
+			return nil, stackError(err)
 		}
 	}
 	s.SetRouteTable([]tcpip.Route{{Destination: subnet, NIC: nicID}})
 	return s, nil
 }
 
-// serveDNS answers at the gateway, with names as the host resolves them.
+// stackError makes an error of one of gVisor's.
+func stackError(err tcpip.Error) error { return errors.New(err.String()) }
+
+// serveDNS answers at the gateway, over UDP and TCP.
 func (n *Network) serveDNS() error {
 	address := tcpip.FullAddress{NIC: nicID, Addr: tcpip.AddrFrom4(n.config.Gateway.As4()), Port: dnsPort}
 	packets, err := gonet.DialUDP(n.stack, &address, nil, ipv4.ProtocolNumber)
@@ -114,34 +102,13 @@ func (n *Network) serveDNS() error {
 	if err != nil {
 		return err
 	}
-	n.services = append(n.services, listener)
 	names := newResolver()
-	n.services = append(n.services, names)
-	server, err := dns.NewWithUpstreamResolver(packets, netutil.LimitListener(listener, maxDNSConns), nil, names)
-	if err != nil {
-		return err
+	n.services = append(n.services, listener, names)
+	for _, server := range []*dns.Server{
+		{PacketConn: packets, Handler: names},
+		{Listener: netutil.LimitListener(listener, maxDNSConns), Handler: names},
+	} {
+		n.running.Go(func() { _ = server.ActivateAndServe() })
 	}
-	n.running.Go(func() { _ = server.Serve() })
-	n.running.Go(func() { _ = server.ServeTCP() })
-	return nil
-}
-
-// serveDHCP gives the guest its address, for guests that ask. Our agent does not: it
-// is told.
-func (n *Network) serveDHCP(filter filter) error {
-	prefix := n.config.Prefix.Masked()
-	pool := tap.NewIPPool(&net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), 32)})
-	pool.Reserve(net.IP(n.config.Gateway.AsSlice()), gatewayMAC)
-	pool.Reserve(net.IP(n.config.Guest.AsSlice()), filter.guestMAC.String())
-	server, err := dhcp.New(&types.Configuration{
-		MTU:       n.config.MTU,
-		Subnet:    prefix.String(),
-		GatewayIP: n.config.Gateway.String(),
-	}, n.stack, pool)
-	if err != nil {
-		return err
-	}
-	n.services = append(n.services, server.Underlying)
-	n.running.Go(func() { _ = server.Serve() })
 	return nil
 }

@@ -13,8 +13,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/miekg/dns"
 )
 
 func TestNewRefuses(t *testing.T) {
@@ -185,51 +183,6 @@ func TestForwardRefused(t *testing.T) {
 		t.Error("DialGuest(0) succeeds")
 	}
 }
-
-func TestDNS(t *testing.T) {
-	n := newNetwork(t)
-	g := newGuest(t, n)
-	server := netip.AddrPortFrom(testConfig().Gateway, dnsPort)
-	overTCP, err := g.dialTCP(server)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = overTCP.Close() }()
-	for network, conn := range map[string]net.Conn{"UDP": g.dialUDP(server), "TCP": overTCP} {
-		// A name that needs no network; see RFC 6761, section 6.3.
-		if got := ask(t, conn, network, "localhost."); got != "127.0.0.1" {
-			t.Errorf("over %s, localhost is %q", network, got)
-		}
-	}
-}
-
-// ask asks for the address of a name.
-func ask(t testing.TB, conn net.Conn, network, name string) string {
-	t.Helper()
-	client := dns.Client{Net: map[string]string{"UDP": "udp", "TCP": "tcp"}[network], Timeout: patience}
-	question := new(dns.Msg)
-	question.SetQuestion(name, dns.TypeA)
-	// The client tells UDP from TCP by the type of the connection.
-	wrapped := &dns.Conn{Conn: conn}
-	if network == "UDP" {
-		wrapped.Conn = packetConn{conn}
-	}
-	answer, _, err := client.ExchangeWithConn(question, wrapped)
-	if err != nil || len(answer.Answer) == 0 {
-		t.Fatalf("ask for %s over %s: %v", name, network, err)
-	}
-	return answer.Answer[0].(*dns.A).A.String()
-}
-
-// packetConn makes a connected conn a [net.PacketConn].
-type packetConn struct{ net.Conn }
-
-func (c packetConn) ReadFrom(p []byte) (int, net.Addr, error) {
-	n, err := c.Read(p)
-	return n, c.RemoteAddr(), err
-}
-
-func (c packetConn) WriteTo(p []byte, _ net.Addr) (int, error) { return c.Write(p) }
 
 // Closing ends everything, at any time, and again. That no goroutine is left is
 // checked at the end of all tests.
