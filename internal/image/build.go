@@ -33,8 +33,12 @@ const (
 //     that is no border in a VM that is made for one job. Hosts are protected by
 //     their own;
 //   - audit=0 and 8250.nr_uarts=1: nobody listens, and there is one port;
-//   - random.trust_cpu=on: a guest gets a seed from its host as well.
-const defaultBootArgs = "reboot=k panic=1 quiet root=/dev/vda rw mitigations=off audit=0 8250.nr_uarts=1 random.trust_cpu=on"
+//   - random.trust_cpu=on: a guest gets a seed from its host as well;
+//   - GODEBUG is for the agent, as part of its environment. Signals that preempt
+//     goroutines cost an emulated CPU more than the agent's short ones are worth;
+//   - lsm: of what Debian's kernel has, AppArmor and TOMOYO look at every program that
+//     is started, and an image without their rules has no use for that.
+const defaultBootArgs = "reboot=k panic=1 quiet root=/dev/vda rw mitigations=off audit=0 8250.nr_uarts=1 random.trust_cpu=on lsm=landlock,lockdown,yama GODEBUG=asyncpreemptoff=1"
 
 // Build builds an image, unless one of the same recipe is there or is made by another
 // process meanwhile. A build that fails or is killed leaves nothing that could be

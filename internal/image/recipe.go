@@ -17,7 +17,7 @@ import (
 )
 
 // recipeVersion changes whenever the same ingredients make another image.
-const recipeVersion = 3
+const recipeVersion = 4
 
 // Progress is how far a build is.
 type Progress struct {

@@ -94,10 +94,10 @@ type fakeInstance struct {
 	done    chan struct{}
 }
 
-func (i *fakeInstance) PID() int                    { return i.child.PID() }
-func (i *fakeInstance) Channel() io.ReadWriteCloser { return i.channel }
-func (i *fakeInstance) Done() <-chan struct{}       { return i.done }
-func (i *fakeInstance) Exit() vmm.Exit              { return i.exit }
+func (i *fakeInstance) PID() int              { return i.child.PID() }
+func (i *fakeInstance) Channel() vmm.Channel  { return i.channel }
+func (i *fakeInstance) Done() <-chan struct{} { return i.done }
+func (i *fakeInstance) Exit() vmm.Exit        { return i.exit }
 
 func (i *fakeInstance) Shutdown(context.Context) error { return i.child.Signal(syscall.SIGUSR1) }
 

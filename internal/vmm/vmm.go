@@ -122,6 +122,11 @@ type Config struct {
 	// Channel asks for a guest channel; see [Instance].
 	Channel bool `json:"channel"`
 
+	// Restore makes the guest go on where a [Saver] saved it, instead of booting.
+	// All else must be as it was then, but for ID, paths, and what is in the drives'
+	// files that were not saved with it.
+	Restore *Restore `json:"restore,omitempty"`
+
 	// ConsolePath is the file to which the guest's serial console is appended.
 	ConsolePath string `json:"console_path"`
 	// LogPath is the file to which the VMM's own output is appended.
@@ -146,6 +151,14 @@ type NIC struct {
 	Link *os.File `json:"-"`
 }
 
+// Restore is a saved guest.
+type Restore struct {
+	// Memory and State are the files that [Saver] made. Neither is changed: what the
+	// guest writes to its memory stays its own.
+	Memory string `json:"memory"`
+	State  string `json:"state"`
+}
+
 // Backend starts VMs.
 type Backend interface {
 	// Name as in [Traits].
@@ -157,6 +170,13 @@ type Backend interface {
 	Start(ctx context.Context, cfg Config) (Instance, error)
 }
 
+// Channel is the host's end of a guest channel.
+type Channel interface {
+	io.ReadWriteCloser
+	// SetReadDeadline as of [net.Conn].
+	SetReadDeadline(t time.Time) error
+}
+
 // Instance is one running VM. All methods may be called at any time, from any
 // goroutine, and again.
 type Instance interface {
@@ -164,7 +184,7 @@ type Instance interface {
 	PID() int
 	// Channel is the host's end of the guest channel, nil if [Config] asked for
 	// none: a byte stream that is buffered until the guest opens its end.
-	Channel() io.ReadWriteCloser
+	Channel() Channel
 	// Done is closed when the VMM has ended and has been reaped.
 	Done() <-chan struct{}
 	// Exit says how it ended. It may be called only after Done is closed.
@@ -222,4 +242,33 @@ func (e Exit) String() string {
 type Pauser interface {
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+}
+
+// Saver is an Instance whose guest can be saved while it runs.
+type Saver interface {
+	// Save saves the guest's memory and the VMM's state. The guest is held only at
+	// the end of it. On failure the guest goes on as if nothing had been, and the
+	// files are removed.
+	Save(ctx context.Context, opts SaveOptions) (Saved, error)
+}
+
+// SaveOptions are the options of [Saver].
+type SaveOptions struct {
+	// Memory and State are the files to make.
+	Memory, State string
+	// Overlays are empty qcow2 overlays of the drives' files, in the drives' order,
+	// empty for a drive that has none. Once the guest is held, what it writes goes to
+	// those, so that the drives' files stay as they were at that moment.
+	Overlays []string
+	// Hold leaves the guest held after it.
+	Hold bool
+}
+
+// Saved says how a saving went.
+type Saved struct {
+	// Pause is how long the guest was held.
+	Pause time.Duration
+	// Switched says that the guest writes to the overlays from now on. That may be so
+	// even if the saving failed in the end.
+	Switched bool
 }

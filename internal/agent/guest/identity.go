@@ -1,9 +1,10 @@
 package guest
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,38 +16,93 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// become makes the guest what a greeting says. What fails but leaves the guest
-// usable is a warning.
-func (a *agent) become(greeting wire.Greeting) (warnings []string, err error) {
+// become makes the guest what a greeting says, and reports what it has become. What
+// fails but leaves the guest usable is a warning.
+func (a *agent) become(greeting wire.Greeting) (identity wire.Identity, warnings []string, err error) {
 	warn := func(err error) {
 		if err != nil {
 			warnings = append(warnings, err.Error())
 		}
 	}
+	adopted := make(chan error, 1)
+	go func() { adopted <- a.network.adopt(greeting.Network) }()
 	warn(setClock(greeting.Time))
 	warn(addEntropy(greeting.Seed))
 	warn(unix.Sethostname([]byte(greeting.Hostname)))
 	files := identityFiles{root: "/"}
 	warn(files.write(greeting))
-	if err := a.server.SetIdentity(greeting); err != nil {
-		return warnings, err
+	warn(a.setBootID(greeting.BootID))
+	err = a.server.SetIdentity(greeting)
+	warn(<-adopted)
+	if err != nil {
+		return identity, warnings, err
 	}
-	go a.connect(greeting.Network, a.server.holdBack())
-	return warnings, nil
+	identity = a.identity()
+	if a.network.ready(greeting.Network) {
+		return identity, warnings, nil
+	}
+	go a.connect(*greeting.Network, a.server.holdBack())
+	return identity, warnings, nil
+}
+
+// identity reads back by what programs and clients know the guest.
+func (a *agent) identity() wire.Identity {
+	machineID, _ := os.ReadFile("/etc/machine-id")
+	bootID, _ := os.ReadFile(bootIDPath)
+	random := make([]byte, randomSample)
+	_, _ = rand.Read(random) // never fails: crypto/rand ends the program instead
+	var name unix.Utsname
+	_ = unix.Uname(&name)
+	return wire.Identity{
+		Hostname:  unix.ByteSliceToString(name.Nodename[:]),
+		MachineID: trimLine(machineID),
+		BootID:    trimLine(bootID),
+		HostKey:   a.server.fingerprint(),
+		MAC:       a.network.mac(),
+		Random:    hex.EncodeToString(random),
+	}
+}
+
+// randomSample is how many bytes of the kernel's random numbers the host gets to see.
+const randomSample = 16
+
+// bootIDPath is where programs find the identifier of the guest's boot; see random(4).
+const bootIDPath = "/proc/sys/kernel/random/boot_id"
+
+// setBootID replaces the identifier of the guest's boot. The kernel makes one when it is
+// first asked for it, and never another, so clones of a guest that has asked would have
+// the same. It is covered by a file of ours, from the beginning if no other init runs
+// that would see it change.
+func (a *agent) setBootID(id string) error {
+	if id == "" {
+		return nil
+	}
+	err := overwrite(bootIDPath, int64(len(id)+1), id+"\n")
+	if err == nil || (a.first && os.Getpid() != 1) {
+		return nil // the file is ours already
+	}
+	const path = "/run/smolvm/boot_id"
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("set boot id: %w", err)
+	}
+	if err := os.WriteFile(path, []byte(id+"\n"), 0o444); err != nil {
+		return fmt.Errorf("set boot id: %w", err)
+	}
+	if err := unix.Mount(path, bootIDPath, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("set boot id: %w", err)
+	}
+	return nil
 }
 
 // connect sets the network up while the host logs in, and then lets the commands
 // start that wait for it.
-func (a *agent) connect(network *wire.Network, release func()) {
+func (a *agent) connect(network wire.Network, release func()) {
 	defer release()
-	if err := a.loadLate(); err != nil {
+	err := a.loadLate()
+	if err != nil {
 		a.say(err.Error())
 	}
-	if network == nil {
-		return
-	}
-	err := setUpNetwork(*network)
-	if err == nil {
+	if err = a.network.setUp(network); err == nil {
 		err = a.listenTCP()
 	}
 	if err != nil {
@@ -121,12 +177,13 @@ func (f identityFiles) write(greeting wire.Greeting) error {
 	return nil
 }
 
-// put replaces a file, even one that is a link to where nothing is yet, as
-// resolv.conf often is.
+// put makes a file have a text. It is overwritten where it is: making another and
+// renaming it costs an emulated guest that was just restored 50 ms, as it has never run
+// the kernel's code for that. A link, as resolv.conf often is, becomes a file.
 func (f identityFiles) put(name, text string) error {
 	path := filepath.Join(f.root, name)
-	if old, err := os.ReadFile(path); err == nil && string(old) == text {
-		return nil
+	if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() {
+		return overwrite(path, info.Size(), text)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
@@ -136,6 +193,26 @@ func (f identityFiles) put(name, text string) error {
 		return err
 	}
 	return os.Rename(temp, path)
+}
+
+// overwrite replaces the text of a file of some size, unless it has that text already.
+func overwrite(path string, size int64, text string) error {
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Close() }()
+	old := make([]byte, size)
+	if n, err := file.ReadAt(old, 0); err == nil && string(old[:n]) == text {
+		return nil
+	}
+	if _, err := file.WriteAt([]byte(text), 0); err != nil {
+		return err
+	}
+	if size <= int64(len(text)) {
+		return nil
+	}
+	return file.Truncate(int64(len(text)))
 }
 
 // hostsMark ends the line of /etc/hosts that is ours.
@@ -158,137 +235,4 @@ func (f identityFiles) hosts(hostname string) error {
 	}
 	text.WriteString("127.0.1.1\t" + hostname + "\t" + hostsMark + "\n")
 	return f.put("etc/hosts", text.String())
-}
-
-// setUpNetwork configures the loopback interface and the one of the given MAC.
-// Everything is done by ioctl (netdevice(7)): netlink would need a library that is
-// a tenth of the agent.
-func setUpNetwork(network wire.Network) error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("set up network: %w", err)
-	}
-	defer func() { _ = unix.Close(fd) }()
-	if err := raise(fd, "lo"); err != nil {
-		return fmt.Errorf("set up network: %w", err)
-	}
-	name, err := findInterface(network.MAC)
-	if err != nil {
-		return fmt.Errorf("set up network: %w", err)
-	}
-	steps := []func() error{
-		func() error { return setAddress(fd, name, unix.SIOCSIFADDR, network.Address.Addr()) },
-		func() error { return setAddress(fd, name, unix.SIOCSIFNETMASK, netmask(network.Address.Bits())) },
-		func() error { return setMTU(fd, name, network.MTU) },
-		func() error { return raise(fd, name) },
-		func() error { return addDefaultRoute(fd, network.Gateway) },
-	}
-	for _, step := range steps {
-		if err := step(); err != nil {
-			return fmt.Errorf("set up interface %s: %w", name, err)
-		}
-	}
-	return nil
-}
-
-func findInterface(mac string) (string, error) {
-	paths, err := filepath.Glob("/sys/class/net/*/address")
-	if err != nil {
-		return "", err
-	}
-	for _, path := range paths {
-		text, err := os.ReadFile(path)
-		if err == nil && strings.EqualFold(trimLine(text), mac) {
-			return filepath.Base(filepath.Dir(path)), nil
-		}
-	}
-	return "", fmt.Errorf("no interface has the address %s", mac)
-}
-
-func netmask(bits int) netip.Addr {
-	mask := ^uint32(0) << (32 - bits)
-	return netip.AddrFrom4([4]byte{byte(mask >> 24), byte(mask >> 16), byte(mask >> 8), byte(mask)})
-}
-
-// ifreq is struct ifreq of netdevice(7).
-type ifreq struct {
-	name [unix.IFNAMSIZ]byte
-	data [24]byte
-}
-
-func newIfreq(name string) *ifreq {
-	var r ifreq
-	copy(r.name[:unix.IFNAMSIZ-1], name)
-	return &r
-}
-
-func (r *ifreq) do(fd int, request uintptr) error {
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(unsafe.Pointer(r))); errno != 0 {
-		return errno
-	}
-	return nil
-}
-
-// sockaddr is struct sockaddr_in with no port.
-func sockaddr(addr netip.Addr) (raw [16]byte) {
-	*(*uint16)(unsafe.Pointer(&raw)) = unix.AF_INET
-	four := addr.As4()
-	copy(raw[4:], four[:])
-	return raw
-}
-
-func setAddress(fd int, name string, request uintptr, addr netip.Addr) error {
-	r := newIfreq(name)
-	raw := sockaddr(addr)
-	copy(r.data[:], raw[:])
-	return r.do(fd, request)
-}
-
-func setMTU(fd int, name string, mtu int) error {
-	if mtu == 0 {
-		return nil
-	}
-	r := newIfreq(name)
-	*(*int32)(unsafe.Pointer(&r.data)) = int32(mtu)
-	return r.do(fd, unix.SIOCSIFMTU)
-}
-
-func raise(fd int, name string) error {
-	r := newIfreq(name)
-	if err := r.do(fd, unix.SIOCGIFFLAGS); err != nil {
-		return err
-	}
-	*(*uint16)(unsafe.Pointer(&r.data)) |= unix.IFF_UP | unix.IFF_RUNNING
-	return r.do(fd, unix.SIOCSIFFLAGS)
-}
-
-// rtentry is struct rtentry of the kernel's include/uapi/linux/route.h.
-type rtentry struct {
-	_                  uint64
-	dst, gateway, mask [16]byte
-	flags              uint16
-	_                  int16
-	_                  uint64
-	_                  uintptr
-	metric             int16
-	dev                uintptr
-	mtu, window        uint64
-	irtt               uint16
-}
-
-func addDefaultRoute(fd int, gateway netip.Addr) error {
-	if !gateway.IsValid() {
-		return nil
-	}
-	route := rtentry{
-		dst:     sockaddr(netip.IPv4Unspecified()),
-		gateway: sockaddr(gateway),
-		mask:    sockaddr(netip.IPv4Unspecified()),
-		flags:   unix.RTF_UP | unix.RTF_GATEWAY,
-	}
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCADDRT, uintptr(unsafe.Pointer(&route)))
-	if errno != 0 && errno != unix.EEXIST {
-		return fmt.Errorf("route by %s: %w", gateway, errno)
-	}
-	return nil
 }

@@ -44,6 +44,9 @@ func (a *agent) serve(file *os.File, fatal error) error {
 		if err != nil {
 			a.say(err.Error())
 		}
+		if err := channel.sayAgain(); err != nil {
+			a.say(err.Error())
+		}
 	}
 }
 
@@ -51,7 +54,8 @@ func (a *agent) serve(file *os.File, fatal error) error {
 func (a *agent) answer(greeting wire.Greeting, fatal error) wire.Answer {
 	answer := wire.Answer{Version: a.version, Kernel: kernelRelease()}
 	if fatal == nil {
-		answer.Warnings, fatal = a.become(greeting)
+		answer.Identity, answer.Warnings, fatal = a.become(greeting)
+		a.first = false
 	}
 	a.step("ready")
 	answer.Timeline, a.timeline = a.timeline, nil
@@ -64,7 +68,7 @@ func (a *agent) answer(greeting wire.Greeting, fatal error) wire.Answer {
 
 // serveSession serves the streams of one yamux session.
 func (a *agent) serveSession(channel *channel) error {
-	session, err := yamux.Server(channel, wire.MuxConfig())
+	session, err := yamux.Server(&wire.BreakReader{ReadWriteCloser: channel}, wire.MuxConfig())
 	if err != nil {
 		return err
 	}
@@ -91,7 +95,7 @@ func (a *agent) serveStream(stream net.Conn) {
 	conn := peekedConn{stream, bufio.NewReader(stream)}
 	first, err := conn.r.Peek(len(wire.Magic))
 	if err == nil && string(first) != wire.Magic {
-		a.server.Serve(conn)
+		a.server.ServeTrusted(conn)
 		return
 	}
 	defer func() { _ = stream.Close() }()
@@ -99,11 +103,26 @@ func (a *agent) serveStream(stream net.Conn) {
 	if wire.Read(conn, &control) != nil {
 		return
 	}
-	_ = wire.Write(stream, wire.ControlAnswer{})
+	_ = wire.Write(stream, obey(control))
 	if control.Shutdown != nil {
 		_ = stream.Close()
 		a.shutdown(*control.Shutdown)
 	}
+}
+
+// obey does what a control asks for, but for a shutdown, which comes after the answer.
+func obey(control wire.Control) wire.ControlAnswer {
+	var err error
+	switch {
+	case control.Sync:
+		unix.Sync()
+	case control.Clock != nil:
+		err = setClock(*control.Clock)
+	}
+	if err != nil {
+		return wire.ControlAnswer{Error: err.Error()}
+	}
+	return wire.ControlAnswer{}
 }
 
 // channel is the guest channel's device. Closing it ends only the session over it:
@@ -123,11 +142,26 @@ func (c *channel) awaitHost() error {
 	if err != nil {
 		return err
 	}
-	return raw.Read(func(fd uintptr) bool {
-		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(poll, 0)
-		return err != nil || n == 0 || poll[0].Revents&unix.POLLHUP == 0
-	})
+	return raw.Read(hostIsThere)
+}
+
+func hostIsThere(fd uintptr) bool {
+	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(poll, 0)
+	return err != nil || n == 0 || poll[0].Revents&unix.POLLHUP == 0
+}
+
+// sayAgain tells the host, if it is there, that a session is over.
+func (c *channel) sayAgain() error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	there := false
+	if err := raw.Control(func(fd uintptr) { there = hostIsThere(fd) }); err != nil || !there {
+		return err
+	}
+	return wire.Write(c, wire.Answer{Again: true})
 }
 
 func kernelRelease() string {
@@ -141,13 +175,19 @@ func kernelRelease() string {
 // listenTCP serves SSH on the guest's network as well. Another server that has the
 // port already is one that the image wants.
 func (a *agent) listenTCP() error {
-	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", ":"+strconv.Itoa(wire.SSHPort))
+	if a.listening {
+		return nil
+	}
+	var config net.ListenConfig
+	config.SetMultipathTCP(false) // nobody could use it, and it costs a restored guest time
+	listener, err := config.Listen(context.Background(), "tcp", ":"+strconv.Itoa(wire.SSHPort))
 	if err != nil {
 		if errors.Is(err, unix.EADDRINUSE) {
 			return nil
 		}
 		return err
 	}
+	a.listening = true
 	go a.server.Listen(listener)
 	return nil
 }

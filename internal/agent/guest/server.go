@@ -23,6 +23,8 @@ import (
 // because an emulated guest under load is slow.
 const handshakeTimeout = 2 * time.Minute
 
+const serverVersion = "SSH-2.0-smolvm"
+
 // Server is the guest's SSH server. It serves whoever has one of the authorized
 // keys as any user of the guest.
 type Server struct {
@@ -35,8 +37,10 @@ type Server struct {
 
 // identity is what the last greeting made of the server.
 type identity struct {
-	config *ssh.ServerConfig
-	env    []string
+	config  *ssh.ServerConfig // asks for a key
+	trusted *ssh.ServerConfig // does not
+	hostKey ssh.PublicKey
+	env     []string
 }
 
 // NewServer returns a server that refuses everybody until it has an identity.
@@ -59,8 +63,16 @@ func (s *Server) SetIdentity(greeting wire.Greeting) error {
 		}
 		keys = append(keys, key.Marshal())
 	}
+	trusted := &ssh.ServerConfig{
+		ServerVersion: serverVersion,
+		NoClientAuth:  true,
+		NoClientAuthCallback: func(meta ssh.ConnMetadata) (*ssh.Permissions, error) {
+			_, err := findAccount(meta.User())
+			return nil, err
+		},
+	}
 	config := &ssh.ServerConfig{
-		ServerVersion: "SSH-2.0-smolvm",
+		ServerVersion: serverVersion,
 		PublicKeyCallback: func(meta ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
 			if !slices.ContainsFunc(keys, func(k []byte) bool { return bytes.Equal(k, key.Marshal()) }) {
 				return nil, errors.New("key is not authorized")
@@ -70,13 +82,14 @@ func (s *Server) SetIdentity(greeting wire.Greeting) error {
 		},
 	}
 	config.AddHostKey(signer)
+	trusted.AddHostKey(signer)
 	var env []string
 	for _, name := range slices.Sorted(maps.Keys(greeting.Env)) {
 		env = append(env, name+"="+greeting.Env[name])
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.identity = identity{config: config, env: env}
+	s.identity = identity{config: config, trusted: trusted, hostKey: signer.PublicKey(), env: env}
 	return nil
 }
 
@@ -113,15 +126,39 @@ func (s *Server) Listen(listener net.Listener) {
 
 // Serve serves one connection to its end.
 func (s *Server) Serve(conn net.Conn) {
-	defer func() { _ = conn.Close() }()
+	identity := s.current()
+	s.serve(conn, identity, identity.config)
+}
+
+// ServeTrusted is Serve for a connection that comes over the guest channel. Whoever can
+// open one holds the VM itself, so no key is asked for.
+func (s *Server) ServeTrusted(conn net.Conn) {
+	identity := s.current()
+	s.serve(conn, identity, identity.trusted)
+}
+
+// fingerprint is that of the host key.
+func (s *Server) fingerprint() string {
+	key := s.current().hostKey
+	if key == nil {
+		return ""
+	}
+	return ssh.FingerprintSHA256(key)
+}
+
+func (s *Server) current() identity {
 	s.mu.Lock()
-	identity := s.identity
-	s.mu.Unlock()
-	if identity.config == nil {
+	defer s.mu.Unlock()
+	return s.identity
+}
+
+func (s *Server) serve(conn net.Conn, identity identity, config *ssh.ServerConfig) {
+	defer func() { _ = conn.Close() }()
+	if config == nil {
 		return
 	}
 	_ = conn.SetDeadline(time.Now().Add(handshakeTimeout))
-	sshConn, channels, requests, err := ssh.NewServerConn(conn, identity.config)
+	sshConn, channels, requests, err := ssh.NewServerConn(conn, config)
 	if err != nil {
 		return
 	}

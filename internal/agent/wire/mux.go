@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"errors"
 	"io"
 	"time"
 
@@ -19,4 +20,33 @@ func MuxConfig() *yamux.Config {
 	config.MaxStreamWindowSize = 1 << 20
 	config.LogOutput = io.Discard
 	return config
+}
+
+// breakSequence ends a session from outside. It begins as a message does, but is none;
+// the rest was drawn at random, so it does not occur in a session by chance.
+const breakSequence = Magic + "break 5e1c09f2a7d84b36c1f0"
+
+// Break is what a host sends to a guest that still believes in a session with another
+// host: nothing may follow before the guest has said that it waits for a greeting.
+func Break() []byte { return []byte(breakSequence) }
+
+// errBreak ends a session.
+var errBreak = errors.New("session broken off by the host")
+
+// BreakReader is the guest's end of a session; it fails once it has read a [Break].
+type BreakReader struct {
+	io.ReadWriteCloser
+	tail []byte // the last bytes, fewer than a Break has
+}
+
+// Read implements [io.Reader].
+func (r *BreakReader) Read(p []byte) (int, error) {
+	n, err := r.ReadWriteCloser.Read(p)
+	// As nothing follows a Break, it is always the end of what there is to read.
+	r.tail = append(r.tail, p[max(0, n-len(breakSequence)):n]...)
+	r.tail = r.tail[max(0, len(r.tail)-len(breakSequence)):]
+	if err == nil && string(r.tail) == breakSequence {
+		err = errBreak
+	}
+	return n, err
 }

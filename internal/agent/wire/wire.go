@@ -21,9 +21,13 @@
 // client at hand; whatever users ask for goes by SSH.
 //
 // A message is a line "SMOLVM <length>\n" and so many bytes of JSON. When the
-// host end closes, the agent drops the session and waits for the next greeting;
-// a reader skips everything before the first "SMOLVM ", so bytes left over from
-// an earlier session do no harm.
+// host end closes or the session ends, the agent says so by an Answer with Again, and
+// waits for the next greeting; a reader skips everything before the first "SMOLVM ",
+// so bytes left over from an earlier session do no harm.
+//
+// A guest that was saved in the middle of a session still believes in it when it is
+// restored. Its new host sends [Break], which ends the session whatever part of a
+// frame the guest has got, and waits for the Again.
 //
 // A later greeting to the same guest (after a restore, in a clone) gives it a
 // new identity: every part of it is applied again.
@@ -73,6 +77,9 @@ type Greeting struct {
 	Hostname string `json:"hostname"`
 	// MachineID is 32 hexadecimal digits, for /etc/machine-id.
 	MachineID string `json:"machine_id"`
+	// BootID identifies the guest's boot, for /proc/sys/kernel/random/boot_id: a
+	// random UUID. Empty: the kernel's own.
+	BootID string `json:"boot_id,omitempty"`
 	// HostKey is the SSH host key, as PEM of OpenSSH's private key format.
 	HostKey string `json:"host_key"`
 	// AuthorizedKeys may log in, one line each.
@@ -107,10 +114,30 @@ type Answer struct {
 	// Warnings are things that went wrong and do not keep the guest from
 	// working, one sentence each.
 	Warnings []string `json:"warnings,omitempty"`
+	// Identity is what the guest has become.
+	Identity Identity `json:"identity"`
+	// Again says that a session is over, and that the agent waits for the next
+	// greeting. It is sent unasked, and nothing else with it.
+	Again bool `json:"again,omitempty"`
 	// Error says why the guest can't be used; the agent then serves nothing.
 	Error string `json:"error,omitempty"`
 	// Timeline says when, since the kernel started, each step was done.
 	Timeline []Step `json:"timeline,omitempty"`
+}
+
+// Identity is by what programs and clients know a guest, read back from where they find
+// it. No two guests have any of it in common.
+type Identity struct {
+	Hostname  string `json:"hostname"`
+	MachineID string `json:"machine_id"`
+	BootID    string `json:"boot_id"`
+	// HostKey is the fingerprint of the SSH host key, as ssh-keygen prints it.
+	HostKey string `json:"host_key"`
+	// MAC of the interface; empty if the network is not set up yet.
+	MAC string `json:"mac,omitempty"`
+	// Random is drawn from the kernel's generator after the greeting's seed has been
+	// mixed in, in hexadecimal.
+	Random string `json:"random"`
 }
 
 // Step is one step of the guest's boot.
@@ -151,6 +178,10 @@ type TarRequest struct {
 
 // Control is one request of the shim's; exactly one field is set.
 type Control struct {
+	// Sync writes out what the guest's file systems hold. It is answered after that.
+	Sync bool `json:"sync,omitempty"`
+	// Clock sets the guest's clock.
+	Clock *time.Time `json:"clock,omitempty"`
 	// Shutdown ends all processes, syncs, unmounts and powers off. It is answered
 	// before the shutdown begins.
 	Shutdown *Shutdown `json:"shutdown,omitempty"`

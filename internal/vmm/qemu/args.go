@@ -51,11 +51,14 @@ func args(cfg vmm.Config, machine string, fd fds) []string {
 	// The guest is not trusted: should it take QEMU over, it may not start
 	// programs, gain privileges, or change resource limits.
 	b.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
-	b.add("-machine", machineArg(machine, cfg.Accelerator))
+	b.add("-machine", machineArg(machine, cfg.Accelerator)+",memory-backend="+ramID)
 	b.add("-accel", accelArg(cfg.Accelerator))
 	b.add("-cpu", cpuArg(cfg.Accelerator))
 	b.add("-smp", strconv.Itoa(cfg.VCPUs))
-	b.add("-m", fmt.Sprintf("%dM", cfg.MemoryMiB))
+	b.memory(cfg)
+	if cfg.Restore != nil {
+		b.add("-incoming", "defer")
+	}
 	b.add("-rtc", "base=utc")
 
 	b.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", fd.qmp))
@@ -63,11 +66,14 @@ func args(cfg vmm.Config, machine string, fd fds) []string {
 	b.add("-chardev", "file,id=console,append=on,path="+escape(cfg.ConsolePath))
 	b.add("-serial", "chardev:console")
 
-	b.add("-kernel", cfg.Kernel)
-	if cfg.Initrd != "" {
-		b.add("-initrd", cfg.Initrd)
+	// A guest that is restored has its kernel in its memory.
+	if cfg.Restore == nil {
+		b.add("-kernel", cfg.Kernel)
+		if cfg.Initrd != "" {
+			b.add("-initrd", cfg.Initrd)
+		}
+		b.add("-append", bootArgs(cfg, machine))
 	}
-	b.add("-append", bootArgs(cfg, machine))
 
 	b.add("-device", b.virtio("virtio-rng"))
 	for i, drive := range cfg.Drives {
@@ -146,10 +152,23 @@ type builder struct {
 
 func (b *builder) add(args ...string) { b.args = append(b.args, args...) }
 
+// memory has a name of our own, so that it can be found in a saved guest's state. That
+// of a saved guest is mapped from its file, and stays as it is there: what the guest
+// writes goes to copies of the pages.
+func (b *builder) memory(cfg vmm.Config) {
+	size := fmt.Sprintf("%dM", cfg.MemoryMiB)
+	b.add("-m", size)
+	if cfg.Restore == nil {
+		b.add("-object", fmt.Sprintf("memory-backend-ram,id=%s,size=%s", ramID, size))
+		return
+	}
+	b.add("-object", fmt.Sprintf("memory-backend-file,id=%s,size=%s,share=off,mem-path=%s", ramID, size, escape(cfg.Restore.Memory)))
+}
+
 func (b *builder) virtio(device string) string { return device + "-" + b.bus }
 
 func (b *builder) drive(index int, drive vmm.Drive) {
-	id := "drive" + strconv.Itoa(index)
+	id := driveID(index)
 	readOnly := "off"
 	if drive.ReadOnly {
 		readOnly = "on"
@@ -163,7 +182,8 @@ func (b *builder) nic(nic vmm.NIC, fd int) {
 	// Datagrams on a pair of unix sockets: this netdev takes them in every version
 	// of QEMU, though the manual speaks of TCP and UDP only.
 	b.add("-netdev", fmt.Sprintf("socket,id=net,fd=%d", fd))
-	device := b.virtio("virtio-net") + ",netdev=net,mac=" + nic.MAC
+	// A guest that is restored need not tell the network of it: the network is new.
+	device := b.virtio("virtio-net") + ",netdev=net,guest_announce=off,mac=" + nic.MAC
 	if nic.MTU != 0 {
 		device += fmt.Sprintf(",host_mtu=%d", nic.MTU)
 	}
@@ -175,3 +195,6 @@ func (b *builder) nic(nic vmm.NIC, fd int) {
 
 // escape quotes a path for an option's value, where a comma ends it.
 func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }
+
+// driveID is the name by which QEMU knows a drive.
+func driveID(index int) string { return "drive" + strconv.Itoa(index) }

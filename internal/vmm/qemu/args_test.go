@@ -81,7 +81,7 @@ func TestArgs(t *testing.T) {
 				c.NIC = &vmm.NIC{MAC: "02:00:00:00:00:02", MTU: 4000}
 			},
 			want: []string{
-				"-netdev socket,id=net,fd=5 -device virtio-net-pci,netdev=net,mac=02:00:00:00:00:02,host_mtu=4000,romfile=",
+				"-netdev socket,id=net,fd=5 -device virtio-net-pci,netdev=net,guest_announce=off,mac=02:00:00:00:00:02,host_mtu=4000,romfile=",
 				"-device virtio-serial-pci -chardev socket,id=channel,fd=4 -device virtserialport,chardev=channel,name=smolvm.agent",
 			},
 		},
@@ -94,7 +94,7 @@ func TestArgs(t *testing.T) {
 			},
 			want: []string{
 				"-machine microvm,acpi=on,rtc=on,isa-serial=on,pit=off,pic=off", "-cpu host",
-				"-append console=ttyS0 panic=1 pci=off", "virtio-net-device,netdev=net,mac=02:00:00:00:00:02",
+				"-append console=ttyS0 panic=1 pci=off", "virtio-net-device,netdev=net,guest_announce=off,mac=02:00:00:00:00:02",
 			},
 			not: []string{"romfile"},
 		},

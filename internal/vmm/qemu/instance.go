@@ -4,10 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"io"
 	"net"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -17,9 +17,9 @@ import (
 type instance struct {
 	cfg     vmm.Config
 	child   *proc.Child
-	control net.Conn
-	channel net.Conn
-	qmp     *qmp
+	control *net.UnixConn
+	channel *net.UnixConn
+	qmp        *qmp
 	// Lengths that the log and the console had when the VM started: what is older
 	// is of earlier runs.
 	logStart, consoleStart int64
@@ -27,6 +27,10 @@ type instance struct {
 	mu       sync.Mutex // guards the following
 	shutdown string     // the reason that QEMU gave for its end
 	killed   bool       // Kill was called before QEMU gave any
+	stopped  time.Time  // when the guest was last held
+
+	saving    sync.Mutex  // held by Save
+	migration chan string // the states that a migration goes through
 
 	done chan struct{}
 	exit vmm.Exit // written before done is closed
@@ -35,13 +39,14 @@ type instance struct {
 var (
 	_ vmm.Instance = (*instance)(nil)
 	_ vmm.Pauser   = (*instance)(nil)
+	_ vmm.Saver    = (*instance)(nil)
 )
 
 // PID implements [vmm.Instance].
 func (i *instance) PID() int { return i.child.PID() }
 
 // Channel implements [vmm.Instance].
-func (i *instance) Channel() io.ReadWriteCloser {
+func (i *instance) Channel() vmm.Channel {
 	if i.channel == nil {
 		return nil
 	}
@@ -93,21 +98,34 @@ func (i *instance) unlessGone(err error) error {
 	return err
 }
 
-// handle notes the events that say why QEMU ends.
+// handle notes what QEMU tells of the guest and of itself.
 func (i *instance) handle(e event) {
-	if e.Name != "SHUTDOWN" && e.Name != "GUEST_PANICKED" {
+	var data struct {
+		Reason string `json:"reason"`
+		Status string `json:"status"`
+	}
+	if len(e.Data) > 0 && json.Unmarshal(e.Data, &data) != nil {
 		return
 	}
-	reason := "guest-panic"
-	if e.Name == "SHUTDOWN" {
-		var data struct {
-			Reason string `json:"reason"`
+	switch e.Name {
+	case "SHUTDOWN":
+		i.ending(data.Reason)
+	case "GUEST_PANICKED":
+		i.ending("guest-panic")
+	case "STOP":
+		i.mu.Lock()
+		i.stopped = time.Now()
+		i.mu.Unlock()
+	case "MIGRATION":
+		select {
+		case i.migration <- data.Status:
+		default: // nobody has asked for so many
 		}
-		if json.Unmarshal(e.Data, &data) != nil {
-			return
-		}
-		reason = data.Reason
 	}
+}
+
+// ending notes why QEMU ends.
+func (i *instance) ending(reason string) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.shutdown == "" {

@@ -83,26 +83,23 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 		return nil, err
 	}
 	defer func() { _ = controlFile.Close() }()
-	channel, channelFile, err := pair()
+	log, err := os.OpenFile(cfg.LogPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, errors.Join(err, control.Close())
 	}
-	defer func() { _ = channelFile.Close() }()
-	log, err := os.OpenFile(cfg.LogPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		return nil, errors.Join(err, control.Close(), channel.Close())
-	}
 	defer func() { _ = log.Close() }()
-	inst := &instance{cfg: cfg, control: control, done: make(chan struct{})}
+	inst := &instance{cfg: cfg, control: control, done: make(chan struct{}), migration: make(chan string, maxStates)}
 	inst.logStart, inst.consoleStart = size(cfg.LogPath), size(cfg.ConsolePath)
 
 	// Go gives the nth extra file the number 3+n.
 	files, fd := []*os.File{controlFile}, fds{qmp: 3}
 	if cfg.Channel {
-		fd.channel, files = 3+len(files), append(files, channelFile)
-		inst.channel = channel
-	} else {
-		_ = channel.Close()
+		var file *os.File
+		if inst.channel, file, err = pair(); err != nil {
+			return nil, errors.Join(err, inst.closeConns())
+		}
+		defer func() { _ = file.Close() }()
+		fd.channel, files = 3+len(files), append(files, file)
 	}
 	if cfg.NIC != nil {
 		fd.link, files = 3+len(files), append(files, cfg.NIC.Link)
@@ -122,14 +119,15 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 // awaitRunning returns when the guest's CPUs run. If they never do, it leaves
 // nothing behind.
 func (i *instance) awaitRunning(ctx context.Context) error {
-	var status struct {
-		Running bool `json:"running"`
-	}
 	err := i.qmp.execute(ctx, "qmp_capabilities", nil)
-	if err == nil {
-		err = i.qmp.execute(ctx, "query-status", &status)
+	if err == nil && i.cfg.Restore != nil {
+		err = i.load(ctx, *i.cfg.Restore)
 	}
-	if err == nil && status.Running {
+	var now status
+	if err == nil {
+		err = i.qmp.execute(ctx, "query-status", &now)
+	}
+	if err == nil && now.Running {
 		return nil
 	}
 	// A connection that ended means that QEMU is ending; its own words say why.
@@ -138,15 +136,21 @@ func (i *instance) awaitRunning(ctx context.Context) error {
 		return errors.New(i.exit.Detail)
 	}
 	if err == nil {
-		err = errors.New("QEMU does not run the guest")
+		err = fmt.Errorf("QEMU does not run the guest: it is %s", now.Status)
 	}
 	err = errors.Join(err, i.child.Kill())
 	<-i.done // its connections are closed by then
 	return err
 }
 
+// status is what query-status returns.
+type status struct {
+	Running bool   `json:"running"`
+	Status  string `json:"status"`
+}
+
 // pair returns two connected stream sockets, one for us and one to be inherited.
-func pair() (net.Conn, *os.File, error) {
+func pair() (*net.UnixConn, *os.File, error) {
 	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make socket pair: %w", err)
@@ -158,7 +162,7 @@ func pair() (net.Conn, *os.File, error) {
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("make socket pair: %w", err), theirs.Close())
 	}
-	return conn, theirs, nil
+	return conn.(*net.UnixConn), theirs, nil //nolint:forcetypeassert // that is what we made
 }
 
 func size(path string) int64 {

@@ -7,13 +7,16 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // qmp is a connection to QEMU's control protocol: one line of JSON a message. See
 // QEMU's docs/interop/qmp-spec.
 type qmp struct {
-	conn   net.Conn
+	conn   *net.UnixConn
 	events func(event) // called in order, from one goroutine; must not block
 
 	mu      sync.Mutex // guards the following, and writes
@@ -48,51 +51,67 @@ var errQMPClosed = errors.New("control connection to QEMU is closed")
 
 // newQMP serves conn until it is closed. The first command must be
 // qmp_capabilities; QEMU's greeting needs no waiting for.
-func newQMP(conn net.Conn, events func(event)) *qmp {
+func newQMP(conn *net.UnixConn, events func(event)) *qmp {
 	q := &qmp{conn: conn, events: events, pending: map[int]chan reply{}, done: make(chan struct{})}
 	go q.read()
 	return q
 }
 
-// execute runs a command and decodes what it returns into result, if not nil.
+// request is one command.
+type request struct {
+	Execute   string `json:"execute"`
+	Arguments any    `json:"arguments,omitempty"`
+	ID        int    `json:"id"`
+
+	file *os.File // travels with the command, for "getfd"
+}
+
+// execute runs a command without arguments and decodes what it returns into result, if
+// not nil.
 func (q *qmp) execute(ctx context.Context, command string, result any) error {
+	return q.do(ctx, request{Execute: command}, result)
+}
+
+func (q *qmp) do(ctx context.Context, r request, result any) error {
 	answer := make(chan reply, 1)
-	if err := q.send(command, answer); err != nil {
-		return fmt.Errorf("QMP %s: %w", command, err)
+	if err := q.send(r, answer); err != nil {
+		return fmt.Errorf("QMP %s: %w", r.Execute, err)
 	}
 	select {
 	case got := <-answer:
 		if got.Error != nil {
-			return fmt.Errorf("QMP %s: %w", command, got.Error)
+			return fmt.Errorf("QMP %s: %w", r.Execute, got.Error)
 		}
 		if result != nil {
 			if err := json.Unmarshal(got.Return, result); err != nil {
-				return fmt.Errorf("QMP %s: decode result: %w", command, err)
+				return fmt.Errorf("QMP %s: decode result: %w", r.Execute, err)
 			}
 		}
 		return nil
 	case <-q.done:
-		return fmt.Errorf("QMP %s: %w", command, q.err)
+		return fmt.Errorf("QMP %s: %w", r.Execute, q.err)
 	case <-ctx.Done():
-		return fmt.Errorf("QMP %s: %w", command, context.Cause(ctx))
+		return fmt.Errorf("QMP %s: %w", r.Execute, context.Cause(ctx))
 	}
 }
 
-func (q *qmp) send(command string, answer chan reply) error {
+func (q *qmp) send(r request, answer chan reply) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.err != nil {
 		return q.err
 	}
 	q.nextID++
-	line, err := json.Marshal(struct {
-		Execute string `json:"execute"`
-		ID      int    `json:"id"`
-	}{command, q.nextID})
+	r.ID = q.nextID
+	line, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	if _, err := q.conn.Write(append(line, '\n')); err != nil {
+	var rights []byte
+	if r.file != nil {
+		rights = unix.UnixRights(int(r.file.Fd()))
+	}
+	if _, _, err := q.conn.WriteMsgUnix(append(line, '\n'), rights, nil); err != nil {
 		return fmt.Errorf("%w: %w", errQMPClosed, err)
 	}
 	q.pending[q.nextID] = answer
