@@ -111,6 +111,11 @@ type VMConfig struct {
 	Env map[string]string `json:"env,omitempty"`
 	// Hostname of the guest. Empty: the VM's id.
 	Hostname string `json:"hostname,omitempty"`
+	// WarmUp is a line of shell that the guest runs, as root, before it is handed out
+	// for the first time. Clones of such a VM have it behind them: an interpreter
+	// that it has started is running in each of them, what it has read is in memory.
+	// Its environment is not that of Env, which belongs to one VM.
+	WarmUp string `json:"warm_up,omitempty"`
 	// Ready says when Start may return.
 	Ready ReadyCondition `json:"ready,omitempty"`
 	// TTL stops the VM when it has run for so long. Zero: never.
@@ -301,6 +306,7 @@ func (c VMConfig) validateBoot(v *validator) {
 		v.check(c.Image == "", "image", "excludes kernel_path; give one of the two")
 		v.check(c.RootfsPath != "" || c.InitrdPath != "", "rootfs_path",
 			"is missing; a kernel needs a root file system or an initramfs")
+		v.check(c.WarmUp == "", "warm_up", "a VM with its own kernel has no agent to run it")
 		v.check(c.Ready != ReadyAgent, "ready",
 			"a VM with its own kernel has no agent; use ssh or started")
 	}

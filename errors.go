@@ -22,6 +22,14 @@ var (
 	ErrImageNotFound = fmt.Errorf("image %w", ErrNotFound)
 	// ErrImageInUse says that an image can't be removed while VMs use it.
 	ErrImageInUse = errors.New("image is in use")
+	// ErrTemplateNotFound says that no template has the given id.
+	ErrTemplateNotFound = fmt.Errorf("template %w", ErrNotFound)
+	// ErrSnapshotNotFound says that no snapshot has the given name.
+	ErrSnapshotNotFound = fmt.Errorf("snapshot %w", ErrNotFound)
+	// ErrSnapshotAlreadyExists says that the name of a new snapshot is taken.
+	ErrSnapshotAlreadyExists = fmt.Errorf("snapshot %w", ErrAlreadyExists)
+	// ErrPoolNotFound says that there is no such pool.
+	ErrPoolNotFound = fmt.Errorf("pool %w", ErrNotFound)
 	// ErrInvalidState says that the VM's state does not allow the operation.
 	ErrInvalidState = errors.New("invalid VM state")
 	// ErrBootTimeout says that the guest was not ready in the time given.

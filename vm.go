@@ -63,6 +63,10 @@ type VMInfo struct {
 	SocketPath string `json:"socket_path,omitempty"`
 	// Cause says why the VM stopped or failed, in words; empty while it runs.
 	Cause string `json:"cause,omitempty"`
+	// Start says how the VM was last started; nil in lists, and before its first start.
+	Start *StartReport `json:"start,omitempty"`
+	// Timeline is what the creation or start that returned this spent its time on.
+	Timeline []Phase `json:"timeline,omitempty"`
 	// CreatedAt, StartedAt and StoppedAt are in UTC; zero if it has not
 	// happened yet.
 	CreatedAt time.Time `json:"created_at"`

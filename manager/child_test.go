@@ -21,6 +21,7 @@ func childMain(args []string) int {
 	}
 	m, err := manager.Open(ctx, manager.Config{
 		DataDir: args[0], SocketDir: args[1], AgentPath: args[2], ShimCommand: []string{self, shimCommand},
+		Templates: manager.TemplateConfig{Disabled: true},
 	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

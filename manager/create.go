@@ -52,9 +52,40 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 	if err := checkDiskSize(config, root); err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	lock, err := m.lock(ctx, config.ID)
+	checked := time.Since(began)
+	vm, phases, err := m.make(ctx, config, backend, digest, "")
 	if err != nil {
 		return smolvm.VMInfo{}, err
+	}
+	m.note(ctx, vm.ID, "create", began, "")
+	info := m.info(vm)
+	info.Timeline = append([]smolvm.Phase{{Name: "check", Duration: checked}}, phases...)
+	return info, nil
+}
+
+// create makes a VM of an image whose disk is to be an overlay of base.
+func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, base string) (store.VM, error) {
+	began := time.Now()
+	backend, _, err := m.check(config)
+	if err != nil {
+		return store.VM{}, err
+	}
+	config.Backend = backend.Name
+	vm, _, err := m.make(ctx, config, backend, digest, base)
+	if err != nil {
+		return store.VM{}, err
+	}
+	m.note(ctx, vm.ID, "create", began, "")
+	return vm, nil
+}
+
+// make makes the VM's row and its disk: both or neither. Base is what the disk is to be
+// an overlay of; empty: what the configuration says.
+func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, base string) (store.VM, []smolvm.Phase, error) {
+	began := time.Now()
+	lock, err := m.lock(ctx, config.ID)
+	if err != nil {
+		return store.VM{}, nil, err
 	}
 	vm, err := m.reserve(ctx, config, backend, digest)
 	if err != nil {
@@ -63,20 +94,27 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 		} else {
 			lock.remove()
 		}
-		return smolvm.VMInfo{}, err
+		return store.VM{}, nil, err
 	}
-	err = m.ensureDisk(ctx, vm)
+	reserved := time.Now()
+	if base != "" {
+		err = m.rebase(ctx, vm, base, disk.QCOW2)
+	} else {
+		err = m.ensureDisk(ctx, vm)
+	}
 	if err == nil && config.Ephemeral {
 		err = m.own(vm.ID)
 	}
 	if err != nil {
 		err = errors.Join(err, m.erase(context.WithoutCancel(ctx), vm))
 		lock.remove()
-		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
+		return store.VM{}, nil, fmt.Errorf("create %q: %w", config.ID, err)
 	}
 	lock.unlock()
-	m.note(ctx, vm.ID, "create", began, "")
-	return m.info(vm), nil
+	return vm, []smolvm.Phase{
+		{Name: "network", Duration: reserved.Sub(began)}, // its leases: address and ports
+		{Name: "disk", Duration: time.Since(reserved)},
+	}, nil
 }
 
 // check validates a configuration, and looks at the files that it names. It

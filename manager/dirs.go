@@ -34,6 +34,11 @@ const (
 	locksName    = "locks"
 	vmsName      = "vms"
 	cacheName    = "cache"
+
+	layersName    = "layers"
+	poolName      = "pool"
+	snapshotsName = "snapshots"
+	templatesName = "templates"
 )
 
 // resolveDataDir finds the data directory, makes it, and checks that it can be

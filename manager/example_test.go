@@ -180,6 +180,7 @@ func TestExamples(t *testing.T) {
 	testenv.SeedImages(t, data)
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
 	t.Setenv("SMOLVM_DATA_DIR", data)
+	t.Setenv("SMOLVM_TEMPLATES", "off") // each example boots a VM or two
 	t.Setenv("KERNEL", testenv.Kernel(t))
 	t.Setenv("INITRD", testenv.Initramfs(t, "while :; do sleep 1; done\n"))
 

@@ -18,7 +18,13 @@ func (m *Manager) Get(ctx context.Context, id string) (smolvm.VMInfo, error) {
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	return m.info(vm), nil
+	info := m.info(vm)
+	if vm.Run != "" {
+		if info.Start, err = m.store.Report(ctx, id); err != nil {
+			return smolvm.VMInfo{}, err
+		}
+	}
+	return info, nil
 }
 
 // List returns the VMs in the order in which they were created.

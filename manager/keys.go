@@ -31,6 +31,15 @@ func newKey(comment string) (string, error) {
 	return string(pem.EncodeToMemory(block)), nil
 }
 
+// fingerprintOf is the fingerprint of a private key's public half.
+func fingerprintOf(private string) (string, error) {
+	signer, err := ssh.ParsePrivateKey([]byte(private))
+	if err != nil {
+		return "", fmt.Errorf("SSH host key: %w", err)
+	}
+	return ssh.FingerprintSHA256(signer.PublicKey()), nil
+}
+
 // newMachineID makes a value for /etc/machine-id.
 func newMachineID() string {
 	var b [16]byte

@@ -96,7 +96,7 @@ func TestLifecycle(t *testing.T) {
 // them over.
 func TestCloseAndFromID(t *testing.T) {
 	m := openReal(t)
-	config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir()}
+	config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), Templates: manager.TemplateConfig{Disabled: true}}
 	vm := mustRun(t, m, smolvm.VMConfig{})
 	first, err := manager.FromID(t.Context(), vm.ID, config)
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -29,6 +30,8 @@ type Manager struct {
 	store  *store.Store
 	images *image.Store
 	host   *host.Host
+
+	templates, snapshots *snapshot.Store
 
 	// actor names this process in events.
 	actor string
@@ -53,12 +56,20 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range []string{disksName, locksName, vmsName} {
+	for _, name := range []string{cacheName, disksName, layersName, locksName, poolName, vmsName} {
 		if err := os.MkdirAll(filepath.Join(dataDir, name), 0o700); err != nil {
 			return nil, fmt.Errorf("prepare data directory: %w", err)
 		}
 	}
 	images, err := image.Open(filepath.Join(dataDir, imagesName))
+	if err != nil {
+		return nil, err
+	}
+	templates, err := snapshot.Open(filepath.Join(dataDir, templatesName))
+	if err != nil {
+		return nil, err
+	}
+	snapshots, err := snapshot.Open(filepath.Join(dataDir, snapshotsName))
 	if err != nil {
 		return nil, err
 	}
@@ -73,6 +84,8 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 		config:    config,
 		store:     state,
 		images:    images,
+		templates: templates,
+		snapshots: snapshots,
 		host:      host.New(host.Options{CacheDir: filepath.Join(dataDir, cacheName)}),
 		actor:     fmt.Sprintf("%s[%d]", filepath.Base(os.Args[0]), os.Getpid()),
 		clients:   map[string]*guestClient{},

@@ -67,6 +67,8 @@ func testConfig(t testing.TB, dir string) manager.Config {
 		Backend:     "qemu",
 		ShimCommand: []string{self, shimCommand},
 		AgentPath:   "/nonexistent/agent", // nothing may need it that does not boot an image
+		// Only tests of templates want a second VM booted for each that they start.
+		Templates: manager.TemplateConfig{Disabled: true},
 	}
 }
 

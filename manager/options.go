@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"os"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -30,8 +31,39 @@ type Config struct {
 	// one built into this program, else the program named smolvm-agent beside
 	// the running one, or in PATH.
 	AgentPath string
+	// Templates says what is kept to make the next start fast.
+	Templates TemplateConfig
+	// Pool, if its Size is not zero, is made when the Manager is opened.
+	Pool PoolOptions
 	// Progress is told how the building of an image goes on; it may be nil.
 	Progress func(Progress)
+}
+
+// TemplateConfig says how templates are kept. The zero value keeps them.
+type TemplateConfig struct {
+	// Disabled makes every start a cold boot, and makes no templates. So does "off"
+	// in $SMOLVM_TEMPLATES.
+	Disabled bool
+	// MaxBytes is how much of the disk templates may take together; the least
+	// recently used are removed. Zero: 4 GiB.
+	MaxBytes int64
+}
+
+// DefaultTemplateBytes is what templates may take on disk: that is about 40 of the
+// usual size.
+const DefaultTemplateBytes = 4 << 30
+
+const templatesEnv = "SMOLVM_TEMPLATES"
+
+func (c Config) templateBytes() int64 {
+	if c.Templates.MaxBytes > 0 {
+		return c.Templates.MaxBytes
+	}
+	return DefaultTemplateBytes
+}
+
+func (c Config) usesTemplates() bool {
+	return !c.Templates.Disabled && os.Getenv(templatesEnv) != "off"
 }
 
 // Progress is one step of a long operation.
@@ -48,6 +80,8 @@ type StartOptions struct {
 	// Timeout for the guest to become ready. Zero: 30 s with hardware
 	// virtualization, four times as long without.
 	Timeout time.Duration
+	// Cold boots the guest from the beginning, and has no template made.
+	Cold bool
 }
 
 // DefaultBootTimeout is how long a guest may take to become ready under hardware

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
@@ -37,7 +38,7 @@ func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 			dead = append(dead, vm.ID)
 		}
 	}
-	errs = append(errs, m.reclaim(ctx, known))
+	errs = append(errs, m.reclaim(ctx, known), m.templates.Clean(), m.snapshots.Clean(), m.reconcilePools(ctx), m.reclaimLayers(ctx))
 	return dead, errors.Join(errs...)
 }
 
@@ -83,7 +84,7 @@ func (m *Manager) reclaimVM(ctx context.Context, id string) error {
 		lock.unlock()
 		return err
 	}
-	err = errors.Join(os.RemoveAll(m.vmDir(id)), os.RemoveAll(m.runtimeDir(id)))
+	err = errors.Join(os.RemoveAll(m.vmDir(id)), shim.RemoveRuntimeDir(m.runtimeDir(id)))
 	lock.remove()
 	return err
 }

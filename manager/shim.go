@@ -37,12 +37,19 @@ type ShimOptions struct {
 	Backends []vmm.Backend
 }
 
-// RunShim makes this process the shim of one VM, as ordered by [Manager.Start]. It
-// returns when the VM has ended and its end is written down. It is for programs
-// that serve as [Config].ShimCommand.
+// RunShim makes this process the shim of one VM, as ordered by [Manager.Start], and
+// returns when the VM has ended and its end is written down; or it makes a template, or
+// fills a pool. It is for programs that serve as [Config].ShimCommand.
 func RunShim(ctx context.Context, opts ShimOptions) error {
+	task, stdin, err := readTask(opts.Stdin)
+	if err != nil {
+		return fmt.Errorf("read orders: %w", err)
+	}
+	if task != nil {
+		return task.run(ctx, opts.Backends)
+	}
 	return shim.Main(ctx, shim.Options{
-		Stdin:    opts.Stdin,
+		Stdin:    stdin,
 		Backends: opts.Backends,
 		Exited:   recordExit,
 	})

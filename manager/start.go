@@ -33,14 +33,22 @@ const (
 	emulationFactor = 4
 )
 
-// Start boots a VM that is created or stopped, and returns when it is ready as its
-// configuration says. On failure nothing is left running, the VM is in
-// [smolvm.StateError], and the error quotes the end of its console log.
+// Start starts a VM that is created or stopped, and returns when it is ready as its
+// configuration says. The first start of a VM is a clone of a template of its kind, or
+// a VM from a pool, if there is one; all others boot. [smolvm.VMInfo].Start tells which
+// it was, and what kept it from being a faster one. On failure nothing is left running,
+// the VM is in [smolvm.StateError], and the error quotes the end of its console log.
 //
 // The error matches [smolvm.ErrVMNotFound], [smolvm.ErrInvalidState] or
 // [smolvm.ErrBootTimeout], or is a [*smolvm.NetworkError] or a
 // [*smolvm.PrerequisiteError].
 func (m *Manager) Start(ctx context.Context, id string, opts StartOptions) (smolvm.VMInfo, error) {
+	return m.startFrom(ctx, id, opts, nil, nil)
+}
+
+// startFrom is Start of a VM that is to go on from a saved guest, if that is not nil, and
+// nothing is wrong with it.
+func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
 	began := time.Now()
 	lock, err := m.lockExisting(ctx, id)
 	if err != nil {
@@ -57,56 +65,18 @@ func (m *Manager) Start(ctx context.Context, id string, opts StartOptions) (smol
 	if err := m.requireBackend(ctx, vm.Backend); err != nil {
 		return smolvm.VMInfo{}, fmt.Errorf("start VM %q: %w", id, err)
 	}
-	vm, err = m.boot(ctx, vm, opts)
+	if from != nil && damage != nil {
+		damage = fmt.Errorf("%s %s: %w; booting from its disk", from.rung, from.source, damage)
+	}
+	vm, report, err := m.boot(ctx, vm, opts, from, damage)
 	if err != nil {
 		m.note(ctx, id, "start failed", began, err.Error())
 		return smolvm.VMInfo{}, err
 	}
-	m.note(ctx, id, "start", began, vm.Accelerator)
-	return m.info(vm), nil
-}
-
-// boot starts the VM's shim, waits until the VM is ready, and writes that down. Up
-// to the commit at its end the shim undoes everything if this process dies.
-func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions) (store.VM, error) {
-	if err := m.ensureDisk(ctx, vm); err != nil {
-		return vm, fmt.Errorf("start VM %q: %w", vm.ID, err)
-	}
-	launch, err := m.prepare(ctx, vm, opts)
-	if err != nil {
-		return vm, err
-	}
-	listeners, err := m.listen(ctx, &vm)
-	if err != nil {
-		return vm, err
-	}
-	defer closeAll(listeners)
-	for _, listener := range listeners {
-		launch.Listeners = append(launch.Listeners, listener.Listener)
-		launch.Spec.Forwards = append(launch.Spec.Forwards, listener.forward)
-	}
-	launched, err := shim.Launch(ctx, launch)
-	if err != nil {
-		return vm, m.failed(ctx, vm, err)
-	}
-	err = m.store.MarkStarted(context.WithoutCancel(ctx), vm.ID, store.Started{
-		Run:         launch.Spec.Run,
-		PID:         launched.VMMPID,
-		PIDStart:    launched.VMMStart,
-		ShimPID:     launched.PID,
-		ShimStart:   launched.Start,
-		BootID:      m.bootID(),
-		Accelerator: launch.Spec.VMM.Accelerator,
-		At:          time.Now().UTC(),
-	})
-	if err == nil {
-		err = launched.Commit()
-	}
-	if err != nil {
-		launched.Abort(context.WithoutCancel(ctx))
-		return vm, m.failed(ctx, vm, err)
-	}
-	return m.store.GetVM(ctx, vm.ID)
+	m.note(ctx, id, "start", began, string(report.Rung)+", "+vm.Accelerator)
+	info := m.info(vm)
+	info.Start, info.Timeline = report, report.Timeline
+	return info, nil
 }
 
 // failed writes down a start that did not succeed. A start that the caller gave up
@@ -153,6 +123,7 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts StartOptions) (
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: bootTimeout(opts, accelerator.Name),
 		TTL:          vm.Config.TTL,
+		WarmUp:       m.warmUpOf(vm),
 		Ephemeral:    vm.Config.Ephemeral,
 		RuntimeDir:   runtimeDir,
 		HandOver:     map[string]string{handOverDataDir: m.dataDir, handOverSocketDir: m.socketDir},
@@ -246,13 +217,25 @@ func (m *Manager) greeting(vm store.VM, plan smolvm.NetworkConfig) (*wire.Greeti
 		HostKey:        vm.HostKey,
 		AuthorizedKeys: append([]string{key}, vm.Config.AuthorizedKeys...),
 		Env:            vm.Config.Env,
-		Network: &wire.Network{
-			MAC:     plan.GuestMAC,
-			Address: netip.PrefixFrom(plan.GuestIP, plan.Prefix.Bits()),
-			Gateway: plan.Gateway,
-			DNS:     []netip.Addr{plan.Gateway},
-		},
+		Network:        wireNetwork(plan),
 	}, nil
+}
+
+func wireNetwork(plan smolvm.NetworkConfig) *wire.Network {
+	return &wire.Network{
+		MAC:     plan.GuestMAC,
+		Address: netip.PrefixFrom(plan.GuestIP, plan.Prefix.Bits()),
+		Gateway: plan.Gateway,
+		DNS:     []netip.Addr{plan.Gateway},
+	}
+}
+
+// warmUpOf is what a VM runs in a cold boot: only in its first, as in a clone.
+func (m *Manager) warmUpOf(vm store.VM) string {
+	if vm.State != smolvm.StateCreated {
+		return ""
+	}
+	return vm.Config.WarmUp
 }
 
 // boundForward is a port forward whose host port is held by this process, until

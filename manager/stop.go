@@ -134,7 +134,7 @@ func (m *Manager) end(ctx context.Context, vm store.VM, grace time.Duration) (st
 	if _, err := m.store.MarkEnded(ctx, vm.ID, vm.Run, smolvm.StateStopped, "stopped by request", time.Now().UTC()); err != nil {
 		return vm, err
 	}
-	if err := os.RemoveAll(m.runtimeDir(vm.ID)); err != nil {
+	if err := shim.RemoveRuntimeDir(m.runtimeDir(vm.ID)); err != nil {
 		return vm, err
 	}
 	return m.store.GetVM(ctx, vm.ID)
@@ -163,7 +163,7 @@ func (m *Manager) bury(ctx context.Context, vm store.VM, cause string) error {
 	}
 	m.forgetClient(vm.ID)
 	m.note(ctx, vm.ID, "exit", time.Now(), cause)
-	return os.RemoveAll(m.runtimeDir(vm.ID))
+	return shim.RemoveRuntimeDir(m.runtimeDir(vm.ID))
 }
 
 // erase removes all that belongs to a VM that does not run. The row goes last: as
@@ -171,15 +171,25 @@ func (m *Manager) bury(ctx context.Context, vm store.VM, cause string) error {
 func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 	m.forgetClient(vm.ID)
 	m.disown(vm.ID)
-	paths := []string{m.vmDir(vm.ID), m.runtimeDir(vm.ID)}
+	layer := ""
+	if err := shim.RemoveRuntimeDir(m.runtimeDir(vm.ID)); err != nil {
+		return err
+	}
+	paths := []string{m.vmDir(vm.ID)}
 	if !vm.Config.RetainDisk && vm.DiskPath != vm.Config.RootfsPath {
 		paths = append(paths, vm.DiskPath)
+		layer = m.baseLayer(vm.DiskPath)
 	}
 	for _, path := range paths {
 		if path == "" {
 			continue
 		}
 		if err := os.RemoveAll(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if layer != "" {
+		if err := m.reclaimLayers(ctx); err != nil {
 			return err
 		}
 	}

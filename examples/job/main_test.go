@@ -48,6 +48,7 @@ func TestJob(t *testing.T) {
 		DataDir:     data,
 		ShimCommand: []string{self, "shim"},
 		AgentPath:   testenv.Agent(t),
+		Templates:   manager.TemplateConfig{Disabled: true}, // one VM needs none
 	}
 	result := filepath.Join(dir, "result")
 	if err := run(t.Context(), config, source, result); err != nil {

@@ -138,6 +138,7 @@ func seal(env *testscript.Env) error {
 	env.Setenv("ELF", program)
 	env.Setenv("SMOLVM_DATA_DIR", dataDir(env))
 	env.Setenv("SMOLVM_BACKEND", "")
+	env.Setenv("SMOLVM_TEMPLATES", "off") // but for scripts that are about them
 	env.Setenv("XDG_RUNTIME_DIR", env.WorkDir)
 	return nil
 }

@@ -44,14 +44,15 @@ func (a *app) rootCommand() *cobra.Command {
 	root.AddGroup(
 		&cobra.Group{ID: groupVM, Title: "VMs:"},
 		&cobra.Group{ID: groupUse, Title: "Work in a VM:"},
-		&cobra.Group{ID: groupImage, Title: "Images:"},
+		&cobra.Group{ID: groupImage, Title: "Images and what makes starts fast:"},
 		&cobra.Group{ID: groupHost, Title: "This host:"},
 	)
 	root.SetHelpCommandGroupID(groupHost)
 	addTo(root, groupVM, a.runCommand(), a.createCommand(), a.startCommand(), a.stopCommand(),
-		a.rmCommand(), a.lsCommand(), a.inspectCommand(), a.logsCommand(), a.portCommand())
+		a.pauseCommand(), a.resumeCommand(), a.rmCommand(), a.lsCommand(), a.inspectCommand(), a.logsCommand(), a.portCommand(),
+		a.snapshotCommand(), a.forkCommand())
 	addTo(root, groupUse, a.execCommand(), a.shellCommand(), a.cpCommand(), a.sshCommand())
-	addTo(root, groupImage, a.imageCommand())
+	addTo(root, groupImage, a.imageCommand(), a.templateCommand(), a.poolCommand())
 	addTo(root, groupHost, a.doctorCommand(), a.eventsCommand(), a.reconcileCommand(),
 		a.versionCommand(), a.completionCommand())
 	root.AddCommand(a.manCommand())

@@ -36,11 +36,11 @@ const runExample = `  smolvm run -- uname -a
 
 // runFlags are the flags of run.
 type runFlags struct {
-	vm          vmFlags
-	exec        execFlags
-	bootTimeout time.Duration
-	keep, rm    bool
-	timings     bool
+	vm       vmFlags
+	exec     execFlags
+	start    manager.StartOptions
+	keep, rm bool
+	timings  bool
 }
 
 func (a *app) runCommand() *cobra.Command {
@@ -54,10 +54,10 @@ func (a *app) runCommand() *cobra.Command {
 	}
 	flags.vm.register(cmd)
 	flags.exec.register(cmd)
-	bootTimeoutFlag(cmd, &flags.bootTimeout)
+	startFlags(cmd, &flags.start)
 	cmd.Flags().BoolVar(&flags.keep, "keep", false, "keep the VM running, and print its id on standard error")
 	cmd.Flags().BoolVar(&flags.rm, "rm", false, "remove the VM at the end (the default)")
-	cmd.Flags().BoolVar(&flags.timings, "timings", false, "print on standard error how long each phase took")
+	cmd.Flags().BoolVar(&flags.timings, "timings", false, "print on standard error how the VM was started and how long each phase took")
 	cmd.MarkFlagsMutuallyExclusive("keep", "rm")
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		image, command, err := splitImage(args, cmd.ArgsLenAtDash())
@@ -103,7 +103,7 @@ func (a *app) run(ctx context.Context, m *manager.Manager, config smolvm.VMConfi
 	}
 	vm, err := m.Create(ctx, config)
 	a.progress.finish()
-	times.lap("create")
+	times.lap("create", vm.Timeline...)
 	if err != nil {
 		return err
 	}
@@ -114,11 +114,12 @@ func (a *app) run(ctx context.Context, m *manager.Manager, config smolvm.VMConfi
 			times.lap("remove")
 		}
 	}()
-	_, err = m.Start(ctx, vm.ID, manager.StartOptions{Timeout: flags.bootTimeout})
-	times.lap("start")
+	started, err := m.Start(ctx, vm.ID, flags.start)
+	times.lap("start", started.Timeline...)
 	if err != nil {
 		return err
 	}
+	a.tellStart(started, flags.timings || a.showsRung())
 	keep = flags.keep
 	if keep {
 		a.errorf("smolvm: VM %s is kept running; `smolvm rm %s` removes it", vm.ID, vm.ID)
@@ -135,7 +136,7 @@ func (a *app) run(ctx context.Context, m *manager.Manager, config smolvm.VMConfi
 		flags.exec.tty = flags.exec.tty || a.interactive()
 	}
 	err = a.execute(ctx, m, vm.ID, flags.exec, smolvm.Command{Args: command})
-	times.lap("command")
+	times.lap("first exec") // with the login
 	return err
 }
 
@@ -167,12 +168,7 @@ const removeTimeout = 30 * time.Second
 // stopwatch measures phases that follow each other.
 type stopwatch struct {
 	began, last time.Time
-	laps        []lap
-}
-
-type lap struct {
-	phase string
-	took  time.Duration
+	phases      []smolvm.Phase
 }
 
 func startStopwatch() *stopwatch {
@@ -180,15 +176,33 @@ func startStopwatch() *stopwatch {
 	return &stopwatch{began: now, last: now}
 }
 
-// lap ends a phase.
-func (s *stopwatch) lap(phase string) {
+// lap ends a phase, which may be known in parts.
+func (s *stopwatch) lap(phase string, parts ...smolvm.Phase) {
 	now := time.Now()
-	s.laps = append(s.laps, lap{phase, now.Sub(s.last)})
+	took := now.Sub(s.last)
 	s.last = now
+	for _, part := range parts {
+		s.phases = append(s.phases, smolvm.Phase{Name: phase + ": " + part.Name, Duration: part.Duration})
+		took -= part.Duration
+	}
+	if len(parts) > 0 {
+		phase += ": rest"
+	}
+	s.phases = append(s.phases, smolvm.Phase{Name: phase, Duration: took})
 }
 
 func (s *stopwatch) print(w io.Writer) {
-	for _, l := range append(s.laps, lap{"total", s.last.Sub(s.began)}) {
-		_, _ = fmt.Fprintf(w, "smolvm: %-8s %10s\n", l.phase, took(l.took))
+	printPhases(w, append(s.phases, smolvm.Phase{Name: "total", Duration: s.last.Sub(s.began)}))
+}
+
+func printPhases(w io.Writer, phases []smolvm.Phase) {
+	for _, phase := range phases {
+		_, _ = fmt.Fprintf(w, "smolvm: %-20s %10s\n", phase.Name, took(phase.Duration))
 	}
+}
+
+// showsRung says whether somebody is there to be told how a VM was started, unasked.
+func (a *app) showsRung() bool {
+	_, ok := terminal(a.Stderr)
+	return ok
 }

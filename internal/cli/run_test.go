@@ -53,6 +53,7 @@ func (h *host) command(args ...string) *exec.Cmd {
 	cmd := exec.Command("smolvm", args...)
 	cmd.Env = append(os.Environ(),
 		"SMOLVM_DATA_DIR="+filepath.Join(h.dir, "data"),
+		"SMOLVM_TEMPLATES=off",
 		"XDG_RUNTIME_DIR="+h.dir,
 		"PATH="+h.dir+string(filepath.ListSeparator)+os.Getenv("PATH"))
 	return cmd

@@ -1,8 +1,6 @@
 package cli
 
 import (
-	"time"
-
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
@@ -14,6 +12,7 @@ ids. A VM of an image is ready when commands can be run in it.`
 
 func (a *app) startCommand() *cobra.Command {
 	var options manager.StartOptions
+	var timings *bool
 	cmd := &cobra.Command{
 		Use:               "start [flags] ID...",
 		Short:             "Start VMs",
@@ -24,15 +23,18 @@ func (a *app) startCommand() *cobra.Command {
 			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
 				return eachOf(args, func(id string) (smolvm.VMInfo, error) {
 					return m.Start(cmd.Context(), id, options)
-				}, a.printVM)
+				}, func(vm smolvm.VMInfo) error { return a.printStarted(vm, *timings) })
 			})
 		}),
 	}
-	bootTimeoutFlag(cmd, &options.Timeout)
+	startFlags(cmd, &options)
+	timings = timingsFlag(cmd)
 	return cmd
 }
 
-func bootTimeoutFlag(cmd *cobra.Command, timeout *time.Duration) {
-	cmd.Flags().DurationVar(timeout, "boot-timeout", 0,
+// startFlags are the flags that say how to start a VM.
+func startFlags(cmd *cobra.Command, options *manager.StartOptions) {
+	cmd.Flags().DurationVar(&options.Timeout, "boot-timeout", 0,
 		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization)")
+	cmd.Flags().BoolVar(&options.Cold, "cold", false, "boot from the beginning, and have no template made")
 }

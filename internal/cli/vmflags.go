@@ -41,6 +41,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		return err
 	})
 	flags.FuncP("env", "e", "set a variable for all commands: `NAME[=VALUE]` (repeatable)", f.addEnv)
+	warmUpFlag(cmd, &config.WarmUp)
 	flags.StringVar(&config.Hostname, "hostname", "", "`NAME` of the guest (default: the id)")
 	flags.DurationVar(&config.TTL, "ttl", 0, "stop the VM when it has run for `DURATION`, as in 90s or 2h")
 	flags.TextVar(&config.SSHHostAddr, "ssh-addr", netip.Addr{}, "offer SSH on the host's `ADDR` (default 127.0.0.1)")

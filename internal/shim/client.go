@@ -54,7 +54,14 @@ func (c *Client) Pause(ctx context.Context) error {
 	return err
 }
 
-// Resume lets the guest's CPUs go on.
+// Save saves the guest, which goes on meanwhile. See [vmm.Saver]; that the guest is
+// paused already is fine.
+func (c *Client) Save(ctx context.Context, save Save) (Saved, error) {
+	answer, err := c.call(ctx, request{Op: opSave, Save: &save})
+	return answer.Saved, err
+}
+
+// Resume lets the guest's CPUs go on, and sets its clock.
 func (c *Client) Resume(ctx context.Context) error {
 	_, err := c.call(ctx, request{Op: opResume})
 	return err

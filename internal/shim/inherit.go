@@ -19,7 +19,12 @@ const (
 // closes all others that it has: its shell's, say, which may hold a lock or a pipe that
 // somebody waits for. Inherited files are those without close-on-exec: this process
 // opens all of its own with it.
-func keepInherited(listeners int) error {
+func keepInherited(listeners int) error { return CloseInherited(firstListenerFD + listeners - 1) }
+
+// CloseInherited keeps the inherited files up to last from programs that this one
+// starts, and closes the others. It is for other programs than shims, too, that go on
+// when the one that started them is over.
+func CloseInherited(last int) error {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return fmt.Errorf("list open files: %w", err)
@@ -32,7 +37,7 @@ func keepInherited(listeners int) error {
 		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
 		switch {
 		case err != nil: // closed since: the directory itself
-		case fd < firstListenerFD+listeners:
+		case fd <= last:
 			unix.CloseOnExec(fd)
 		case flags&unix.FD_CLOEXEC == 0:
 			_ = unix.Close(fd)

@@ -39,9 +39,11 @@ type Launched struct {
 	Answer wire.Answer
 	// Timeline says when, since the launch, each step was done.
 	Timeline []wire.Step
+	// Warnings are what did not go as it should, and did no harm.
+	Warnings []string
 
 	ephemeral bool
-	process   *os.Process
+	kill      func()
 	exited    <-chan struct{}
 	orders    *os.File // the shim's standard input
 	pipe      *os.File // under reports
@@ -52,11 +54,13 @@ type Launched struct {
 type report struct {
 	Failure *failure `json:"failure,omitempty"`
 
+	PID      int          `json:"pid,omitempty"`
 	Start    uint64       `json:"start,omitempty"`
 	VMMPID   int          `json:"vmm_pid,omitempty"`
 	VMMStart uint64       `json:"vmm_start,omitempty"`
 	Answer   *wire.Answer `json:"answer,omitempty"`
 	Timeline []wire.Step  `json:"timeline,omitempty"`
+	Warnings []string     `json:"warnings,omitempty"`
 
 	Committed bool `json:"committed,omitempty"`
 }
@@ -73,19 +77,32 @@ const (
 // first, nothing is left. The error matches [smolvm.ErrBootTimeout] if the VM was not
 // ready in time, and is a [*smolvm.PrerequisiteError] if the host lacks something.
 func Launch(ctx context.Context, opts LaunchOptions) (*Launched, error) {
-	began, logStart := time.Now(), sizeOf(opts.LogPath)
+	logStart := sizeOf(opts.LogPath)
 	l, err := spawn(opts)
 	if err != nil {
 		return nil, fmt.Errorf("start shim: %w", err)
 	}
+	if err := l.order(ctx, opts, logStart); err != nil {
+		l.Abort(context.WithoutCancel(ctx))
+		return nil, err
+	}
+	return l, nil
+}
+
+// order gives the shim its orders and waits until the VM is ready. One that is claimed
+// has them already.
+func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64) error {
 	stop := context.AfterFunc(ctx, func() {
 		past := time.Unix(1, 0)
 		_, _ = l.orders.SetWriteDeadline(past), l.pipe.SetReadDeadline(past)
 	})
 	defer stop()
-	spec, err := json.Marshal(opts.Spec)
-	if err == nil {
-		_, err = l.orders.Write(append(spec, '\n'))
+	var err error
+	if l.exited != nil {
+		var spec []byte
+		if spec, err = json.Marshal(opts.Spec); err == nil {
+			_, err = l.orders.Write(append(spec, '\n'))
+		}
 	}
 	var got report
 	if err == nil {
@@ -102,15 +119,14 @@ func Launch(ctx context.Context, opts LaunchOptions) (*Launched, error) {
 		err = got.Failure.error()
 	}
 	if err != nil {
-		l.Abort(context.WithoutCancel(ctx))
-		return nil, err
+		return err
 	}
-	l.Start, l.VMMPID, l.VMMStart = got.Start, got.VMMPID, got.VMMStart
+	l.PID, l.Start, l.VMMPID, l.VMMStart = got.PID, got.Start, got.VMMPID, got.VMMStart
 	if got.Answer != nil {
 		l.Answer = *got.Answer
 	}
-	l.Timeline = append(got.Timeline, wire.Step{Name: "launched", At: time.Since(began)})
-	return l, nil
+	l.Timeline, l.Warnings = got.Timeline, got.Warnings
+	return nil
 }
 
 // spawn starts the process, with nothing of ours but what it needs.
@@ -132,29 +148,16 @@ func spawn(opts LaunchOptions) (_ *Launched, err error) {
 		return nil, err
 	}
 	theirs = append(theirs, log)
-	ordersRead, ordersWrite, err := os.Pipe()
+	p, err := makePipes(opts.Listeners)
 	if err != nil {
 		return nil, err
 	}
-	theirs, ours = append(theirs, ordersRead), append(ours, ordersWrite)
-	reportsRead, reportsWrite, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	theirs, ours = append(theirs, reportsWrite), append(ours, reportsRead)
-	inherited := []*os.File{reportsFD - 3: reportsWrite}
-	for _, listener := range opts.Listeners {
-		file, err := fileOf(listener)
-		if err != nil {
-			return nil, err
-		}
-		theirs, inherited = append(theirs, file), append(inherited, file)
-	}
+	theirs, ours = append(theirs, p.theirs()...), []*os.File{p.ordersWrite, p.reportsRead}
 	argv := append(opts.Program[1:len(opts.Program):len(opts.Program)], opts.Spec.ID)
 	cmd := exec.Command(opts.Program[0], argv...) //nolint:noctx // it outlives the call that starts it
 	cmd.Dir = "/"
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = ordersRead, log, log
-	cmd.ExtraFiles = inherited
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = p.ordersRead, log, log
+	cmd.ExtraFiles = append([]*os.File{reportsFD - 3: p.reportsWrite}, p.listeners...)
 	// A session of its own: neither a terminal's signals nor its end reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
@@ -168,12 +171,52 @@ func spawn(opts LaunchOptions) (_ *Launched, err error) {
 	return &Launched{
 		PID:       cmd.Process.Pid,
 		ephemeral: opts.Spec.Ephemeral,
-		process:   cmd.Process,
+		kill:      func() { _ = cmd.Process.Kill() },
 		exited:    exited,
-		orders:    ordersWrite,
-		pipe:      reportsRead,
-		reports:   bufio.NewReader(reportsRead),
+		orders:    p.ordersWrite,
+		pipe:      p.reportsRead,
+		reports:   bufio.NewReader(p.reportsRead),
 	}, nil
+}
+
+// pipes are what a launcher and a shim talk over, and what the shim takes over.
+type pipes struct {
+	ordersRead, ordersWrite   *os.File
+	reportsRead, reportsWrite *os.File
+	listeners                 []*os.File
+}
+
+func makePipes(listeners []net.Listener) (p pipes, err error) {
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	if p.ordersRead, p.ordersWrite, err = os.Pipe(); err != nil {
+		return p, err
+	}
+	if p.reportsRead, p.reportsWrite, err = os.Pipe(); err != nil {
+		return p, err
+	}
+	for _, listener := range listeners {
+		file, err := fileOf(listener)
+		if err != nil {
+			return p, err
+		}
+		p.listeners = append(p.listeners, file)
+	}
+	return p, nil
+}
+
+// theirs are the shim's.
+func (p pipes) theirs() []*os.File {
+	return append([]*os.File{p.ordersRead, p.reportsWrite}, p.listeners...)
+}
+
+func (p pipes) close() {
+	for _, file := range append(p.theirs(), p.ordersWrite, p.reportsRead) {
+		_ = file.Close() // of one that was not made it is an error, and nothing else
+	}
 }
 
 func fileOf(listener net.Listener) (*os.File, error) {
@@ -234,7 +277,7 @@ func (l *Launched) Abort(ctx context.Context) {
 	select {
 	case <-l.exited:
 	case <-ctx.Done():
-		_ = l.process.Kill()
+		l.kill()
 		<-l.exited
 	}
 }

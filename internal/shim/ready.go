@@ -23,12 +23,24 @@ const (
 	// A guest's SSH server can't tell us that it has come up, so it is tried again
 	// and again, at intervals that grow from the first to the last.
 	firstRetry, lastRetry = 20 * time.Millisecond, 500 * time.Millisecond
+	// silentFraction of the time for a boot is what a guest may be silent for; see
+	// bringUp. Of the usual two minutes that is 30 s; a boot takes 2 s, on a busy host
+	// 10.
+	silentFraction = 4
+)
+
+// The steps of a start that a shim tells of.
+const (
+	stepNetwork = "network"
+	stepVMM     = "VMM"
+	stepAgent   = "agent"
 )
 
 var (
 	errVMMEnded  = errors.New("the VM ended while it was started")
 	errGivenUp   = errors.New("the process that started the VM is gone")
 	errUnplugged = errors.New("shim was told to end")
+	errSilent    = errors.New("the guest says nothing")
 )
 
 // startContext is done when the start can't go on: its time is over, the VMM has
@@ -48,6 +60,10 @@ func (s *shim) startContext(ctx context.Context) (context.Context, context.Cance
 		case <-s.launcherGone:
 			cancelCause(errGivenUp)
 		case <-outer.Done():
+			if errors.Is(context.Cause(outer), errSilent) {
+				cancelCause(errSilent)
+				return
+			}
 			cancelCause(errUnplugged)
 		case <-timed.Done():
 		}
@@ -111,6 +127,10 @@ func (s *shim) awaitReady(ctx context.Context) error {
 	case s.spec.Ready == smolvm.ReadyAgent:
 		err = errors.New("a VM without an agent can't become ready by it")
 	}
+	if err == nil && s.spec.WarmUp != "" {
+		err = s.runInGuest(ctx, smolvm.Command{Args: []string{"sh", "-c", s.spec.WarmUp}})
+		s.step("warm-up")
+	}
 	if err == nil && s.spec.Ready == smolvm.ReadySSH {
 		err = s.awaitSSH(ctx)
 	}
@@ -125,12 +145,18 @@ func (s *shim) greet(ctx context.Context) error {
 	greeting.Time = time.Now()
 	greeting.Seed = make([]byte, seedSize)
 	_, _ = rand.Read(greeting.Seed) // never fails: crypto/rand ends the program instead
+	if s.spec.InSession {
+		if err := agent.Reset(ctx, s.instance.Channel()); err != nil {
+			return err
+		}
+	}
 	link, answer, err := agent.Greet(ctx, s.instance.Channel(), greeting)
 	if err != nil {
 		return err
 	}
 	s.link, s.answer = link, &answer
-	s.step("agent answered")
+	s.warnings = append(s.warnings, answer.Warnings...)
+	s.step(stepAgent)
 	return nil
 }
 

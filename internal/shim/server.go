@@ -18,7 +18,6 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/network/usernet"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // Operations of the control socket. A connection carries one request and one
@@ -30,6 +29,7 @@ const (
 	opRemoveForward = "remove-forward"
 	opPause         = "pause"
 	opResume        = "resume"
+	opSave          = "save"
 	opDial          = "dial"
 )
 
@@ -43,12 +43,14 @@ type request struct {
 	Forward Forward        `json:"forward,omitzero"`
 	Host    netip.AddrPort `json:"host,omitzero"`
 	Port    int            `json:"port,omitempty"`
+	Save    *Save          `json:"save,omitempty"`
 }
 
 type response struct {
 	Failure *failure `json:"failure,omitempty"`
 	Forward Forward  `json:"forward,omitzero"`
 	Status  *Status  `json:"status,omitempty"`
+	Saved   Saved    `json:"saved,omitzero"`
 }
 
 // Status is what a shim says of its VM.
@@ -124,15 +126,14 @@ func (s *shim) handle(asked request, answer *response) error {
 		return err
 	case opRemoveForward:
 		return s.removeForward(asked.Host)
-	case opPause, opResume:
-		pauser, ok := s.instance.(vmm.Pauser)
-		if !ok {
-			return fmt.Errorf("%s: %w by backend %s", asked.Op, smolvm.ErrUnsupported, s.spec.Backend)
-		}
-		if asked.Op == opPause {
-			return pauser.Pause(ctx)
-		}
-		return pauser.Resume(ctx)
+	case opPause:
+		return s.pause(ctx)
+	case opResume:
+		return s.resume(ctx)
+	case opSave:
+		var err error
+		answer.Saved, err = s.save(ctx, asked.Save)
+		return err
 	}
 	return fmt.Errorf("shim has no operation %q; it may be older than this program", asked.Op)
 }

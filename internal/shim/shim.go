@@ -26,6 +26,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/smolvm/smolvm/internal/agent"
@@ -52,6 +53,7 @@ type shim struct {
 	log     *slog.Logger
 	began   time.Time
 	reports *os.File
+	claimed []net.Listener // of the forwards, if the shim stood by
 
 	consoleStart int64 // how long the console's log was when this run began
 
@@ -60,10 +62,13 @@ type shim struct {
 	link     *agent.Link // nil without an agent
 	answer   *wire.Answer
 	timeline []wire.Step
+	warnings []string
 
 	committed    chan struct{} // closed at the launcher's commit
 	launcherGone chan struct{} // closed when the launcher's end of the pipe closes
 	idle         *time.Timer   // see active
+	paused       atomic.Bool
+	drives       drives
 
 	mu       sync.Mutex // guards the following
 	forwards map[Forward]io.Closer
@@ -98,7 +103,13 @@ func Main(ctx context.Context, opts Options) error {
 		return err
 	}
 	s.consoleStart = sizeOf(s.spec.VMM.ConsolePath)
-	go s.follow(orders)
+	s.drives.dir = drivesDir(s.spec.RuntimeDir)
+	go s.follow(orders, s.committed, s.launcherGone)
+	if s.spec.Standby {
+		if claimed, err := s.standBy(ctx); err != nil || !claimed {
+			return err
+		}
+	}
 	err = s.run(ctx)
 	if err != nil {
 		s.log.Error("shim failed", "vm", s.spec.ID, "error", err)
@@ -111,13 +122,13 @@ func Main(ctx context.Context, opts Options) error {
 func (s *shim) active() { s.idle.Reset(quiet) }
 
 // follow reads the launcher's orders to their end.
-func (s *shim) follow(orders *bufio.Reader) {
-	defer close(s.launcherGone)
+func (s *shim) follow(orders *bufio.Reader, committed, gone chan struct{}) {
+	defer close(gone)
 	line, err := orders.ReadString('\n')
 	if err != nil || strings.TrimSpace(line) != commitOrder {
 		return
 	}
-	close(s.committed)
+	close(committed)
 	_, _ = io.Copy(io.Discard, orders)
 }
 
@@ -130,11 +141,13 @@ func (s *shim) run(ctx context.Context) error {
 		return errors.Join(err, s.recordOrphan())
 	}
 	s.report(report{
+		PID:      os.Getpid(),
 		Start:    startOf(os.Getpid()),
 		VMMPID:   s.instance.PID(),
 		VMMStart: startOf(s.instance.PID()),
 		Answer:   s.answer,
 		Timeline: s.timeline,
+		Warnings: s.warnings,
 	})
 	s.attend(ctx)
 	closeAll()
@@ -166,55 +179,122 @@ func (s *shim) step(name string) {
 	s.timeline = append(s.timeline, wire.Step{Name: name, At: time.Since(s.began)})
 }
 
+// undos are what undoes a start, to be called once, in the reverse order.
+type undos struct {
+	once sync.Once
+	all  []func()
+}
+
+func (u *undos) add(f func()) { u.all = append(u.all, f) }
+
+func (u *undos) run() {
+	u.once.Do(func() {
+		for _, f := range slices.Backward(u.all) {
+			f()
+		}
+	})
+}
+
 // start brings the VM up to readiness. What it returns undoes all of it, once, and
 // is to be called in any case.
 func (s *shim) start(ctx context.Context) (undo func(), err error) {
-	var undos []func()
-	var once sync.Once
-	undo = func() {
-		once.Do(func() {
-			for _, f := range slices.Backward(undos) {
-				f()
-			}
-		})
-	}
+	var u undos
 	control, agents, err := s.listen()
 	if err != nil {
-		return undo, err
+		return u.run, err
 	}
-	undos = append(undos, func() {
+	u.add(func() {
 		_, _ = control.Close(), agents.Close()
 		_ = os.RemoveAll(s.spec.RuntimeDir)
+		s.drives.remove()
 	})
-	if s.spec.Network != nil {
-		if s.network, err = usernet.New(*s.spec.Network); err != nil {
-			return undo, err
-		}
-		undos = append(undos, func() { _ = s.network.Close() })
+	if err := s.startNetwork(&u); err != nil {
+		return u.run, err
 	}
-	listeners, err := inheritListeners(s.spec.Forwards)
-	if err != nil {
-		return undo, err
+	listeners := s.claimed
+	if listeners != nil {
+		if err := os.Symlink(s.drives.dir, filepath.Join(s.spec.RuntimeDir, standbyLink)); err != nil {
+			return u.run, err
+		}
+	} else {
+		if listeners, err = inheritListeners(s.spec.Forwards); err != nil {
+			return u.run, err
+		}
 	}
 	if s.network == nil && len(listeners) > 0 {
-		return undo, errors.New("a VM without a network can't have port forwards")
+		return u.run, errors.New("a VM without a network can't have port forwards")
 	}
-	s.step("network ready")
-	if err := s.startVMM(ctx); err != nil {
-		return undo, err
-	}
-	undos = append(undos, s.kill)
-	s.step("VMM started")
 	for i, forward := range s.spec.Forwards {
 		s.forwards[forward] = s.network.Forward(listeners[i], forward.GuestPort)
 	}
-	if err := s.awaitReady(ctx); err != nil {
-		return undo, err
+	u.add(s.kill)
+	if err := s.bringUp(ctx); err != nil {
+		return u.run, err
 	}
 	s.step("ready")
 	go s.serveControl(control)
 	go s.serveAgents(agents)
-	return undo, nil
+	return u.run, nil
+}
+
+// startNetwork makes the VM's network, unless the shim has one from standing by.
+func (s *shim) startNetwork(u *undos) (err error) {
+	if s.spec.Network == nil {
+		return nil
+	}
+	if s.network != nil {
+		err = s.network.SetGuestMAC(s.spec.Network.GuestMAC)
+	} else {
+		s.network, err = usernet.New(*s.spec.Network)
+	}
+	if err != nil {
+		return err
+	}
+	u.add(func() { _ = s.network.Close() })
+	s.step(stepNetwork)
+	return nil
+}
+
+// bringUp starts the VMM and waits until the guest is ready.
+//
+// Of some thousand boots under emulation one says nothing, ever: its CPUs do not get
+// out of the kernel's first steps. As that has nothing to do with the guest, it is
+// booted again, once, after a time in which any other boot is done.
+func (s *shim) bringUp(ctx context.Context) error {
+	if s.instance != nil { // it stood by
+		return s.wakeUp(ctx)
+	}
+	if patience := s.spec.ReadyTimeout / silentFraction; s.mayBeSilent() {
+		attempt, cancel := context.WithTimeoutCause(ctx, patience, errSilent)
+		err := s.attempt(attempt)
+		cancel()
+		if !errors.Is(err, errSilent) {
+			return err
+		}
+		s.kill()
+		s.instance, s.timeline = nil, s.timeline[:1]
+		s.warn(fmt.Sprintf("the guest said nothing for %s and was booted again", patience))
+	}
+	return s.attempt(ctx)
+}
+
+// mayBeSilent says whether the VM is of the kind that bringUp speaks of.
+func (s *shim) mayBeSilent() bool {
+	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Greeting != nil && s.network != nil
+}
+
+func (s *shim) attempt(ctx context.Context) error {
+	if err := s.startVMM(ctx); err != nil {
+		return err
+	}
+	s.step(stepVMM)
+	return s.awaitReady(ctx)
+}
+
+// warn tells the launcher, and whoever reads the log, of what did not go as it should.
+func (s *shim) warn(text string) {
+	s.warnings = append(s.warnings, text)
+	s.log.Warn(text, "vm", s.spec.ID)
 }
 
 // listen makes the two sockets. A runtime directory that is there already is of an
@@ -251,6 +331,17 @@ func (s *shim) startVMM(ctx context.Context) error {
 		nic.Link = s.network.Link()
 		config.NIC = &nic
 	}
+	config.Drives = slices.Clone(config.Drives)
+	for n, drive := range config.Drives {
+		if drive.ReadOnly || s.drives.dir == "" {
+			continue
+		}
+		link, err := s.drives.link(n, drive.Path)
+		if err != nil {
+			return fmt.Errorf("name a drive: %w", err)
+		}
+		config.Drives[n].Path = link
+	}
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()
 	instance, err := s.opts.Backends[i].Start(ctx, config)
@@ -263,6 +354,9 @@ func (s *shim) startVMM(ctx context.Context) error {
 
 // kill ends the VM without asking it. It is the undoing of a start.
 func (s *shim) kill() {
+	if s.instance == nil {
+		return
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 	defer cancel()
 	if err := s.instance.Kill(ctx); err != nil {

@@ -1,7 +1,9 @@
 package shim
 
 import (
+	"errors"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -28,6 +30,14 @@ type Spec struct {
 	// Greeting makes the shim wait for an agent in the guest and greet it; nil:
 	// the guest has none. Its Time and Seed are filled in by the shim.
 	Greeting *wire.Greeting `json:"greeting,omitempty"`
+	// WarmUp is a line of shell that the guest runs before it is ready; empty: none.
+	WarmUp string `json:"warm_up,omitempty"`
+	// InSession says that the guest was saved in the middle of a session with its
+	// agent; see [agent.Reset].
+	InSession bool `json:"in_session,omitempty"`
+	// Standby makes the shim bring its VM up, take it through a login, and hold it,
+	// until it is claimed for another Spec; see [Claim].
+	Standby bool `json:"standby,omitempty"`
 	// Ready says what to wait for, at most ReadyTimeout from the VMM's start.
 	Ready        smolvm.ReadyCondition `json:"ready"`
 	ReadyTimeout time.Duration         `json:"ready_timeout_ns"`
@@ -55,6 +65,27 @@ type Forward struct {
 // the first the shim answers the requests of [Client]; each connection to the
 // second is one SSH connection to the agent.
 func ControlSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "ctl") }
+
+// drivesDir holds links; see [drives]. It is not the shim's runtime directory, as that of
+// a VM that is claimed is another one than that of the shim that stood by.
+func drivesDir(runtimeDir string) string { return runtimeDir + ".drives" }
+
+// RemoveRuntimeDir removes what a shim that was killed has left.
+func RemoveRuntimeDir(runtimeDir string) error {
+	// The link to the drives of a shim that stood by.
+	standby, _ := os.Readlink(filepath.Join(runtimeDir, standbyLink))
+	errs := []error{os.RemoveAll(runtimeDir), os.RemoveAll(drivesDir(runtimeDir))}
+	if standby != "" {
+		errs = append(errs, os.RemoveAll(standby))
+	}
+	return errors.Join(errs...)
+}
+
+// standbyLink in a runtime directory leads to the drives of the shim if it stood by.
+const standbyLink = "drives"
+
+// claimSocket is where a shim that stands by is claimed.
+func claimSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "claim") }
 
 // AgentSocket is described at [ControlSocket].
 func AgentSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "agent") }

@@ -16,6 +16,13 @@
 //	               host_port (unique), host_addr, guest_port
 //	               kind: one 'ssh' per VM, any number of 'forward'
 //
+//	starts         vm (primary key)   one row per VM that was started
+//	               report: how it was last started
+//	               boot_uuid, random, machine_id, host_key, mac (each unique):
+//	               what the guest said of itself then
+//
+//	pools          id (primary key), size, config: VMs to be kept ready
+//
 //	events         id (primary key)
 //	               vm_id: no reference, as events outlive the VM
 //	               actor, action, at, duration_ns, detail

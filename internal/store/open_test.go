@@ -155,7 +155,7 @@ func TestDatabaseTooNew(t *testing.T) {
 	if !errors.Is(err, smolvm.ErrDatabaseTooNew) {
 		t.Fatalf("error = %v, want ErrDatabaseTooNew", err)
 	}
-	for _, part := range []string{"version 99", "up to 1", "upgrade smolvm", s.Path()} {
+	for _, part := range []string{"version 99", "up to 2", "upgrade smolvm", s.Path()} {
 		if !strings.Contains(err.Error(), part) {
 			t.Errorf("error %q does not say %q", err, part)
 		}

@@ -3,10 +3,14 @@ package store
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/smolvm/smolvm"
 )
@@ -19,10 +23,19 @@ type Started struct {
 	BootID              string
 	Accelerator         string
 	At                  time.Time
+	Report              smolvm.StartReport
+	Identity            Identity
 }
 
+// Identity is by what a guest differs from all others. What is empty is not known.
+type Identity struct{ BootID, Random, MachineID, HostKey, MAC string }
+
+// ErrTwin says that another VM has a part of a guest's identity.
+var ErrTwin = errors.New("another VM has the same identity")
+
 // MarkStarted makes a VM that was created or stopped running. The error matches
-// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is in another state.
+// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is in another state, or
+// [ErrTwin].
 func (s *Store) MarkStarted(ctx context.Context, id string, started Started) error {
 	return s.update(ctx, func(tx *sql.Tx) error {
 		if err := requireState(ctx, tx, id, smolvm.StateCreated, smolvm.StateStopped); err != nil {
@@ -32,8 +45,47 @@ func (s *Store) MarkStarted(ctx context.Context, id string, started Started) err
 			shim_start = ?, boot_id = ?, accelerator = ?, cause = NULL, started_at = ?, stopped_at = NULL WHERE id = ?`,
 			string(smolvm.StateRunning), started.Run, started.PID, int64(started.PIDStart), started.ShimPID,
 			int64(started.ShimStart), started.BootID, started.Accelerator, moment{&started.At}, id)
-		return err
+		if err != nil {
+			return err
+		}
+		return insertStart(ctx, tx, id, started)
 	})
+}
+
+func insertStart(ctx context.Context, tx *sql.Tx, id string, started Started) error {
+	report, err := json.Marshal(started.Report)
+	if err != nil {
+		return err
+	}
+	who := started.Identity
+	_, err = tx.ExecContext(ctx, `INSERT INTO starts (vm, report, boot_uuid, random, machine_id, host_key, mac)
+		SELECT seq, ?, ?, ?, ?, ?, ? FROM vms WHERE id = ?
+		ON CONFLICT (vm) DO UPDATE SET report = excluded.report, boot_uuid = excluded.boot_uuid, random = excluded.random,
+			machine_id = excluded.machine_id, host_key = excluded.host_key, mac = excluded.mac`,
+		string(report), text[string]{&who.BootID}, text[string]{&who.Random}, text[string]{&who.MachineID},
+		text[string]{&who.HostKey}, text[string]{&who.MAC}, id)
+	if sqliteErr, ok := errors.AsType[*sqlite.Error](err); ok && sqliteErr.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+		return fmt.Errorf("VM %q: %w: %w", id, ErrTwin, err)
+	}
+	return err
+}
+
+// Report returns how a VM was last started; nil if it never was.
+func (s *Store) Report(ctx context.Context, id string) (*smolvm.StartReport, error) {
+	var found *smolvm.StartReport
+	err := s.view(ctx, func(tx *sql.Tx) error {
+		var report string
+		err := tx.QueryRowContext(ctx, "SELECT report FROM starts JOIN vms ON vm = seq WHERE id = ?", id).Scan(&report)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		found = new(smolvm.StartReport)
+		return json.Unmarshal([]byte(report), found)
+	})
+	return found, err
 }
 
 // MarkEnded writes down the end of a run: the VM's new state, stopped or error, and

@@ -34,7 +34,10 @@ type Traits struct {
 	DiskFormats []string
 	// Accelerators lists what it can run on, best first.
 	Accelerators []string
-	// Programs lists the programs that it needs on the host.
+	// Layout is another number whenever the backend gives its VMs other devices, or
+	// in another order, so that a guest that was saved before can't be restored.
+	Layout int
+	// Programs lists the programs that it needs on the host, the VMM first.
 	Programs []Program
 }
 
@@ -61,6 +64,7 @@ func Known() []Traits {
 			Name:         "qemu",
 			DiskFormats:  []string{"qcow2", "raw"},
 			Accelerators: []string{KVM, TCG},
+			Layout:       1,
 			Programs: []Program{{
 				Names:      []string{QEMUProgram(runtime.GOARCH)},
 				MinVersion: "6.0", // the first with all the options that we use
@@ -257,9 +261,12 @@ type SaveOptions struct {
 	// Memory and State are the files to make.
 	Memory, State string
 	// Overlays are empty qcow2 overlays of the drives' files, in the drives' order,
-	// empty for a drive that has none. Once the guest is held, what it writes goes to
-	// those, so that the drives' files stay as they were at that moment.
+	// empty for a drive that has none. When the guest is saved, and before it goes on,
+	// what it writes begins to go to those, so that the drives' files stay as they were
+	// at that moment.
 	Overlays []string
+	// Switched is called when it does, with the guest held; it may be nil.
+	Switched func() error
 	// Hold leaves the guest held after it.
 	Hold bool
 }

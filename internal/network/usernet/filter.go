@@ -31,6 +31,8 @@ func newFilter(config Config) (filter, error) {
 	return filter{guestMAC: guestMAC, gatewayMAC: ours, guest: config.Guest, gateway: config.Gateway}, err
 }
 
+func (n *Network) admit(frame []byte) bool { return n.filter.Load().admit(frame) }
+
 // Offsets and values in frames of Ethernet II (RFC 894), ARP (RFC 826), IPv4 (RFC 791), UDP (RFC 768)
 // and DHCP (RFC 2131).
 const (

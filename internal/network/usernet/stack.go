@@ -33,8 +33,8 @@ const (
 // used itself: its network can't be shut down, it lets a guest reach the host and take
 // as much of its memory as it likes, and it costs each process 6 MB and 4 ms, for
 // tables that it prints packets by.
-func (n *Network) build(filter filter) (err error) {
-	link := &endpoint{conn: n.conn, mtu: uint32(n.config.MTU), mac: filter.gatewayMAC, admit: filter.admit}
+func (n *Network) build(mac net.HardwareAddr) (err error) {
+	link := &endpoint{conn: n.conn, mtu: uint32(n.config.MTU), mac: mac, admit: n.admit}
 	if n.stack, err = newStack(n.config, link); err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -24,6 +25,7 @@ type Network struct {
 	stack    *stack.Stack
 	link     *os.File
 	conn     net.Conn // our end of the link
+	filter   atomic.Pointer[filter]
 	services []io.Closer
 	outbound *outbound
 	running  sync.WaitGroup // what serves the link and the services
@@ -47,10 +49,23 @@ func New(config Config) (*Network, error) {
 		return nil, err
 	}
 	n := &Network{config: config, conn: conn, link: link, open: map[io.Closer]struct{}{}}
-	if err := n.build(filter); err != nil {
+	n.filter.Store(&filter)
+	if err := n.build(filter.gatewayMAC); err != nil {
 		return nil, errors.Join(fmt.Errorf("make user-space network: %w", err), n.Close())
 	}
 	return n, nil
+}
+
+// SetGuestMAC makes the network that of a guest with another hardware address.
+func (n *Network) SetGuestMAC(mac string) error {
+	config := n.config
+	config.GuestMAC = mac
+	filter, err := newFilter(config)
+	if err != nil {
+		return err
+	}
+	n.filter.Store(&filter)
+	return nil
 }
 
 // Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.

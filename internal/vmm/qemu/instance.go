@@ -19,7 +19,7 @@ type instance struct {
 	child   *proc.Child
 	control *net.UnixConn
 	channel *net.UnixConn
-	qmp        *qmp
+	qmp     *qmp
 	// Lengths that the log and the console had when the VM started: what is older
 	// is of earlier runs.
 	logStart, consoleStart int64

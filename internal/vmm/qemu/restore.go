@@ -13,7 +13,6 @@ const stateFile = "state"
 
 // States of a migration, as its events tell them; see QEMU's qapi/migration.json.
 const (
-	stateSwitching = "pre-switchover"
 	stateCompleted = "completed"
 	stateFailed    = "failed"
 	stateCancelled = "cancelled"

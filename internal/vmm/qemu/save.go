@@ -38,16 +38,16 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 		return fail(err)
 	}
 	defer func() { err = errors.Join(err, s.close(err != nil)) }()
-	saved.Switched, err = i.migrate(ctx, opts, s)
-	if !before.Running || (opts.Hold && err == nil) {
-		return saved, err
+	err = i.migrate(ctx, s)
+	if err == nil {
+		saved.Switched, err = i.switchOver(ctx, opts)
 	}
-	// Even if nobody waits for it any more.
-	held := i.heldSince()
-	if resumeErr := i.qmp.execute(context.WithoutCancel(ctx), "cont", nil); resumeErr != nil {
-		err = errors.Join(err, resumeErr)
+	if before.Running && (!opts.Hold || err != nil) {
+		// Even if nobody waits for it any more.
+		held := i.heldSince()
+		err = errors.Join(err, i.qmp.execute(context.WithoutCancel(ctx), "cont", nil))
+		saved.Pause = time.Since(held)
 	}
-	saved.Pause = time.Since(held)
 	if err != nil {
 		return fail(err)
 	}
@@ -63,11 +63,11 @@ func (i *instance) heldSince() time.Time {
 
 // migrate runs the migration to its end, with the guest held then. On failure the
 // migration has ended too.
-func (i *instance) migrate(ctx context.Context, opts vmm.SaveOptions, s *saving) (switched bool, err error) {
+func (i *instance) migrate(ctx context.Context, s *saving) error {
 	for len(i.migration) > 0 {
 		<-i.migration // of an earlier one
 	}
-	err = i.prepareMigration(ctx, capabilities{{"events", true}, {"pause-before-switchover", true}}, s.theirs)
+	err := i.prepareMigration(ctx, capabilities{{"events", true}}, s.theirs)
 	_ = s.theirs.Close() // QEMU has its own by now, and its end of the stream must be the last
 	if err == nil {
 		err = i.setMigration(ctx, map[string]any{"max-bandwidth": int64(saveBandwidth), "downtime-limit": firstDowntime.Milliseconds()})
@@ -76,7 +76,7 @@ func (i *instance) migrate(ctx context.Context, opts vmm.SaveOptions, s *saving)
 		err = i.qmp.do(ctx, request{Execute: "migrate", Arguments: uriOf(stateFile)}, nil)
 	}
 	if err != nil {
-		return false, err
+		return err
 	}
 	round := time.NewTicker(downtimeRound)
 	defer round.Stop()
@@ -85,25 +85,20 @@ func (i *instance) migrate(ctx context.Context, opts vmm.SaveOptions, s *saving)
 		select {
 		case state := <-i.migration:
 			switch state {
-			case stateSwitching:
-				if err := i.switchOver(ctx, opts.Overlays); err != nil {
-					return switched, errors.Join(err, i.cancelMigration(ctx))
-				}
-				switched = len(opts.Overlays) > 0
 			case stateCompleted:
-				return switched, s.wait()
+				return s.wait()
 			case stateFailed, stateCancelled:
-				return switched, errors.Join(i.migrationError(ctx), s.wait())
+				return errors.Join(i.migrationError(ctx), s.wait())
 			}
 		case <-round.C:
 			downtime *= 2
 			if err := i.setMigration(ctx, map[string]any{"downtime-limit": downtime.Milliseconds()}); err != nil {
-				return switched, errors.Join(err, i.cancelMigration(ctx))
+				return errors.Join(err, i.cancelMigration(ctx))
 			}
 		case <-i.qmp.done:
-			return switched, errQMPClosed
+			return errQMPClosed
 		case <-ctx.Done():
-			return switched, errors.Join(context.Cause(ctx), i.cancelMigration(ctx))
+			return errors.Join(context.Cause(ctx), i.cancelMigration(ctx))
 		}
 	}
 }
@@ -112,11 +107,12 @@ func (i *instance) setMigration(ctx context.Context, parameters map[string]any) 
 	return i.qmp.do(ctx, request{Execute: "migrate-set-parameters", Arguments: parameters}, nil)
 }
 
-// switchOver puts the overlays above the drives' files, all or none, and lets the
-// migration go on to its end.
-func (i *instance) switchOver(ctx context.Context, overlays []string) error {
+// switchOver puts the overlays above the drives' files, all or none. The guest is held,
+// and QEMU has written out its drives and let go of them. Before that would be too early:
+// QEMU 7.2 can't let go of a drive of a restored guest that has got an overlay since.
+func (i *instance) switchOver(ctx context.Context, opts vmm.SaveOptions) (switched bool, err error) {
 	var actions []any
-	for n, overlay := range overlays {
+	for n, overlay := range opts.Overlays {
 		if overlay == "" {
 			continue
 		}
@@ -124,12 +120,16 @@ func (i *instance) switchOver(ctx context.Context, overlays []string) error {
 			"device": driveID(n), "snapshot-file": overlay, "format": "qcow2", "mode": "existing",
 		}})
 	}
-	if len(actions) > 0 {
-		if err := i.qmp.do(ctx, request{Execute: "transaction", Arguments: map[string]any{"actions": actions}}, nil); err != nil {
-			return err
-		}
+	if len(actions) == 0 {
+		return false, nil
 	}
-	return i.qmp.do(ctx, request{Execute: "migrate-continue", Arguments: map[string]any{"state": stateSwitching}}, nil)
+	if err := i.qmp.do(ctx, request{Execute: "transaction", Arguments: map[string]any{"actions": actions}}, nil); err != nil {
+		return false, err
+	}
+	if opts.Switched != nil {
+		err = opts.Switched()
+	}
+	return true, err
 }
 
 func (i *instance) migrationError(ctx context.Context) error {

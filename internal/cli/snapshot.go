@@ -1,0 +1,174 @@
+package cli
+
+import (
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
+)
+
+const snapshotLong = `A snapshot is a VM as it was at some moment: memory, devices and disk. Any number of
+VMs can be restored from it, each with an identity of its own.`
+
+func (a *app) snapshotCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "snapshot", Short: "Save VMs as they are, and restore them", Long: snapshotLong,
+		Args: cobra.ArbitraryArgs, RunE: a.requireSubcommand,
+	}
+	cmd.AddCommand(a.snapshotCreateCommand(), a.snapshotLsCommand(), a.snapshotRestoreCommand(), a.snapshotRmCommand())
+	return cmd
+}
+
+func (a *app) snapshotCreateCommand() *cobra.Command {
+	var options manager.SnapshotOptions
+	cmd := &cobra.Command{
+		Use:   "create [flags] ID",
+		Short: "Save a running VM, and print the snapshot's name",
+		Long: `Save a running or paused VM, and print the snapshot's name. The VM goes on: it is held
+for some hundredths of a second at the end.`,
+		Example:           "  smolvm snapshot create --name ready web",
+		Args:              withID,
+		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StatePaused)),
+	}
+	cmd.Flags().StringVar(&options.Name, "name", "", "`NAME` of the snapshot (default: the VM's id and the time)")
+	complete(cmd, "name", words())
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			snapshot, err := m.CreateSnapshot(cmd.Context(), args[0], options)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(snapshot)
+			}
+			a.errorf("smolvm: VM %s was held for %s", snapshot.VMID, took(snapshot.Pause))
+			return a.println(snapshot.Name)
+		})
+	})
+	return cmd
+}
+
+func (a *app) snapshotLsCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "ls", Aliases: []string{"list"}, Short: "List snapshots",
+		Args: needs(0, 0, "no arguments"), ValidArgsFunction: words(),
+	}
+	cmd.RunE = a.does(func(cmd *cobra.Command, _ []string) error {
+		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			snapshots, err := m.Snapshots(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printList(a, snapshots)
+			}
+			now := time.Now()
+			t := &table{titles: []string{"NAME", "VM", "IMAGE", "CPUS", "MEMORY", "SIZE", "AGE"}, shrinks: []int{0}}
+			for _, one := range snapshots {
+				t.add(one.Name, one.VMID, shortDigest(one.Image), strconv.Itoa(one.Config.VCPUs), mebibytes(one.Config.MemoryMiB),
+					byteSize(one.Size), age(one.CreatedAt, now))
+			}
+			return a.print(t)
+		})
+	})
+	return cmd
+}
+
+func (a *app) snapshotRestoreCommand() *cobra.Command {
+	var options manager.RestoreOptions
+	cmd := &cobra.Command{
+		Use:   "restore [flags] NAME",
+		Short: "Make a VM that goes on from a snapshot, and print its id",
+		Long: `Make a VM that goes on where a snapshot was taken, and print its id. It has an identity
+of its own; what was connected to the other VM is not connected to this one.
+
+If the snapshot's memory can't be used, because it is damaged or QEMU was upgraded
+since, the VM boots from the snapshot's disk, and a warning says so.`,
+		Example: "  smolvm snapshot restore ready\n  smolvm snapshot restore --id web-2 ready",
+		Args:    needs(1, 1, "the name of a snapshot"),
+	}
+	cmd.Flags().StringVar(&options.ID, "id", "", "`ID` of the VM (default: that of the saved VM if it is gone, else made up)")
+	complete(cmd, "id", words())
+	startFlags(cmd, &options.Start)
+	timings := timingsFlag(cmd)
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			vm, err := m.RestoreSnapshot(cmd.Context(), args[0], options)
+			if err != nil {
+				return err
+			}
+			return a.printStarted(vm, *timings)
+		})
+	})
+	return cmd
+}
+
+func (a *app) snapshotRmCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "rm NAME...", Aliases: []string{"delete"}, Short: "Remove snapshots", Long: "Remove snapshots. VMs that were restored from them go on.",
+		Args: needs(1, anyNumber, "the names of snapshots"),
+		RunE: a.does(func(cmd *cobra.Command, args []string) error {
+			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+				return eachOf(args, func(name string) (string, error) { return name, m.RemoveSnapshot(cmd.Context(), name) }, a.println)
+			})
+		}),
+	}
+}
+
+func (a *app) forkCommand() *cobra.Command {
+	var options manager.ForkOptions
+	cmd := &cobra.Command{
+		Use:   "fork [flags] ID",
+		Short: "Make copies of a running VM, and print their ids",
+		Long: `Make copies of a running VM, and print their ids. Each goes on where the VM is, with
+the same memory and disk, and an identity of its own. The VM itself goes on too.`,
+		Example:           "  smolvm fork -n 3 web",
+		Args:              withID,
+		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StatePaused)),
+	}
+	cmd.Flags().IntVarP(&options.Count, "count", "n", 1, "make `N` copies")
+	cmd.Flags().StringSliceVar(&options.IDs, "id", nil, "`ID` of a copy (repeatable; default: made up)")
+	complete(cmd, "count", words())
+	complete(cmd, "id", words())
+	startFlags(cmd, &options.Start)
+	timings := timingsFlag(cmd)
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		if options.Count < 1 {
+			return usagef("%d copies can't be made; give a number from 1 up", options.Count)
+		}
+		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			forked, err := m.Fork(cmd.Context(), args[0], options)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(forked)
+			}
+			a.errorf("smolvm: VM %s was held for %s", args[0], took(forked.Pause))
+			for _, child := range forked.Children {
+				if err := a.printStarted(child, *timings); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
+	return cmd
+}
+
+// timingsFlag says whether the phases of a start are to be printed.
+func timingsFlag(cmd *cobra.Command) *bool {
+	return cmd.Flags().Bool("timings", false, "print on standard error how the VM was started and how long each phase took")
+}
+
+// printStarted prints what a command has started.
+func (a *app) printStarted(vm smolvm.VMInfo, timings bool) error {
+	a.tellStart(vm, timings)
+	if timings {
+		printPhases(a.Stderr, vm.Timeline)
+	}
+	return a.printVM(vm)
+}

@@ -1,0 +1,141 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+const (
+	// syncTime bounds how long a guest may take to write out its file systems before
+	// it is saved. One that takes longer is saved as it is: its memory has the rest.
+	syncTime = 10 * time.Second
+	// clockTime bounds how long a guest may take to have its clock set.
+	clockTime = 5 * time.Second
+)
+
+// Save says how to save a guest.
+type Save struct {
+	// Memory and State are the files to make.
+	Memory string `json:"memory"`
+	State  string `json:"state"`
+	// Drives are those that get an overlay when the guest has been saved.
+	Drives []SavedDrive `json:"drives,omitempty"`
+}
+
+// SavedDrive is a drive whose file is not to change any more when the guest has been
+// saved.
+type SavedDrive struct {
+	// Number of the drive.
+	Number int `json:"number"`
+	// Layer is another name of the drive's file, which it keeps.
+	Layer string `json:"layer"`
+	// Overlay is an empty overlay of it that the guest writes to from then on. It
+	// takes the name Path, which the drive's file has had.
+	Overlay string `json:"overlay"`
+	Path    string `json:"path"`
+}
+
+// Saved says how it went.
+type Saved struct {
+	Pause time.Duration `json:"pause_ns"`
+	// Synced is false if the guest's file systems were not written out before, so
+	// that a disk without its memory is as after a power cut.
+	Synced bool `json:"synced"`
+}
+
+func (s *shim) pause(ctx context.Context) error {
+	pauser, err := s.pauser()
+	if err != nil {
+		return err
+	}
+	if err := pauser.Pause(ctx); err != nil {
+		return err
+	}
+	s.paused.Store(true)
+	return nil
+}
+
+// resume lets a guest go on, and tells it how late it is.
+func (s *shim) resume(ctx context.Context) error {
+	pauser, err := s.pauser()
+	if err != nil {
+		return err
+	}
+	if err := pauser.Resume(ctx); err != nil {
+		return err
+	}
+	s.paused.Store(false)
+	if s.link == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, clockTime)
+	defer cancel()
+	return s.link.SetClock(ctx, time.Now())
+}
+
+func (s *shim) pauser() (vmm.Pauser, error) {
+	pauser, ok := s.instance.(vmm.Pauser)
+	if !ok {
+		return nil, fmt.Errorf("pause: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+	}
+	return pauser, nil
+}
+
+// save saves the guest. A guest whose drives have got overlays has them for good, so
+// they take their names even if the saving fails after that.
+func (s *shim) save(ctx context.Context, save *Save) (Saved, error) {
+	saver, ok := s.instance.(vmm.Saver)
+	if !ok || save == nil {
+		return Saved{}, fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+	}
+	var result Saved
+	if s.link != nil && !s.paused.Load() {
+		ctx, cancel := context.WithTimeout(ctx, syncTime)
+		err := s.link.Sync(ctx)
+		cancel()
+		if result.Synced = err == nil; err != nil {
+			s.log.Warn("the guest was not synced before it was saved", "error", err)
+		}
+	}
+	options := vmm.SaveOptions{Memory: save.Memory, State: save.State}
+	before := slices.Clone(s.drives.links)
+	for _, drive := range save.Drives {
+		link, err := s.drives.link(drive.Number, drive.Overlay)
+		if err != nil {
+			return Saved{}, err
+		}
+		options.Overlays = append(options.Overlays, make([]string, max(0, drive.Number+1-len(options.Overlays)))...)
+		options.Overlays[drive.Number] = link
+	}
+	options.Switched = func() error { return s.switched(save.Drives, before) }
+	saved, err := saver.Save(ctx, options)
+	if !saved.Switched {
+		s.drives.links = before
+	}
+	result.Pause = saved.Pause
+	return result, err
+}
+
+// switched gives files the names that they have from now on, when the VMM has taken the
+// overlays. Each link leads to its file at any moment.
+func (s *shim) switched(saved []SavedDrive, before []string) error {
+	var errs []error
+	for _, drive := range saved {
+		err := s.drives.move(before[drive.Number], drive.Layer)
+		if err == nil {
+			err = os.Rename(drive.Overlay, drive.Path)
+		}
+		if err == nil {
+			err = s.drives.move(s.drives.links[drive.Number], drive.Path)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,385 @@
+package shim
+
+import (
+	"bufio"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// claim is what a shim that stands by is sent, as a line of JSON. With it come the files
+// that a shim inherits otherwise: its orders, its reports, and the listeners.
+type claim struct {
+	Spec Spec `json:"spec"`
+}
+
+const (
+	// maxClaim bounds a claim, in bytes, and maxClaimFiles the files that come with it.
+	maxClaim      = 1 << 20
+	maxClaimFiles = 250 // the kernel takes 253 at once (SCM_MAX_FD)
+	// claimTime is how long a claim may take to arrive once it has begun.
+	claimTime = 5 * time.Second
+)
+
+// standBy brings the VM up, takes it through a login and a command, so that its CPUs
+// know the code, holds it, and waits for a claim. It says whether there was one; the
+// spec is that of the claim then.
+func (s *shim) standBy(ctx context.Context) (claimed bool, err error) {
+	var u undos
+	defer func() {
+		if !claimed {
+			u.run()
+		}
+	}()
+	fail := func(err error) (bool, error) {
+		s.report(report{Failure: newFailure(err)})
+		return false, err
+	}
+	u.add(s.drives.remove)
+	if err := s.startNetwork(&u); err != nil {
+		return fail(err)
+	}
+	u.add(s.kill)
+	if err := s.attempt(ctx); err != nil {
+		return fail(err)
+	}
+	if err := s.rehearse(ctx, nil); err != nil {
+		return fail(err)
+	}
+	pauser, ok := s.instance.(vmm.Pauser)
+	if !ok {
+		return fail(fmt.Errorf("stand by: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend))
+	}
+	if err := pauser.Pause(ctx); err != nil {
+		return fail(err)
+	}
+	listener, err := s.listenForClaim()
+	if err != nil {
+		return fail(err)
+	}
+	dir := s.spec.RuntimeDir
+	defer func() { _ = errors.Join(listener.Close(), os.RemoveAll(dir)) }()
+	s.report(report{PID: os.Getpid(), Start: startOf(os.Getpid()), VMMPID: s.instance.PID(), VMMStart: startOf(s.instance.PID())})
+	if s.awaitCommit(); !isClosed(s.committed) {
+		return false, nil
+	}
+	s.report(report{Committed: true})
+	_ = s.reports.Close()
+	releaseMemory()
+	return s.awaitClaim(ctx, listener)
+}
+
+func (s *shim) listenForClaim() (net.Listener, error) {
+	dir := s.spec.RuntimeDir
+	if err := os.RemoveAll(dir); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	return listenUnix(claimSocket(dir))
+}
+
+// awaitClaim waits for a claim, for the VM's end, or for being told to end.
+func (s *shim) awaitClaim(ctx context.Context, listener net.Listener) (bool, error) {
+	stop := context.AfterFunc(ctx, func() { _ = listener.Close() })
+	defer stop()
+	go func() {
+		<-s.instance.Done()
+		_ = listener.Close()
+	}()
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return false, nil //nolint:nilerr // it was closed: nobody wants the VM any more
+		}
+		unixConn, ok := conn.(*net.UnixConn)
+		if !ok {
+			return false, errors.New("claim socket is no unix socket")
+		}
+		err = s.takeClaim(unixConn)
+		_ = conn.Close()
+		if err == nil {
+			return true, nil
+		}
+		s.log.Warn("claim", "error", err)
+	}
+}
+
+// takeClaim makes the claimer the shim's launcher.
+func (s *shim) takeClaim(conn *net.UnixConn) error {
+	_ = conn.SetDeadline(time.Now().Add(claimTime))
+	text, files, err := receive(conn)
+	var c claim
+	if err == nil {
+		err = json.Unmarshal(text, &c)
+	}
+	if err == nil && len(files) != 2+len(c.Spec.Forwards) {
+		err = fmt.Errorf("%d files came with it", len(files))
+	}
+	claimed := []net.Listener{}
+	for i := 2; err == nil && i < len(files); i++ {
+		var listener net.Listener
+		if listener, err = net.FileListener(files[i]); err == nil { // duplicates it
+			claimed = append(claimed, listener)
+		}
+		_ = files[i].Close()
+	}
+	if err != nil {
+		for _, file := range files {
+			_ = file.Close()
+		}
+		return err
+	}
+	// What the VMM has open stays the same; only names may have changed.
+	s.spec = c.Spec
+	for n, link := range s.drives.links {
+		if link != "" {
+			if err := s.drives.move(link, c.Spec.VMM.Drives[n].Path); err != nil {
+				return err
+			}
+		}
+	}
+	s.began, s.timeline = time.Now(), nil
+	s.reports, s.claimed = files[1], claimed
+	s.committed, s.launcherGone = make(chan struct{}), make(chan struct{})
+	go s.follow(bufio.NewReader(files[0]), s.committed, s.launcherGone)
+	return nil
+}
+
+// wakeUp lets a VM that stood by go on, as what it was claimed for.
+func (s *shim) wakeUp(ctx context.Context) error {
+	bounded, cancel := s.startContext(ctx)
+	defer cancel()
+	if pauser, ok := s.instance.(vmm.Pauser); ok {
+		if err := pauser.Resume(bounded); err != nil {
+			return s.explain(bounded, err)
+		}
+	}
+	s.step(stepVMM)
+	return s.awaitReady(ctx)
+}
+
+// receive reads a line and the files that come with it.
+func receive(conn *net.UnixConn) (line []byte, files []*os.File, err error) {
+	buffer := make([]byte, 64<<10)
+	rights := make([]byte, unix.CmsgSpace(4*maxClaimFiles))
+	for {
+		n, oob, _, _, err := conn.ReadMsgUnix(buffer, rights)
+		files = append(files, filesOf(rights[:oob])...)
+		if err != nil {
+			return nil, files, err
+		}
+		line = append(line, buffer[:n]...)
+		if n > 0 && line[len(line)-1] == '\n' {
+			return line, files, nil
+		}
+		if n == 0 || len(line) > maxClaim {
+			return nil, files, errors.New("no claim")
+		}
+	}
+}
+
+func filesOf(rights []byte) []*os.File {
+	messages, err := unix.ParseSocketControlMessage(rights)
+	if err != nil {
+		return nil
+	}
+	var files []*os.File
+	for _, message := range messages {
+		fds, err := unix.ParseUnixRights(&message)
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			files = append(files, os.NewFile(uintptr(fd), "claimed"))
+		}
+	}
+	return files
+}
+
+// Claim is [Launch] by a shim that stands by in standbyDir. Its Program and LogPath are
+// not used. The error matches [ErrGone] if the shim is not there any more, or has been
+// claimed by somebody else.
+func Claim(ctx context.Context, standbyDir string, opts LaunchOptions) (*Launched, error) {
+	conn, err := dialUnix(ctx, claimSocket(standbyDir))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = conn.Close() }()
+	p, err := makePipes(opts.Listeners)
+	if err != nil {
+		return nil, fmt.Errorf("claim a VM: %w", err)
+	}
+	defer func() {
+		for _, file := range p.theirs() {
+			_ = file.Close()
+		}
+	}()
+	text, err := json.Marshal(claim{Spec: opts.Spec})
+	if err == nil {
+		var fds []int
+		for _, file := range p.theirs() {
+			fds = append(fds, int(file.Fd()))
+		}
+		err = send(conn, append(text, '\n'), unix.UnixRights(fds...))
+	}
+	if err != nil {
+		_, _ = p.ordersWrite.Close(), p.reportsRead.Close()
+		return nil, fmt.Errorf("claim a VM: %w: %w", ErrGone, err)
+	}
+	l := &Launched{
+		ephemeral: opts.Spec.Ephemeral,
+		orders:    p.ordersWrite,
+		pipe:      p.reportsRead,
+		reports:   bufio.NewReader(p.reportsRead),
+	}
+	for _, file := range p.theirs() {
+		_ = file.Close() // so that the shim's end ends the reports
+	}
+	if err := l.order(ctx, opts, 0); err != nil {
+		_, _ = l.orders.Close(), l.pipe.Close()
+		return nil, err
+	}
+	l.follow()
+	return l, nil
+}
+
+// follow watches a shim that is no child of this process.
+func (l *Launched) follow() {
+	exited := make(chan struct{})
+	l.exited = exited
+	l.kill = func() { _ = proc.Kill(context.Background(), l.PID, l.Start) }
+	go func() {
+		_ = proc.Wait(context.Background(), l.PID, l.Start)
+		close(exited)
+	}()
+}
+
+func send(conn net.Conn, text, rights []byte) error {
+	unixConn, ok := conn.(*net.UnixConn)
+	if !ok {
+		return errors.New("not a unix socket")
+	}
+	n, _, err := unixConn.WriteMsgUnix(text, rights, nil)
+	for err == nil && n < len(text) {
+		var more int
+		more, err = unixConn.Write(text[n:])
+		n += more
+	}
+	return err
+}
+
+// rehearse logs in to the guest, which has been greeted, runs commands in it, and ends
+// the session. Code that has been run costs an emulated CPU less the next time.
+func (s *shim) rehearse(ctx context.Context, commands []smolvm.Command) error {
+	ctx, cancel := s.startContext(ctx)
+	defer cancel()
+	err := s.runInGuest(ctx, append([]smolvm.Command{{Args: []string{"true"}}}, commands...)...)
+	if err == nil {
+		err = s.link.Sync(ctx)
+	}
+	if err == nil {
+		err = s.link.Release(ctx)
+	}
+	if err != nil {
+		return s.explain(ctx, err)
+	}
+	s.link = nil
+	return nil
+}
+
+// runInGuest runs commands, one after the other, as root.
+func (s *shim) runInGuest(ctx context.Context, commands ...smolvm.Command) error {
+	hostKey, err := ssh.ParsePrivateKey([]byte(s.spec.Greeting.HostKey))
+	if err != nil {
+		return err
+	}
+	client, err := agent.Dial(ctx, agent.ClientConfig{
+		Dial:    func(context.Context) (net.Conn, error) { return s.link.Open() },
+		User:    "root",
+		Signer:  hostKey, // none is asked for over the guest channel
+		HostKey: hostKey.PublicKey(),
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = client.Close() }()
+	for _, command := range commands {
+		var output lastWords
+		command.Stdout, command.Stderr = &output, &output
+		status, err := client.Exec(ctx, command)
+		if err != nil {
+			return err
+		}
+		if !status.Success() {
+			return fmt.Errorf("command %q: %s: %s", command.Args, status, strings.TrimSpace(string(output)))
+		}
+	}
+	return nil
+}
+
+// lastWords keeps the end of what is written.
+type lastWords []byte
+
+func (w *lastWords) Write(p []byte) (int, error) {
+	const enough = 1 << 10
+	*w = append(*w, p...)
+	*w = (*w)[max(0, len(*w)-enough):]
+	return len(p), nil
+}
+
+// Stranger is the greeting of a guest that is to become somebody else later: with an
+// identity that nobody else has, and nobody may log in to.
+func Stranger(network *wire.Network) (wire.Greeting, error) {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return wire.Greeting{}, err
+	}
+	block, err := ssh.MarshalPrivateKey(private, "")
+	if err != nil {
+		return wire.Greeting{}, err
+	}
+	return wire.Greeting{
+		// As short as can be: a name that grows costs a restored guest less than one
+		// that shrinks.
+		Hostname:  "t",
+		MachineID: randomHex(16),
+		BootID:    NewBootID(),
+		HostKey:   string(pem.EncodeToMemory(block)),
+		Network:   network,
+	}, nil
+}
+
+// NewBootID makes an identifier as the kernel makes one for each boot: a random UUID.
+func NewBootID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+func randomHex(bytes int) string {
+	b := make([]byte, bytes)
+	_, _ = rand.Read(b) // never fails: crypto/rand ends the program instead
+	return hex.EncodeToString(b)
+}

@@ -1,0 +1,410 @@
+package manager
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/flock"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// A pool is a number of clones of one template that are held, each in a slot: a
+// directory with its disk and logs, and a shim that stands by. A slot is no VM: it has no
+// row, no lease and no identity. Starting a VM of the same kind claims one, which makes
+// its shim and its files those of the VM.
+
+// Files of a slot.
+const (
+	slotDisk    = "disk.qcow2"
+	slotConsole = "console.log"
+	slotFile    = "slot.json"
+)
+
+// fillers is how many slots are filled at once.
+const fillers = 2
+
+// slot is what is kept of one.
+type slot struct {
+	ShimPID   int    `json:"shim_pid"`
+	ShimStart uint64 `json:"shim_start"`
+	BootID    string `json:"boot_id"`
+
+	dir string
+}
+
+// PoolOptions say what VMs to keep ready, and how many. Zero values are those of
+// [smolvm.VMConfig].
+type PoolOptions struct {
+	Size        int
+	Image       string
+	VCPUs       int
+	MemoryMiB   int
+	DiskSizeMiB int64
+	WarmUp      string
+}
+
+func (o PoolOptions) config() smolvm.VMConfig {
+	return smolvm.VMConfig{
+		ID: smolvm.NewID(), Image: o.Image, VCPUs: o.VCPUs, MemoryMiB: o.MemoryMiB, DiskSizeMiB: o.DiskSizeMiB, WarmUp: o.WarmUp,
+	}.WithDefaults()
+}
+
+// SetPool keeps VMs of some kind ready, until [Manager.RemovePool]: a start of such a VM
+// takes one of them, and has the next one made. It returns when all are ready. Each takes
+// the memory of an idle VM.
+func (m *Manager) SetPool(ctx context.Context, opts PoolOptions) (smolvm.Pool, error) {
+	id, err := m.definePool(ctx, opts)
+	if err == nil {
+		_, err = m.runTask(ctx, task{Pool: id}, nil)
+	}
+	if err != nil {
+		return smolvm.Pool{}, fmt.Errorf("fill pool: %w", err)
+	}
+	return m.poolInfo(ctx, id)
+}
+
+// definePool writes down what pool there is to be.
+func (m *Manager) definePool(ctx context.Context, opts PoolOptions) (string, error) {
+	if opts.Size < 1 || opts.Size > maxPool {
+		return "", &smolvm.ValidationError{Fields: []smolvm.FieldError{{Field: "size", Problem: fmt.Sprintf("%d is not between 1 and %d", opts.Size, maxPool)}}}
+	}
+	config := opts.config()
+	r, err := m.recipeFor(ctx, config)
+	if err != nil {
+		return "", err
+	}
+	config.Image = r.Image // whatever its name will mean
+	return r.key(), m.store.SetPool(ctx, store.Pool{ID: r.key(), Size: opts.Size, Config: config})
+}
+
+// maxPool bounds a pool; a VM of the usual kind takes some 50 MB while it is ready.
+const maxPool = 256
+
+// Pools lists the pools.
+func (m *Manager) Pools(ctx context.Context) ([]smolvm.Pool, error) {
+	rows, err := m.store.Pools(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list pools: %w", err)
+	}
+	pools := make([]smolvm.Pool, 0, len(rows))
+	for _, row := range rows {
+		pool, err := m.poolInfo(ctx, row.ID)
+		if err != nil {
+			return nil, err
+		}
+		pools = append(pools, pool)
+	}
+	return pools, nil
+}
+
+func (m *Manager) poolInfo(ctx context.Context, id string) (smolvm.Pool, error) {
+	row, err := m.store.GetPool(ctx, id)
+	if err != nil {
+		return smolvm.Pool{}, err
+	}
+	config := row.Config
+	return smolvm.Pool{
+		ID: id, Size: row.Size, Ready: len(m.slots(id)), Image: config.Image, VCPUs: config.VCPUs,
+		MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+	}, nil
+}
+
+// RemovePool ends a pool, and the VMs in it that nobody has claimed. The error matches
+// [smolvm.ErrPoolNotFound].
+func (m *Manager) RemovePool(ctx context.Context, id string) error {
+	if _, err := m.store.GetPool(ctx, id); err != nil {
+		return fmt.Errorf("%w; `smolvm pool ls` lists them", err)
+	}
+	if err := m.store.DeletePool(ctx, id); err != nil {
+		return err
+	}
+	lock, err := m.lockPool(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Close() }()
+	return errors.Join(m.emptyPool(ctx, id, false), os.RemoveAll(m.poolDir(id)), m.reclaimLayers(ctx))
+}
+
+func (m *Manager) poolDir(id string) string { return filepath.Join(m.dataDir, poolName, id) }
+
+func (m *Manager) lockPool(ctx context.Context, id string) (*os.File, error) {
+	if err := os.MkdirAll(m.poolDir(id), 0o700); err != nil {
+		return nil, fmt.Errorf("lock pool: %w", err)
+	}
+	lock, err := os.OpenFile(filepath.Join(m.poolDir(id), ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		err = flock.Lock(ctx, lock)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock pool: %w", err)
+	}
+	return lock, nil
+}
+
+// slots are those of a pool whose VM is there.
+func (m *Manager) slots(id string) []slot {
+	paths, _ := filepath.Glob(filepath.Join(m.poolDir(id), "*", slotFile))
+	var alive []slot
+	for _, path := range paths {
+		if s, err := readSlot(path); err == nil && m.slotAlive(s) {
+			alive = append(alive, s)
+		}
+	}
+	return alive
+}
+
+func readSlot(path string) (slot, error) {
+	s := slot{dir: filepath.Dir(path)}
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(text, &s)
+	}
+	return s, err
+}
+
+func (m *Manager) slotAlive(s slot) bool {
+	return s.BootID == m.bootID() && proc.Alive(s.ShimPID, s.ShimStart)
+}
+
+// slotRuntimeDir is where the shim of a slot waits.
+func (m *Manager) slotRuntimeDir(dir string) string {
+	return m.runtimeDir("pool-" + filepath.Base(dir))
+}
+
+// emptyPool removes the slots of a pool: all, or only those whose VM has died. The
+// pool's lock is held, so none is being made.
+func (m *Manager) emptyPool(ctx context.Context, id string, deadOnly bool) error {
+	entries, err := os.ReadDir(m.poolDir(id))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, entry := range entries {
+		dir := filepath.Join(m.poolDir(id), entry.Name())
+		if !entry.IsDir() {
+			continue
+		}
+		s, err := readSlot(filepath.Join(dir, slotFile))
+		if deadOnly && err == nil && m.slotAlive(s) {
+			continue
+		}
+		lock, err := lockSlot(dir)
+		if err != nil {
+			continue // somebody claims it, and removes it
+		}
+		errs = append(errs, m.removeSlot(ctx, s, dir), lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Manager) removeSlot(ctx context.Context, s slot, dir string) error {
+	var err error
+	if s.ShimPID != 0 && m.slotAlive(s) {
+		err = proc.Kill(ctx, s.ShimPID, s.ShimStart)
+	}
+	return errors.Join(err, shim.RemoveRuntimeDir(m.slotRuntimeDir(dir)), os.RemoveAll(dir))
+}
+
+// lockSlot is held by the one that claims or removes a slot.
+func lockSlot(dir string) (*os.File, error) {
+	file, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := flock.TryLock(file); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
+}
+
+// fillPool makes a pool have as many VMs as it is to have.
+func (m *Manager) fillPool(ctx context.Context, id string) error {
+	lock, err := m.lockPool(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Close() }()
+	pool, err := m.store.GetPool(ctx, id)
+	if errors.Is(err, smolvm.ErrPoolNotFound) {
+		return errors.Join(m.emptyPool(ctx, id, false), os.RemoveAll(m.poolDir(id)))
+	}
+	if err != nil {
+		return err
+	}
+	if err := m.emptyPool(ctx, id, true); err != nil {
+		return err
+	}
+	config := pool.Config
+	template, err := m.BuildTemplate(ctx, TemplateOptions{
+		Image: config.Image, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+	})
+	if err != nil {
+		return err
+	}
+	found, err := m.templates.Get(template.ID)
+	if err != nil {
+		return err
+	}
+	var meta templateMeta
+	if err := json.Unmarshal(found.Meta, &meta); err != nil {
+		return err
+	}
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(fillers)
+	for range pool.Size - len(m.slots(id)) {
+		group.Go(func() error { return m.fillSlot(groupCtx, id, found, meta.Recipe) })
+	}
+	return group.Wait()
+}
+
+// fillSlot makes one VM that stands by.
+func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Snapshot, r recipe) (err error) {
+	dir := filepath.Join(m.poolDir(id), newRun())
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}()
+	unlock, err := m.lockLayers(ctx)
+	if err != nil {
+		return err
+	}
+	diskPath := filepath.Join(dir, slotDisk)
+	err = disk.CreateOverlay(ctx, disk.Overlay{Path: diskPath, Base: m.layerPath(template.Name), BaseFormat: disk.QCOW2})
+	unlock()
+	if err != nil {
+		return err
+	}
+	spec, err := m.strangerSpec(shim.Spec{
+		Backend: r.Hardware.Backend,
+		VMM: vmm.Config{
+			ID:          "pool-" + filepath.Base(dir),
+			Accelerator: r.Hardware.Accelerator,
+			VCPUs:       r.Hardware.VCPUs,
+			MemoryMiB:   r.Hardware.MemoryMiB,
+			Drives:      []vmm.Drive{{Path: diskPath, Format: disk.QCOW2}},
+			Channel:     true,
+			ConsolePath: filepath.Join(dir, slotConsole),
+			LogPath:     filepath.Join(dir, "vmm.log"),
+			Restore:     &vmm.Restore{Memory: template.Path(snapshot.MemoryFile), State: template.Path(snapshot.StateFile)},
+		},
+		ReadyTimeout: bootTimeout(StartOptions{}, r.Hardware.Accelerator),
+		Standby:      true,
+		RuntimeDir:   m.slotRuntimeDir(dir),
+	})
+	if err != nil {
+		return err
+	}
+	if err := makeRuntimeParent(spec.RuntimeDir); err != nil {
+		return err
+	}
+	program, err := m.shimCommand()
+	if err != nil {
+		return err
+	}
+	launched, err := shim.Launch(ctx, shim.LaunchOptions{Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log")})
+	if err != nil {
+		return err
+	}
+	text, err := json.Marshal(slot{ShimPID: launched.PID, ShimStart: launched.Start, BootID: m.bootID()})
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, slotFile), text, 0o600)
+	}
+	if err == nil {
+		err = launched.Commit()
+	}
+	if err != nil {
+		launched.Abort(context.WithoutCancel(ctx))
+	}
+	return err
+}
+
+// claim starts the VM by one that stands by, if there is one of its kind.
+func (s *starting) claim(ctx context.Context) error {
+	for _, candidate := range s.m.slots(s.recipe.key()) {
+		lock, err := lockSlot(candidate.dir)
+		if err != nil {
+			continue // somebody else claims it
+		}
+		err = s.claimSlot(ctx, candidate)
+		err = errors.Join(err, s.m.removeSlotOf(ctx, candidate, s.started))
+		_ = lock.Close()
+		if s.started {
+			return nil
+		}
+		if err := s.missed(ctx, smolvm.RungPool, s.recipe.key(), err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// removeSlotOf removes what is left of a slot; its shim is the VM's if it was claimed.
+func (m *Manager) removeSlotOf(ctx context.Context, candidate slot, claimed bool) error {
+	ctx = context.WithoutCancel(ctx)
+	if claimed {
+		return os.RemoveAll(candidate.dir)
+	}
+	return m.removeSlot(ctx, candidate, candidate.dir)
+}
+
+// claimSlot makes a slot's files and its shim those of the VM.
+func (s *starting) claimSlot(ctx context.Context, candidate slot) error {
+	launch := s.launch
+	launch.Spec.ReadyTimeout /= fastFraction
+	launch.Spec.WarmUp = ""
+	s.touched = true
+	for from, to := range map[string]string{
+		slotDisk:    s.vm.DiskPath,
+		slotConsole: launch.Spec.VMM.ConsolePath,
+		"vmm.log":   launch.Spec.VMM.LogPath,
+		"shim.log":  launch.LogPath,
+	} {
+		// What the VMM and the shim have open stays open.
+		if err := os.Rename(filepath.Join(candidate.dir, from), to); err != nil {
+			return err
+		}
+	}
+	s.phase("disk")
+	standby := s.m.slotRuntimeDir(candidate.dir)
+	return s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
+		return shim.Claim(ctx, standby, opts)
+	})
+}
+
+// reconcilePools removes the slots whose VM has died.
+func (m *Manager) reconcilePools(ctx context.Context) error {
+	entries, err := os.ReadDir(filepath.Join(m.dataDir, poolName))
+	if err != nil {
+		return fmt.Errorf("reconcile pools: %w", err)
+	}
+	var errs []error
+	for _, entry := range entries {
+		lock, err := os.OpenFile(filepath.Join(m.poolDir(entry.Name()), ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if flock.TryLock(lock) == nil {
+			errs = append(errs, m.emptyPool(ctx, entry.Name(), true))
+		}
+		_ = lock.Close()
+	}
+	return errors.Join(errs...)
+}

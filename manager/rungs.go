@@ -1,0 +1,351 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// fastFraction of the time for a start is what a rung may take that is not the last: it
+// is to be fast, and there must be time for the next.
+const fastFraction = 2
+
+// savedGuest is one that a VM can go on from.
+type savedGuest struct {
+	rung   smolvm.Rung
+	source string
+	files  vmm.Restore
+	// base is the disk as it was then.
+	base string
+	// inSession as in [shim.Spec].
+	inSession bool
+}
+
+// starting is one start of a VM. It tries the fastest rung first; whatever keeps it from
+// that is a warning, and the next one is tried.
+type starting struct {
+	m         *Manager
+	vm        store.VM
+	opts      StartOptions
+	launch    shim.LaunchOptions
+	listeners []boundForward
+
+	phaseBegan time.Time
+	report     smolvm.StartReport
+	started    bool
+	// touched says that the disk is not as it was when the start began.
+	touched bool
+	// lock is that of the template that is to be made of this start's kind.
+	lock   *os.File
+	recipe recipe
+}
+
+// boot starts the VM's shim, waits until the VM is ready, and writes that down. Up to
+// the commit at its end the shim undoes everything if this process dies. From, if not
+// nil, is what the VM is to go on from, unless damage says why it can't: then it boots from
+// the disk.
+func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from *savedGuest, damage error) (_ store.VM, _ *smolvm.StartReport, err error) {
+	s := &starting{m: m, vm: vm, opts: opts, phaseBegan: time.Now()}
+	defer s.close()
+	if err := m.ensureDisk(ctx, vm); err != nil {
+		return vm, nil, fmt.Errorf("start VM %q: %w", vm.ID, err)
+	}
+	if s.launch, err = m.prepare(ctx, vm, opts); err != nil {
+		return vm, nil, err
+	}
+	s.report.Backend, s.report.Accelerator = vm.Backend, s.launch.Spec.VMM.Accelerator
+	s.phase("prepare")
+	if s.listeners, err = m.listen(ctx, &s.vm); err != nil {
+		return vm, nil, err
+	}
+	for _, listener := range s.listeners {
+		s.launch.Listeners = append(s.launch.Listeners, listener.Listener)
+		s.launch.Spec.Forwards = append(s.launch.Spec.Forwards, listener.forward)
+	}
+	s.phase("ports")
+	switch {
+	case from == nil:
+		err = s.fast(ctx)
+	case damage != nil:
+		s.warn(damage)
+	case !opts.Cold:
+		err = s.restore(ctx, *from)
+	}
+	if err == nil && !s.started {
+		err = s.cold(ctx, from)
+	}
+	if err != nil {
+		return vm, nil, m.failed(ctx, vm, err)
+	}
+	s.after()
+	vm, err = m.store.GetVM(ctx, vm.ID)
+	return vm, &s.report, err
+}
+
+// close lets go of what the start has held.
+func (s *starting) close() {
+	closeAll(s.listeners)
+	if s.lock != nil {
+		_ = s.lock.Close()
+	}
+}
+
+// phase ends a phase of the start.
+func (s *starting) phase(name string) {
+	now := time.Now()
+	s.report.Timeline = append(s.report.Timeline, smolvm.Phase{Name: name, Duration: now.Sub(s.phaseBegan)})
+	s.phaseBegan = now
+}
+
+func (s *starting) warn(err error) { s.report.Warnings = append(s.report.Warnings, err.Error()) }
+
+// fast tries the rungs above a cold boot. What is returned is an error that ends the
+// start; that a rung can't be had is none.
+func (s *starting) fast(ctx context.Context) error {
+	config := s.vm.Config
+	if s.opts.Cold || !s.m.config.usesTemplates() || s.vm.State != smolvm.StateCreated || !config.UsesImage() || !disk.Pristine(s.vm.DiskPath) {
+		return nil
+	}
+	r, err := s.m.recipeOf(config, s.vm.Image, s.vm.Backend, s.launch.Spec.VMM)
+	if err != nil {
+		return nil //nolint:nilerr // VMs of this kind have no template
+	}
+	s.recipe = r
+	if err := s.claim(ctx); err != nil || s.started {
+		return err
+	}
+	bounded, cancel := context.WithTimeout(ctx, s.launch.Spec.ReadyTimeout/fastFraction)
+	found, lock, warnings, err := s.m.awaitTemplate(bounded, r)
+	cancel()
+	s.lock = lock
+	s.report.Warnings = append(s.report.Warnings, warnings...)
+	s.phase("template")
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case errors.Is(err, smolvm.ErrTemplateNotFound):
+		return nil
+	case err != nil:
+		s.warn(fmt.Errorf("template: %w", err))
+		return nil
+	}
+	err = s.restore(ctx, savedGuest{
+		rung:   smolvm.RungClone,
+		source: found.Name,
+		files:  vmm.Restore{Memory: found.Path(snapshot.MemoryFile), State: found.Path(snapshot.StateFile)},
+		base:   s.m.layerPath(found.Name),
+	})
+	if err == nil && s.started {
+		s.m.templates.Used(found)
+	} else if err == nil {
+		// What could not be cloned once will not be the next time.
+		s.m.dropTemplate(ctx, found.Name)
+	}
+	return err
+}
+
+// restore starts the VM from a saved guest.
+func (s *starting) restore(ctx context.Context, from savedGuest) error {
+	s.touched = true
+	err := s.m.rebase(ctx, s.vm, from.base, disk.QCOW2)
+	if err == nil {
+		s.phase("disk")
+		launch := s.launch
+		launch.Spec.VMM.Restore = &from.files
+		launch.Spec.InSession = from.inSession
+		launch.Spec.ReadyTimeout /= fastFraction
+		launch.Spec.WarmUp = ""
+		err = s.attempt(ctx, launch, from.rung, from.source, shim.Launch)
+	}
+	return s.missed(ctx, from.rung, from.source, err)
+}
+
+// missed makes a warning of a rung that could not be had, unless nobody wants the VM any
+// more.
+func (s *starting) missed(ctx context.Context, rung smolvm.Rung, source string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return err
+	}
+	s.warn(fmt.Errorf("%s of %s: %w", rung, source, err))
+	s.phase("failed " + string(rung))
+	return nil
+}
+
+// cold boots the VM, from a disk as it was before other rungs were tried.
+func (s *starting) cold(ctx context.Context, from *savedGuest) error {
+	if s.touched {
+		base, format := "", ""
+		if from != nil {
+			base, format = from.base, disk.QCOW2
+		} else {
+			image, err := s.m.images.Get(ctx, s.vm.Image)
+			if err != nil {
+				return err
+			}
+			info, err := disk.Probe(image.RootfsPath)
+			if err != nil {
+				return err
+			}
+			base, format = image.RootfsPath, info.Format
+		}
+		if err := s.m.rebase(ctx, s.vm, base, format); err != nil {
+			return err
+		}
+	}
+	return s.attempt(ctx, s.launch, smolvm.RungCold, "", shim.Launch)
+}
+
+// attempt tries one rung, up to the commit.
+func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung smolvm.Rung, source string, launch func(context.Context, shim.LaunchOptions) (*shim.Launched, error)) error {
+	opts.Spec.Run = newRun()
+	if opts.Spec.Greeting != nil {
+		greeting := *opts.Spec.Greeting
+		greeting.BootID = shim.NewBootID()
+		opts.Spec.Greeting = &greeting
+	}
+	launched, err := launch(ctx, opts)
+	if err != nil {
+		return err
+	}
+	phases := s.launchPhases(launched, rung)
+	report := s.report
+	report.Rung, report.Source = rung, source
+	report.Timeline = append(report.Timeline[:len(report.Timeline):len(report.Timeline)], phases...)
+	report.Warnings = append(report.Warnings[:len(report.Warnings):len(report.Warnings)], launched.Warnings...)
+	identity := launched.Answer.Identity
+	if opts.Spec.Greeting != nil {
+		report.Verified, err = verify(*opts.Spec.Greeting, identity, rung != smolvm.RungCold)
+	}
+	if err == nil {
+		err = s.m.store.MarkStarted(context.WithoutCancel(ctx), s.vm.ID, store.Started{
+			Run:         opts.Spec.Run,
+			PID:         launched.VMMPID,
+			PIDStart:    launched.VMMStart,
+			ShimPID:     launched.PID,
+			ShimStart:   launched.Start,
+			BootID:      s.m.bootID(),
+			Accelerator: opts.Spec.VMM.Accelerator,
+			At:          time.Now().UTC(),
+			Report:      report,
+			Identity: store.Identity{
+				BootID: identity.BootID, Random: identity.Random, MachineID: identity.MachineID,
+				HostKey: identity.HostKey, MAC: identity.MAC,
+			},
+		})
+	}
+	if err == nil {
+		err = launched.Commit()
+	}
+	if err != nil {
+		launched.Abort(context.WithoutCancel(ctx))
+		return err
+	}
+	s.report, s.started = report, true
+	s.phaseBegan = time.Now()
+	return nil
+}
+
+// after has made what makes the next start of this kind faster.
+func (s *starting) after() {
+	var err error
+	switch {
+	case s.report.Rung == smolvm.RungPool:
+		err = s.m.startTaskAside(task{Pool: s.recipe.key()}, nil)
+	case s.lock != nil:
+		config := s.vm.Config
+		err = s.m.startTaskAside(task{Template: &templateTask{Recipe: s.recipe, Config: smolvm.VMConfig{
+			Image: config.Image, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+		}}}, s.lock)
+	}
+	if err != nil {
+		s.warn(fmt.Errorf("prepare the next start: %w", err))
+	}
+}
+
+// launchPhases says what the launching of the VM took its time for.
+func (s *starting) launchPhases(launched *shim.Launched, rung smolvm.Rung) []smolvm.Phase {
+	took := time.Since(s.phaseBegan)
+	var phases []smolvm.Phase
+	add := func(name string, duration time.Duration) {
+		phases = append(phases, smolvm.Phase{Name: name, Duration: max(duration, 0)})
+	}
+	var last time.Duration
+	if n := len(launched.Timeline); n > 0 {
+		add("shim", took-launched.Timeline[n-1].At)
+	}
+	for _, step := range launched.Timeline {
+		duration := step.At - last
+		last = step.At
+		if step.Name != "agent" {
+			add(step.Name, duration)
+			continue
+		}
+		// What happened in the guest meanwhile it tells by its own clock.
+		kernel, identity := guestPhases(launched.Answer.Timeline)
+		if rung != smolvm.RungCold {
+			kernel = 0
+		} else {
+			add("kernel", kernel)
+		}
+		add("agent", duration-kernel-identity)
+		add("identity", identity)
+	}
+	return phases
+}
+
+// guestPhases says how long the kernel took to start the agent, and the agent to become
+// what it was told.
+func guestPhases(steps []wire.Step) (kernel, identity time.Duration) {
+	at := map[string]time.Duration{}
+	for _, step := range steps {
+		at[step.Name] = step.At
+	}
+	return at["agent started"], at["ready"] - at["greeting received"]
+}
+
+// verify compares what a guest says of itself with what it was told. Of what it was not
+// told, the database sees to it that no other VM has said the same.
+func verify(told wire.Greeting, said wire.Identity, restored bool) (verified []string, err error) {
+	fingerprint, err := fingerprintOf(told.HostKey)
+	if err != nil {
+		return nil, err
+	}
+	var mac string
+	if told.Network != nil {
+		mac = told.Network.MAC
+	}
+	for _, part := range []struct {
+		name, told, said string
+		optional         bool
+	}{
+		{"hostname", told.Hostname, said.Hostname, false},
+		{"machine-id", told.MachineID, said.MachineID, false},
+		{"SSH host key", fingerprint, said.HostKey, false},
+		{"boot id", told.BootID, said.BootID, !restored},
+		{"MAC", mac, said.MAC, said.MAC == ""},
+	} {
+		switch {
+		case part.told == part.said:
+			verified = append(verified, part.name)
+		case !part.optional:
+			return nil, fmt.Errorf("the guest's %s is %q, not %q", part.name, part.said, part.told)
+		}
+	}
+	if said.Random == "" {
+		return nil, errors.New("the guest has shown no random numbers")
+	}
+	return append(verified, "random numbers"), nil
+}

@@ -1,0 +1,355 @@
+package manager
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// snapshotMeta is what is kept with a snapshot.
+type snapshotMeta struct {
+	VMID     string          `json:"vm_id"`
+	Config   smolvm.VMConfig `json:"config"`
+	Image    string          `json:"image"`
+	Hardware hardware        `json:"hardware"`
+	// Layer is the name of the disk's layer.
+	Layer  string        `json:"layer"`
+	Pause  time.Duration `json:"pause_ns"`
+	Synced bool          `json:"synced"`
+}
+
+// SnapshotOptions are the options of [Manager.CreateSnapshot].
+type SnapshotOptions struct {
+	// Name of the snapshot, like a VM's id. Empty: the VM's id and the time.
+	Name string
+}
+
+// CreateSnapshot saves a VM as it is at some moment: its memory, its devices, its disk.
+// The VM goes on; how long it was held is told. A snapshot is whole or not there,
+// whatever is killed in the middle of it.
+//
+// The error matches [smolvm.ErrSnapshotAlreadyExists], [smolvm.ErrInvalidState] if the
+// VM does not run, or [smolvm.ErrUnsupported] if it has drives that are written to
+// beside its own disk, or no agent.
+func (m *Manager) CreateSnapshot(ctx context.Context, id string, opts SnapshotOptions) (smolvm.Snapshot, error) {
+	began := time.Now()
+	name := opts.Name
+	if name == "" {
+		name = fmt.Sprintf("%.40s-%s", id, began.UTC().Format("20060102-150405"))
+	}
+	if err := smolvm.ValidateID(name); err != nil {
+		return smolvm.Snapshot{}, fmt.Errorf("name of the snapshot: %w", err)
+	}
+	draft, meta, err := m.save(ctx, id, name)
+	if err != nil {
+		return smolvm.Snapshot{}, err
+	}
+	found, err := draft.Commit(ctx, meta, m.bootID())
+	if err != nil {
+		return smolvm.Snapshot{}, errors.Join(snapshotError(err), m.reclaimLayers(context.WithoutCancel(ctx)))
+	}
+	m.note(ctx, id, "snapshot", began, name)
+	return snapshotInfo(found)
+}
+
+// snapshotError makes the errors of package snapshot those of the domain.
+func snapshotError(err error) error {
+	switch {
+	case errors.Is(err, smolvm.ErrAlreadyExists):
+		return fmt.Errorf("%w: %w; choose another name, or remove it first", smolvm.ErrSnapshotAlreadyExists, err)
+	case errors.Is(err, smolvm.ErrNotFound):
+		return fmt.Errorf("%w: %w; `smolvm snapshot ls` lists them", smolvm.ErrSnapshotNotFound, err)
+	}
+	return err
+}
+
+// save saves a VM into a draft, which is the caller's.
+func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft, meta snapshotMeta, err error) {
+	lock, err := m.lockExisting(ctx, id)
+	if err != nil {
+		return nil, meta, err
+	}
+	defer lock.unlock()
+	vm, err := m.lookup(ctx, id)
+	if err != nil {
+		return nil, meta, err
+	}
+	if !vm.State.Alive() {
+		return nil, meta, stateError("snapshot", vm)
+	}
+	if meta, err = m.snapshotMeta(ctx, vm); err != nil {
+		return nil, meta, fmt.Errorf("snapshot VM %q: %w", id, err)
+	}
+	if err := m.snapshots.Clean(); err != nil {
+		return nil, meta, err
+	}
+	draft, err := m.snapshots.Draft(name)
+	if err != nil {
+		return nil, meta, snapshotError(err)
+	}
+	saved, err := m.saveInto(ctx, vm, draft, meta.Layer)
+	if err != nil {
+		ctx := context.WithoutCancel(ctx)
+		return nil, meta, errors.Join(fmt.Errorf("snapshot VM %q: %w", id, err), draft.Discard(), m.reclaimLayers(ctx))
+	}
+	meta.Pause, meta.Synced = saved.Pause, saved.Synced
+	return draft, meta, nil
+}
+
+func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, error) {
+	config := vm.Config
+	switch {
+	case !config.UsesImage():
+		return snapshotMeta{}, fmt.Errorf("%w: a guest without an agent can't be given another identity", smolvm.ErrUnsupported)
+	case config.DiskMode != smolvm.DiskIsolated:
+		return snapshotMeta{}, fmt.Errorf("%w: the disk is shared", smolvm.ErrUnsupported)
+	}
+	for _, drive := range config.Drives {
+		if !drive.ReadOnly {
+			return snapshotMeta{}, fmt.Errorf("%w: drive %s may be written to, and is not part of a snapshot", smolvm.ErrUnsupported, drive.Path)
+		}
+	}
+	machine, err := m.vmmConfig(ctx, vm, vm.Accelerator)
+	if err != nil {
+		return snapshotMeta{}, err
+	}
+	h, err := m.hardwareOf(vm.Backend, machine)
+	if err != nil {
+		return snapshotMeta{}, err
+	}
+	return snapshotMeta{VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, Layer: "snapshot-" + newRun()}, nil
+}
+
+// saveInto saves a VM. Its disk becomes a layer, of which the VM gets an overlay that
+// has the disk's name from then on. Until that moment the layer is but another name of
+// the disk, so neither can be lost.
+func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Draft, layer string) (shim.Saved, error) {
+	unlock, err := m.lockLayers(ctx)
+	if err != nil {
+		return shim.Saved{}, err
+	}
+	defer unlock()
+	if err := m.addLayer(vm.DiskPath, layer); err != nil {
+		return shim.Saved{}, err
+	}
+	if err := os.Link(vm.DiskPath, draft.Path(snapshot.DiskFile)); err != nil {
+		return shim.Saved{}, err
+	}
+	overlay := vm.DiskPath + ".new"
+	defer func() { _ = os.Remove(overlay) }() // unless it has got the disk's name
+	_ = os.Remove(overlay)
+	err = disk.CreateOverlay(ctx, disk.Overlay{Path: overlay, Base: m.layerPath(layer), BaseFormat: disk.QCOW2})
+	if err != nil {
+		return shim.Saved{}, err
+	}
+	return shim.NewClient(m.runtimeDir(vm.ID)).Save(ctx, shim.Save{
+		Memory: draft.Path(snapshot.MemoryFile),
+		State:  draft.Path(snapshot.StateFile),
+		Drives: []shim.SavedDrive{{Number: 0, Layer: m.layerPath(layer), Overlay: overlay, Path: vm.DiskPath}},
+	})
+}
+
+// Snapshots lists the snapshots, the oldest first.
+func (m *Manager) Snapshots(context.Context) ([]smolvm.Snapshot, error) {
+	all, err := m.snapshots.List()
+	if err != nil {
+		return nil, err
+	}
+	infos := make([]smolvm.Snapshot, 0, len(all))
+	for _, one := range all {
+		info, err := snapshotInfo(one)
+		if err != nil {
+			return nil, err
+		}
+		infos = append(infos, info)
+	}
+	return infos, nil
+}
+
+func snapshotInfo(found snapshot.Snapshot) (smolvm.Snapshot, error) {
+	var meta snapshotMeta
+	if err := json.Unmarshal(found.Meta, &meta); err != nil {
+		return smolvm.Snapshot{}, fmt.Errorf("snapshot %q: %w", found.Name, err)
+	}
+	return smolvm.Snapshot{
+		Name: found.Name, VMID: meta.VMID, Config: meta.Config, Image: meta.Image,
+		Backend: meta.Hardware.Backend, Accelerator: meta.Hardware.Accelerator,
+		Pause: meta.Pause, Synced: meta.Synced, Size: found.Size, CreatedAt: found.CreatedAt,
+	}, nil
+}
+
+// RemoveSnapshot removes a snapshot. VMs that were restored from it go on. The error
+// matches [smolvm.ErrSnapshotNotFound].
+func (m *Manager) RemoveSnapshot(ctx context.Context, name string) error {
+	if err := m.snapshots.Remove(name); err != nil {
+		return snapshotError(err)
+	}
+	return m.reclaimLayers(ctx)
+}
+
+// RestoreOptions are the options of [Manager.RestoreSnapshot].
+type RestoreOptions struct {
+	// ID of the VM. Empty: that of the VM which the snapshot was taken of, if there
+	// is none of that id any more, else a new one.
+	ID string
+	// Ephemeral as in [smolvm.VMConfig].
+	Ephemeral bool
+	// Start says how to start it. Cold boots from the snapshot's disk.
+	Start StartOptions
+}
+
+// RestoreSnapshot makes a VM that goes on where a snapshot was taken, with an identity
+// of its own. If the memory can't be had, because it is damaged or the VMM has been
+// upgraded since, the VM boots from the snapshot's disk, and a warning says so. On
+// failure there is no new VM.
+func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts RestoreOptions) (smolvm.VMInfo, error) {
+	found, err := m.snapshots.Get(name)
+	if err != nil {
+		return smolvm.VMInfo{}, snapshotError(err)
+	}
+	var meta snapshotMeta
+	if err := json.Unmarshal(found.Meta, &meta); err != nil {
+		return smolvm.VMInfo{}, fmt.Errorf("snapshot %q: %w", name, err)
+	}
+	from := savedGuest{
+		rung:      smolvm.RungSnapshot,
+		source:    name,
+		files:     vmm.Restore{Memory: found.Path(snapshot.MemoryFile), State: found.Path(snapshot.StateFile)},
+		base:      m.layerPath(meta.Layer),
+		inSession: true,
+	}
+	damage := m.snapshots.Verify(ctx, found, m.bootID())
+	return m.revive(ctx, meta, from, damage, opts)
+}
+
+// revive makes a VM of a saved one. Damage is why its memory can't be used, if not nil.
+func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from savedGuest, damage error, opts RestoreOptions) (smolvm.VMInfo, error) {
+	config := meta.Config
+	config.ID = opts.ID
+	if config.ID == "" {
+		config.ID = meta.VMID
+		if _, err := m.store.GetVM(ctx, meta.VMID); err == nil {
+			config.ID = smolvm.NewID()
+		}
+	}
+	if config.ID != meta.VMID {
+		config.Hostname = ""
+		config.PortForwards = append([]smolvm.PortForward(nil), config.PortForwards...)
+		for i := range config.PortForwards {
+			config.PortForwards[i].HostPort = 0 // that of the other VM is taken
+		}
+	}
+	config.Ephemeral = opts.Ephemeral
+	config = config.WithDefaults()
+	vm, err := m.create(ctx, config, meta.Image, from.base)
+	if err != nil {
+		return smolvm.VMInfo{}, err
+	}
+	if damage == nil {
+		damage = m.compatible(ctx, vm, meta.Hardware)
+	}
+	info, err := m.startFrom(ctx, vm.ID, opts.Start, &from, damage)
+	if err != nil {
+		return smolvm.VMInfo{}, errors.Join(err, m.Delete(context.WithoutCancel(ctx), vm.ID))
+	}
+	return info, nil
+}
+
+// compatible says why a VM can't go on from memory that was saved on some hardware.
+func (m *Manager) compatible(ctx context.Context, vm store.VM, saved hardware) error {
+	machine, err := m.vmmConfig(ctx, vm, m.host.Accelerator(ctx).Name)
+	if err != nil {
+		return err
+	}
+	now, err := m.hardwareOf(vm.Backend, machine)
+	if err != nil {
+		return err
+	}
+	was, _ := json.Marshal(saved)
+	is, _ := json.Marshal(now)
+	if string(was) != string(is) {
+		return fmt.Errorf("it was saved by another VMM or on another host: %s then, %s now", was, is)
+	}
+	return nil
+}
+
+// ForkOptions are the options of [Manager.Fork].
+type ForkOptions struct {
+	// Count is how many children to make. Zero: one.
+	Count int
+	// IDs of the children. Those that are not given are made up.
+	IDs []string
+	// Start says how to start them.
+	Start StartOptions
+}
+
+// Forked is what came of a fork.
+type Forked struct {
+	// Pause is how long the parent was held, in nanoseconds in JSON.
+	Pause    time.Duration   `json:"pause_ns"`
+	Children []smolvm.VMInfo `json:"children"`
+}
+
+// Fork makes children of a running VM: each goes on where the parent is, with an
+// identity of its own. The parent goes on too. It is all or nothing.
+func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked, error) {
+	began := time.Now()
+	count := max(opts.Count, len(opts.IDs), 1)
+	draft, meta, err := m.save(ctx, id, "fork-"+newRun())
+	if err != nil {
+		return Forked{}, err
+	}
+	// The children have its memory mapped, and its disk is a layer.
+	defer func() { _ = draft.Discard() }()
+	from := savedGuest{
+		rung:      smolvm.RungSnapshot,
+		source:    id,
+		files:     vmm.Restore{Memory: draft.Path(snapshot.MemoryFile), State: draft.Path(snapshot.StateFile)},
+		base:      m.layerPath(meta.Layer),
+		inSession: true,
+	}
+	forked := Forked{Pause: meta.Pause, Children: make([]smolvm.VMInfo, count)}
+	group, groupCtx := errgroup.WithContext(ctx)
+	for i := range count {
+		restore := RestoreOptions{ID: smolvm.NewID(), Start: opts.Start}
+		if i < len(opts.IDs) {
+			restore.ID = opts.IDs[i]
+		}
+		group.Go(func() (err error) {
+			forked.Children[i], err = m.revive(groupCtx, meta, from, nil, restore)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		for _, child := range forked.Children {
+			if child.ID != "" {
+				err = errors.Join(err, m.Delete(context.WithoutCancel(ctx), child.ID))
+			}
+		}
+		return Forked{}, fmt.Errorf("fork VM %q: %w", id, errors.Join(err, m.reclaimLayers(context.WithoutCancel(ctx))))
+	}
+	m.note(ctx, id, "fork", began, fmt.Sprintf("%d", count))
+	return forked, nil
+}
+
+// baseLayer is the layer that a disk is based on; empty if it is none.
+func (m *Manager) baseLayer(diskPath string) string {
+	info, err := disk.Probe(diskPath)
+	if err != nil || filepath.Dir(info.Backing) != filepath.Join(m.dataDir, layersName) {
+		return ""
+	}
+	return info.Backing
+}
