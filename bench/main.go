@@ -45,6 +45,8 @@ type bench struct {
 	m    *manager.Manager
 	dir  string
 	rows [][3]string
+
+	coldStart, clone time.Duration // medians
 }
 
 func run(ctx context.Context) error {
@@ -72,7 +74,7 @@ func run(ctx context.Context) error {
 		return err
 	}
 	b := &bench{ctx: ctx, m: m, dir: dir}
-	for _, step := range []func() error{b.calls, b.cold, b.warm, b.command(program), b.list} {
+	for _, step := range []func() error{b.calls, b.cold, b.warm, b.starts, b.pool, b.forks, b.together, b.command(program), b.list} {
 		if err := step(); err != nil {
 			return err
 		}
@@ -107,6 +109,15 @@ func median(times []time.Duration) time.Duration {
 	sorted := slices.Sorted(slices.Values(times))
 	return sorted[len(sorted)/2]
 }
+
+// p95 is what 95 of 100 stay below.
+func p95(times []time.Duration) time.Duration {
+	sorted := slices.Sorted(slices.Values(times))
+	return sorted[(len(sorted)*95-1)/100]
+}
+
+// both are the median and the 95th percentile, in words.
+func both(times []time.Duration) string { return ms(median(times)) + ", p95 " + ms(p95(times)) }
 
 func ms(d time.Duration) string {
 	return strconv.FormatFloat(float64(d)/float64(time.Millisecond), 'g', 3, 64) + " ms"
@@ -176,7 +187,7 @@ func (b *bench) start() (smolvm.VMInfo, error) {
 	if err != nil {
 		return vm, err
 	}
-	return b.m.Start(b.ctx, vm.ID, manager.StartOptions{})
+	return b.m.Start(b.ctx, vm.ID, manager.StartOptions{Cold: true})
 }
 
 func (b *bench) exec(id string) error {
@@ -201,7 +212,7 @@ func (b *bench) warm() error {
 	case <-b.ctx.Done():
 		return b.ctx.Err()
 	}
-	pss, err := proportionalSize(vm.ShimPID)
+	pss, err := memoryOf(vm.ShimPID, "Pss:")
 	if err != nil {
 		return err
 	}
@@ -232,18 +243,25 @@ func (b *bench) warm() error {
 	return nil
 }
 
-// proportionalSize is a process's share of memory, in kB.
-func proportionalSize(pid int) (int, error) {
+// memoryOf sums up some of the sizes that the kernel tells of a process, in kB; see
+// proc_pid_smaps(5).
+func memoryOf(pid int, names ...string) (sum int, err error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
 		return 0, err
 	}
 	for line := range strings.Lines(string(text)) {
-		if fields := strings.Fields(line); fields[0] == "Pss:" {
-			return strconv.Atoi(fields[1])
+		fields := strings.Fields(line)
+		if !slices.Contains(names, fields[0]) {
+			continue
 		}
+		size, err := strconv.Atoi(fields[1])
+		if err != nil {
+			return 0, err
+		}
+		sum += size
 	}
-	return 0, fmt.Errorf("no size of process %d", pid)
+	return sum, nil
 }
 
 // command measures the CLI as a whole process.

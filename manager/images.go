@@ -51,8 +51,9 @@ func (m *Manager) Image(ctx context.Context, ref string) (smolvm.Image, error) {
 	return m.images.Get(ctx, ref)
 }
 
-// RemoveImage removes an image. The error matches [smolvm.ErrImageInUse] if a VM,
-// or a disk that was retained from one, is based on it.
+// RemoveImage removes an image, and the templates of it. The error matches
+// [smolvm.ErrImageInUse] if a VM, a snapshot or a pool, or a disk that was retained
+// from a VM, is based on it.
 func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
 	found, err := m.findImage(ctx, ref)
 	if err != nil {
@@ -65,7 +66,25 @@ func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
 	if by := users[found.Digest]; len(by) > 0 {
 		return fmt.Errorf("remove image %q: %w by %s; delete them first", ref, smolvm.ErrImageInUse, strings.Join(by, ", "))
 	}
-	return m.images.Remove(ctx, found.Digest)
+	if err := m.images.Remove(ctx, found.Digest); err != nil {
+		return err
+	}
+	return m.dropTemplatesOf(ctx, []smolvm.Image{found})
+}
+
+// dropTemplatesOf removes the templates of images that are gone.
+func (m *Manager) dropTemplatesOf(ctx context.Context, gone []smolvm.Image) error {
+	templates, err := m.Templates(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, template := range templates {
+		if slices.ContainsFunc(gone, func(i smolvm.Image) bool { return i.Digest == template.Image }) {
+			errs = append(errs, m.RemoveTemplate(ctx, template.ID))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // findImage finds an image even if it is damaged, by its digest then.
@@ -94,7 +113,8 @@ func (m *Manager) PruneImages(ctx context.Context) ([]smolvm.Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("prune images: %w", err)
 	}
-	return m.images.Prune(ctx, func(i smolvm.Image) bool { return len(i.Names) > 0 || len(users[i.Digest]) > 0 })
+	gone, err := m.images.Prune(ctx, func(i smolvm.Image) bool { return len(i.Names) > 0 || len(users[i.Digest]) > 0 })
+	return gone, errors.Join(err, m.dropTemplatesOf(ctx, gone))
 }
 
 // imageUsers says by digest what is based on an image, in words.
@@ -111,6 +131,20 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 			users[vm.Image] = append(users[vm.Image], "VM "+vm.ID)
 		}
 	}
+	snapshots, err := m.Snapshots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, snapshot := range snapshots {
+		users[snapshot.Image] = append(users[snapshot.Image], "snapshot "+snapshot.Name)
+	}
+	pools, err := m.store.Pools(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, pool := range pools {
+		users[pool.Config.Image] = append(users[pool.Config.Image], "pool "+pool.ID)
+	}
 	images, err := m.images.List(ctx)
 	if err != nil {
 		return nil, err
@@ -123,16 +157,24 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 		if own[path] {
 			continue
 		}
-		info, err := disk.Probe(path)
-		if err != nil {
-			continue // no disk of ours
-		}
-		i := slices.IndexFunc(images, func(i smolvm.Image) bool { return i.RootfsPath == info.Backing })
+		root := rootOf(path)
+		i := slices.IndexFunc(images, func(i smolvm.Image) bool { return i.RootfsPath == root })
 		if i >= 0 {
 			users[images[i].Digest] = append(users[images[i].Digest], "retained disk "+filepath.Base(path))
 		}
 	}
 	return users, nil
+}
+
+// rootOf is what the disk that a disk is based on is based on, and so on to the end.
+func rootOf(path string) string {
+	for {
+		info, err := disk.Probe(path)
+		if err != nil || info.Backing == "" {
+			return path
+		}
+		path = info.Backing
+	}
 }
 
 // ensureImage finds the image of a new VM, and builds it if it is the default one

@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cli"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -86,8 +88,9 @@ func params(dir string, setup func(*testscript.Env) error) testscript.Params {
 		Dir:   dir,
 		Setup: setup,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"status": status,
-			"fetch":  fetch,
+			"status":  status,
+			"fetch":   fetch,
+			"endpool": endPool,
 		},
 		UpdateScripts:       *update,
 		RequireExplicitExec: true,
@@ -113,6 +116,20 @@ func status(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want {
 		ts.Fatalf("exit status %d, want %d", got, want)
 	}
+}
+
+// endpool ends the only pool.
+func endPool(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: endpool")
+	}
+	ts.Check(ts.Exec("smolvm", "pool", "ls", "--json"))
+	var pools []smolvm.Pool
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &pools))
+	if len(pools) != 1 {
+		ts.Fatalf("pools are %+v", pools)
+	}
+	ts.Check(ts.Exec("smolvm", "pool", "rm", pools[0].ID))
 }
 
 // fetch FILE prints the page of the HTTP server whose address is in a file.

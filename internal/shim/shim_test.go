@@ -152,7 +152,7 @@ func TestReadyByAgent(t *testing.T) {
 	for _, step := range launched.Timeline {
 		steps = append(steps, step.Name)
 	}
-	if got, want := strings.Join(steps, ", "), "network, VMM, agent, ready"; got != want {
+	if got, want := strings.Join(steps, ", "), "VMM, agent, ready"; got != want {
 		t.Errorf("timeline is %s, want %s", got, want)
 	}
 	if !proc.Alive(launched.PID, launched.Start) || !proc.Alive(launched.VMMPID, launched.VMMStart) {

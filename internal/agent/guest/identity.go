@@ -98,14 +98,11 @@ func (a *agent) setBootID(id string) error {
 // start that wait for it.
 func (a *agent) connect(network wire.Network, release func()) {
 	defer release()
-	err := a.loadLate()
-	if err != nil {
+	if err := a.loadLate(); err != nil {
 		a.say(err.Error())
 	}
-	if err = a.network.setUp(network); err == nil {
-		err = a.listenTCP()
-	}
-	if err != nil {
+	// Before the network is up, as who connects too early would be refused.
+	if err := errors.Join(a.listenTCP(), a.network.setUp(network)); err != nil {
 		a.say(err.Error())
 	}
 }

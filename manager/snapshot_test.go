@@ -1,0 +1,286 @@
+package manager_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// counter counts seconds in the guest's memory, and writes them down where no disk is.
+const counter = `cat > /run/count.sh <<'.'
+i=0; while :; do i=$((i+1)); echo $i > /run/count; sleep 1; done
+.
+sh /run/count.sh >/dev/null 2>&1 &`
+
+func TestPause(t *testing.T) {
+	m := openReal(t)
+	vm := mustRun(t, m, smolvm.VMConfig{})
+	if _, err := m.Resume(t.Context(), vm.ID); !errors.Is(err, smolvm.ErrInvalidState) {
+		t.Errorf("resuming a running VM: %v", err)
+	}
+	paused, err := m.Pause(t.Context(), vm.ID)
+	if err != nil || paused.State != smolvm.StatePaused {
+		t.Fatalf("state is %s, %v", paused.State, err)
+	}
+	if _, err := m.Pause(t.Context(), vm.ID); !errors.Is(err, smolvm.ErrInvalidState) {
+		t.Errorf("pausing a paused VM: %v", err)
+	}
+	if _, err := m.Exec(t.Context(), vm.ID, smolvm.Command{Args: []string{"true"}}); !errors.Is(err, smolvm.ErrInvalidState) {
+		t.Errorf("exec in a paused VM: %v", err)
+	}
+	time.Sleep(3 * time.Second) // the guest's clock stands still for that long
+	resumed, err := m.Resume(t.Context(), vm.ID)
+	if err != nil || resumed.State != smolvm.StateRunning {
+		t.Fatalf("state is %s, %v", resumed.State, err)
+	}
+	hasCorrectClock(t, m, vm.ID)
+	if _, err := m.Pause(t.Context(), vm.ID); err != nil {
+		t.Fatal(err)
+	}
+	stopped, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{})
+	if err != nil || stopped.State != smolvm.StateStopped || !strings.Contains(stopped.Cause, "powered off") {
+		t.Errorf("stopping a paused VM: %s, %q, %v", stopped.State, stopped.Cause, err)
+	}
+}
+
+// Children go on where their parent is, and none is another's twin. The parent goes on,
+// and can be forked and saved again.
+func TestFork(t *testing.T) {
+	m := openReal(t)
+	parent := mustRun(t, m, smolvm.VMConfig{ID: "parent", PortForwards: []smolvm.PortForward{{GuestPort: 80}}})
+	sh(t, m, "parent", "echo before > /root/file; "+counter)
+	forked, err := m.Fork(t.Context(), "parent", manager.ForkOptions{Count: 2, IDs: []string{"child"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if forked.Pause <= 0 || forked.Pause > 10*time.Second || len(forked.Children) != 2 || forked.Children[0].ID != "child" {
+		t.Errorf("forked: %+v", forked)
+	}
+	sh(t, m, "parent", "echo after > /root/file; sync")
+	seen := map[string]string{}
+	for _, vm := range append(forked.Children, parent) {
+		if vm.ID != "parent" {
+			report := startReport(t, vm, smolvm.RungSnapshot)
+			if len(report.Warnings) > 0 || len(report.Verified) < 6 {
+				t.Errorf("report of VM %s is %+v", vm.ID, report)
+			}
+			if got := sh(t, m, vm.ID, "cat /root/file; echo own > /root/file; pidof sleep | wc -w"); got != "before\n1" {
+				t.Errorf("VM %s says %q", vm.ID, got)
+			}
+			hasCorrectClock(t, m, vm.ID)
+		}
+		before := sh(t, m, vm.ID, "cat /run/count")
+		if got := sh(t, m, vm.ID, "sleep 2; cat /run/count"); got == before || before == "0" {
+			t.Errorf("in VM %s the count is %s, then %s", vm.ID, before, got)
+		}
+		for _, line := range strings.Split(sh(t, m, vm.ID, identityOf), "\n") {
+			if other := seen[line]; other != "" {
+				t.Errorf("VMs %s and %s have %q in common", vm.ID, other, line)
+			}
+			seen[line] = vm.ID
+		}
+	}
+	if got := sh(t, m, "parent", "cat /root/file"); got != "after" {
+		t.Errorf("the parent's file says %q", got)
+	}
+	again, err := m.Fork(t.Context(), "parent", manager.ForkOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, again.Children[0].ID, "cat /root/file"); got != "after" {
+		t.Errorf("a later child's file says %q", got)
+	}
+	// The chain of disks holds for cold boots too.
+	for _, id := range []string{"child", "parent"} {
+		if _, err := m.Stop(t.Context(), id, manager.StopOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.Start(t.Context(), id, manager.StartOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := sh(t, m, "parent", "cat /root/file") + sh(t, m, "child", "cat /root/file"); got != "afterown" {
+		t.Errorf("after a restart the files say %q", got)
+	}
+	if _, err := m.Fork(t.Context(), "parent", manager.ForkOptions{IDs: []string{"a", "child"}}); !errors.Is(err, smolvm.ErrVMAlreadyExists) {
+		t.Errorf("a fork under an id that is taken: %v", err)
+	}
+	if _, err := m.Get(t.Context(), "a"); !errors.Is(err, smolvm.ErrVMNotFound) {
+		t.Errorf("a fork that failed has left a child: %v", err)
+	}
+}
+
+func TestSnapshot(t *testing.T) {
+	m := openReal(t)
+	mustRun(t, m, smolvm.VMConfig{ID: "vm", Env: map[string]string{"WORD": "kept"}})
+	sh(t, m, "vm", "echo one > /root/file; "+counter)
+	taken, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "one"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if taken.Name != "one" || taken.VMID != "vm" || taken.Pause <= 0 || !taken.Synced || taken.Size == 0 {
+		t.Errorf("snapshot is %+v", taken)
+	}
+	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "one"}); !errors.Is(err, smolvm.ErrSnapshotAlreadyExists) {
+		t.Errorf("a name that is taken: %v", err)
+	}
+	sh(t, m, "vm", "echo two > /root/file")
+	if _, err := m.Pause(t.Context(), "vm"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "two"}); err != nil {
+		t.Fatal(err)
+	}
+	if vm, err := m.Get(t.Context(), "vm"); err != nil || vm.State != smolvm.StatePaused {
+		t.Errorf("a paused VM is %s after a snapshot, %v", vm.State, err)
+	}
+
+	beside, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	startReport(t, beside, smolvm.RungSnapshot)
+	if beside.ID == "vm" || sh(t, m, beside.ID, "cat /root/file; echo $WORD; hostname") != "one\nkept\n"+beside.ID {
+		t.Errorf("restored: %+v", beside)
+	}
+	if _, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{ID: "vm"}); !errors.Is(err, smolvm.ErrVMAlreadyExists) {
+		t.Errorf("restored over a VM: %v", err)
+	}
+	if err := m.Delete(t.Context(), "vm"); err != nil {
+		t.Fatal(err)
+	}
+	same, err := m.RestoreSnapshot(t.Context(), "two", manager.RestoreOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	startReport(t, same, smolvm.RungSnapshot)
+	if got := sh(t, m, "vm", "cat /root/file"); same.ID != "vm" || got != "two" {
+		t.Errorf("restored as %s: %q", same.ID, got)
+	}
+	all, err := m.Snapshots(t.Context())
+	if err != nil || len(all) != 2 || all[0].Name != "one" {
+		t.Errorf("snapshots are %+v, %v", all, err)
+	}
+
+	// Memory that is of no use: the disk alone will do, and a warning says so.
+	if err := flipByte(filepath.Join(m.DataDir(), "snapshots", "one", "memory")); err != nil {
+		t.Fatal(err)
+	}
+	booted, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{ID: "booted"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	report := startReport(t, booted, smolvm.RungCold)
+	if len(report.Warnings) != 1 || !strings.Contains(report.Warnings[0], "damaged") {
+		t.Errorf("warnings are %q", report.Warnings)
+	}
+	if got := sh(t, m, "booted", "cat /root/file"); got != "one" {
+		t.Errorf("from its disk the VM says %q", got)
+	}
+
+	for _, name := range []string{"one", "two"} {
+		if err := m.RemoveSnapshot(t.Context(), name); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := m.RemoveSnapshot(t.Context(), "one"); !errors.Is(err, smolvm.ErrSnapshotNotFound) {
+		t.Errorf("removing what is not there: %v", err)
+	}
+	if _, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{}); !errors.Is(err, smolvm.ErrSnapshotNotFound) {
+		t.Errorf("restoring what is not there: %v", err)
+	}
+	if got := sh(t, m, beside.ID, "cat /root/file"); got != "one" {
+		t.Errorf("without its snapshot a VM says %q", got)
+	}
+}
+
+// What can't be saved is refused before anything is made.
+func TestSnapshotRefusals(t *testing.T) {
+	m := openReal(t)
+	drive := filepath.Join(tempDir(t), "drive")
+	if err := os.WriteFile(drive, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, m, smolvm.VMConfig{ID: "drive", Drives: []smolvm.Drive{{Path: drive}}})
+	mustCreate(t, m, smolvm.VMConfig{ID: "still"})
+	for id, want := range map[string]error{
+		"drive": smolvm.ErrUnsupported, "still": smolvm.ErrInvalidState, "nobody": smolvm.ErrVMNotFound,
+	} {
+		if _, err := m.CreateSnapshot(t.Context(), id, manager.SnapshotOptions{}); !errors.Is(err, want) {
+			t.Errorf("snapshot of VM %q: %v, want %v", id, err, want)
+		}
+		if _, err := m.Fork(t.Context(), id, manager.ForkOptions{}); !errors.Is(err, want) {
+			t.Errorf("fork of VM %q: %v, want %v", id, err, want)
+		}
+	}
+	if _, err := m.CreateSnapshot(t.Context(), "drive", manager.SnapshotOptions{Name: "../x"}); err == nil {
+		t.Error("a snapshot may be called ../x")
+	}
+	checkEmpty(t, filepath.Join(m.DataDir(), "snapshots"))
+}
+
+// A pool's VMs take on the identity of those that claim them.
+func TestPool(t *testing.T) {
+	m := openFast(t)
+	if _, err := m.SetPool(t.Context(), manager.PoolOptions{}); err == nil {
+		t.Error("a pool of no VMs was made")
+	}
+	pool, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 2})
+	if err != nil || pool.Ready != 2 {
+		t.Fatalf("pool is %+v, %v", pool, err)
+	}
+	var vms []smolvm.VMInfo
+	for _, id := range []string{"a", "b"} {
+		vm := mustRun(t, m, smolvm.VMConfig{ID: id})
+		startReport(t, vm, smolvm.RungPool)
+		vms = append(vms, vm)
+	}
+	seen := map[string]string{}
+	for _, vm := range vms {
+		hasCorrectClock(t, m, vm.ID)
+		for _, line := range strings.Split(sh(t, m, vm.ID, identityOf), "\n") {
+			if other := seen[line]; other != "" {
+				t.Errorf("VMs %s and %s have %q in common", vm.ID, other, line)
+			}
+			seen[line] = vm.ID
+		}
+	}
+	// It is a VM like any other: it can be saved, stopped, and started again.
+	sh(t, m, "a", "echo mine > /root/file")
+	forked, err := m.Fork(t.Context(), "a", manager.ForkOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, forked.Children[0].ID, "cat /root/file"); got != "mine" {
+		t.Errorf("a fork of it says %q", got)
+	}
+	sh(t, m, "a", "echo more >> /root/file; sync")
+	if _, err := m.Stop(t.Context(), "a", manager.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Start(t.Context(), "a", manager.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, "a", "cat /root/file"); got != "mine\nmore" {
+		t.Errorf("after a restart the file says %q", got)
+	}
+	// What was taken is made again.
+	if pool, err = m.SetPool(t.Context(), manager.PoolOptions{Size: 2}); err != nil || pool.Ready != 2 {
+		t.Errorf("pool is %+v, %v", pool, err)
+	}
+	if err := m.RemovePool(t.Context(), pool.ID); err != nil {
+		t.Error(err)
+	}
+	if pools, err := m.Pools(t.Context()); err != nil || len(pools) != 0 {
+		t.Errorf("pools are %+v, %v", pools, err)
+	}
+	if err := m.RemovePool(t.Context(), pool.ID); !errors.Is(err, smolvm.ErrPoolNotFound) {
+		t.Errorf("removing what is not there: %v", err)
+	}
+}
