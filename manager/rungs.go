@@ -187,7 +187,7 @@ func (s *starting) missed(ctx context.Context, rung smolvm.Rung, source string, 
 // cold boots the VM, from a disk as it was before other rungs were tried.
 func (s *starting) cold(ctx context.Context, from *savedGuest) error {
 	if s.touched {
-		base, format := "", ""
+		var base, format string
 		if from != nil {
 			base, format = from.base, disk.QCOW2
 		} else {

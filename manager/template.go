@@ -401,13 +401,22 @@ func (m *Manager) templateInfo(found snapshot.Snapshot) (smolvm.Template, error)
 		return smolvm.Template{}, fmt.Errorf("template %s: %w", found.Name, err)
 	}
 	r := meta.Recipe
-	now, err := m.hardwareOf(r.Hardware.Backend, vmm.Config{Accelerator: r.Hardware.Accelerator})
 	return smolvm.Template{
 		ID: found.Name, Image: r.Image, VCPUs: r.Hardware.VCPUs, MemoryMiB: r.Hardware.MemoryMiB,
 		DiskSizeMiB: r.DiskSizeMiB, WarmUp: r.WarmUp, Backend: r.Hardware.Backend, Accelerator: r.Hardware.Accelerator,
-		Stale: r.Format != templateFormat || err != nil || now.Program != r.Hardware.Program || now.CPU != r.Hardware.CPU || now.Layout != r.Hardware.Layout,
-		Size:  found.Size, CreatedAt: found.CreatedAt, UsedAt: found.UsedAt,
+		Stale: m.stale(r), Size: found.Size, CreatedAt: found.CreatedAt, UsedAt: found.UsedAt,
 	}, nil
+}
+
+// stale tells whether no start can be a clone of a recipe's template any more, because
+// the host or the program has changed.
+func (m *Manager) stale(r recipe) bool {
+	now, err := m.hardwareOf(r.Hardware.Backend, vmm.Config{Accelerator: r.Hardware.Accelerator})
+	if err != nil {
+		return true
+	}
+	then := r.Hardware
+	return r.Format != templateFormat || now.Program != then.Program || now.CPU != then.CPU || now.Layout != then.Layout
 }
 
 // RemoveTemplate removes a template. VMs that were cloned from it go on. The error

@@ -49,7 +49,7 @@ func room(path string) string {
 		return ""
 	}
 	first, _, _ := strings.Cut(inner, "/")
-	if slices.Contains([]string{"store", "network", "image", "disk", "agent", "vmm", "host"}, first) {
+	if slices.Contains([]string{"store", "network", "image", "disk", "agent", "vmm", "host", "snapshot"}, first) {
 		return first
 	}
 	return ""

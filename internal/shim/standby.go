@@ -109,7 +109,8 @@ func (s *shim) awaitClaim(ctx context.Context, listener net.Listener) (bool, err
 	for {
 		conn, err := listener.Accept()
 		if err != nil {
-			return false, nil //nolint:nilerr // it was closed: nobody wants the VM any more
+			// It was closed: nobody wants the VM any more.
+			return false, nil
 		}
 		unixConn, ok := conn.(*net.UnixConn)
 		if !ok {
