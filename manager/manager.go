@@ -77,7 +77,7 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Manager{
+	m := &Manager{
 		dataDir:   dataDir,
 		socketDir: socketDir,
 		backend:   backend,
@@ -90,7 +90,11 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 		actor:     fmt.Sprintf("%s[%d]", filepath.Base(os.Args[0]), os.Getpid()),
 		clients:   map[string]*guestClient{},
 		owned:     map[string]*os.File{},
-	}, nil
+	}
+	if err := m.openPool(ctx); err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	return m, nil
 }
 
 // FromID opens a Manager and checks that it has a VM of that id, to attach to a VM

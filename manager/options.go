@@ -33,7 +33,8 @@ type Config struct {
 	AgentPath string
 	// Templates says what is kept to make the next start fast.
 	Templates TemplateConfig
-	// Pool, if its Size is not zero, is made when the Manager is opened.
+	// Pool, if its Size is not zero, keeps VMs ready as [Manager.SetPool] does. It is
+	// filled in the background, and lasts until [Manager.RemovePool].
 	Pool PoolOptions
 	// Progress is told how the building of an image goes on; it may be nil.
 	Progress func(Progress)

@@ -75,6 +75,22 @@ func (m *Manager) SetPool(ctx context.Context, opts PoolOptions) (smolvm.Pool, e
 	return m.poolInfo(ctx, id)
 }
 
+// openPool makes the pool that the configuration wants, and has it filled while the
+// caller goes on.
+func (m *Manager) openPool(ctx context.Context) error {
+	if m.config.Pool.Size == 0 {
+		return nil
+	}
+	id, err := m.definePool(ctx, m.config.Pool)
+	if err == nil && len(m.slots(id)) < m.config.Pool.Size {
+		err = m.startTaskAside(task{Pool: id}, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("open pool: %w", err)
+	}
+	return nil
+}
+
 // definePool writes down what pool there is to be.
 func (m *Manager) definePool(ctx context.Context, opts PoolOptions) (string, error) {
 	if opts.Size < 1 || opts.Size > maxPool {

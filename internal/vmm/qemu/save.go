@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"time"
 
@@ -163,8 +164,9 @@ func (i *instance) cancelMigration(ctx context.Context) error {
 // saving is what a saving writes.
 type saving struct {
 	memory, state *os.File
-	theirs        *os.File   // QEMU's end of the stream
-	done          chan error // receives the result of splitting the stream
+	stream        *net.UnixConn // what QEMU writes
+	theirs        *os.File      // QEMU's end of it
+	done          chan error    // receives the result of splitting the stream
 }
 
 func (i *instance) openSaving(opts vmm.SaveOptions) (*saving, error) {
@@ -182,16 +184,13 @@ func (i *instance) openSaving(opts vmm.SaveOptions) (*saving, error) {
 		s.done <- nil
 		return nil, errors.Join(err, s.close(true))
 	}
-	stream, theirs, err := pair()
-	if err != nil {
+	if s.stream, s.theirs, err = pair(); err != nil {
 		s.done <- nil
 		return nil, errors.Join(err, s.close(true))
 	}
-	s.theirs = theirs
 	go func() {
-		// Closing it on failure is what makes QEMU give up.
-		err := splitStream(stream, s.state, s.memory)
-		_ = stream.Close()
+		err := splitStream(s.stream, s.state, s.memory)
+		_ = s.stream.Close() // on failure this makes QEMU give up
 		s.done <- err
 	}()
 	return s, nil
@@ -208,6 +207,9 @@ func (s *saving) wait() error {
 func (s *saving) close(failed bool) error {
 	if s.theirs != nil {
 		_ = s.theirs.Close()
+	}
+	if failed && s.stream != nil {
+		_ = s.stream.Close() // QEMU may have kept its end open
 	}
 	_ = s.wait()
 	var errs []error
