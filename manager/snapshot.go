@@ -28,7 +28,13 @@ type snapshotMeta struct {
 	// Layer is the name of the disk's layer.
 	Layer  string        `json:"layer"`
 	Pause  time.Duration `json:"pause_ns"`
+	Held   bool          `json:"held,omitempty"` // as in [vmm.Saved]
 	Synced bool          `json:"synced"`
+}
+
+// restore is how the guest's memory is had from the files of a snapshot.
+func (meta snapshotMeta) restore(path func(file string) string) vmm.Restore {
+	return vmm.Restore{Memory: path(snapshot.MemoryFile), State: path(snapshot.StateFile), Held: meta.Held}
 }
 
 // SnapshotOptions are the options of [Manager.CreateSnapshot].
@@ -105,7 +111,7 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 		ctx := context.WithoutCancel(ctx)
 		return nil, meta, errors.Join(fmt.Errorf("snapshot VM %q: %w", id, err), draft.Discard(), m.reclaimLayers(ctx))
 	}
-	meta.Pause, meta.Synced = saved.Pause, saved.Synced
+	meta.Pause, meta.Held, meta.Synced = saved.Pause, saved.Held, saved.Synced
 	return draft, meta, nil
 }
 
@@ -227,7 +233,7 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts Restore
 	from := savedGuest{
 		rung:      smolvm.RungSnapshot,
 		source:    name,
-		files:     vmm.Restore{Memory: found.Path(snapshot.MemoryFile), State: found.Path(snapshot.StateFile)},
+		files:     meta.restore(found.Path),
 		base:      m.layerPath(meta.Layer),
 		inSession: true,
 	}
@@ -317,7 +323,7 @@ func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked
 	from := savedGuest{
 		rung:      smolvm.RungSnapshot,
 		source:    id,
-		files:     vmm.Restore{Memory: draft.Path(snapshot.MemoryFile), State: draft.Path(snapshot.StateFile)},
+		files:     meta.restore(draft.Path),
 		base:      m.layerPath(meta.Layer),
 		inSession: true,
 	}

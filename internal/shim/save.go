@@ -45,6 +45,7 @@ type SavedDrive struct {
 // Saved says how it went.
 type Saved struct {
 	Pause time.Duration `json:"pause_ns"`
+	Held  bool          `json:"held,omitempty"` // as in [vmm.Saved]
 	// Synced is false if the guest's file systems were not written out before, so
 	// that a disk without its memory is as after a power cut.
 	Synced bool `json:"synced"`
@@ -119,7 +120,7 @@ func (s *shim) save(ctx context.Context, save *Save) (Saved, error) {
 	if !saved.Switched {
 		s.drives.links = before
 	}
-	result.Pause = saved.Pause
+	result.Pause, result.Held = saved.Pause, saved.Held
 	return result, err
 }
 

@@ -64,7 +64,7 @@ func Known() []Traits {
 			Name:         "qemu",
 			DiskFormats:  []string{"qcow2", "raw"},
 			Accelerators: []string{KVM, TCG},
-			Layout:       1,
+			Layout:       2,
 			Programs: []Program{{
 				Names:      []string{QEMUProgram(runtime.GOARCH)},
 				MinVersion: "6.0", // the first with all the options that we use
@@ -161,6 +161,8 @@ type Restore struct {
 	// guest writes to its memory stays its own.
 	Memory string `json:"memory"`
 	State  string `json:"state"`
+	// Held is that of [Saved].
+	Held bool `json:"held,omitempty"`
 }
 
 // Backend starts VMs.
@@ -275,6 +277,9 @@ type SaveOptions struct {
 type Saved struct {
 	// Pause is how long the guest was held.
 	Pause time.Duration
+	// Held says that it had been held before, so it must be told to go on when it is
+	// restored.
+	Held bool
 	// Switched says that the guest writes to the overlays from now on. That may be so
 	// even if the saving failed in the end.
 	Switched bool

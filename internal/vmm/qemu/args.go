@@ -23,7 +23,7 @@ const (
 )
 
 // fds are the numbers that inherited files have in the VMM's process.
-type fds struct{ qmp, channel, link int }
+type fds struct{ qmp, channel, link, state int }
 
 // machineFor chooses the machine for a VM.
 func machineFor(cfg vmm.Config, arch string) string {
@@ -57,7 +57,7 @@ func args(cfg vmm.Config, machine string, fd fds) []string {
 	b.add("-smp", strconv.Itoa(cfg.VCPUs))
 	b.memory(cfg)
 	if cfg.Restore != nil {
-		b.add("-incoming", "defer")
+		b.add("-incoming", fmt.Sprintf("fd:%d", fd.state))
 	}
 	b.add("-rtc", "base=utc")
 
@@ -83,7 +83,7 @@ func args(cfg vmm.Config, machine string, fd fds) []string {
 		b.nic(*cfg.NIC, fd.link)
 	}
 	if cfg.Channel {
-		b.add("-device", b.virtio("virtio-serial"))
+		b.add("-device", b.serial())
 		b.add("-chardev", fmt.Sprintf("socket,id=channel,fd=%d", fd.channel))
 		b.add("-device", "virtserialport,chardev=channel,name="+vmm.ChannelPort)
 	}
@@ -166,6 +166,17 @@ func (b *builder) memory(cfg vmm.Config) {
 }
 
 func (b *builder) virtio(device string) string { return device + "-" + b.bus }
+
+// serial is the device of the guest channel's port. It has the fewest ports that can be:
+// port 0 is for consoles. The usual 31 are 62 queues that the guest allocates, and that
+// are all looked at when it is restored.
+func (b *builder) serial() string {
+	device := b.virtio("virtio-serial") + ",max_ports=2"
+	if b.bus == "pci" {
+		device += ",vectors=7" // an interrupt for each of the six queues, and one for changes
+	}
+	return device
+}
 
 func (b *builder) drive(index int, drive vmm.Drive) {
 	id := driveID(index)

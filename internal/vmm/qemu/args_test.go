@@ -82,7 +82,7 @@ func TestArgs(t *testing.T) {
 			},
 			want: []string{
 				"-netdev socket,id=net,fd=5 -device virtio-net-pci,netdev=net,guest_announce=off,mac=02:00:00:00:00:02,host_mtu=4000,romfile=",
-				"-device virtio-serial-pci -chardev socket,id=channel,fd=4 -device virtserialport,chardev=channel,name=smolvm.agent",
+				"-device virtio-serial-pci,max_ports=2,vectors=7 -chardev socket,id=channel,fd=4 -device virtserialport,chardev=channel,name=smolvm.agent",
 			},
 		},
 		"microvm has no PCI": {
@@ -98,6 +98,16 @@ func TestArgs(t *testing.T) {
 			},
 			not: []string{"romfile"},
 		},
+		"restored": {
+			machine: machineQ35,
+			edit: func(c *vmm.Config) {
+				c.Restore = &vmm.Restore{Memory: "/templates/a,b/memory", State: "/templates/a,b/state"}
+			},
+			want: []string{
+				"-object memory-backend-file,id=ram,size=512M,share=off,mem-path=/templates/a,,b/memory -incoming fd:6",
+			},
+			not: []string{"memory-backend-ram"},
+		},
 		"q35 needs PCI": {
 			machine: machineQ35,
 			edit:    func(c *vmm.Config) { c.BootArgs = "console=ttyS0 pci=off root=/dev/vda" },
@@ -107,7 +117,7 @@ func TestArgs(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			got := strings.Join(args(testConfig(test.edit), test.machine, fds{qmp: 3, channel: 4, link: 5}), " ")
+			got := strings.Join(args(testConfig(test.edit), test.machine, fds{qmp: 3, channel: 4, link: 5, state: 6}), " ")
 			for _, want := range test.want {
 				if !strings.Contains(got, want) {
 					t.Errorf("command line lacks %q:\n%s", want, got)
@@ -124,7 +134,7 @@ func TestArgs(t *testing.T) {
 
 func TestArgsSameTwice(t *testing.T) {
 	cfg := testConfig(func(c *vmm.Config) { c.Channel = true })
-	if a, b := args(cfg, machineQ35, fds{3, 4, 5}), args(cfg, machineQ35, fds{3, 4, 5}); !slices.Equal(a, b) {
+	if a, b := args(cfg, machineQ35, fds{qmp: 3, channel: 4, link: 5}), args(cfg, machineQ35, fds{qmp: 3, channel: 4, link: 5}); !slices.Equal(a, b) {
 		t.Errorf("two command lines of one configuration differ:\n%s\n%s", a, b)
 	}
 }

@@ -32,6 +32,8 @@ type instance struct {
 	saving    sync.Mutex  // held by Save
 	migration chan string // the states that a migration goes through
 
+	resumed chan struct{} // receives when the guest goes on
+
 	done chan struct{}
 	exit vmm.Exit // written before done is closed
 }
@@ -112,6 +114,11 @@ func (i *instance) handle(e event) {
 		i.ending(data.Reason)
 	case "GUEST_PANICKED":
 		i.ending("guest-panic")
+	case "RESUME":
+		select {
+		case i.resumed <- struct{}{}:
+		default: // nobody waits for it any more
+		}
 	case "STOP":
 		i.mu.Lock()
 		i.stopped = time.Now()

@@ -88,7 +88,7 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 		return nil, errors.Join(err, control.Close())
 	}
 	defer func() { _ = log.Close() }()
-	inst := &instance{cfg: cfg, control: control, done: make(chan struct{}), migration: make(chan string, maxStates)}
+	inst := &instance{cfg: cfg, control: control, done: make(chan struct{}), migration: make(chan string, maxStates), resumed: make(chan struct{}, 1)}
 	inst.logStart, inst.consoleStart = size(cfg.LogPath), size(cfg.ConsolePath)
 
 	// Go gives the nth extra file the number 3+n.
@@ -103,6 +103,14 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 	}
 	if cfg.NIC != nil {
 		fd.link, files = 3+len(files), append(files, cfg.NIC.Link)
+	}
+	if cfg.Restore != nil {
+		state, err := openRestore(cfg)
+		if err != nil {
+			return nil, errors.Join(err, inst.closeConns())
+		}
+		defer func() { _ = state.Close() }()
+		fd.state, files = 3+len(files), append(files, state)
 	}
 	cmd := exec.Command(binary, args(cfg, machine, fd)...) //nolint:noctx // it outlives the call that starts it
 	cmd.ExtraFiles = files
@@ -120,12 +128,12 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 // nothing behind.
 func (i *instance) awaitRunning(ctx context.Context) error {
 	err := i.qmp.execute(ctx, "qmp_capabilities", nil)
-	if err == nil && i.cfg.Restore != nil {
-		err = i.load(ctx, *i.cfg.Restore)
-	}
 	var now status
 	if err == nil {
 		err = i.qmp.execute(ctx, "query-status", &now)
+	}
+	if err == nil && !now.Running && i.cfg.Restore != nil {
+		err = i.awaitLoaded(ctx, &now)
 	}
 	if err == nil && now.Running {
 		return nil
@@ -142,6 +150,9 @@ func (i *instance) awaitRunning(ctx context.Context) error {
 	<-i.done // its connections are closed by then
 	return err
 }
+
+// statusLoading is that of a guest that is being restored; see QEMU's qapi/run-state.json.
+const statusLoading = "inmigrate"
 
 // status is what query-status returns.
 type status struct {

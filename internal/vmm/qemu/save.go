@@ -34,6 +34,7 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 	if err := i.qmp.execute(ctx, "query-status", &before); err != nil {
 		return fail(err)
 	}
+	saved.Held = !before.Running
 	s, err := i.openSaving(opts)
 	if err != nil {
 		return fail(err)

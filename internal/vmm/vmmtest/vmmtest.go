@@ -59,6 +59,11 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"kill a VMM that hangs", killHung, false},
 		{"shutdown", shutdown, false},
 		{"pause", pause, false},
+
+		{"save", save, false},
+		{"save a guest that is held", saveHeld, false},
+		{"save fails", saveFails, true},
+		{"restore fails", restoreFails, true},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
