@@ -38,7 +38,7 @@ func TestPristine(t *testing.T) {
 	for name, command := range map[string]string{"data": "write -P 7 300M 1k", "zeros": "write -z 0 64k", "a discard": "discard 0 64k"} {
 		t.Run(name, func(t *testing.T) {
 			path := overlay(t)
-			if out, err := exec.Command(qemuIO, "-f", "qcow2", "-c", command, path).CombinedOutput(); err != nil { //nolint:noctx // it ends at once
+			if out, err := exec.Command(qemuIO, "-f", "qcow2", "-c", command, path).CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
 			if Pristine(path) {

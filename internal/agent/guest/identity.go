@@ -24,6 +24,9 @@ func (a *agent) become(greeting wire.Greeting) (identity wire.Identity, warnings
 			warnings = append(warnings, err.Error())
 		}
 	}
+	if !a.first {
+		go a.rehearse()
+	}
 	adopted := make(chan error, 1)
 	go func() { adopted <- a.network.adopt(greeting.Network) }()
 	warn(setClock(greeting.Time))
