@@ -64,7 +64,7 @@ func Known() []Traits {
 			Name:         "qemu",
 			DiskFormats:  []string{"qcow2", "raw"},
 			Accelerators: []string{KVM, TCG},
-			Layout:       2,
+			Layout:       3,
 			Programs: []Program{{
 				Names:      []string{QEMUProgram(runtime.GOARCH)},
 				MinVersion: "6.0", // the first with all the options that we use

@@ -53,7 +53,7 @@ func args(cfg vmm.Config, machine string, fd fds) []string {
 	b.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	b.add("-machine", machineArg(machine, cfg.Accelerator)+",memory-backend="+ramID)
 	b.add("-accel", accelArg(cfg.Accelerator))
-	b.add("-cpu", cpuArg(cfg.Accelerator))
+	b.add("-cpu", cpuArg(machine, cfg.Accelerator))
 	b.add("-smp", strconv.Itoa(cfg.VCPUs))
 	b.memory(cfg)
 	if cfg.Restore != nil {
@@ -113,11 +113,16 @@ func accelArg(accelerator string) string {
 	return "tcg,thread=multi"
 }
 
-func cpuArg(accelerator string) string {
-	if accelerator == vmm.KVM {
+func cpuArg(machine, accelerator string) string {
+	switch {
+	case accelerator == vmm.KVM:
 		return "host"
+	case machine == machineVirt:
+		return "max"
 	}
-	return "max"
+	// Programs that believe the CPU to be fast at copying strings byte by byte do so,
+	// and an emulated one is not: without, clones start 7 % faster.
+	return "max,erms=off,fsrm=off"
 }
 
 // bootArgs is the kernel's command line: what was asked for, without what keeps a

@@ -56,7 +56,7 @@ func TestArgs(t *testing.T) {
 			want: []string{
 				"-no-user-config -nodefaults -no-reboot",
 				"-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-				"-machine q35,sata=off,smbus=off,vmport=off", "-accel tcg,thread=multi", "-cpu max", "-smp 2", "-m 512M",
+				"-machine q35,sata=off,smbus=off,vmport=off", "-accel tcg,thread=multi", "-cpu max,erms=off,fsrm=off", "-smp 2", "-m 512M",
 				"-chardev socket,id=qmp,fd=3",
 			},
 			not: []string{"-initrd", "-netdev", "virtio-serial-pci", "-drive"},
