@@ -234,7 +234,7 @@ func (b *bench) warm() error {
 	b.row("fork + exec of `true` in the guest", ms(median(own)), "")
 	b.row("exec of `true` over an open connection, median", ms(median(execs)), "")
 	b.row("ratio of the two", ratio(median(execs), median(own)), "2.2 ×")
-	b.row("memory of an idle shim (PSS)", fmt.Sprintf("%.1f MB", float64(pss)/1000), "16 MB")
+	b.row("memory of an idle shim (PSS)", megabytes(pss), "16 MB")
 	began := time.Now()
 	if err := b.m.Delete(b.ctx, vm.ID); err != nil {
 		return err
@@ -243,7 +243,9 @@ func (b *bench) warm() error {
 	return nil
 }
 
-// memoryOf sums up some of the sizes that the kernel tells of a process, in kB; see
+func megabytes(bytes int) string { return fmt.Sprintf("%.1f MB", float64(bytes)/1e6) }
+
+// memoryOf sums up some of the sizes that the kernel tells of a process, in bytes; see
 // proc_pid_smaps(5).
 func memoryOf(pid int, names ...string) (sum int, err error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
@@ -259,7 +261,7 @@ func memoryOf(pid int, names ...string) (sum int, err error) {
 		if err != nil {
 			return 0, err
 		}
-		sum += size
+		sum += size << 10
 	}
 	return sum, nil
 }
