@@ -15,7 +15,7 @@ const (
 	// startRuns is how many starts of each rung are measured.
 	startRuns = 20
 	// atOnce is how many clones are started together, in so many rounds.
-	atOnce, rounds = 8, 5
+	atOnce, rounds = 8, 20
 	poolSize       = 2
 	// idleTime is how long a VM has nothing to do before its memory is looked at.
 	idleTime = 2 * time.Second
