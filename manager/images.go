@@ -12,6 +12,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/embedded"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/image"
 )
 
@@ -149,7 +150,7 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	retained, err := filepath.Glob(filepath.Join(m.DiskDir(), "*"))
+	retained, err := glob.In(m.DiskDir(), "*")
 	if err != nil {
 		return nil, err
 	}

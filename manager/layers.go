@@ -12,6 +12,7 @@ import (
 
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
@@ -70,7 +71,7 @@ func (m *Manager) reclaimLayers(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	layers, err := filepath.Glob(m.layerPath("*"))
+	layers, err := glob.In(filepath.Join(m.dataDir, layersName), "*.qcow2")
 	if err != nil {
 		return err
 	}
@@ -93,11 +94,11 @@ func (m *Manager) reclaimLayers(ctx context.Context) error {
 	if len(alone) == 0 {
 		return nil
 	}
-	disks, err := filepath.Glob(filepath.Join(m.DiskDir(), "*"))
+	disks, err := glob.In(m.DiskDir(), "*")
 	if err != nil {
 		return err
 	}
-	slots, err := filepath.Glob(filepath.Join(m.dataDir, poolName, "*", "*", slotDisk))
+	slots, err := glob.In(filepath.Join(m.dataDir, poolName), "*/*/"+slotDisk)
 	if err != nil {
 		return err
 	}

@@ -62,7 +62,7 @@ func testConfig(t testing.TB, dir string) manager.Config {
 		t.Fatal(err)
 	}
 	return manager.Config{
-		DataDir:     filepath.Join(dir, "data"),
+		DataDir:     filepath.Join(dir, "data [a], 100%b"), // patterns and options give these a meaning
 		SocketDir:   filepath.Join(dir, "run"),
 		Backend:     "qemu",
 		ShimCommand: []string{self, shimCommand},

@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -172,7 +173,7 @@ func (m *Manager) lockPool(ctx context.Context, id string) (*os.File, error) {
 
 // slots are those of a pool whose VM is there.
 func (m *Manager) slots(id string) []slot {
-	paths, _ := filepath.Glob(filepath.Join(m.poolDir(id), "*", slotFile))
+	paths, _ := glob.In(m.poolDir(id), "*/"+slotFile)
 	var alive []slot
 	for _, path := range paths {
 		if s, err := readSlot(path); err == nil && m.slotAlive(s) {

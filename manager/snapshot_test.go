@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -223,6 +224,40 @@ func TestSnapshotRefusals(t *testing.T) {
 		t.Error("a snapshot may be called ../x")
 	}
 	checkEmpty(t, filepath.Join(m.DataDir(), "snapshots"))
+}
+
+// A Manager can be opened with a pool, and fills it while its user goes on.
+func TestOpenWithPool(t *testing.T) {
+	testenv.RequireQEMU(t)
+	config := testConfig(t, tempDir(t))
+	config.AgentPath = testenv.Agent(t)
+	config.Templates = manager.TemplateConfig{}
+	config.Pool = manager.PoolOptions{Size: -1}
+	testenv.SeedImages(t, config.DataDir)
+	if _, err := manager.Open(t.Context(), config); err == nil {
+		t.Error("a Manager was opened with a pool of -1 VMs")
+	}
+	config.Pool.Size = 1
+	m := openAt(t, config)
+	pools, err := m.Pools(t.Context())
+	if err != nil || len(pools) != 1 || pools[0].Size != 1 {
+		t.Fatalf("pools are %+v, %v", pools, err)
+	}
+	for pools[0].Ready < 1 { // the test's time bounds it
+		time.Sleep(10 * time.Millisecond)
+		if pools, err = m.Pools(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again, err := manager.Open(t.Context(), config) // finds it full
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = again.Close() }()
+	startReport(t, mustRun(t, again, smolvm.VMConfig{}), smolvm.RungPool)
+	if err := m.RemovePool(t.Context(), pools[0].ID); err != nil {
+		t.Error(err)
+	}
 }
 
 // A pool's VMs take on the identity of those that claim them.

@@ -34,7 +34,7 @@ func (m *Manager) SSHCommands(ctx context.Context, id string, opts SSHOptions) (
 		// host runs names neither, but for a key that the caller has named.
 		public := []string{"ssh"}
 		if opts.KeyPath != "" {
-			public = append(public, "-i", expandHome(opts.KeyPath))
+			public = append(public, identityArgs(expandHome(opts.KeyPath))...)
 		}
 		public = append(public, "-p", strconv.Itoa(vm.SSHPort), opts.user()+"@"+opts.PublicHost)
 		commands.Public = shellLine(public)
@@ -67,14 +67,15 @@ func (m *Manager) sshArgs(vm store.VM, opts SSHOptions, host string) ([]string, 
 		}
 		key = filepath.Join(m.dataDir, keysName, clientKeyName)
 	}
-	args := []string{"ssh", "-i", key, "-o", "IdentitiesOnly=yes"}
+	args := append([]string{"ssh"}, identityArgs(key)...)
+	args = append(args, "-o", "IdentitiesOnly=yes")
 	if vm.Config.UsesImage() {
 		knownHosts, err := m.writeKnownHosts(vm)
 		if err != nil {
 			return nil, err
 		}
 		args = append(args,
-			"-o", "UserKnownHostsFile="+knownHosts,
+			"-o", "UserKnownHostsFile="+sshPath(knownHosts),
 			"-o", "HostKeyAlias="+hostKeyAlias(vm.ID),
 			"-o", "StrictHostKeyChecking=yes")
 	}
@@ -157,6 +158,25 @@ func expandHome(path string) string {
 		return path
 	}
 	return filepath.Join(home, rest)
+}
+
+// identityArgs make ssh log in with a key. Its -i looks for the file before it expands
+// what follows a percent sign, and for another one after that.
+func identityArgs(key string) []string {
+	if strings.Contains(key, "%") {
+		return []string{"-o", "IdentityFile=" + sshPath(key)}
+	}
+	return []string{"-i", key}
+}
+
+// sshPath is a path as the value of an option of ssh, which splits it into words and
+// expands what follows a percent sign; see ssh_config(5).
+func sshPath(path string) string {
+	path = strings.ReplaceAll(path, "%", "%%")
+	if !strings.ContainsAny(path, " \t\"'#\\") {
+		return path
+	}
+	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(path) + `"`
 }
 
 func shellLine(args []string) string {

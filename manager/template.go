@@ -18,6 +18,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -148,7 +149,7 @@ func (m *Manager) recipeOf(config smolvm.VMConfig, digest, backend string, machi
 // findTemplate returns the template of a recipe, and verifies it. What is damaged is
 // removed.
 func (m *Manager) findTemplate(ctx context.Context, r recipe) (found snapshot.Snapshot, warnings []string, err error) {
-	paths, err := filepath.Glob(filepath.Join(m.dataDir, templatesName, r.key()+"-*"))
+	paths, err := glob.In(filepath.Join(m.dataDir, templatesName), r.key()+"-*")
 	if err != nil {
 		return found, nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -32,7 +33,7 @@ func openFast(t testing.TB) *manager.Manager {
 // awaitTemplates waits until no template is being made.
 func awaitTemplates(t testing.TB, m *manager.Manager) {
 	t.Helper()
-	paths, err := filepath.Glob(filepath.Join(m.DataDir(), "templates", ".lock-*"))
+	paths, err := glob.In(filepath.Join(m.DataDir(), "templates"), ".lock-*")
 	if err != nil {
 		t.Fatal(err)
 	}

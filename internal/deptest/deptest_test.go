@@ -84,6 +84,8 @@ func allowed(from, to string) bool {
 	switch {
 	case strings.HasPrefix(from, "internal/image") && to == "internal/disk":
 		return true // an image's root file system is a disk file
+	case strings.HasPrefix(from, "internal/snapshot") && to == "internal/disk":
+		return true // a snapshot is made of sparse files, and so are disks
 	case strings.HasPrefix(from, "internal/image") && to == "internal/agent/wire":
 		return true // the list of modules in an initramfs is read by the agent
 	}

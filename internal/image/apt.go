@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/smolvm/smolvm/internal/glob"
 )
 
 // apt fetches packages of the host's distribution into a directory. It needs no
@@ -97,7 +99,7 @@ func lastWords(text string) string {
 // host's lists go: there may be other versions now.
 func (a *apt) update(ctx context.Context) error {
 	a.private = true
-	old, err := filepath.Glob(filepath.Join(a.dir, "*.deb"))
+	old, err := glob.In(a.dir, "*.deb")
 	if err != nil {
 		return err
 	}
@@ -193,7 +195,7 @@ func readProgress(r io.Reader, progress func(percent float64)) {
 func (a *apt) packageFiles(packages []string) ([]string, error) {
 	var files []string
 	for _, name := range packages {
-		found, err := filepath.Glob(filepath.Join(a.dir, name+"_*.deb"))
+		found, err := glob.In(a.dir, name+"_*.deb")
 		if err != nil || len(found) != 1 {
 			return nil, fmt.Errorf("download %s: apt-get says that it did, but there are %d files", name, len(found))
 		}

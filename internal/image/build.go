@@ -15,6 +15,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/glob"
 )
 
 // Files of an image.
@@ -264,7 +265,7 @@ func (b *builder) unpackAll(ctx context.Context, debs []string, found ingredient
 		b.source = append(b.source, strings.TrimSuffix(filepath.Base(deb), ".deb"))
 	}
 	if found.kernel == "" {
-		kernels, err := filepath.Glob(filepath.Join(tree, "boot/vmlinuz-*"))
+		kernels, err := glob.In(tree, "boot/vmlinuz-*")
 		if err != nil || len(kernels) != 1 {
 			return found, fmt.Errorf("find kernel in its package: %d files look like one", len(kernels))
 		}

@@ -31,6 +31,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/flock"
+	"github.com/smolvm/smolvm/internal/glob"
 )
 
 const (
@@ -360,7 +361,7 @@ func (s *Store) Prune(ctx context.Context, keep func(smolvm.Image) bool) ([]smol
 // removeLeftovers removes what killed builds have left. It is called with the lock
 // held, so no build is under way.
 func (s *Store) removeLeftovers() error {
-	left, err := filepath.Glob(filepath.Join(s.dir, buildPrefix+"*"))
+	left, err := glob.In(s.dir, buildPrefix+"*")
 	if err != nil {
 		return err
 	}
