@@ -12,7 +12,36 @@ import (
 // childCommand makes this test's program another user of the same data directory.
 const childCommand = "child"
 
-// childMain starts a VM, says so, and waits to be killed.
+// childWork are things that a child may do besides creating and starting a VM, each in
+// the middle of which it may be killed.
+var childWork = map[string]func(ctx context.Context, m *manager.Manager, id string) error{
+	"snapshot": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.CreateSnapshot(ctx, id, manager.SnapshotOptions{Name: "taken"})
+		return err
+	},
+	"fork": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.Fork(ctx, id, manager.ForkOptions{IDs: []string{"forked"}})
+		return err
+	},
+	"restore": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.RestoreSnapshot(ctx, id, manager.RestoreOptions{ID: "restored"})
+		return err
+	},
+	"template": func(ctx context.Context, m *manager.Manager, _ string) error {
+		_, err := m.BuildTemplate(ctx, manager.TemplateOptions{})
+		return err
+	},
+	"pool": func(ctx context.Context, m *manager.Manager, _ string) error {
+		_, err := m.SetPool(ctx, manager.PoolOptions{Size: 2})
+		return err
+	},
+	"start": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.Start(ctx, id, manager.StartOptions{})
+		return err
+	},
+}
+
+// childMain starts a VM, or does some other work, says so, and waits to be killed.
 func childMain(args []string) int {
 	ctx := context.Background()
 	self, err := os.Executable()
@@ -21,11 +50,21 @@ func childMain(args []string) int {
 	}
 	m, err := manager.Open(ctx, manager.Config{
 		DataDir: args[0], SocketDir: args[1], AgentPath: args[2], ShimCommand: []string{self, shimCommand},
-		Templates: manager.TemplateConfig{Disabled: true},
+		Templates: manager.TemplateConfig{Disabled: childWork[args[4]] == nil},
 	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
+	}
+	if work := childWork[args[4]]; work != nil {
+		fmt.Println("begun")
+		if err := work(ctx, m, args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		fmt.Println("done")
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		return 0
 	}
 	config := smolvm.VMConfig{ID: args[3], Ephemeral: args[4] != "lasting"}
 	vm, err := m.Create(ctx, config)

@@ -139,6 +139,9 @@ func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, 
 	return snapshotMeta{VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, Layer: "snapshot-" + newRun()}, nil
 }
 
+// overlaySuffix ends the names of overlays that VMs are to get.
+const overlaySuffix = ".overlay"
+
 // saveInto saves a VM. Its disk becomes a layer, of which the VM gets an overlay that
 // has the disk's name from then on. Until that moment the layer is but another name of
 // the disk, so neither can be lost.
@@ -154,9 +157,9 @@ func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Dra
 	if err := os.Link(vm.DiskPath, draft.Path(snapshot.DiskFile)); err != nil {
 		return shim.Saved{}, err
 	}
-	overlay := vm.DiskPath + ".new"
-	defer func() { _ = os.Remove(overlay) }() // unless it has got the disk's name
-	_ = os.Remove(overlay)
+	// The shim gives it the disk's name, or removes it. Its own name is of this saving
+	// only: the shim may still be at that of another process that was killed.
+	overlay := filepath.Join(m.vmDir(vm.ID), layer+overlaySuffix)
 	err = disk.CreateOverlay(ctx, disk.Overlay{Path: overlay, Base: m.layerPath(layer), BaseFormat: disk.QCOW2})
 	if err != nil {
 		return shim.Saved{}, err

@@ -16,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/proc"
@@ -99,6 +100,9 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts StartOptions) (
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
 	}
+	if err := removeAll(dir, "*"+overlaySuffix); err != nil { // of a run that died while it was saved
+		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+	}
 	runtimeDir := m.runtimeDir(vm.ID)
 	if err := makeRuntimeParent(runtimeDir); err != nil {
 		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
@@ -138,6 +142,15 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts StartOptions) (
 		Spec:    spec,
 		LogPath: filepath.Join(dir, "shim.log"),
 	}, nil
+}
+
+// removeAll removes the files below dir that match a pattern.
+func removeAll(dir, pattern string) error {
+	paths, err := glob.In(dir, pattern)
+	for _, path := range paths {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
 }
 
 func bootTimeout(opts StartOptions, accelerator string) time.Duration {

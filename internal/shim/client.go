@@ -55,7 +55,8 @@ func (c *Client) Pause(ctx context.Context) error {
 }
 
 // Save saves the guest, which goes on meanwhile. See [vmm.Saver]; that the guest is
-// paused already is fine.
+// paused already is fine. If ctx is done, it returns when the shim has given up, so that
+// nothing happens to the files any more.
 func (c *Client) Save(ctx context.Context, save Save) (Saved, error) {
 	answer, err := c.call(ctx, request{Op: opSave, Save: &save})
 	return answer.Saved, err
@@ -97,7 +98,13 @@ func (c *Client) send(ctx context.Context, asked request) (net.Conn, *bufio.Read
 	if err != nil {
 		return nil, nil, answer, err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() {
+		if half, ok := conn.(interface{ CloseWrite() error }); ok && asked.Op == opSave {
+			_ = half.CloseWrite() // which the shim answers
+			return
+		}
+		_ = conn.SetDeadline(time.Unix(1, 0))
+	})
 	reader := bufio.NewReader(conn)
 	var line []byte
 	if err = json.NewEncoder(conn).Encode(asked); err == nil {
@@ -106,8 +113,9 @@ func (c *Client) send(ctx context.Context, asked request) (net.Conn, *bufio.Read
 	if err == nil {
 		err = json.Unmarshal(line, &answer)
 	}
+	givenUp := !stop()
 	switch {
-	case !stop():
+	case givenUp && (asked.Op != opSave || err != nil || answer.Failure != nil):
 		err = context.Cause(ctx)
 	case isBroken(err):
 		err = fmt.Errorf("ask the VM's shim to %s: %w: %w", asked.Op, ErrGone, err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -37,7 +38,8 @@ type SavedDrive struct {
 	// Layer is another name of the drive's file, which it keeps.
 	Layer string `json:"layer"`
 	// Overlay is an empty overlay of it that the guest writes to from then on. It
-	// takes the name Path, which the drive's file has had.
+	// takes the name Path, which the drive's file has had. If the guest goes on without
+	// it, it is removed: whoever asked for it may be gone by then.
 	Overlay string `json:"overlay"`
 	Path    string `json:"path"`
 }
@@ -91,12 +93,38 @@ func (s *shim) pauser() (vmm.Pauser, error) {
 
 // save saves the guest. A guest whose drives have got overlays has them for good, so
 // they take their names even if the saving fails after that.
-func (s *shim) save(ctx context.Context, save *Save) (Saved, error) {
+func (s *shim) save(ctx context.Context, save *Save) (result Saved, err error) {
 	saver, ok := s.instance.(vmm.Saver)
 	if !ok || save == nil {
 		return Saved{}, fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
 	}
-	var result Saved
+	s.saving.Lock()
+	defer s.saving.Unlock()
+	before := slices.Clone(s.drives.links)
+	var saved vmm.Saved
+	defer func() {
+		if saved.Switched {
+			return
+		}
+		s.drives.links = before
+		for _, drive := range save.Drives {
+			if removeErr := os.Remove(drive.Overlay); !errors.Is(removeErr, fs.ErrNotExist) {
+				err = errors.Join(err, removeErr)
+			}
+		}
+	}()
+	options := vmm.SaveOptions{Memory: save.Memory, State: save.State}
+	for _, drive := range save.Drives {
+		if err := drive.check(); err != nil {
+			return Saved{}, err
+		}
+		link, err := s.drives.link(drive.Number, drive.Overlay)
+		if err != nil {
+			return Saved{}, err
+		}
+		options.Overlays = append(options.Overlays, make([]string, max(0, drive.Number+1-len(options.Overlays)))...)
+		options.Overlays[drive.Number] = link
+	}
 	if s.link != nil && !s.paused.Load() {
 		ctx, cancel := context.WithTimeout(ctx, syncTime)
 		err := s.link.Sync(ctx)
@@ -105,23 +133,27 @@ func (s *shim) save(ctx context.Context, save *Save) (Saved, error) {
 			s.log.Warn("the guest was not synced before it was saved", "error", err)
 		}
 	}
-	options := vmm.SaveOptions{Memory: save.Memory, State: save.State}
-	before := slices.Clone(s.drives.links)
-	for _, drive := range save.Drives {
-		link, err := s.drives.link(drive.Number, drive.Overlay)
-		if err != nil {
-			return Saved{}, err
-		}
-		options.Overlays = append(options.Overlays, make([]string, max(0, drive.Number+1-len(options.Overlays)))...)
-		options.Overlays[drive.Number] = link
-	}
 	options.Switched = func() error { return s.switched(save.Drives, before) }
-	saved, err := saver.Save(ctx, options)
-	if !saved.Switched {
-		s.drives.links = before
-	}
+	saved, err = saver.Save(ctx, options)
 	result.Pause, result.Held = saved.Pause, saved.Held
 	return result, err
+}
+
+// check refuses an overlay of what is not the drive's file any more: another saving,
+// whose manager was killed, has got so far meanwhile.
+func (d SavedDrive) check() error {
+	layer, err := os.Stat(d.Layer)
+	if err != nil {
+		return err
+	}
+	disk, err := os.Stat(d.Path)
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(layer, disk) {
+		return fmt.Errorf("the disk %s was put below an overlay meanwhile; try again", d.Path)
+	}
+	return nil
 }
 
 // switched gives files the names that they have from now on, when the VMM has taken the

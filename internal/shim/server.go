@@ -85,8 +85,19 @@ func (s *shim) answerRequest(conn net.Conn) {
 		return
 	}
 	defer s.requests.Done()
+	ctx := context.Background()
+	if asked.Op == opSave {
+		// It takes long, and is of no use to nobody.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		defer cancel()
+		go func() {
+			_, _ = reader.ReadByte() // until the client is gone, or we close the connection
+			cancel()
+		}()
+	}
 	var answer response
-	if err := s.handle(asked, &answer); err != nil {
+	if err := s.handle(ctx, asked, &answer); err != nil {
 		answer = response{Failure: newFailure(err)}
 	}
 	_ = json.NewEncoder(conn).Encode(answer)
@@ -111,8 +122,7 @@ func (s *shim) endRequests() {
 	s.requests.Wait()
 }
 
-func (s *shim) handle(asked request, answer *response) error {
-	ctx := context.Background()
+func (s *shim) handle(ctx context.Context, asked request, answer *response) error {
 	switch asked.Op {
 	case opStatus:
 		answer.Status = s.status()

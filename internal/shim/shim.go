@@ -69,6 +69,7 @@ type shim struct {
 	idle         *time.Timer   // see active
 	paused       atomic.Bool
 	drives       drives
+	saving       sync.Mutex // held by save
 
 	mu       sync.Mutex // guards the following
 	forwards map[Forward]io.Closer

@@ -1,0 +1,272 @@
+package manager_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// moments are when the plug is pulled. Saving a guest takes some 300 ms here, and so
+// does starting from one that was saved; hosts differ, so the tests hold for any.
+var moments = []time.Duration{
+	0, 5 * time.Millisecond, 20 * time.Millisecond, 50 * time.Millisecond, 100 * time.Millisecond,
+	150 * time.Millisecond, 200 * time.Millisecond, 300 * time.Millisecond, 500 * time.Millisecond,
+}
+
+// pull has another process do some work, and kills it in the middle of that.
+func pull(t *testing.T, m *manager.Manager, id, work string, after time.Duration) {
+	t.Helper()
+	c := startChild(t, m, id, work)
+	c.await(t, "begun")
+	time.Sleep(after) // the moment at which the plug is pulled
+	c.kill(t)
+}
+
+// A process that is killed while it saves a VM does not harm the VM, and the snapshot is
+// either complete or not there.
+func TestKilledWhileSaving(t *testing.T) {
+	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
+		pull(t, m, "vm", "snapshot", moment)
+	})
+}
+
+// Nor does one that only gives up.
+func TestSavingGivenUp(t *testing.T) {
+	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
+		ctx, cancel := context.WithTimeout(t.Context(), moment)
+		defer cancel()
+		_, err := m.CreateSnapshot(ctx, "vm", manager.SnapshotOptions{Name: "taken"})
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: %v", moment, err)
+		}
+		if all, listErr := m.Snapshots(t.Context()); listErr != nil || (err == nil) != (len(all) == 1) {
+			t.Errorf("%s: snapshots are %+v, %v, and taking one said: %v", moment, all, listErr, err)
+		}
+	})
+}
+
+func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manager, moment time.Duration)) {
+	t.Helper()
+	m := openReal(t)
+	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
+	complete := 0
+	for i, moment := range moments {
+		word := fmt.Sprintf("round-%d", i)
+		sh(t, m, "vm", "echo "+word+" > /root/file")
+		interrupt(t, m, moment)
+		// At once, as impatient people do: the shim may still be at it.
+		if got := sh(t, m, "vm", "cat /root/file; echo "+word+" >> /root/all"); got != word {
+			t.Errorf("%s: the file says %q", moment, got)
+		}
+		if _, err := m.Reconcile(t.Context()); err != nil {
+			t.Errorf("%s: Reconcile: %v", moment, err)
+		}
+		all, err := m.Snapshots(t.Context())
+		if err != nil || len(all) > 1 {
+			t.Fatalf("%s: snapshots are %+v, %v", moment, all, err)
+		}
+		for _, one := range all {
+			complete++
+			restored, err := m.RestoreSnapshot(t.Context(), one.Name, manager.RestoreOptions{})
+			if err != nil {
+				t.Fatalf("%s: %v", moment, err)
+			}
+			startReport(t, restored, smolvm.RungSnapshot)
+			if got := sh(t, m, restored.ID, "cat /root/file"); got != word {
+				t.Errorf("%s: the restored file says %q", moment, got)
+			}
+			if err := errors.Join(m.Delete(t.Context(), restored.ID), m.RemoveSnapshot(t.Context(), one.Name)); err != nil {
+				t.Error(err)
+			}
+		}
+		checkEmpty(t, filepath.Join(m.DataDir(), "snapshots"))
+	}
+	t.Logf("of %d snapshots, %d were complete", len(moments), complete)
+	// It can still be saved, and its disk has all that was ever written.
+	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "last"}); err != nil {
+		t.Error(err)
+	}
+	if err := m.RemoveSnapshot(t.Context(), "last"); err != nil {
+		t.Error(err)
+	}
+	if _, err := m.Stop(t.Context(), "vm", manager.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Start(t.Context(), "vm", manager.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Fields(sh(t, m, "vm", "cat /root/all")); len(got) != len(moments) {
+		t.Errorf("after a restart the disk has %q", got)
+	}
+}
+
+// The same when it is not the process that asked for it which dies, but the VM's shim:
+// the VM is lost, but neither its disk nor a snapshot that was reported.
+func TestShimKilledWhileSaving(t *testing.T) {
+	m := openReal(t)
+	for i := 0; i < len(moments); i += 2 {
+		moment := moments[i]
+		vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
+		sh(t, m, "vm", "echo kept > /root/file; sync")
+		saving := make(chan error, 1)
+		go func() {
+			_, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "taken"})
+			saving <- err
+		}()
+		time.Sleep(moment) // the moment at which the plug is pulled
+		if err := syscall.Kill(vm.ShimPID, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		saveErr := <-saving
+		all, err := m.Snapshots(t.Context())
+		if err != nil || (saveErr == nil) != (len(all) == 1) {
+			t.Fatalf("%s: snapshots are %+v, %v, and taking one said: %v", moment, all, err, saveErr)
+		}
+		if err := waitEnd(t, vm); err != nil {
+			t.Fatal(err)
+		}
+		if vm, err = m.Get(t.Context(), "vm"); err != nil || vm.State != smolvm.StateError {
+			t.Fatalf("%s: the VM is %s, %v", moment, vm.State, err)
+		}
+		if _, err := m.Reconcile(t.Context()); err != nil {
+			t.Errorf("%s: Reconcile: %v", moment, err)
+		}
+		rescue := mustRun(t, m, smolvm.VMConfig{Drives: []smolvm.Drive{{Path: vm.DiskPath}}})
+		if got := sh(t, m, rescue.ID, "mount /dev/vdb /mnt; cat /mnt/root/file"); got != "kept" {
+			t.Errorf("%s: the disk's file says %q", moment, got)
+		}
+		if err := errors.Join(m.Delete(t.Context(), rescue.ID), m.Delete(t.Context(), "vm")); err != nil {
+			t.Error(err)
+		}
+		if saveErr == nil {
+			if err := m.RemoveSnapshot(t.Context(), "taken"); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// A process that is killed while it makes VMs of a saved guest leaves either VMs that
+// can be used, or rows that can be deleted.
+func TestKilledWhileRestoring(t *testing.T) {
+	m := openReal(t)
+	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
+	sh(t, m, "vm", "echo kept > /root/file")
+	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "kept"}); err != nil {
+		t.Fatal(err)
+	}
+	for work, from := range map[string]string{"restore": "kept", "fork": "vm"} {
+		for _, moment := range moments {
+			pull(t, m, from, work, moment)
+			id := map[string]string{"restore": "restored", "fork": "forked"}[work]
+			awaitSettled(t, m, id)
+			if _, err := m.Reconcile(t.Context()); err != nil {
+				t.Errorf("%s, %s: Reconcile: %v", work, moment, err)
+			}
+			vm, err := m.Get(t.Context(), id)
+			if errors.Is(err, smolvm.ErrVMNotFound) {
+				continue
+			}
+			if err != nil {
+				t.Fatalf("%s, %s: %v", work, moment, err)
+			}
+			if vm.State == smolvm.StateRunning {
+				if got := sh(t, m, id, "cat /root/file"); got != "kept" {
+					t.Errorf("%s, %s: the file says %q", work, moment, got)
+				}
+			}
+			if err := m.Delete(t.Context(), id); err != nil {
+				t.Errorf("%s, %s: %v", work, moment, err)
+			}
+		}
+	}
+	if got := sh(t, m, "vm", "cat /root/file"); got != "kept" {
+		t.Errorf("the VM's file says %q", got)
+	}
+	if err := m.RemoveSnapshot(t.Context(), "kept"); err != nil {
+		t.Error(err)
+	}
+}
+
+// awaitSettled waits until the shim of a VM whose launcher died has undone what it did,
+// or the VM runs.
+func awaitSettled(t *testing.T, m *manager.Manager, id string) {
+	t.Helper()
+	for len(testenv.Processes("/"+id+"/"))+len(testenv.Processes(" "+id+" ")) > 0 {
+		if vm, err := m.Get(t.Context(), id); err == nil && vm.State == smolvm.StateRunning {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// A process that is killed while it makes a template or a pool leaves nothing that looks
+// finished, and the next one that wants it makes it.
+func TestKilledWhileMakingTemplates(t *testing.T) {
+	m := openFast(t)
+	for _, moment := range []time.Duration{0, 50 * time.Millisecond, 300 * time.Millisecond, time.Second, 2 * time.Second} {
+		pull(t, m, "", "template", moment)
+		// What makes it is a process of its own, which goes on. This time it is killed too.
+		for _, pid := range tasks(t, m) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		awaitTemplates(t, m)
+		if _, err := m.Reconcile(t.Context()); err != nil {
+			t.Errorf("%s: Reconcile: %v", moment, err)
+		}
+		if all, err := m.Templates(t.Context()); err != nil || len(all) > 0 {
+			t.Errorf("%s: templates are %+v, %v", moment, all, err)
+			_, _ = m.PruneTemplates(t.Context(), 0)
+		}
+		checkEmpty(t, filepath.Join(m.DataDir(), "templates"))
+		checkEmpty(t, filepath.Join(m.DataDir(), "layers"))
+	}
+	pull(t, m, "", "pool", time.Second)
+	pool, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 2})
+	if err != nil || pool.Ready != 2 {
+		t.Fatalf("pool is %+v, %v", pool, err)
+	}
+	startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.RungPool)
+	if err := m.RemovePool(t.Context(), pool.ID); err != nil {
+		t.Error(err)
+	}
+}
+
+// tasks are the processes that make templates and pools of a data directory.
+func tasks(t *testing.T, m *manager.Manager) []int {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pids []int
+	for _, entry := range entries {
+		text, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cmdline"))
+		if err != nil || string(text) != self+"\x00"+shimCommand+"\x00task\x00" {
+			continue
+		}
+		log, err := os.Readlink(filepath.Join("/proc", entry.Name(), "fd/2"))
+		if err != nil || !strings.HasPrefix(log, m.DataDir()) {
+			continue
+		}
+		var pid int
+		if _, err := fmt.Sscan(entry.Name(), &pid); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
