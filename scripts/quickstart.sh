@@ -1,7 +1,7 @@
 #!/bin/sh
 # From a fresh checkout to a command in a VM: installs what the host lacks, builds
-# smolvm and its default image, runs a command in a new VM, and removes the VM. What is
-# there already is used again, so a second run takes a few seconds.
+# smolvm and its default image, runs a command in a new VM, removes the VM, and does the
+# same in a clone. What is there already is used again, so a second run takes seconds.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -74,6 +74,9 @@ build() {
 	}
 }
 
+# Otherwise it is made in the background, after a first start.
+build_template() { "$smolvm" template build >/dev/null; }
+
 build_image() { "$smolvm" image build >/dev/null; }
 
 start_vm() {
@@ -93,6 +96,8 @@ phase 'Prepare the default image' build_image
 phase 'Start a VM' start_vm
 phase 'Run uname -a in it' "$smolvm" exec "$vm" -- uname -a
 phase 'Remove the VM' remove_vm
+phase 'Keep a frozen VM as the template of all later ones' build_template
+phase 'Run uname -n in a new VM, which is a clone, and remove that' "$smolvm" run -- uname -n
 
 printf '\n%s\n' "$phases"
 cat <<'END'
@@ -100,6 +105,7 @@ It works. Try next:
   bin/smolvm run -- cat /etc/os-release      a command in a VM of its own
   echo hi | bin/smolvm run -- cat            the same, in a pipe
   bin/smolvm run                             a shell in a VM of its own
+  bin/smolvm run --timings -- true           how it was started, and how long that took
   bin/smolvm doctor                          what this host can do
   bin/smolvm --help                          all the commands
 END
