@@ -87,11 +87,11 @@ func TestSharedDisk(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "disk")
 	content := make([]byte, 1<<20)
 	copy(content[0x438:], "\x53\xef") // looks like ext4 to a probe, and is no more
-	if err := os.WriteFile(path, content, 0o600); err != nil {
-		t.Fatal(err)
-	}
 	initrd := testenv.Initramfs(t, "printf shared | dd of=/dev/vda conv=fsync; echo DONE; poweroff -f\n")
 	for mode, want := range map[smolvm.DiskMode]string{smolvm.DiskIsolated: "\x00\x00", smolvm.DiskShared: "shared"} {
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
 		vm := mustRun(t, m, smolvm.VMConfig{KernelPath: testenv.Kernel(t), InitrdPath: initrd, RootfsPath: path, DiskMode: mode})
 		if err := waitEnd(t, vm); err != nil {
 			t.Fatal(err)
