@@ -68,7 +68,7 @@ func Greet(ctx context.Context, channel Channel, greeting wire.Greeting) (*Link,
 		return nil, answer, fmt.Errorf("greet the guest's agent: %w", err)
 	}
 	end := &sessionEnd{channel: channel}
-	session, err := yamux.Client(end, wire.MuxConfig())
+	session, err := yamux.Client(&wire.WholeFrames{ReadWriteCloser: end}, wire.MuxConfig())
 	if err != nil {
 		_ = channel.Close()
 		return nil, answer, fmt.Errorf("open guest channel: %w", err)

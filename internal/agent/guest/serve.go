@@ -68,7 +68,7 @@ func (a *agent) answer(greeting wire.Greeting, fatal error) wire.Answer {
 
 // serveSession serves the streams of one yamux session.
 func (a *agent) serveSession(channel *channel) error {
-	session, err := yamux.Server(&wire.BreakReader{ReadWriteCloser: channel}, wire.MuxConfig())
+	session, err := yamux.Server(&wire.WholeFrames{ReadWriteCloser: &wire.BreakReader{ReadWriteCloser: channel}}, wire.MuxConfig())
 	if err != nil {
 		return err
 	}

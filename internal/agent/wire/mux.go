@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"encoding/binary"
 	"errors"
 	"io"
 	"time"
@@ -49,4 +50,35 @@ func (r *BreakReader) Read(p []byte) (int, error) {
 		err = errBreak
 	}
 	return n, err
+}
+
+// yamux's frames; see the specification in its repository.
+const (
+	frameHeader = 12
+	frameData   = 0 // the type of frames that have a body
+)
+
+// WholeFrames writes what yamux writes in two pieces, a frame's header and its body, in
+// one: each piece interrupts an emulated guest, or is one of its own.
+type WholeFrames struct {
+	io.ReadWriteCloser
+	frame []byte // a header whose body is to come
+}
+
+// Write implements [io.Writer]. Only yamux may call it, which does so from one goroutine.
+func (w *WholeFrames) Write(p []byte) (int, error) {
+	if len(w.frame) == 0 {
+		if len(p) == frameHeader && p[1] == frameData && binary.BigEndian.Uint32(p[8:]) > 0 {
+			w.frame = append(w.frame, p...)
+			return len(p), nil
+		}
+		return w.ReadWriteCloser.Write(p)
+	}
+	w.frame = append(w.frame, p...)
+	_, err := w.ReadWriteCloser.Write(w.frame)
+	w.frame = w.frame[:0]
+	if err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
