@@ -203,8 +203,14 @@ func TestExamples(t *testing.T) {
 		{"Reconcile", ExampleManager_Reconcile, "found 0 VMs dead\n"},
 		{"SSHCommands", ExampleManager_SSHCommands, "there is a command: true\n"},
 		{"CheckPrerequisites", ExampleManager_CheckPrerequisites, "missing: 0\n"},
+		{"Fork", ExampleManager_Fork, "1000\n1000\n"},
+		{"CreateSnapshot", ExampleManager_CreateSnapshot, "loaded\ndb snapshot\n"},
+		{"SetPool", ExampleManager_SetPool, "warm\npool\n"},
 	} {
 		t.Run(example.name, func(t *testing.T) {
+			if example.name == "SetPool" {
+				t.Setenv("SMOLVM_TEMPLATES", "")
+			}
 			if got := captureStdout(t, example.run); got != example.want {
 				t.Errorf("printed %q, want %q", got, example.want)
 			}
