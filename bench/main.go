@@ -22,7 +22,7 @@ import (
 )
 
 const (
-	coldRuns = 7
+	coldRuns = 15
 	quickRun = 100
 	manyVMs  = 10_000
 	// An exec is measured in turns with what the guest does by itself, as a guest's speed

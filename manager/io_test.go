@@ -65,6 +65,7 @@ func TestExec(t *testing.T) {
 		"user":        {smolvm.Command{Args: []string{"sh", "-c", "id -un; id -u; pwd"}, User: "user"}, smolvm.ExitStatus{}, "user\n1000\n/home/user\n", ""},
 		"terminal":    {smolvm.Command{Args: []string{"stty", "size"}, TTY: &smolvm.TTY{Size: smolvm.WindowSize{Columns: 99, Rows: 33}}}, smolvm.ExitStatus{}, "33 99\r\n", ""},
 		"exact words": {smolvm.Command{Args: []string{"printf", "%s|", "a b", "$x", "'"}}, smolvm.ExitStatus{}, "a b|$x|'|", ""},
+		"timers":      {smolvm.Command{Args: []string{"cat", "/proc/self/timerslack_ns"}}, smolvm.ExitStatus{}, "50000\n", ""},
 		"orphans":     {smolvm.Command{Args: []string{"sh", "-c", "sleep 100 & echo left"}}, smolvm.ExitStatus{}, "left\n", ""},
 	}
 	for name, test := range tests {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -134,6 +135,9 @@ func (a *agent) init() error {
 	}
 	a.log = openLog()
 	a.step("agent started")
+	if err := relax(); err != nil {
+		a.say(err.Error())
+	}
 	go a.warmUp()
 	cmdline, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
@@ -179,6 +183,8 @@ func (a *agent) handOver(init string, port *os.File) error {
 	if err != nil {
 		return fmt.Errorf("start the agent beside init: %w", err)
 	}
+	runtime.LockOSThread()
+	takeUsualSlack()
 	if err := syscall.Exec(init, []string{init}, []string{"PATH=" + defaultPath, "TERM=linux", "container=smolvm"}); err != nil {
 		return fmt.Errorf("run init %s: %w", init, err)
 	}
@@ -189,6 +195,9 @@ func (a *agent) handOver(init string, port *os.File) error {
 func (a *agent) serveBeside() error {
 	if err := unix.SetNonblock(servePort, true); err != nil {
 		return fmt.Errorf("guest channel: %w", err)
+	}
+	if err := relax(); err != nil {
+		a.say(err.Error())
 	}
 	a.loadLate = func() error { return nil }
 	return a.serve(os.NewFile(servePort, "channel"), nil)

@@ -2,6 +2,7 @@ package guest
 
 import (
 	"errors"
+	"runtime"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -34,7 +35,10 @@ func (r *reaper) start(fork func() (int, error)) (int, <-chan unix.WaitStatus, e
 	status := make(chan unix.WaitStatus, 1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	runtime.LockOSThread()
+	takeUsualSlack()
 	pid, err := fork()
+	runtime.UnlockOSThread()
 	if err != nil {
 		return 0, nil, err
 	}
