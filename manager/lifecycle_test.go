@@ -158,6 +158,31 @@ func waitEnd(t *testing.T, vm smolvm.VMInfo) error {
 	return proc.Wait(t.Context(), vm.ShimPID, start)
 }
 
+// An image may bring an init of its own. The agent then serves beside it, and neither
+// differs from what it is on other machines.
+func TestOwnInit(t *testing.T) {
+	m := openReal(t)
+	image, err := m.Image(t.Context(), smolvm.DefaultImage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", BootArgs: image.BootArgs + " init=/sbin/init"})
+	got := sh(t, m, vm.ID, "cat /proc/1/comm /proc/1/timerslack_ns /proc/self/timerslack_ns; hostname; echo kept > /root/file")
+	if want := "init\n50000\n50000\nvm"; got != want {
+		t.Errorf("the guest says %q, want %q", got, want)
+	}
+	stopped, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{})
+	if err != nil || stopped.State != smolvm.StateStopped || !strings.Contains(stopped.Cause, "powered off") {
+		t.Errorf("stopped: %s, %q, %v", stopped.State, stopped.Cause, err)
+	}
+	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, vm.ID, "cat /root/file"); got != "kept" {
+		t.Errorf("after a restart the file says %q", got)
+	}
+}
+
 // Whoever dies, no VM is without its keeper, and the truth is found out.
 func TestKilledProcesses(t *testing.T) {
 	m := openReal(t)

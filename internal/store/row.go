@@ -6,8 +6,10 @@ import (
 	"database/sql"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strings"
 
 	sqlite3 "modernc.org/sqlite/lib"
@@ -75,14 +77,26 @@ func packOptions(vm VM) (string, error) {
 	return string(text), err
 }
 
-// unpackOptions completes the configuration of a VM whose columns have been read.
-func unpackOptions(vm *VM, options string) error {
-	c := smolvm.VMConfig{}
-	if options != "" {
-		if err := json.Unmarshal([]byte(options), &c); err != nil {
-			return err
+// unpacker completes the configurations of VMs whose columns have been read. Most VMs
+// that follow each other have the same options, which it parses once.
+type unpacker struct {
+	options string
+	config  smolvm.VMConfig // what options say
+}
+
+func (u *unpacker) unpack(vm *VM, options string) error {
+	if options != u.options {
+		*u = unpacker{options: options}
+		if options != "" {
+			if err := json.Unmarshal([]byte(options), &u.config); err != nil {
+				return err
+			}
 		}
 	}
+	c := u.config
+	// No two VMs share what a caller may change.
+	c.Drives, c.PortForwards = slices.Clone(c.Drives), slices.Clone(c.PortForwards)
+	c.AuthorizedKeys, c.Env = slices.Clone(c.AuthorizedKeys), maps.Clone(c.Env)
 	c.ID, c.VCPUs, c.MemoryMiB, c.Image = vm.ID, vm.Config.VCPUs, vm.Config.MemoryMiB, vm.Config.Image
 	c.Backend = cmp.Or(c.Backend, vm.Backend)
 	c.Hostname = cmp.Or(c.Hostname, vm.ID)
@@ -124,11 +138,12 @@ func selectVMs(ctx context.Context, tx *sql.Tx, count int, clause string, args .
 	bySeq := make(map[int64]int, count)
 	var r row // one for all of them, and so one list of fields
 	fields := r.fields()
+	var options unpacker
 	for rows.Next() {
 		if err := rows.Scan(fields...); err != nil {
 			return nil, err
 		}
-		if err := unpackOptions(&r.VM, r.options); err != nil {
+		if err := options.unpack(&r.VM, r.options); err != nil {
 			return nil, fmt.Errorf("read options of VM %q: %w", r.ID, err)
 		}
 		bySeq[r.seq] = len(vms)

@@ -199,6 +199,7 @@ func (a *agent) serveBeside() error {
 	if err := relax(); err != nil {
 		a.say(err.Error())
 	}
+	a.step("agent started")
 	a.loadLate = func() error { return nil }
 	return a.serve(os.NewFile(servePort, "channel"), nil)
 }
