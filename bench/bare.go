@@ -3,7 +3,6 @@ package main
 import (
 	"crypto/ed25519"
 	"crypto/rand"
-	"encoding/pem"
 	"fmt"
 	"net"
 	"os"
@@ -12,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/agent"
@@ -93,14 +91,10 @@ func greeting() (wire.Greeting, error) {
 	if err != nil {
 		return wire.Greeting{}, err
 	}
-	block, err := ssh.MarshalPrivateKey(key, "")
-	if err != nil {
-		return wire.Greeting{}, err
-	}
 	return wire.Greeting{
 		Hostname:  "bare",
 		MachineID: strings.Repeat("0", 32),
-		HostKey:   string(pem.EncodeToMemory(block)),
+		HostKey:   key,
 		Time:      time.Now(),
 	}, nil
 }

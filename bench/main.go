@@ -125,7 +125,7 @@ func ms(d time.Duration) string {
 	return strconv.FormatFloat(float64(d)/float64(time.Millisecond), 'g', 3, 64) + " ms"
 }
 
-func ratio(a, b time.Duration) string { return fmt.Sprintf("%.2f ×", float64(a)/float64(b)) }
+func ratio(a, b time.Duration) string { return fmt.Sprintf("%.3g ×", float64(a)/float64(b)) }
 
 // calls measures Create and Get.
 func (b *bench) calls() error {

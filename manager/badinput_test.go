@@ -61,6 +61,9 @@ func TestUnknownAndIllegalIDs(t *testing.T) {
 }
 
 // Bad configurations are refused with every bad field named, and leave nothing.
+// publicKey is a key that is fine by itself.
+const publicKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDvd9sQY0Yb0nXxM1YVwHUkH8DsUq3cEhTmpbTzGkiMA somebody"
+
 func TestCreateBadConfig(t *testing.T) {
 	m := openEmpty(t)
 	dir := t.TempDir()
@@ -86,6 +89,8 @@ func TestCreateBadConfig(t *testing.T) {
 		"drives":         {smolvm.VMConfig{KernelPath: kernel, InitrdPath: text, Drives: []smolvm.Drive{{Path: dir + "/no"}}}, []string{"drives[0].path"}},
 		"backend":        {smolvm.VMConfig{Backend: "xen"}, []string{"backend"}},
 		"both":           {smolvm.VMConfig{Image: "base", KernelPath: kernel, InitrdPath: text}, []string{"image"}},
+		"keys": {smolvm.VMConfig{AuthorizedKeys: []string{"ssh-ed25519 nonsense", `command="id" ` + publicKey}},
+			[]string{"authorized_keys[0]", "authorized_keys[1]"}},
 		"ports": {smolvm.VMConfig{PortForwards: []smolvm.PortForward{{HostPort: 70000, GuestPort: 0}}},
 			[]string{"port_forwards[0].host_port", "port_forwards[0].guest_port"}},
 		"many": {smolvm.VMConfig{ID: "A", VCPUs: 99, DiskMode: "magic", Ready: "never", Env: map[string]string{"1": ""}, Backend: "xen"},

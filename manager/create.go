@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -125,6 +126,9 @@ func (m *Manager) check(config smolvm.VMConfig) (vmm.Traits, disk.Info, error) {
 		return vmm.Traits{}, disk.Info{}, err
 	}
 	bad := func(field string, err error) {
+		if slices.ContainsFunc(invalid.Fields, func(f smolvm.FieldError) bool { return f.Field == field }) {
+			return // one problem of a field is enough
+		}
 		invalid.Fields = append(invalid.Fields, smolvm.FieldError{Field: field, Problem: err.Error()})
 	}
 	backend, err := m.backendOf(config.Backend)
@@ -151,6 +155,11 @@ func (m *Manager) check(config smolvm.VMConfig) (vmm.Traits, disk.Info, error) {
 		if _, err := disk.Probe(drive.Path); err != nil && !errors.Is(err, disk.ErrNoFileSystem) {
 			// An empty drive is fine: the guest may make a file system on it.
 			bad(fmt.Sprintf("drives[%d].path", i), err)
+		}
+	}
+	for i, line := range config.AuthorizedKeys {
+		if _, err := parseAuthorizedKey(line); err != nil {
+			bad(fmt.Sprintf("authorized_keys[%d]", i), err)
 		}
 	}
 	if len(invalid.Fields) > 0 {

@@ -183,7 +183,7 @@ func (m *Manager) connect(ctx context.Context, vm store.VM) (*guestClient, error
 	if err != nil {
 		return nil, err
 	}
-	key, err := hostKey(vm)
+	key, err := publicHostKey(vm)
 	if err != nil {
 		return nil, err
 	}

@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/smolvm/smolvm/internal/store"
 )
 
 // clientKeyName is the file of the key by which this data directory logs in to
@@ -31,13 +33,39 @@ func newKey(comment string) (string, error) {
 	return string(pem.EncodeToMemory(block)), nil
 }
 
-// fingerprintOf is the fingerprint of a private key's public half.
-func fingerprintOf(private string) (string, error) {
-	signer, err := ssh.ParsePrivateKey([]byte(private))
+// hostKey reads the private SSH host key of a VM.
+func hostKey(vm store.VM) (ed25519.PrivateKey, error) {
+	key, err := ssh.ParseRawPrivateKey([]byte(vm.HostKey))
 	if err != nil {
-		return "", fmt.Errorf("SSH host key: %w", err)
+		return nil, fmt.Errorf("host key of VM %q: %w", vm.ID, err)
 	}
-	return ssh.FingerprintSHA256(signer.PublicKey()), nil
+	private, ok := key.(*ed25519.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("host key of VM %q is a %T, not one of Ed25519", vm.ID, key)
+	}
+	return *private, nil
+}
+
+// publicHostKey is what clients know the VM by.
+func publicHostKey(vm store.VM) (ssh.PublicKey, error) {
+	private, err := hostKey(vm)
+	if err != nil {
+		return nil, err
+	}
+	return ssh.NewPublicKey(private.Public())
+}
+
+// parseAuthorizedKey reads a public key that may log in. Options before it would ask for
+// what the guest's SSH server does not do, and so are refused.
+func parseAuthorizedKey(line string) (ssh.PublicKey, error) {
+	key, _, options, _, err := ssh.ParseAuthorizedKey([]byte(line))
+	if err != nil {
+		return nil, errors.New("is not a public key in OpenSSH's format")
+	}
+	if len(options) > 0 {
+		return nil, fmt.Errorf("has the option %q; options are not supported", options[0])
+	}
+	return key, nil
 }
 
 // newMachineID makes a value for /etc/machine-id.

@@ -2,10 +2,13 @@ package manager
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"os"
 	"time"
+
+	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
@@ -319,9 +322,9 @@ func guestPhases(steps []wire.Step) (kernel, identity time.Duration) {
 // verify compares what a guest says of itself with what it was told. Of what it was not
 // told, the database sees to it that no other VM has said the same.
 func verify(told wire.Greeting, said wire.Identity, restored bool) (verified []string, err error) {
-	fingerprint, err := fingerprintOf(told.HostKey)
+	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(told.HostKey))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("SSH host key: %w", err)
 	}
 	var mac string
 	if told.Network != nil {
@@ -333,7 +336,7 @@ func verify(told wire.Greeting, said wire.Identity, restored bool) (verified []s
 	}{
 		{"hostname", told.Hostname, said.Hostname, false},
 		{"machine-id", told.MachineID, said.MachineID, false},
-		{"SSH host key", fingerprint, said.HostKey, false},
+		{"SSH host key", ssh.FingerprintSHA256(hostKey.PublicKey()), said.HostKey, false},
 		{"boot id", told.BootID, said.BootID, !restored},
 		{"MAC", mac, said.MAC, said.MAC == ""},
 	} {

@@ -62,7 +62,7 @@ func (m *Manager) SSHArgs(ctx context.Context, id, user string) ([]string, error
 func (m *Manager) sshArgs(vm store.VM, opts SSHOptions, host string) ([]string, error) {
 	key := expandHome(opts.KeyPath)
 	if key == "" {
-		if _, err := m.clientPublicKey(); err != nil { // makes the key, if need be
+		if _, err := m.clientSigner(); err != nil { // makes the key, if need be
 			return nil, err
 		}
 		key = filepath.Join(m.dataDir, keysName, clientKeyName)
@@ -111,7 +111,7 @@ func (m *Manager) writeKnownHosts(vm store.VM) (string, error) {
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}
-	key, err := hostKey(vm)
+	key, err := publicHostKey(vm)
 	if err != nil {
 		return "", err
 	}
@@ -128,23 +128,6 @@ func (m *Manager) writeKnownHosts(vm store.VM) (string, error) {
 		return "", errors.Join(fmt.Errorf("write known_hosts: %w", err), os.Remove(temp.Name()))
 	}
 	return path, os.Rename(temp.Name(), path)
-}
-
-func hostKey(vm store.VM) (ssh.PublicKey, error) {
-	signer, err := ssh.ParsePrivateKey([]byte(vm.HostKey))
-	if err != nil {
-		return nil, fmt.Errorf("host key of VM %q: %w", vm.ID, err)
-	}
-	return signer.PublicKey(), nil
-}
-
-// clientPublicKey is the public half of the data directory's key, as one line.
-func (m *Manager) clientPublicKey() (string, error) {
-	signer, err := clientKey(filepath.Join(m.dataDir, keysName))
-	if err != nil {
-		return "", err
-	}
-	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(signer.PublicKey()))), nil
 }
 
 // expandHome replaces a leading ~, which a shell would not do within quotes.

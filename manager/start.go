@@ -220,15 +220,27 @@ func hasArg(bootArgs, name string) bool {
 
 // greeting is what the guest is told of itself.
 func (m *Manager) greeting(vm store.VM, plan smolvm.NetworkConfig) (*wire.Greeting, error) {
-	key, err := m.clientPublicKey()
+	host, err := hostKey(vm)
 	if err != nil {
 		return nil, err
+	}
+	ours, err := m.clientSigner()
+	if err != nil {
+		return nil, err
+	}
+	authorized := [][]byte{ours.PublicKey().Marshal()}
+	for _, line := range vm.Config.AuthorizedKeys {
+		key, err := parseAuthorizedKey(line)
+		if err != nil {
+			return nil, fmt.Errorf("authorized key %q: %w", line, err)
+		}
+		authorized = append(authorized, key.Marshal())
 	}
 	return &wire.Greeting{
 		Hostname:       vm.Config.Hostname,
 		MachineID:      vm.MachineID,
-		HostKey:        vm.HostKey,
-		AuthorizedKeys: append([]string{key}, vm.Config.AuthorizedKeys...),
+		HostKey:        host,
+		AuthorizedKeys: authorized,
 		Env:            vm.Config.Env,
 		Network:        wireNetwork(plan),
 	}, nil

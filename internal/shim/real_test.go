@@ -3,15 +3,12 @@ package shim_test
 import (
 	"bufio"
 	"crypto/ed25519"
-	"encoding/pem"
 	"io"
 	"net"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
@@ -29,16 +26,12 @@ func newRealFixture(t *testing.T) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	block, err := ssh.MarshalPrivateKey(key, "")
-	if err != nil {
-		t.Fatal(err)
-	}
 	f := newFixture(t)
 	network := testNetwork()
 	spec := &f.opts.Spec
 	spec.Backend, spec.Network = "qemu", network
 	spec.Greeting = &wire.Greeting{
-		Hostname: "host", MachineID: strings.Repeat("0", 32), HostKey: string(pem.EncodeToMemory(block)),
+		Hostname: "host", MachineID: strings.Repeat("0", 32), HostKey: key,
 		Network: &wire.Network{
 			MAC: network.GuestMAC, Address: netip.PrefixFrom(network.Guest, network.Prefix.Bits()),
 			Gateway: network.Gateway, DNS: []netip.Addr{network.Gateway},

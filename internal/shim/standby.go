@@ -7,7 +7,6 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
@@ -311,7 +310,7 @@ func (s *shim) rehearse(ctx context.Context, commands []smolvm.Command) error {
 
 // runInGuest runs commands, one after the other, as root.
 func (s *shim) runInGuest(ctx context.Context, commands ...smolvm.Command) error {
-	hostKey, err := ssh.ParsePrivateKey([]byte(s.spec.Greeting.HostKey))
+	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(s.spec.Greeting.HostKey))
 	if err != nil {
 		return err
 	}
@@ -356,17 +355,13 @@ func Stranger(network *wire.Network) (wire.Greeting, error) {
 	if err != nil {
 		return wire.Greeting{}, err
 	}
-	block, err := ssh.MarshalPrivateKey(private, "")
-	if err != nil {
-		return wire.Greeting{}, err
-	}
 	return wire.Greeting{
 		// As short as can be: a name that grows costs a restored guest less than one
 		// that shrinks.
 		Hostname:  "t",
 		MachineID: randomHex(16),
 		BootID:    NewBootID(),
-		HostKey:   string(pem.EncodeToMemory(block)),
+		HostKey:   private,
 		Network:   network,
 	}, nil
 }

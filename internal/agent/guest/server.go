@@ -3,6 +3,7 @@ package guest
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -51,17 +52,12 @@ func newServer(r *reaper) *Server { return &Server{reaper: r} }
 // SetIdentity gives the server the host key, the authorized keys and the
 // environment of a greeting. Connections that are open keep what they have.
 func (s *Server) SetIdentity(greeting wire.Greeting) error {
-	signer, err := ssh.ParsePrivateKey([]byte(greeting.HostKey))
+	if len(greeting.HostKey) != ed25519.PrivateKeySize {
+		return fmt.Errorf("SSH host key has %d bytes, not %d", len(greeting.HostKey), ed25519.PrivateKeySize)
+	}
+	signer, err := ssh.NewSignerFromKey(ed25519.PrivateKey(greeting.HostKey))
 	if err != nil {
 		return fmt.Errorf("SSH host key: %w", err)
-	}
-	var keys [][]byte
-	for _, line := range greeting.AuthorizedKeys {
-		key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(line))
-		if err != nil {
-			return fmt.Errorf("authorized key %q: %w", line, err)
-		}
-		keys = append(keys, key.Marshal())
 	}
 	trusted := &ssh.ServerConfig{
 		ServerVersion: serverVersion,
@@ -74,7 +70,7 @@ func (s *Server) SetIdentity(greeting wire.Greeting) error {
 	config := &ssh.ServerConfig{
 		ServerVersion: serverVersion,
 		PublicKeyCallback: func(meta ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
-			if !slices.ContainsFunc(keys, func(k []byte) bool { return bytes.Equal(k, key.Marshal()) }) {
+			if !slices.ContainsFunc(greeting.AuthorizedKeys, func(k []byte) bool { return bytes.Equal(k, key.Marshal()) }) {
 				return nil, errors.New("key is not authorized")
 			}
 			_, err := findAccount(meta.User())

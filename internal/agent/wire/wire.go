@@ -80,10 +80,12 @@ type Greeting struct {
 	// BootID identifies the guest's boot, for /proc/sys/kernel/random/boot_id: a
 	// random UUID. Empty: the kernel's own.
 	BootID string `json:"boot_id,omitempty"`
-	// HostKey is the SSH host key, as PEM of OpenSSH's private key format.
-	HostKey string `json:"host_key"`
-	// AuthorizedKeys may log in, one line each.
-	AuthorizedKeys []string `json:"authorized_keys"`
+	// HostKey is the SSH host key: an Ed25519 private key as package crypto/ed25519 has
+	// it. Keys travel as they are used, as an emulated guest that was just restored
+	// pays for every format that it has to read.
+	HostKey []byte `json:"host_key"`
+	// AuthorizedKeys are the public keys that may log in, in SSH's wire format.
+	AuthorizedKeys [][]byte `json:"authorized_keys"`
 	// Time sets the guest's clock.
 	Time time.Time `json:"time"`
 	// Seed is fresh entropy for the kernel's random number generator.

@@ -15,8 +15,8 @@ func TestRoundTrip(t *testing.T) {
 	sent := Greeting{
 		Hostname:       "web",
 		MachineID:      strings.Repeat("a", 32),
-		HostKey:        "key\n",
-		AuthorizedKeys: []string{"ssh-ed25519 AAAA"},
+		HostKey:        []byte("key"),
+		AuthorizedKeys: [][]byte{[]byte("friend")},
 		Time:           time.Unix(1, 2).UTC(),
 		Seed:           []byte{0, 1, 255},
 		Env:            map[string]string{"A": "ä"},
