@@ -67,10 +67,14 @@ func (i *instance) Shutdown(ctx context.Context) error {
 }
 
 // Pause implements [vmm.Pauser].
-func (i *instance) Pause(ctx context.Context) error { return i.qmp.execute(ctx, "stop", nil) }
+func (i *instance) Pause(ctx context.Context) error {
+	return i.qmp.settle(ctx, request{Execute: "stop"}, nil)
+}
 
 // Resume implements [vmm.Pauser].
-func (i *instance) Resume(ctx context.Context) error { return i.qmp.execute(ctx, "cont", nil) }
+func (i *instance) Resume(ctx context.Context) error {
+	return i.qmp.settle(ctx, request{Execute: "cont"}, nil)
+}
 
 // Kill implements [vmm.Instance].
 func (i *instance) Kill(ctx context.Context) error {

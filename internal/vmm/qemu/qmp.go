@@ -72,6 +72,16 @@ func (q *qmp) execute(ctx context.Context, command string, result any) error {
 	return q.do(ctx, request{Execute: command}, result)
 }
 
+// settle is do for a command that changes something. Once it has been sent it will be
+// executed, so it is not given up any more: whoever did would take the guest for what it
+// was before. Only QEMU's end ends the wait.
+func (q *qmp) settle(ctx context.Context, r request, result any) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("QMP %s: %w", r.Execute, context.Cause(ctx))
+	}
+	return q.do(context.WithoutCancel(ctx), r, result)
+}
+
 func (q *qmp) do(ctx context.Context, r request, result any) error {
 	answer := make(chan reply, 1)
 	if err := q.send(r, answer); err != nil {
