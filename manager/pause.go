@@ -2,6 +2,7 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -9,17 +10,37 @@ import (
 	"github.com/smolvm/smolvm/internal/shim"
 )
 
+// holdTime bounds how long a shim may take to hold its guest, or to let it go on.
+const holdTime = 30 * time.Second
+
 // Pause holds a running VM: its CPUs stop, its memory stays. Connections to it wait.
 func (m *Manager) Pause(ctx context.Context, id string) (smolvm.VMInfo, error) {
-	return m.hold(ctx, id, "pause", smolvm.StateRunning, smolvm.StatePaused, (*shim.Client).Pause)
+	return m.hold(ctx, id, "pause", smolvm.StateRunning, func(ctx context.Context, client *shim.Client) error {
+		// Written down first: should this process die in between, the VM is said to be
+		// paused, and resuming one that runs does no harm.
+		if err := m.store.SetState(ctx, id, []smolvm.VMState{smolvm.StateRunning}, smolvm.StatePaused); err != nil {
+			return err
+		}
+		err := client.Pause(ctx)
+		if err != nil {
+			err = errors.Join(err, m.store.SetState(ctx, id, []smolvm.VMState{smolvm.StatePaused}, smolvm.StateRunning))
+		}
+		return err
+	})
 }
 
 // Resume lets a paused VM go on, and sets its clock.
 func (m *Manager) Resume(ctx context.Context, id string) (smolvm.VMInfo, error) {
-	return m.hold(ctx, id, "resume", smolvm.StatePaused, smolvm.StateRunning, (*shim.Client).Resume)
+	return m.hold(ctx, id, "resume", smolvm.StatePaused, func(ctx context.Context, client *shim.Client) error {
+		if err := client.Resume(ctx); err != nil {
+			return err
+		}
+		return m.store.SetState(ctx, id, []smolvm.VMState{smolvm.StatePaused}, smolvm.StateRunning)
+	})
 }
 
-func (m *Manager) hold(ctx context.Context, id, verb string, from, to smolvm.VMState, do func(*shim.Client, context.Context) error) (smolvm.VMInfo, error) {
+// hold holds a VM, or lets it go on. Once that has begun it is not given up.
+func (m *Manager) hold(ctx context.Context, id, verb string, from smolvm.VMState, do func(context.Context, *shim.Client) error) (smolvm.VMInfo, error) {
 	began := time.Now()
 	lock, err := m.lockExisting(ctx, id)
 	if err != nil {
@@ -33,13 +54,14 @@ func (m *Manager) hold(ctx context.Context, id, verb string, from, to smolvm.VMS
 	if vm.State != from {
 		return smolvm.VMInfo{}, stateError(verb, vm)
 	}
-	if err := do(shim.NewClient(m.runtimeDir(id)), ctx); err != nil {
-		return smolvm.VMInfo{}, fmt.Errorf("%s VM %q: %w", verb, id, err)
-	}
-	if err := m.store.SetState(context.WithoutCancel(ctx), id, []smolvm.VMState{from}, to); err != nil {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), holdTime)
+	defer cancel()
+	if err := do(ctx, shim.NewClient(m.runtimeDir(id))); err != nil {
 		return smolvm.VMInfo{}, fmt.Errorf("%s VM %q: %w", verb, id, err)
 	}
 	m.note(ctx, id, verb, began, "")
-	vm.State = to
+	if vm, err = m.store.GetVM(ctx, id); err != nil {
+		return smolvm.VMInfo{}, err
+	}
 	return m.info(vm), nil
 }
