@@ -26,7 +26,8 @@ const cacheEnv = "SMOLVM_TEST_CACHE"
 // buildTimeout bounds the building of the image, which downloads packages.
 const buildTimeout = 10 * time.Minute
 
-// Cache is the directory that all tests of this user share.
+// Cache is the directory that all tests of this checkout share. Another checkout may have
+// another agent, and so other images.
 func Cache(t testing.TB) string {
 	t.Helper()
 	dir, err := cache()
@@ -39,11 +40,11 @@ func Cache(t testing.TB) string {
 func cache() (string, error) {
 	dir := os.Getenv(cacheEnv)
 	if dir == "" {
-		home, err := os.UserCacheDir()
+		root, err := moduleRoot()
 		if err != nil {
-			return "", fmt.Errorf("find cache directory (set %s): %w", cacheEnv, err)
+			return "", err
 		}
-		dir = filepath.Join(home, "smolvm-test")
+		dir = filepath.Join(root, "bin", "test-cache")
 	}
 	return dir, os.MkdirAll(dir, 0o755)
 }
