@@ -30,6 +30,36 @@ func (m *Manager) addLayer(path, name string) error {
 	return nil
 }
 
+// dropUnusedLayer removes a layer that is but another name of a disk still, as its VM did
+// not get an overlay of it after all.
+func (m *Manager) dropUnusedLayer(name, diskPath string) error {
+	layer, err := os.Stat(m.layerPath(name))
+	if err != nil {
+		return err
+	}
+	current, err := os.Stat(diskPath)
+	if err != nil || !os.SameFile(layer, current) {
+		return err
+	}
+	return os.Remove(m.layerPath(name))
+}
+
+// leavesLayer says whether there may be a layer that nothing needs once a disk is gone:
+// its base, or, after a saving that was killed, the disk itself under another name.
+func (m *Manager) leavesLayer(diskPath string) bool {
+	var stat unix.Stat_t
+	return unix.Stat(diskPath, &stat) == nil && (stat.Nlink > 1 || m.baseLayer(diskPath) != "")
+}
+
+// baseLayer is the layer that a disk is based on; empty if it is none.
+func (m *Manager) baseLayer(diskPath string) string {
+	info, err := disk.Probe(diskPath)
+	if err != nil || filepath.Dir(info.Backing) != filepath.Join(m.dataDir, layersName) {
+		return ""
+	}
+	return info.Backing
+}
+
 func (m *Manager) layerPath(name string) string {
 	return filepath.Join(m.dataDir, layersName, name+".qcow2")
 }

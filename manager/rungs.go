@@ -137,6 +137,9 @@ func (s *starting) fast(ctx context.Context) error {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case errors.Is(err, smolvm.ErrTemplateNotFound):
+		if why := s.m.whyNoTemplate(r); why != nil {
+			s.warn(why)
+		}
 		return nil
 	case err != nil:
 		s.warn(fmt.Errorf("template: %w", err))

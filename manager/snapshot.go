@@ -145,7 +145,7 @@ const overlaySuffix = ".overlay"
 // saveInto saves a VM. Its disk becomes a layer, of which the VM gets an overlay that
 // has the disk's name from then on. Until that moment the layer is but another name of
 // the disk, so neither can be lost.
-func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Draft, layer string) (shim.Saved, error) {
+func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Draft, layer string) (saved shim.Saved, err error) {
 	unlock, err := m.lockLayers(ctx)
 	if err != nil {
 		return shim.Saved{}, err
@@ -154,6 +154,11 @@ func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Dra
 	if err := m.addLayer(vm.DiskPath, layer); err != nil {
 		return shim.Saved{}, err
 	}
+	defer func() {
+		if err != nil { // the shim has finished with it, or has not begun
+			err = errors.Join(err, m.dropUnusedLayer(layer, vm.DiskPath))
+		}
+	}()
 	if err := os.Link(vm.DiskPath, draft.Path(snapshot.DiskFile)); err != nil {
 		return shim.Saved{}, err
 	}
@@ -352,13 +357,4 @@ func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked
 	}
 	m.note(ctx, id, "fork", began, fmt.Sprintf("%d", count))
 	return forked, nil
-}
-
-// baseLayer is the layer that a disk is based on; empty if it is none.
-func (m *Manager) baseLayer(diskPath string) string {
-	info, err := disk.Probe(diskPath)
-	if err != nil || filepath.Dir(info.Backing) != filepath.Join(m.dataDir, layersName) {
-		return ""
-	}
-	return info.Backing
 }

@@ -171,14 +171,14 @@ func (m *Manager) bury(ctx context.Context, vm store.VM, cause string) error {
 func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 	m.forgetClient(vm.ID)
 	m.disown(vm.ID)
-	layer := ""
+	leaves := false
 	if err := shim.RemoveRuntimeDir(m.runtimeDir(vm.ID)); err != nil {
 		return err
 	}
 	paths := []string{m.vmDir(vm.ID)}
 	if !vm.Config.RetainDisk && vm.DiskPath != vm.Config.RootfsPath {
 		paths = append(paths, vm.DiskPath)
-		layer = m.baseLayer(vm.DiskPath)
+		leaves = m.leavesLayer(vm.DiskPath)
 	}
 	for _, path := range paths {
 		if path == "" {
@@ -188,7 +188,7 @@ func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 			return err
 		}
 	}
-	if layer != "" {
+	if leaves {
 		if err := m.reclaimLayers(ctx); err != nil {
 			return err
 		}

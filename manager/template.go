@@ -2,7 +2,6 @@ package manager
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -13,15 +12,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/network"
-	"github.com/smolvm/smolvm/internal/network/usernet"
-	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -74,6 +70,13 @@ func (r recipe) key() string {
 	}
 	sum := sha256.Sum256(text)
 	return hex.EncodeToString(sum[:])[:keyDigits]
+}
+
+// since is a recipe of the same VMs as they are made now.
+func (r recipe) since(now recipe) recipe {
+	r.Format = now.Format
+	r.Hardware.Program, r.Hardware.CPU, r.Hardware.Layout = now.Hardware.Program, now.Hardware.CPU, now.Hardware.Layout
+	return r
 }
 
 // hardwareOf is the hardware of a VM that is run as config says.
@@ -208,109 +211,6 @@ func (m *Manager) awaitTemplate(ctx context.Context, r recipe) (found snapshot.S
 	return found, nil, append(warnings, more...), err
 }
 
-// templateMeta is what is kept with a template.
-type templateMeta struct {
-	Recipe recipe          `json:"recipe"`
-	Config smolvm.VMConfig `json:"config"`
-}
-
-// buildTemplate makes a template, in a process that may run VMs. The recipe's lock is
-// held.
-func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMConfig, backends []vmm.Backend) (id string, err error) {
-	began := time.Now()
-	if err := m.templates.Clean(); err != nil {
-		return "", err
-	}
-	random := make([]byte, (idDigits+1)/2)
-	_, _ = rand.Read(random) // never fails: crypto/rand ends the program instead
-	id = r.key() + "-" + hex.EncodeToString(random)[:idDigits]
-	draft, err := m.templates.Draft(id)
-	if err != nil {
-		return "", err
-	}
-	defer func() { err = errors.Join(err, draft.Discard()) }()
-	spec, err := m.templateSpec(ctx, r, config, draft)
-	if err != nil {
-		return "", err
-	}
-	err = shim.Freeze(ctx, shim.FreezeOptions{
-		Spec:     spec,
-		Backends: backends,
-		Commands: warmUp(config),
-		Save:     vmm.SaveOptions{Memory: draft.Path(snapshot.MemoryFile), State: draft.Path(snapshot.StateFile)},
-	})
-	if err != nil {
-		return "", err
-	}
-	if err := m.addLayer(draft.Path(snapshot.DiskFile), id); err != nil {
-		return "", err
-	}
-	if _, err := draft.Commit(ctx, templateMeta{Recipe: r, Config: config}, m.bootID()); err != nil {
-		return "", errors.Join(err, m.reclaimLayers(ctx))
-	}
-	m.note(ctx, id, "template", began, "image "+r.Image)
-	return id, m.pruneTemplates(ctx, m.config.templateBytes(), id)
-}
-
-// templateSpec is the VM that is to be frozen.
-func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMConfig, draft *snapshot.Draft) (shim.Spec, error) {
-	image, err := m.images.Get(ctx, r.Image)
-	if err != nil {
-		return shim.Spec{}, err
-	}
-	info, err := disk.Probe(image.RootfsPath)
-	if err != nil {
-		return shim.Spec{}, err
-	}
-	err = disk.CreateOverlay(ctx, disk.Overlay{
-		Path: draft.Path(snapshot.DiskFile), Base: image.RootfsPath, BaseFormat: info.Format, Size: r.DiskSizeMiB << 20,
-	})
-	if err != nil {
-		return shim.Spec{}, err
-	}
-	return m.strangerSpec(shim.Spec{
-		Backend: r.Hardware.Backend,
-		VMM: vmm.Config{
-			ID:          "template-" + r.key(),
-			Accelerator: r.Hardware.Accelerator,
-			VCPUs:       config.VCPUs,
-			MemoryMiB:   config.MemoryMiB,
-			Kernel:      image.KernelPath,
-			Initrd:      image.InitrdPath,
-			BootArgs:    r.BootArgs,
-			Drives:      []vmm.Drive{{Path: draft.Path(snapshot.DiskFile), Format: disk.QCOW2}},
-			Channel:     true,
-			ConsolePath: draft.Path("console.log"),
-			LogPath:     draft.Path("vmm.log"),
-		},
-		ReadyTimeout: bootTimeout(StartOptions{}, r.Hardware.Accelerator),
-	})
-}
-
-// strangerSpec completes the spec of a VM that nobody has asked for yet: with the
-// network and the identity of nobody.
-func (m *Manager) strangerSpec(spec shim.Spec) (shim.Spec, error) {
-	plan := network.User(templateLease)
-	greeting, err := shim.Stranger(wireNetwork(plan))
-	if err != nil {
-		return spec, err
-	}
-	spec.ID, spec.Run = spec.VMM.ID, newRun()
-	spec.VMM.NIC = &vmm.NIC{MAC: plan.GuestMAC}
-	spec.Network = &usernet.Config{Prefix: plan.Prefix, Gateway: plan.Gateway, Guest: plan.GuestIP, GuestMAC: plan.GuestMAC}
-	spec.Greeting = &greeting
-	spec.Ready = smolvm.ReadyAgent
-	return spec, nil
-}
-
-// warmUp is what the guest is to run before it is handed out.
-func warmUp(config smolvm.VMConfig) []smolvm.Command {
-	if config.WarmUp == "" {
-		return nil
-	}
-	return []smolvm.Command{{Args: []string{"sh", "-c", config.WarmUp}}}
-}
-
 // TemplateOptions say which VM a template is to be made of. Zero values are those of
 // [smolvm.VMConfig].
 type TemplateOptions struct {
@@ -413,11 +313,7 @@ func (m *Manager) templateInfo(found snapshot.Snapshot) (smolvm.Template, error)
 // the host or the program has changed.
 func (m *Manager) stale(r recipe) bool {
 	now, err := m.hardwareOf(r.Hardware.Backend, vmm.Config{Accelerator: r.Hardware.Accelerator})
-	if err != nil {
-		return true
-	}
-	then := r.Hardware
-	return r.Format != templateFormat || now.Program != then.Program || now.CPU != then.CPU || now.Layout != then.Layout
+	return err != nil || r.key() != r.since(recipe{Format: templateFormat, Hardware: now}).key()
 }
 
 // RemoveTemplate removes a template. VMs that were cloned from it go on. The error
@@ -455,7 +351,8 @@ func (m *Manager) PruneTemplates(ctx context.Context, maxBytes int64) ([]string,
 			drop(template.ID)
 		}
 	}
-	return removed, errors.Join(append(errs, m.templates.Clean())...)
+	errs = append(errs, removeAll(filepath.Join(m.dataDir, templatesName), failurePrefix+"*"), m.templates.Clean())
+	return removed, errors.Join(errs...)
 }
 
 // pruneTemplates is PruneTemplates that spares the one that was just made.
