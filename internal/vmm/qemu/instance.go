@@ -68,12 +68,12 @@ func (i *instance) Shutdown(ctx context.Context) error {
 
 // Pause implements [vmm.Pauser].
 func (i *instance) Pause(ctx context.Context) error {
-	return i.qmp.settle(ctx, request{Execute: "stop"}, nil)
+	return i.qmp.settle(ctx, request{Execute: "stop"})
 }
 
 // Resume implements [vmm.Pauser].
 func (i *instance) Resume(ctx context.Context) error {
-	return i.qmp.settle(ctx, request{Execute: "cont"}, nil)
+	return i.qmp.settle(ctx, request{Execute: "cont"})
 }
 
 // Kill implements [vmm.Instance].

@@ -71,11 +71,11 @@ type capabilities []struct {
 
 // prepareMigration hands QEMU the file that the migration goes to or comes from.
 func (i *instance) prepareMigration(ctx context.Context, c capabilities, file *os.File) error {
-	err := i.qmp.settle(ctx, request{Execute: "migrate-set-capabilities", Arguments: map[string]any{"capabilities": c}}, nil)
+	err := i.qmp.settle(ctx, request{Execute: "migrate-set-capabilities", Arguments: map[string]any{"capabilities": c}})
 	if err != nil {
 		return err
 	}
-	return i.qmp.settle(ctx, request{Execute: "getfd", Arguments: map[string]any{"fdname": stateFile}, file: file}, nil)
+	return i.qmp.settle(ctx, request{Execute: "getfd", Arguments: map[string]any{"fdname": stateFile}, file: file})
 }
 
 func uriOf(name string) map[string]any { return map[string]any{"uri": "fd:" + name} }

@@ -75,11 +75,11 @@ func (q *qmp) execute(ctx context.Context, command string, result any) error {
 // settle is do for a command that changes something. Once it has been sent it will be
 // executed, so it is not given up any more: whoever did would take the guest for what it
 // was before. Only QEMU's end ends the wait.
-func (q *qmp) settle(ctx context.Context, r request, result any) error {
+func (q *qmp) settle(ctx context.Context, r request) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("QMP %s: %w", r.Execute, context.Cause(ctx))
 	}
-	return q.do(context.WithoutCancel(ctx), r, result)
+	return q.do(context.WithoutCancel(ctx), r, nil)
 }
 
 func (q *qmp) do(ctx context.Context, r request, result any) error {

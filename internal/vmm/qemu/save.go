@@ -75,7 +75,7 @@ func (i *instance) migrate(ctx context.Context, s *saving) error {
 		err = i.setMigration(ctx, map[string]any{"max-bandwidth": int64(saveBandwidth), "downtime-limit": firstDowntime.Milliseconds()})
 	}
 	if err == nil {
-		err = i.qmp.settle(ctx, request{Execute: "migrate", Arguments: uriOf(stateFile)}, nil)
+		err = i.qmp.settle(ctx, request{Execute: "migrate", Arguments: uriOf(stateFile)})
 	}
 	if err != nil {
 		return err
@@ -106,7 +106,7 @@ func (i *instance) migrate(ctx context.Context, s *saving) error {
 }
 
 func (i *instance) setMigration(ctx context.Context, parameters map[string]any) error {
-	return i.qmp.settle(ctx, request{Execute: "migrate-set-parameters", Arguments: parameters}, nil)
+	return i.qmp.settle(ctx, request{Execute: "migrate-set-parameters", Arguments: parameters})
 }
 
 // switchOver puts the overlays above the drives' files, all or none. The guest is held,
@@ -125,7 +125,7 @@ func (i *instance) switchOver(ctx context.Context, opts vmm.SaveOptions) (switch
 	if len(actions) == 0 {
 		return false, nil
 	}
-	if err := i.qmp.settle(ctx, request{Execute: "transaction", Arguments: map[string]any{"actions": actions}}, nil); err != nil {
+	if err := i.qmp.settle(ctx, request{Execute: "transaction", Arguments: map[string]any{"actions": actions}}); err != nil {
 		return false, err
 	}
 	if opts.Switched != nil {
