@@ -22,7 +22,7 @@ func (m *Manager) Pause(ctx context.Context, id string) (smolvm.VMInfo, error) {
 			return err
 		}
 		err := client.Pause(ctx)
-		if err != nil {
+		if err != nil && ctx.Err() == nil { // else it may be paused yet
 			err = errors.Join(err, m.store.SetState(ctx, id, []smolvm.VMState{smolvm.StatePaused}, smolvm.StateRunning))
 		}
 		return err

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -154,17 +155,18 @@ func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Dra
 	if err := m.addLayer(vm.DiskPath, layer); err != nil {
 		return shim.Saved{}, err
 	}
+	// The shim gives it the disk's name, or removes it. Its own name is of this saving
+	// only: the shim may still be at that of another process that was killed.
+	overlay := filepath.Join(m.vmDir(vm.ID), layer+overlaySuffix)
 	defer func() {
-		if err != nil { // the shim has finished with it, or has not begun
+		// The shim has finished with it by then, or has not begun.
+		if _, statErr := os.Lstat(overlay); err != nil && errors.Is(statErr, fs.ErrNotExist) {
 			err = errors.Join(err, m.dropUnusedLayer(layer, vm.DiskPath))
 		}
 	}()
 	if err := os.Link(vm.DiskPath, draft.Path(snapshot.DiskFile)); err != nil {
 		return shim.Saved{}, err
 	}
-	// The shim gives it the disk's name, or removes it. Its own name is of this saving
-	// only: the shim may still be at that of another process that was killed.
-	overlay := filepath.Join(m.vmDir(vm.ID), layer+overlaySuffix)
 	err = disk.CreateOverlay(ctx, disk.Overlay{Path: overlay, Base: m.layerPath(layer), BaseFormat: disk.QCOW2})
 	if err != nil {
 		return shim.Saved{}, err
