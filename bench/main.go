@@ -82,16 +82,16 @@ func run(ctx context.Context) error {
 		}
 	}
 	fmt.Fprint(os.Stderr, "\r\033[K")
-	fmt.Println("| What | Measured | Wanted |\n|---|---|---|")
+	fmt.Println("| What | Measured | Target |\n|---|---|---|")
 	for _, row := range b.rows {
 		fmt.Printf("| %s | %s | %s |\n", row[0], row[1], row[2])
 	}
 	return nil
 }
 
-func (b *bench) row(what, measured, wanted string) {
+func (b *bench) row(what, measured, target string) {
 	fmt.Fprintf(os.Stderr, "\r\033[K%s: %s\n", what, measured)
-	b.rows = append(b.rows, [3]string{what, measured, wanted})
+	b.rows = append(b.rows, [3]string{what, measured, target})
 }
 
 // repeat measures n runs of f.
