@@ -164,8 +164,8 @@ func (s *starting) fast(ctx context.Context) error {
 }
 
 // restore starts the VM from a saved guest. Of about 3000 that were restored under
-// emulation on a busy host, one panicked at once, and what it was restored from was fine:
-// so one that fails early is restored once more.
+// emulation, one panicked at once, on a busy host. Whether it was saved or restored badly
+// is not known, so one that fails early is restored once more.
 func (s *starting) restore(ctx context.Context, from savedGuest) error {
 	began := time.Now()
 	err := s.restoreOnce(ctx, from)
