@@ -1,9 +1,12 @@
 // Package disk makes and looks into disk files. It knows formats, and no VMs.
+//
+// What a disk's format is, is declared and never guessed from what it holds: a guest may
+// write anything into its raw disk, also what looks like a disk of another format that is
+// based on some file of the host.
 package disk
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -18,9 +21,13 @@ const (
 	QCOW2 = "qcow2"
 )
 
-// ErrNoFileSystem says that a raw disk holds neither a file system nor a partition
-// table that we know.
-var ErrNoFileSystem = errors.New("holds no file system that is known (ext4, xfs, btrfs, squashfs, erofs, iso9660, vfat), and no partition table")
+var (
+	// ErrNoFileSystem says that a raw disk holds neither a file system nor a partition
+	// table that we know.
+	ErrNoFileSystem = errors.New("holds no file system that is known (ext4, xfs, btrfs, squashfs, erofs, iso9660, vfat), and no partition table")
+	// ErrUndeclared says that a format must be declared.
+	ErrUndeclared = errors.New("looks like qcow2; say format qcow2 if it is, or format raw if that is what a guest has written into it")
+)
 
 // Info is what a disk file says of itself.
 type Info struct {
@@ -30,14 +37,58 @@ type Info struct {
 	VirtualSize int64
 	// FileSystem on a raw disk, as in "ext4"; "partitions" for a partition table.
 	FileSystem string
-	// Backing is the path of the file that a qcow2 disk is an overlay of; empty if
-	// it is none.
-	Backing string
+	// Backing is the name of the file that a qcow2 disk is an overlay of, as its header
+	// has it, and BackingFormat that file's format; empty if it is none.
+	Backing, BackingFormat string
+	// Device says that it is a block device.
+	Device bool
 }
 
-// Probe looks at a disk file. For a raw file in which it recognises nothing, the
-// error matches [ErrNoFileSystem], and the rest of the information is right.
+// Inspect looks at a disk file of a format. For a raw file in which it recognises
+// nothing, the error matches [ErrNoFileSystem], and the rest of the information is right.
+func Inspect(path, format string) (Info, error) {
+	return inspect(path, func(file io.ReaderAt, info Info) (Info, error) { return info.read(file, format) })
+}
+
+// Declare looks at a disk file that somebody brings, and whose format is as they
+// declared. Empty: raw, unless it looks like qcow2, which is refused with
+// [ErrUndeclared]. So is a qcow2 disk that would make a VMM open files that nobody has
+// named. Otherwise it is as [Inspect].
+func Declare(path, format string) (Info, error) {
+	return inspect(path, func(file io.ReaderAt, info Info) (Info, error) {
+		switch format {
+		case "":
+			mark := make([]byte, len(qcow2Magic))
+			if n, _ := file.ReadAt(mark, 0); string(mark[:n]) == qcow2Magic {
+				return info, ErrUndeclared
+			}
+			format = Raw
+		case QCOW2:
+			h, err := readHeader(file)
+			if err == nil {
+				err = h.foreign()
+			}
+			if err != nil {
+				return info, err
+			}
+		}
+		return info.read(file, format)
+	})
+}
+
+// Probe is [Inspect] of a file whose format is guessed from what it holds. It is for
+// files that no guest can have written, and for messages.
 func Probe(path string) (Info, error) {
+	return inspect(path, func(file io.ReaderAt, info Info) (Info, error) {
+		mark := make([]byte, len(qcow2Magic))
+		if n, _ := file.ReadAt(mark, 0); string(mark[:n]) == qcow2Magic {
+			return info.read(file, QCOW2)
+		}
+		return info.read(file, Raw)
+	})
+}
+
+func inspect(path string, look func(file io.ReaderAt, info Info) (Info, error)) (Info, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return Info{}, err
@@ -47,18 +98,18 @@ func Probe(path string) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
-	size := stat.Size()
+	info := Info{VirtualSize: stat.Size()}
 	if mode := stat.Mode(); !mode.IsRegular() {
 		if mode.Type() != fs.ModeDevice {
 			return Info{}, &fs.PathError{Op: "use", Path: path, Err: errors.New("is not a disk image but a " + kindOf(mode))}
 		}
 		// A block device: its size is where its end is.
-		if size, err = file.Seek(0, io.SeekEnd); err != nil {
+		info.Device = true
+		if info.VirtualSize, err = file.Seek(0, io.SeekEnd); err != nil {
 			return Info{}, err
 		}
 	}
-	info, err := probe(file, size)
-	if err != nil {
+	if info, err = look(file, info); err != nil {
 		return info, fmt.Errorf("%s: %w", path, err)
 	}
 	return info, nil
@@ -74,6 +125,25 @@ func kindOf(mode fs.FileMode) string {
 		return "pipe"
 	}
 	return "socket"
+}
+
+// read completes what is known of a file from what it holds.
+func (i Info) read(r io.ReaderAt, format string) (Info, error) {
+	switch format {
+	case Raw:
+		i.Format = Raw
+		var err error
+		i.FileSystem, err = fileSystemOf(r)
+		return i, err
+	case QCOW2:
+		h, err := readHeader(r)
+		if err != nil {
+			return Info{}, err
+		}
+		i.Format, i.VirtualSize, i.Backing, i.BackingFormat = QCOW2, int64(h.size), h.backing, h.backingFormat
+		return i, nil
+	}
+	return Info{}, fmt.Errorf("format %q is not known; use %s or %s", format, Raw, QCOW2)
 }
 
 // signature is the mark of a file system.
@@ -98,31 +168,25 @@ func signatures() []signature {
 	}
 }
 
-func probe(r io.ReaderAt, size int64) (Info, error) {
-	header := make([]byte, 512) // for qcow2's and for a partition table
-	n, err := r.ReadAt(header, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return Info{}, err
-	}
-	if bytes.HasPrefix(header, []byte(qcow2Magic)) {
-		return probeQCOW2(r, header[:n])
-	}
-	info := Info{Format: Raw, VirtualSize: size}
+// fileSystemOf returns the name of the file system on a raw disk.
+func fileSystemOf(r io.ReaderAt) (string, error) {
 	for _, s := range signatures() {
 		found := make([]byte, len(s.mark))
 		if _, err := r.ReadAt(found, s.offset); err == nil && bytes.Equal(found, s.mark) {
-			info.FileSystem = s.name
-			return info, nil
+			return s.name, nil
 		}
 	}
-	if isPartitioned(header) {
-		info.FileSystem = "partitions"
-		return info, nil
+	sector := make([]byte, 512) // has a partition table
+	if _, err := r.ReadAt(sector, 0); err != nil && !errors.Is(err, io.EOF) {
+		return "", err
 	}
-	return info, ErrNoFileSystem
+	if isPartitioned(sector) {
+		return "partitions", nil
+	}
+	return "", ErrNoFileSystem
 }
 
-// isPartitioned says whether a disk begins with a partition table: an MBR, which a GPT
+// isPartitioned reports whether a disk begins with a partition table: an MBR, which a GPT
 // has too. Its mark alone is not enough, as every bootable sector has it, a kernel's too.
 func isPartitioned(sector []byte) bool {
 	const table, entrySize, markAt = 446, 16, 510
@@ -138,35 +202,4 @@ func isPartitioned(sector []byte) bool {
 		used = used || kind != 0
 	}
 	return used
-}
-
-// maxBackingName is the longest name of a backing file (QEMU's docs/interop/qcow2).
-const maxBackingName = 1023
-
-func probeQCOW2(r io.ReaderAt, header []byte) (Info, error) {
-	if len(header) < qcow2HeaderV2Size {
-		return Info{}, errors.New("is a qcow2 disk that ends within its header")
-	}
-	version := binary.BigEndian.Uint32(header[4:])
-	size := binary.BigEndian.Uint64(header[24:])
-	if version != 2 && version != 3 {
-		return Info{}, fmt.Errorf("is a qcow2 disk of version %d; 2 and 3 are known", version)
-	}
-	if size > 1<<62 {
-		return Info{}, fmt.Errorf("is a qcow2 disk with an impossible size of %d bytes", size)
-	}
-	info := Info{Format: QCOW2, VirtualSize: int64(size)}
-	offset, length := binary.BigEndian.Uint64(header[8:]), binary.BigEndian.Uint32(header[16:])
-	if offset == 0 {
-		return info, nil
-	}
-	if length > maxBackingName || offset > 1<<30 {
-		return Info{}, errors.New("is a qcow2 disk with an impossible backing file")
-	}
-	name := make([]byte, length)
-	if _, err := r.ReadAt(name, int64(offset)); err != nil {
-		return Info{}, fmt.Errorf("is a qcow2 disk that ends within the name of its backing file: %w", err)
-	}
-	info.Backing = string(name)
-	return info, nil
 }

@@ -96,7 +96,7 @@ func TestOverlayByQEMU(t *testing.T) {
 			run(t, "qemu-img", "check", "-q", overlay)
 			info, err := Probe(overlay)
 			want := max(size, 1<<20)
-			if err != nil || info != (Info{Format: QCOW2, VirtualSize: want, Backing: base}) {
+			if err != nil || info != (Info{Format: QCOW2, VirtualSize: want, Backing: base, BackingFormat: Raw}) {
 				t.Errorf("Probe = %+v, %v", info, err)
 			}
 			if out := run(t, "qemu-img", "info", "--backing-chain", overlay); !strings.Contains(out, "backing file format: raw") {
@@ -155,9 +155,11 @@ func FuzzProbe(f *testing.F) {
 	f.Add(emptyOverlay("/base", Raw, 1<<30))
 	f.Add([]byte(qcow2Magic))
 	f.Fuzz(func(t *testing.T, content []byte) {
-		info, err := probe(bytes.NewReader(content), int64(len(content)))
-		if err == nil && info.VirtualSize < 0 {
-			t.Errorf("size %d", info.VirtualSize)
+		for _, format := range []string{Raw, QCOW2} {
+			info, err := Info{VirtualSize: int64(len(content))}.read(bytes.NewReader(content), format)
+			if err == nil && (info.VirtualSize < 0 || len(info.Backing) > maxBackingName) {
+				t.Errorf("as %s: %+v", format, info)
+			}
 		}
 	})
 }

@@ -5,27 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
-)
-
-// The qcow2 format, as in QEMU's docs/interop/qcow2. An overlay without data is a
-// header, a table of refcounts, and an empty table of clusters; all of that is
-// written here, as starting qemu-img would take longer than the rest of creating a
-// VM.
-const (
-	qcow2Magic        = "QFI\xfb"
-	qcow2HeaderV2Size = 72
-	qcow2HeaderSize   = 104 // of version 3
-	clusterBits       = 16
-	clusterSize       = 1 << clusterBits
-	// Header extensions: the backing file's format, and the end of the list.
-	extensionBackingFormat = 0xe2792aca
-	// refcountOrder 4: refcounts of 16 bits.
-	refcountOrder = 4
-	// maxOverlay is the largest disk that QEMU opens with clusters of this size
-	// (QCOW_MAX_L1_SIZE in its block/qcow2.h), in bytes: 2 PiB.
-	maxOverlay = 2 << 50
 )
 
 // Overlay is a disk to be made over another one.
@@ -35,12 +17,21 @@ type Overlay struct {
 	// Base is the file that it is based on, which must not change from then on, and
 	// BaseFormat its format.
 	Base, BaseFormat string
+	// BaseName is the name by which the new disk's header has its base. Empty: Base's
+	// absolute path.
+	BaseName string
 	// Size of the new disk in bytes. Zero: the base's. It can't be smaller.
 	Size int64
+	// Replace puts it in the place of a file that may be there, at once.
+	Replace bool
+	// Sync has the disk, and its name, on stable storage before it is used.
+	Sync bool
 }
 
-// CreateOverlay makes a qcow2 disk that holds only what differs from its base. It
-// takes the same short time whatever the size. If it fails, nothing is left.
+// CreateOverlay makes a qcow2 disk that holds only what differs from its base. An overlay
+// without data is a header, a table of refcounts, and an empty table of clusters; all of
+// that is written here, as starting qemu-img would take longer than the rest of creating
+// a VM. It takes the same short time whatever the size. If it fails, nothing is left.
 func CreateOverlay(ctx context.Context, o Overlay) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -49,9 +40,13 @@ func CreateOverlay(ctx context.Context, o Overlay) error {
 	if err != nil {
 		return err
 	}
-	info, err := Probe(base)
+	info, err := Inspect(base, o.BaseFormat)
 	if err != nil && !errors.Is(err, ErrNoFileSystem) {
 		return fmt.Errorf("make disk: %w", err)
+	}
+	name := o.BaseName
+	if name == "" {
+		name = base
 	}
 	switch {
 	case o.Size == 0:
@@ -59,17 +54,26 @@ func CreateOverlay(ctx context.Context, o Overlay) error {
 	case o.Size < info.VirtualSize:
 		return fmt.Errorf("make disk %s: %d bytes are fewer than the %d of its base %s", o.Path, o.Size, info.VirtualSize, base)
 	}
-	if len(base) > maxBackingName {
-		return fmt.Errorf("make disk %s: the path of its base has %d bytes; at most %d are allowed", o.Path, len(base), maxBackingName)
+	if len(name) > maxBackingName {
+		return fmt.Errorf("make disk %s: the path of its base has %d bytes; at most %d are allowed", o.Path, len(name), maxBackingName)
 	}
 	if o.Size > maxOverlay {
 		return fmt.Errorf("make disk %s: %d bytes are more than the %d that a disk can have", o.Path, o.Size, int64(maxOverlay))
 	}
-	image := emptyOverlay(base, o.BaseFormat, roundUp(o.Size, 512))
-	err = writeNew(o.Path, func(out *os.File) error {
-		_, err := out.Write(image)
-		return err
+	image := emptyOverlay(name, o.BaseFormat, roundUp(o.Size, 512))
+	publish := os.Link // unlike a rename, a link never replaces what is there
+	if o.Replace {
+		publish = os.Rename
+	}
+	err = writeFile(o.Path, publish, func(out *os.File) error {
+		if _, err := out.Write(image); err != nil || !o.Sync {
+			return err
+		}
+		return out.Sync()
 	})
+	if err == nil && o.Sync {
+		err = SyncDir(filepath.Dir(o.Path))
+	}
 	if err != nil {
 		return fmt.Errorf("make disk: %w", err)
 	}
@@ -115,19 +119,32 @@ func emptyOverlay(base, baseFormat string, size int64) []byte {
 	return image
 }
 
-func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
-
-// writeNew writes a file that must not be there yet, so that it is either whole or
-// not there at all.
-func writeNew(path string, fill func(*os.File) error) (err error) {
-	temp, err := os.CreateTemp(filepath.Dir(path), ".disk-*") // mode 0600
+// writeFile writes a file that gets its name from publish when it is complete, so that it
+// is either whole or not there at all.
+func writeFile(path string, publish func(temp, path string) error, fill func(*os.File) error) (err error) {
+	temp, err := os.CreateTemp(filepath.Dir(path), TempPrefix+"*") // mode 0600
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.Remove(temp.Name())) }()
+	defer func() {
+		if removeErr := os.Remove(temp.Name()); !errors.Is(removeErr, fs.ErrNotExist) {
+			err = errors.Join(err, removeErr)
+		}
+	}()
 	if err := errors.Join(fill(temp), temp.Close()); err != nil {
 		return err
 	}
-	// Unlike a rename, a link never replaces what is there.
-	return os.Link(temp.Name(), path)
+	return publish(temp.Name(), path)
+}
+
+// TempPrefix begins the names of files that are not complete yet.
+const TempPrefix = ".disk-"
+
+// SyncDir has the names in a directory on stable storage.
+func SyncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }

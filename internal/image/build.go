@@ -343,13 +343,13 @@ func (b *builder) makeRootfs(ctx context.Context, from ingredients) error {
 		b.hash.WriteString(sum + "\n")
 		return makeExt4(ctx, ext4{path: target, tree: source, owners: from.owners, seed: sum})
 	}
-	info, err := disk.Probe(source)
+	// An image's root file system is raw, whatever a guest has written into its disk.
+	_, err = disk.Declare(source, "")
+	if errors.Is(err, disk.ErrUndeclared) {
+		return fmt.Errorf("%s looks like qcow2, and an image is made of a raw disk; `qemu-img convert -O raw %s …` makes one", source, source)
+	}
 	if err != nil {
 		return err
-	}
-	if info.Backing != "" {
-		return fmt.Errorf("%s is an overlay of %s, which may change or go; make it one disk by `qemu-img convert -O qcow2 %s …`",
-			source, info.Backing, source)
 	}
 	if err := disk.Copy(ctx, target, source, 0); err != nil {
 		return err

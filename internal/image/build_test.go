@@ -178,7 +178,7 @@ func TestKilledBuild(t *testing.T) {
 		return left
 	}
 	// A build under way is left alone, by those who would clean up as well.
-	if _, err := store.Prune(canceled, func(smolvm.Image) bool { return false }); !errors.Is(err, context.Canceled) {
+	if _, err := store.Prune(canceled, func(smolvm.Image) (bool, error) { return false, nil }); !errors.Is(err, context.Canceled) {
 		t.Errorf("Prune during a build: error is %v", err)
 	}
 	if _, err := store.Build(canceled, recipe); !errors.Is(err, context.Canceled) {
@@ -294,7 +294,7 @@ func TestRecipeRefused(t *testing.T) {
 		"modules, no kernel":    {func(r *image.Recipe) { r.ModulesDir, r.Kernel = work, "" }, "give both"},
 		"root file system":      {func(r *image.Recipe) { r.Rootfs = "/no/rootfs" }, "/no/rootfs"},
 		"rootfs is text":        {func(r *image.Recipe) { r.Rootfs = text }, "holds no file system"},
-		"rootfs needs another":  {func(r *image.Recipe) { r.Rootfs = overlay }, "is an overlay of /base"},
+		"rootfs needs another":  {func(r *image.Recipe) { r.Rootfs = overlay }, "looks like qcow2"},
 		"rootfs is no disk":     {func(r *image.Recipe) { r.Rootfs = "/dev/null" }, "character device"},
 		"modules are of two":    {func(r *image.Recipe) { r.ModulesDir = twoKernels(t) }, "several kernels"},
 		"modules are a missing": {func(r *image.Recipe) { r.ModulesDir = "/no/modules" }, "/no/modules"},
