@@ -4,6 +4,8 @@ import (
 	"database/sql/driver"
 	"net/netip"
 	"time"
+
+	"github.com/smolvm/smolvm/internal/datadir"
 )
 
 // The types of this file are fields of Go as columns of SQLite: NULL if the field
@@ -23,6 +25,24 @@ func (t text[T]) Value() (driver.Value, error) {
 func (t text[T]) Scan(value any) error {
 	s, _ := value.(string)
 	*t.field = T(s)
+	return nil
+}
+
+// file is the path of a file, which is kept relative to the database's directory if it is
+// below that: the directory may be moved, and copied.
+type file struct {
+	root  string
+	field *string
+}
+
+func (f file) Value() (driver.Value, error) {
+	name := datadir.Rel(f.root, *f.field)
+	return text[string]{&name}.Value()
+}
+
+func (f file) Scan(value any) error {
+	name, _ := value.(string)
+	*f.field = datadir.Abs(f.root, name)
 	return nil
 }
 

@@ -27,6 +27,7 @@ type row struct {
 	VM
 	seq     int64
 	options string
+	root    string // see [file]
 }
 
 // fields are the row's fields in the order of [vmColumns], to be written from or
@@ -36,8 +37,8 @@ func (r *row) fields() []any {
 		number[int64]{&r.seq}, text[string]{&r.ID}, text[smolvm.VMState]{&r.State}, number[int]{&r.Config.VCPUs},
 		number[int]{&r.Config.MemoryMiB}, text[string]{&r.Config.Image}, text[string]{&r.options},
 
-		number[int]{&r.Lease}, text[string]{&r.Image}, text[string]{&r.Backend}, text[string]{&r.DiskPath},
-		text[string]{&r.LogPath}, text[string]{&r.MachineID}, text[string]{&r.HostKey}, moment{&r.CreatedAt},
+		number[int]{&r.Lease}, text[string]{&r.Image}, text[string]{&r.Backend}, file{r.root, &r.DiskPath},
+		file{r.root, &r.LogPath}, text[string]{&r.MachineID}, text[string]{&r.HostKey}, moment{&r.CreatedAt},
 
 		text[string]{&r.Run}, number[int]{&r.PID}, number[uint64]{&r.PIDStart}, number[int]{&r.ShimPID},
 		number[uint64]{&r.ShimStart}, text[string]{&r.BootID}, text[string]{&r.Accelerator}, text[string]{&r.Cause},
@@ -107,12 +108,12 @@ func (u *unpacker) unpack(vm *VM, options string) error {
 }
 
 // insertVM makes the row of a VM, and returns its number.
-func insertVM(ctx context.Context, tx *sql.Tx, vm VM) (int64, error) {
+func (s *Store) insertVM(ctx context.Context, tx *sql.Tx, vm VM) (int64, error) {
 	options, err := packOptions(vm)
 	if err != nil {
 		return 0, err
 	}
-	r := row{VM: vm, options: options} // seq is NULL: SQLite takes the next one
+	r := row{VM: vm, options: options, root: s.root} // seq is NULL: SQLite takes the next one
 	fields := r.fields()
 	result, err := tx.ExecContext(ctx,
 		"INSERT INTO vms ("+vmColumns+") VALUES (?"+strings.Repeat(", ?", len(fields)-1)+")", fields...)
@@ -128,7 +129,7 @@ func insertVM(ctx context.Context, tx *sql.Tx, vm VM) (int64, error) {
 
 // selectVMs reads VMs with their ports. The clause says which, and in what order;
 // count is how many there may be, if that is known.
-func selectVMs(ctx context.Context, tx *sql.Tx, count int, clause string, args ...any) ([]VM, error) {
+func (s *Store) selectVMs(ctx context.Context, tx *sql.Tx, count int, clause string, args ...any) ([]VM, error) {
 	rows, err := tx.QueryContext(ctx, "SELECT "+vmColumns+" FROM vms "+clause, args...)
 	if err != nil {
 		return nil, err
@@ -136,7 +137,7 @@ func selectVMs(ctx context.Context, tx *sql.Tx, count int, clause string, args .
 	defer func() { _ = rows.Close() }()
 	vms := make([]VM, 0, count)
 	bySeq := make(map[int64]int, count)
-	var r row // one for all of them, and so one list of fields
+	r := row{root: s.root} // one for all of them, and so one list of fields
 	fields := r.fields()
 	var options unpacker
 	for rows.Next() {

@@ -57,6 +57,7 @@ func (o Options) withDefaults() Options {
 // database can't be read.
 type Store struct {
 	path string
+	root string // the directory that paths in it are relative to
 	opts Options
 	read *sql.DB
 	// write has a single connection: SQLite has one writer at a time, and to queue
@@ -86,7 +87,7 @@ func open(ctx context.Context, path string, opts Options, steps []string) (*Stor
 	if err := makeFile(path); err != nil {
 		return nil, fmt.Errorf("open state database: %w", err)
 	}
-	s := &Store{path: path, opts: opts.withDefaults()}
+	s := &Store{path: path, root: filepath.Dir(path), opts: opts.withDefaults()}
 	// sql.Open only looks at the driver's name: it can't fail here.
 	if s.read, err = sql.Open("sqlite", dsn(path, "deferred", "query_only(1)")); err != nil {
 		return nil, err

@@ -60,6 +60,8 @@ type NewVM struct {
 	Config smolvm.VMConfig
 	// These are as in [VM].
 	Image, Backend, DiskPath, LogPath, MachineID, HostKey string
+	// Base is the file that the disk is to be based on; empty: none.
+	Base string
 	// PortFree says whether no other program has a host port that no VM has. It is
 	// asked about the ports that the store chooses, and must be quick. Nil: all
 	// are free.
@@ -93,9 +95,14 @@ func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 		if vm.Lease, err = chooseLease(ctx, tx, s.opts.Leases); err != nil {
 			return err
 		}
-		seq, err := insertVM(ctx, tx, vm)
+		seq, err := s.insertVM(ctx, tx, vm)
 		if err != nil {
 			return err
+		}
+		if n.Base != "" {
+			if err := s.insertBase(ctx, tx, n.DiskPath, n.Base); err != nil {
+				return err
+			}
 		}
 		vm.SSHPort, vm.Forwards, err = s.insertPorts(ctx, tx, seq, n)
 		return err
@@ -110,7 +117,7 @@ func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 func (s *Store) GetVM(ctx context.Context, id string) (VM, error) {
 	var vm VM
 	err := s.view(ctx, func(tx *sql.Tx) error {
-		vms, err := selectVMs(ctx, tx, 1, "WHERE id = ?", id)
+		vms, err := s.selectVMs(ctx, tx, 1, "WHERE id = ?", id)
 		if err != nil {
 			return err
 		}
@@ -145,7 +152,7 @@ func (s *Store) ListVMs(ctx context.Context, state smolvm.VMState) ([]VM, error)
 		from := first + int64(i)*step
 		group.Go(func() error {
 			return s.view(ctx, func(tx *sql.Tx) (err error) {
-				parts[i], err = selectVMs(ctx, tx, int(count)/len(parts)+1,
+				parts[i], err = s.selectVMs(ctx, tx, int(count)/len(parts)+1,
 					"WHERE seq BETWEEN ? AND ? AND (state = ? OR ? = '') ORDER BY seq", from, from+step-1, string(state), string(state))
 				return err
 			})
@@ -161,6 +168,12 @@ func (s *Store) ListVMs(ctx context.Context, state smolvm.VMState) ([]VM, error)
 // The error matches [smolvm.ErrVMNotFound].
 func (s *Store) DeleteVM(ctx context.Context, id string) error {
 	return s.update(ctx, func(tx *sql.Tx) error {
+		// A disk that is retained still has its base.
+		_, err := tx.ExecContext(ctx, `DELETE FROM bases WHERE path = (SELECT disk_path FROM vms
+			WHERE id = ? AND json_extract(options, '$.retain_disk') IS NOT TRUE)`, id)
+		if err != nil {
+			return err
+		}
 		result, err := tx.ExecContext(ctx, "DELETE FROM vms WHERE id = ?", id)
 		if err != nil {
 			return err

@@ -1,0 +1,82 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+)
+
+// AddBase writes down that a disk file is based on another, or is about to be.
+func (s *Store) AddBase(ctx context.Context, path, base string) error {
+	return s.update(ctx, func(tx *sql.Tx) error { return s.insertBase(ctx, tx, path, base) })
+}
+
+func (s *Store) insertBase(ctx context.Context, tx *sql.Tx, path, base string) error {
+	_, err := tx.ExecContext(ctx, "INSERT OR IGNORE INTO bases (path, base) VALUES (?, ?)",
+		file{s.root, &path}, file{s.root, &base})
+	return err
+}
+
+// RemoveBase takes back what [Store.AddBase] has written down.
+func (s *Store) RemoveBase(ctx context.Context, path, base string) error {
+	return s.update(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "DELETE FROM bases WHERE path = ? AND base = ?",
+			file{s.root, &path}, file{s.root, &base})
+		return err
+	})
+}
+
+// BasedOn returns the disk files that are written down as based on a file.
+func (s *Store) BasedOn(ctx context.Context, base string) ([]string, error) {
+	var paths []string
+	err := s.view(ctx, func(tx *sql.Tx) (err error) {
+		rows, err := tx.QueryContext(ctx, "SELECT path FROM bases WHERE base = ?", file{s.root, &base})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, rows.Close()) }()
+		for rows.Next() {
+			var path string
+			if err := rows.Scan(file{s.root, &path}); err != nil {
+				return err
+			}
+			paths = append(paths, path)
+		}
+		return rows.Err()
+	})
+	return paths, err
+}
+
+// IsDisk reports whether a file is the disk of a VM.
+func (s *Store) IsDisk(ctx context.Context, path string) (bool, error) {
+	var count int
+	err := s.view(ctx, func(tx *sql.Tx) error {
+		return tx.QueryRowContext(ctx, "SELECT count(*) FROM vms WHERE disk_path = ?", file{s.root, &path}).Scan(&count)
+	})
+	return count > 0, err
+}
+
+// FormerRoot returns where the data directory was when its database had absolute paths in
+// it; empty if it never had.
+func (s *Store) FormerRoot(ctx context.Context) (string, error) {
+	var root string
+	err := s.view(ctx, func(tx *sql.Tx) error {
+		err := tx.QueryRowContext(ctx, "SELECT root FROM former").Scan(&root)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		return err
+	})
+	return root, err
+}
+
+// ForgetRuns makes all VMs that are alive stopped: the database was copied from another
+// data directory, and their processes belong to that.
+func (s *Store) ForgetRuns(ctx context.Context, cause string) error {
+	return s.update(ctx, func(tx *sql.Tx) error {
+		now := s.opts.Now().UTC()
+		_, err := tx.ExecContext(ctx, "UPDATE vms SET state = 'stopped', cause = ?, stopped_at = ? WHERE state IN ('running', 'paused')",
+			cause, moment{&now})
+		return err
+	})
+}
