@@ -1,0 +1,254 @@
+// Package backing keeps the disks of a data directory that others are based on, and the
+// chains of files that they make.
+//
+// A layer is a disk that does not change any more and that others are overlays of: the
+// disk of a template or a snapshot, which has the same file under a name of its own. It is
+// needed as long as it has that other name, or some disk is based on it. Who is based on
+// whom is written down before it comes about (see [References]), and the files say it as
+// well: a layer goes only if both agree that nobody needs it. What can't be read counts
+// as a doubt, and ends a collection.
+//
+// The name of its base in an overlay's header is relative, and as seen from a directory
+// just below the data directory, for which both disks/ and layers/ will do. VMMs don't go
+// by it: they are given the chain.
+package backing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/smolvm/smolvm/internal/datadir"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/flock"
+)
+
+// References are what is written down of bases. Paths are absolute.
+type References interface {
+	// AddBase writes down that a disk is based on another, or is about to be.
+	AddBase(ctx context.Context, path, base string) error
+	// RemoveBase takes that back.
+	RemoveBase(ctx context.Context, path, base string) error
+	// BasedOn returns the disks that are written down as based on a file.
+	BasedOn(ctx context.Context, base string) ([]string, error)
+	// IsDisk reports whether a file is the disk of a VM.
+	IsDisk(ctx context.Context, path string) (bool, error)
+}
+
+// Disks are the disks of a data directory.
+type Disks struct {
+	dir  *datadir.Dir
+	refs References
+}
+
+// New returns the disks of a data directory.
+func New(dir *datadir.Dir, refs References) *Disks { return &Disks{dir: dir, refs: refs} }
+
+// File is one file of a chain.
+type File struct {
+	Path, Format string
+	// Device says that it is a block device.
+	Device bool
+}
+
+// Lock waits for the lock that is held while a disk gets a base or loses it. It is for
+// short: the disks of all VMs wait for it.
+func (d *Disks) Lock(ctx context.Context) (unlock func(), err error) {
+	file, err := os.OpenFile(d.dir.LayersLock(), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		err = flock.Lock(ctx, file)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock disks: %w", err)
+	}
+	return func() { _ = file.Close() }, nil
+}
+
+// Overlay is a disk to be made over another.
+type Overlay struct {
+	// Path of the new disk.
+	Path string
+	// Base is what it is to be based on, and BaseFormat its format.
+	Base, BaseFormat string
+	// Size of the new disk in bytes. Zero: the base's.
+	Size int64
+	// Replace and Sync as in [disk.Overlay].
+	Replace, Sync bool
+}
+
+// Create makes an overlay, whose base must have been written down. If the base is a
+// layer, the lock must be held.
+func (d *Disks) Create(ctx context.Context, o Overlay) error {
+	return disk.CreateOverlay(ctx, disk.Overlay{
+		Path: o.Path, Base: o.Base, BaseFormat: o.BaseFormat, BaseName: d.nameOf(o.Base), Size: o.Size, Replace: o.Replace, Sync: o.Sync,
+	})
+}
+
+// Derive writes down the base of an overlay, and makes it.
+func (d *Disks) Derive(ctx context.Context, o Overlay) error {
+	unlock, err := d.Lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := d.refs.AddBase(ctx, o.Path, o.Base); err != nil {
+		return err
+	}
+	return d.Create(ctx, o)
+}
+
+// nameOf is the name by which a header has a base.
+func (d *Disks) nameOf(base string) string {
+	name := d.dir.Rel(base)
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join("..", name)
+}
+
+// ourFile matches the names of files that others are based on, within a data directory.
+var ourFile = regexp.MustCompile(`/(layers/[^/]+\.qcow2|images/[0-9a-f]{64}/rootfs)$`)
+
+// resolve returns the path of the base that a header of one of our own disks names. Until
+// version 3 of the database it was absolute, and may still name the place where this data
+// directory was, or the directory that this is a copy of.
+func (d *Disks) resolve(name string) (string, error) {
+	if !filepath.IsAbs(name) {
+		inner, ok := strings.CutPrefix(name, "../")
+		if !ok || !filepath.IsLocal(inner) {
+			return "", fmt.Errorf("is based on %q, which is no name within the data directory", name)
+		}
+		return d.dir.Abs(inner), nil
+	}
+	if match := ourFile.FindStringSubmatch(name); match != nil {
+		here := d.dir.Abs(match[1])
+		if _, err := os.Lstat(here); err == nil {
+			return here, nil
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return "", err
+		}
+	}
+	return name, nil
+}
+
+// baseOf returns what one of our own disks is based on; its path is empty if that is
+// nothing. No guest writes the header of such a file.
+func (d *Disks) baseOf(path, format string) (File, error) {
+	info, err := disk.Inspect(path, format)
+	if err != nil && !errors.Is(err, disk.ErrNoFileSystem) || info.Backing == "" {
+		return File{}, ignoreNoFileSystem(err)
+	}
+	base := File{Format: info.BackingFormat}
+	if base.Path, err = d.resolve(info.Backing); err != nil {
+		return File{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return base, nil
+}
+
+func ignoreNoFileSystem(err error) error {
+	if errors.Is(err, disk.ErrNoFileSystem) {
+		return nil
+	}
+	return err
+}
+
+// maxChain bounds a chain: each file is one that the VMM has open.
+const maxChain = 256
+
+// Chain returns the files that one of our own disks is based on, the nearest first. A file
+// from outside of the data directory must not lead to others.
+func (d *Disks) Chain(path string) ([]File, error) {
+	var chain []File
+	at := File{Path: path, Format: disk.QCOW2}
+	for {
+		base, err := d.baseOf(at.Path, at.Format)
+		if err != nil {
+			return nil, fmt.Errorf("disk %s: %w", path, err)
+		}
+		if base.Path == "" {
+			return chain, nil
+		}
+		if len(chain) == maxChain {
+			return nil, fmt.Errorf("disk %s: more than %d files are based on each other", path, maxChain)
+		}
+		if d.dir.Rel(base.Path) == base.Path {
+			info, err := disk.Declare(base.Path, base.Format)
+			if ignoreNoFileSystem(err) != nil {
+				return nil, fmt.Errorf("disk %s: %w", path, err)
+			}
+			base.Device = info.Device
+			return append(chain, base), nil
+		}
+		chain = append(chain, base)
+		at = base
+	}
+}
+
+// List returns the paths of the disks of VMs, retained ones too.
+func (d *Disks) List() ([]string, error) {
+	paths, err := list(d.dir.Disks())
+	return slices.DeleteFunc(paths, func(path string) bool {
+		return !strings.HasSuffix(path, layerSuffix) || strings.HasPrefix(filepath.Base(path), disk.TempPrefix)
+	}), err
+}
+
+// Root returns the file that the chain of a disk ends with.
+func (d *Disks) Root(path string) (string, error) {
+	chain, err := d.Chain(path)
+	if err != nil || len(chain) == 0 {
+		return path, err
+	}
+	return chain[len(chain)-1].Path, nil
+}
+
+// Adopt writes down what a disk that has got its name just now is based on.
+func (d *Disks) Adopt(ctx context.Context, path string) error { return d.adopt(ctx, path, path) }
+
+// adopt writes down what a disk is based on that is, or is to be, at name as well.
+func (d *Disks) adopt(ctx context.Context, path, name string) error {
+	base, err := d.baseOf(path, disk.QCOW2)
+	if err != nil || base.Path == "" {
+		return err
+	}
+	return d.refs.AddBase(ctx, name, base.Path)
+}
+
+// AddLayer makes a disk a layer as well. The lock must be held.
+func (d *Disks) AddLayer(ctx context.Context, path, name string) error {
+	err := d.adopt(ctx, path, d.dir.Layer(name))
+	if err == nil {
+		err = os.Link(path, d.dir.Layer(name))
+	}
+	if err == nil {
+		err = disk.SyncDir(d.dir.Layers())
+	}
+	if err != nil {
+		return fmt.Errorf("keep disk: %w", err)
+	}
+	return nil
+}
+
+// DropUnused removes a layer that is just another name of a disk, as the saving for which
+// it was made has failed before the VM got an overlay of it.
+func (d *Disks) DropUnused(ctx context.Context, name, diskPath string) error {
+	unlock, err := d.Lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	layer, err := os.Stat(d.dir.Layer(name))
+	if err != nil {
+		return err
+	}
+	current, err := os.Stat(diskPath)
+	if err != nil || !os.SameFile(layer, current) {
+		return err
+	}
+	return os.Remove(d.dir.Layer(name))
+}
