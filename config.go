@@ -43,6 +43,23 @@ const (
 	DiskShared DiskMode = "shared"
 )
 
+// DiskFormat is the format of a disk image.
+type DiskFormat string
+
+// The formats of disk images.
+const (
+	FormatRaw   DiskFormat = "raw"
+	FormatQCOW2 DiskFormat = "qcow2"
+)
+
+func (f DiskFormat) problem() string {
+	switch f {
+	case "", FormatRaw, FormatQCOW2:
+		return ""
+	}
+	return fmt.Sprintf("%q is not known; use %s or %s", f, FormatRaw, FormatQCOW2)
+}
+
 // ReadyCondition says when a started VM counts as running.
 type ReadyCondition string
 
@@ -80,6 +97,8 @@ type VMConfig struct {
 	// RootfsPath is a raw or qcow2 disk image for KernelPath; the guest sees it
 	// as /dev/vda.
 	RootfsPath string `json:"rootfs_path,omitempty"`
+	// RootfsFormat of RootfsPath, as in [Drive].
+	RootfsFormat DiskFormat `json:"rootfs_format,omitempty"`
 	// BootArgs are the kernel's arguments. Empty: those of the image, or
 	// [DefaultBootArgs].
 	BootArgs string `json:"boot_args,omitempty"`
@@ -129,6 +148,12 @@ type VMConfig struct {
 type Drive struct {
 	// Path of a raw or qcow2 image on the host.
 	Path string `json:"path"`
+	// Format of the image. It is decided when the VM is created, and for good: what the
+	// image holds later may have been written by a guest. Empty: raw; but an image that
+	// looks like qcow2 is refused then. A qcow2 image must be complete in itself: one that
+	// is based on another file, keeps its data in one, is encrypted or has snapshots in it
+	// is refused.
+	Format DiskFormat `json:"format,omitempty"`
 	// ReadOnly keeps the guest from writing to it; several running VMs may then
 	// share it.
 	ReadOnly bool `json:"read_only,omitempty"`
@@ -334,8 +359,11 @@ func (c VMConfig) validateDisks(v *validator) {
 	}
 	v.check(c.DiskSizeMiB >= 0 && c.DiskSizeMiB <= MaxDiskSizeMiB, "disk_size_mib",
 		"%d MiB is out of range; use 0 to %d", c.DiskSizeMiB, MaxDiskSizeMiB)
+	v.check(c.RootfsFormat.problem() == "", "rootfs_format", "%s", c.RootfsFormat.problem())
+	v.check(c.RootfsFormat == "" || c.RootfsPath != "", "rootfs_format", "needs rootfs_path beside it")
 	for i, d := range c.Drives {
 		v.check(d.Path != "", fmt.Sprintf("drives[%d].path", i), "is empty")
+		v.check(d.Format.problem() == "", fmt.Sprintf("drives[%d].format", i), "%s", d.Format.problem())
 	}
 	// vda to vdz; the first is the root disk.
 	v.check(len(c.Drives) <= 25, "drives", "%d are too many; at most 25 are allowed", len(c.Drives))

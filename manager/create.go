@@ -7,11 +7,11 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -30,7 +30,7 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 		config.ID = smolvm.NewID()
 	}
 	config = config.WithDefaults()
-	backend, root, err := m.check(config)
+	backend, root, err := m.check(&config)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
@@ -46,7 +46,12 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
 		}
 		digest = image.Digest
-		if root, err = disk.Probe(image.RootfsPath); err != nil {
+		release, err := m.images.Hold(digest) // until the VM's row says that it is used
+		if err != nil {
+			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
+		}
+		defer release()
+		if root, err = disk.Inspect(image.RootfsPath, disk.Raw); err != nil {
 			return smolvm.VMInfo{}, fmt.Errorf("create %q: image %s: %w", config.ID, config.Image, err)
 		}
 	}
@@ -67,10 +72,15 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 // create makes a VM of an image whose disk is to be an overlay of base.
 func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, base string) (store.VM, error) {
 	began := time.Now()
-	backend, _, err := m.check(config)
+	backend, _, err := m.check(&config)
 	if err != nil {
 		return store.VM{}, err
 	}
+	release, err := m.images.Hold(digest)
+	if err != nil {
+		return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
+	}
+	defer release()
 	config.Backend = backend.Name
 	vm, _, err := m.make(ctx, config, backend, digest, base)
 	if err != nil {
@@ -88,7 +98,7 @@ func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.
 	if err != nil {
 		return store.VM{}, nil, err
 	}
-	vm, err := m.reserve(ctx, config, backend, digest)
+	vm, err := m.reserve(ctx, config, backend, digest, base)
 	if err != nil {
 		if errors.Is(err, smolvm.ErrVMAlreadyExists) {
 			lock.unlock()
@@ -118,9 +128,10 @@ func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.
 	}, nil
 }
 
-// check validates a configuration, and looks at the files that it names. It
-// reports all that is wrong at once.
-func (m *Manager) check(config smolvm.VMConfig) (vmm.Traits, disk.Info, error) {
+// check validates a configuration, and looks at the files that it names. It fills in the
+// formats of disks, which are decided here and stay as they are, and reports all that is
+// wrong at once.
+func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) {
 	invalid := &smolvm.ValidationError{ID: config.ID}
 	if err := config.Validate(); err != nil && !errors.As(err, &invalid) {
 		return vmm.Traits{}, disk.Info{}, err
@@ -147,15 +158,18 @@ func (m *Manager) check(config smolvm.VMConfig) (vmm.Traits, disk.Info, error) {
 	}
 	var root disk.Info
 	if config.RootfsPath != "" {
-		if root, err = disk.Probe(config.RootfsPath); err != nil {
+		if root, err = disk.Declare(config.RootfsPath, string(config.RootfsFormat)); err != nil {
 			bad("rootfs_path", err)
 		}
+		config.RootfsFormat = smolvm.DiskFormat(root.Format)
 	}
 	for i, drive := range config.Drives {
-		if _, err := disk.Probe(drive.Path); err != nil && !errors.Is(err, disk.ErrNoFileSystem) {
+		info, err := disk.Declare(drive.Path, string(drive.Format))
+		if err != nil && !errors.Is(err, disk.ErrNoFileSystem) {
 			// An empty drive is fine: the guest may make a file system on it.
 			bad(fmt.Sprintf("drives[%d].path", i), err)
 		}
+		config.Drives[i].Format = smolvm.DiskFormat(info.Format)
 	}
 	for i, line := range config.AuthorizedKeys {
 		if _, err := parseAuthorizedKey(line); err != nil {
@@ -196,17 +210,24 @@ func checkDiskSize(config smolvm.VMConfig, root disk.Info) error {
 }
 
 // reserve makes the VM's row with all its leases, in one transaction.
-func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest string) (store.VM, error) {
+func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, base string) (store.VM, error) {
 	hostKey, err := newKey("smolvm host " + config.ID)
 	if err != nil {
 		return store.VM{}, err
+	}
+	path := m.diskPath(config, backend)
+	if base == "" && path != "" && path != config.RootfsPath {
+		if base, _, err = m.usualBase(ctx, config, digest); err != nil {
+			return store.VM{}, err
+		}
 	}
 	vm, err := m.store.CreateVM(ctx, store.NewVM{
 		Config:    config,
 		Image:     digest,
 		Backend:   backend.Name,
-		DiskPath:  m.diskPath(config, backend),
-		LogPath:   filepath.Join(m.vmDir(config.ID), "console.log"),
+		DiskPath:  path,
+		Base:      base,
+		LogPath:   m.dir.Console(config.ID),
 		MachineID: newMachineID(),
 		HostKey:   hostKey,
 		PortFree:  portFree,
@@ -240,38 +261,38 @@ func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits) string {
 	case config.DiskMode == smolvm.DiskShared || (!config.UsesImage() && config.RootfsPath == ""):
 		return config.RootfsPath
 	default:
-		return filepath.Join(m.DiskDir(), config.ID+"."+backend.DiskFormats[0])
+		return m.dir.Disk(config.ID, backend.DiskFormats[0])
 	}
 }
 
-// ensureDisk makes the VM's own disk unless it is there: retained from an earlier
-// VM of that id, or from the VM's earlier runs. A process that was killed while it
-// created a VM may have left one without a disk, so Start calls it too.
+// usualBase returns the file that a VM's own disk is based on when it is new.
+func (m *Manager) usualBase(ctx context.Context, config smolvm.VMConfig, digest string) (path, format string, err error) {
+	if digest == "" {
+		return config.RootfsPath, string(config.RootfsFormat), nil
+	}
+	image, err := m.images.Get(ctx, digest)
+	return image.RootfsPath, disk.Raw, err
+}
+
+// ensureDisk makes the disk of a new VM, unless one was retained from an earlier VM of
+// that id. A process that was killed while it created a VM may have left one without a
+// disk, so Start calls it too; but a disk that a guest has used is never made again.
 func (m *Manager) ensureDisk(ctx context.Context, vm store.VM) error {
-	if vm.DiskPath == "" || vm.DiskPath == vm.Config.RootfsPath {
+	if vm.DiskPath == "" {
 		return nil
 	}
-	if _, err := os.Stat(vm.DiskPath); err == nil {
+	_, err := os.Stat(vm.DiskPath)
+	switch {
+	case err == nil:
 		return nil
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	case !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("find disk: %w", err)
+	case vm.State != smolvm.StateCreated || vm.DiskPath == vm.Config.RootfsPath:
+		return fmt.Errorf("its disk %s is missing; put it back, or delete the VM", vm.DiskPath)
 	}
-	base := vm.Config.RootfsPath
-	if vm.Image != "" {
-		image, err := m.images.Get(ctx, vm.Image)
-		if err != nil {
-			return err
-		}
-		base = image.RootfsPath
-	}
-	info, err := disk.Probe(base)
+	base, format, err := m.usualBase(ctx, vm.Config, vm.Image)
 	if err != nil {
 		return err
 	}
-	return disk.CreateOverlay(ctx, disk.Overlay{
-		Path:       vm.DiskPath,
-		Base:       base,
-		BaseFormat: info.Format,
-		Size:       vm.Config.DiskSizeMiB << 20,
-	})
+	return m.disks.Create(ctx, backing.Overlay{Path: vm.DiskPath, Base: base, BaseFormat: format, Size: vm.Config.DiskSizeMiB << 20})
 }

@@ -11,8 +11,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/embedded"
-	"github.com/smolvm/smolvm/internal/disk"
-	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/image"
 )
 
@@ -60,14 +58,17 @@ func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
 	if err != nil {
 		return err
 	}
-	users, err := m.imageUsers(ctx)
+	err = m.images.Remove(ctx, found.Digest, func() error {
+		users, err := m.imageUsers(ctx)
+		if err != nil {
+			return fmt.Errorf("remove image %q: %w", ref, err)
+		}
+		if by := users[found.Digest]; len(by) > 0 {
+			return fmt.Errorf("remove image %q: %w by %s; delete them first", ref, smolvm.ErrImageInUse, strings.Join(by, ", "))
+		}
+		return nil
+	})
 	if err != nil {
-		return fmt.Errorf("remove image %q: %w", ref, err)
-	}
-	if by := users[found.Digest]; len(by) > 0 {
-		return fmt.Errorf("remove image %q: %w by %s; delete them first", ref, smolvm.ErrImageInUse, strings.Join(by, ", "))
-	}
-	if err := m.images.Remove(ctx, found.Digest); err != nil {
 		return err
 	}
 	return m.dropTemplatesOf(ctx, []smolvm.Image{found})
@@ -114,7 +115,13 @@ func (m *Manager) PruneImages(ctx context.Context) ([]smolvm.Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("prune images: %w", err)
 	}
-	gone, err := m.images.Prune(ctx, func(i smolvm.Image) bool { return len(i.Names) > 0 || len(users[i.Digest]) > 0 })
+	gone, err := m.images.Prune(ctx, func(i smolvm.Image) (bool, error) {
+		if len(i.Names) > 0 || len(users[i.Digest]) > 0 {
+			return true, nil
+		}
+		created, err := m.store.UsersOfImage(ctx, i.Digest) // since we looked
+		return len(created) > 0, err
+	})
 	return gone, errors.Join(err, m.dropTemplatesOf(ctx, gone))
 }
 
@@ -150,7 +157,7 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	retained, err := glob.In(m.DiskDir(), "*")
+	retained, err := m.disks.List()
 	if err != nil {
 		return nil, err
 	}
@@ -158,24 +165,16 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 		if own[path] {
 			continue
 		}
-		root := rootOf(path)
+		root, err := m.disks.Root(path)
+		if err != nil {
+			return nil, err
+		}
 		i := slices.IndexFunc(images, func(i smolvm.Image) bool { return i.RootfsPath == root })
 		if i >= 0 {
 			users[images[i].Digest] = append(users[images[i].Digest], "retained disk "+filepath.Base(path))
 		}
 	}
 	return users, nil
-}
-
-// rootOf is what the disk that a disk is based on is based on, and so on to the end.
-func rootOf(path string) string {
-	for {
-		info, err := disk.Probe(path)
-		if err != nil || info.Backing == "" {
-			return path
-		}
-		path = info.Backing
-	}
 }
 
 // ensureImage finds the image of a new VM, and builds it if it is the default one
@@ -207,7 +206,7 @@ func (m *Manager) agentPath() (string, error) {
 	if m.config.AgentPath != "" {
 		return m.config.AgentPath, nil
 	}
-	path, err := embedded.Extract(filepath.Join(m.dataDir, cacheName))
+	path, err := embedded.Extract(m.dir.Cache())
 	if !errors.Is(err, embedded.ErrNotBuiltIn) {
 		return path, err
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -55,7 +54,7 @@ func (m *Manager) tryLock(id string) (*vmLock, error) {
 }
 
 func (m *Manager) openLock(id string) (*os.File, error) {
-	return os.OpenFile(filepath.Join(m.dataDir, locksName, id), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	return os.OpenFile(m.dir.Lock(id), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 }
 
 // unlock lets the next one in.
@@ -107,7 +106,7 @@ func (m *Manager) disown(id string) {
 	file := m.owned[id]
 	delete(m.owned, id)
 	m.mu.Unlock()
-	_ = os.Remove(filepath.Join(m.dataDir, locksName, id+ownerSuffix))
+	_ = os.Remove(m.dir.Lock(id + ownerSuffix))
 	if file != nil {
 		_ = file.Close()
 	}
@@ -115,7 +114,7 @@ func (m *Manager) disown(id string) {
 
 // orphaned says whether the process that created an ephemeral VM is gone.
 func (m *Manager) orphaned(id string) bool {
-	file, err := os.Open(filepath.Join(m.dataDir, locksName, id+ownerSuffix))
+	file, err := os.Open(m.dir.Lock(id + ownerSuffix))
 	if err != nil {
 		return errors.Is(err, os.ErrNotExist)
 	}

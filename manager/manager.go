@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/backing"
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -23,11 +25,13 @@ const backendEnv = "SMOLVM_BACKEND"
 // Manager manages the VMs of one data directory. It is safe for use by any number
 // of goroutines, beside any number of Managers in other processes.
 type Manager struct {
+	dir                *datadir.Dir
 	dataDir, socketDir string
 	backend            vmm.Traits
 	config             Config
 
 	store  *store.Store
+	disks  *backing.Disks
 	images *image.Store
 	host   *host.Host
 
@@ -44,11 +48,7 @@ type Manager struct {
 
 // Open opens the data directory, making it if it is missing.
 func Open(ctx context.Context, config Config) (*Manager, error) {
-	dataDir, err := resolveDataDir(config.DataDir)
-	if err != nil {
-		return nil, err
-	}
-	socketDir, err := resolveSocketDir(config.SocketDir)
+	socketDir, err := datadir.LocateSockets(config.SocketDir)
 	if err != nil {
 		return nil, err
 	}
@@ -56,29 +56,33 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range []string{cacheName, disksName, layersName, locksName, poolName, vmsName} {
-		if err := os.MkdirAll(filepath.Join(dataDir, name), 0o700); err != nil {
-			return nil, fmt.Errorf("prepare data directory: %w", err)
-		}
-	}
-	images, err := image.Open(filepath.Join(dataDir, imagesName))
+	dir, err := datadir.Open(datadir.Options{Path: config.DataDir, Existing: config.Existing})
 	if err != nil {
 		return nil, err
 	}
-	templates, err := snapshot.Open(filepath.Join(dataDir, templatesName))
+	images, err := image.Open(dir.Images())
 	if err != nil {
 		return nil, err
 	}
-	snapshots, err := snapshot.Open(filepath.Join(dataDir, snapshotsName))
+	templates, err := snapshot.Open(dir.Templates())
 	if err != nil {
 		return nil, err
 	}
-	state, err := store.Open(ctx, filepath.Join(dataDir, databaseName), store.Options{})
+	snapshots, err := snapshot.Open(dir.Snapshots())
 	if err != nil {
 		return nil, err
+	}
+	state, err := store.Open(ctx, dir.Database(), store.Options{})
+	if err != nil {
+		return nil, err
+	}
+	if err := settleDir(ctx, dir, state); err != nil {
+		return nil, errors.Join(fmt.Errorf("data directory %s: %w", dir.Root(), err), state.Close())
 	}
 	m := &Manager{
-		dataDir:   dataDir,
+		dir:       dir,
+		disks:     backing.New(dir, state),
+		dataDir:   dir.Root(),
 		socketDir: socketDir,
 		backend:   backend,
 		config:    config,
@@ -86,7 +90,7 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 		images:    images,
 		templates: templates,
 		snapshots: snapshots,
-		host:      host.New(host.Options{CacheDir: filepath.Join(dataDir, cacheName)}),
+		host:      host.New(host.Options{CacheDir: dir.Cache()}),
 		actor:     fmt.Sprintf("%s[%d]", filepath.Base(os.Args[0]), os.Getpid()),
 		clients:   map[string]*guestClient{},
 		owned:     map[string]*os.File{},
@@ -142,7 +146,7 @@ func (m *Manager) SocketDir() string { return m.socketDir }
 func (m *Manager) Backend() string { return m.backend.Name }
 
 // DiskDir is the directory of the VMs' own disks.
-func (m *Manager) DiskDir() string { return filepath.Join(m.dataDir, disksName) }
+func (m *Manager) DiskDir() string { return m.dir.Disks() }
 
 // Events lists what happened to a VM, or to all VMs if id is empty: the newest
 // limit events, the newest last. Events outlive their VM. A limit of zero is 100.

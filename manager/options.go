@@ -13,7 +13,14 @@ type Config struct {
 	// $SMOLVM_DATA_DIR; else smolvm in the user's state directory
 	// ($XDG_STATE_HOME, or ~/.local/state); else /var/lib/smolvm. The first of
 	// the last two that can be written is taken.
+	//
+	// It must belong to the user that runs this, and nobody else may write to it. It can
+	// be renamed, moved and copied while no VM of it runs: a copy is a data directory of
+	// its own.
 	DataDir string
+	// Existing opens a data directory that is there already, and makes none; the error
+	// matches [ErrNoDataDir] then.
+	Existing bool
 	// SocketDir holds the sockets of running VMs. Empty: smolvm in
 	// $XDG_RUNTIME_DIR, or /tmp/smolvm-<uid>. It may be of any length: where a
 	// socket's path would become too long for the kernel, the sockets are put

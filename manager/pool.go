@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/backing"
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
@@ -155,7 +157,7 @@ func (m *Manager) RemovePool(ctx context.Context, id string) error {
 	return errors.Join(m.emptyPool(ctx, id, false), os.RemoveAll(m.poolDir(id)), m.reclaimLayers(ctx))
 }
 
-func (m *Manager) poolDir(id string) string { return filepath.Join(m.dataDir, poolName, id) }
+func (m *Manager) poolDir(id string) string { return m.dir.Pool(id) }
 
 func (m *Manager) lockPool(ctx context.Context, id string) (*os.File, error) {
 	if err := os.MkdirAll(m.poolDir(id), 0o700); err != nil {
@@ -298,13 +300,12 @@ func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Sna
 			err = errors.Join(err, os.RemoveAll(dir))
 		}
 	}()
-	unlock, err := m.lockLayers(ctx)
+	diskPath := filepath.Join(dir, slotDisk)
+	err = m.disks.Derive(ctx, backing.Overlay{Path: diskPath, Base: m.dir.Layer(template.Name), BaseFormat: disk.QCOW2})
 	if err != nil {
 		return err
 	}
-	diskPath := filepath.Join(dir, slotDisk)
-	err = disk.CreateOverlay(ctx, disk.Overlay{Path: diskPath, Base: m.layerPath(template.Name), BaseFormat: disk.QCOW2})
-	unlock()
+	drive, err := m.ownDrive(diskPath)
 	if err != nil {
 		return err
 	}
@@ -315,7 +316,7 @@ func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Sna
 			Accelerator: r.Hardware.Accelerator,
 			VCPUs:       r.Hardware.VCPUs,
 			MemoryMiB:   r.Hardware.MemoryMiB,
-			Drives:      []vmm.Drive{{Path: diskPath, Format: disk.QCOW2}},
+			Drives:      []vmm.Drive{drive},
 			Channel:     true,
 			ConsolePath: filepath.Join(dir, slotConsole),
 			LogPath:     filepath.Join(dir, "vmm.log"),
@@ -328,7 +329,7 @@ func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Sna
 	if err != nil {
 		return err
 	}
-	if err := makeRuntimeParent(spec.RuntimeDir); err != nil {
+	if err := datadir.MakeRuntimeParent(spec.RuntimeDir); err != nil {
 		return err
 	}
 	program, err := m.shimCommand()
@@ -398,6 +399,9 @@ func (s *starting) claimSlot(ctx context.Context, candidate slot) error {
 			return err
 		}
 	}
+	if err := s.m.disks.Adopt(ctx, s.vm.DiskPath); err != nil {
+		return err
+	}
 	s.phase("disk")
 	standby := s.m.slotRuntimeDir(candidate.dir)
 	return s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
@@ -407,7 +411,7 @@ func (s *starting) claimSlot(ctx context.Context, candidate slot) error {
 
 // reconcilePools removes the slots whose VM has died.
 func (m *Manager) reconcilePools(ctx context.Context) error {
-	entries, err := os.ReadDir(filepath.Join(m.dataDir, poolName))
+	entries, err := os.ReadDir(m.dir.Pools())
 	if err != nil {
 		return fmt.Errorf("reconcile pools: %w", err)
 	}

@@ -2,7 +2,6 @@ package manager
 
 import (
 	"context"
-	"path/filepath"
 	"slices"
 
 	"golang.org/x/crypto/ssh"
@@ -54,5 +53,5 @@ func requirementsOf(traits vmm.Traits) host.Requirements {
 
 // clientSigner is the data directory's key.
 func (m *Manager) clientSigner() (ssh.Signer, error) {
-	return clientKey(filepath.Join(m.dataDir, keysName))
+	return clientKey(m.dir.Keys())
 }

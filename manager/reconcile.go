@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -46,10 +45,10 @@ func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 // kept: they were retained on purpose, as a row outlives its VM's own disk.
 func (m *Manager) reclaim(ctx context.Context, known map[string]bool) error {
 	var errs []error
-	for _, name := range []string{vmsName, locksName} {
-		entries, err := os.ReadDir(filepath.Join(m.dataDir, name))
+	for _, dir := range []string{m.dir.VMs(), m.dir.Locks()} {
+		entries, err := os.ReadDir(dir)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("reclaim %s: %w", name, err))
+			errs = append(errs, fmt.Errorf("reclaim: %w", err))
 			continue
 		}
 		for _, entry := range entries {

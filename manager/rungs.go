@@ -152,7 +152,7 @@ func (s *starting) fast(ctx context.Context) error {
 		rung:   smolvm.RungClone,
 		source: found.Name,
 		files:  vmm.Restore{Memory: found.Path(snapshot.MemoryFile), State: found.Path(snapshot.StateFile)},
-		base:   s.m.layerPath(found.Name),
+		base:   s.m.dir.Layer(found.Name),
 	})
 	if err == nil && s.started {
 		s.m.templates.Used(found)
@@ -185,6 +185,11 @@ func (s *starting) restoreOnce(ctx context.Context, from savedGuest) error {
 	}
 	s.phase("disk")
 	launch := s.launch
+	drives, err := s.m.drives(s.vm) // its base is another one now
+	if err != nil {
+		return err
+	}
+	launch.Spec.VMM.Drives = drives
 	launch.Spec.VMM.Restore = &from.files
 	launch.Spec.InSession = from.inSession
 	launch.Spec.ReadyTimeout /= fastFraction
@@ -209,21 +214,17 @@ func (s *starting) missed(ctx context.Context, rung smolvm.Rung, source string, 
 // cold boots the VM, from a disk as it was before other rungs were tried.
 func (s *starting) cold(ctx context.Context, from *savedGuest) error {
 	if s.touched {
-		var base, format string
+		base, format, err := s.m.usualBase(ctx, s.vm.Config, s.vm.Image)
 		if from != nil {
-			base, format = from.base, disk.QCOW2
-		} else {
-			image, err := s.m.images.Get(ctx, s.vm.Image)
-			if err != nil {
-				return err
-			}
-			info, err := disk.Probe(image.RootfsPath)
-			if err != nil {
-				return err
-			}
-			base, format = image.RootfsPath, info.Format
+			base, format, err = from.base, disk.QCOW2, nil
+		}
+		if err != nil {
+			return err
 		}
 		if err := s.m.rebase(ctx, s.vm, base, format); err != nil {
+			return err
+		}
+		if s.launch.Spec.VMM.Drives, err = s.m.drives(s.vm); err != nil {
 			return err
 		}
 	}

@@ -60,6 +60,7 @@ func RunShim(ctx context.Context, opts ShimOptions) error {
 func recordExit(ctx context.Context, record shim.ExitRecord) error {
 	m, err := Open(ctx, Config{
 		DataDir:   record.HandOver[handOverDataDir],
+		Existing:  true, // it may have been moved or removed meanwhile
 		SocketDir: record.HandOver[handOverSocketDir],
 		Backend:   "auto",
 	})

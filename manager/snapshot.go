@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -140,42 +141,53 @@ func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, 
 	return snapshotMeta{VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, Layer: "snapshot-" + newRun()}, nil
 }
 
-// overlaySuffix ends the names of overlays that VMs are to get.
-const overlaySuffix = ".overlay"
-
 // saveInto saves a VM. Its disk becomes a layer, of which the VM gets an overlay that
 // has the disk's name from then on. Until that moment the layer is but another name of
 // the disk, so neither can be lost.
 func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Draft, layer string) (saved shim.Saved, err error) {
-	unlock, err := m.lockLayers(ctx)
-	if err != nil {
-		return shim.Saved{}, err
-	}
-	defer unlock()
-	if err := m.addLayer(vm.DiskPath, layer); err != nil {
-		return shim.Saved{}, err
-	}
 	// The shim gives it the disk's name, or removes it. Its own name is of this saving
 	// only: the shim may still be at that of another process that was killed.
-	overlay := filepath.Join(m.vmDir(vm.ID), layer+overlaySuffix)
+	overlay := filepath.Join(m.vmDir(vm.ID), layer+backing.OverlaySuffix)
 	defer func() {
 		// The shim has finished with it by then, or has not begun.
 		if _, statErr := os.Lstat(overlay); err != nil && errors.Is(statErr, fs.ErrNotExist) {
-			err = errors.Join(err, m.dropUnusedLayer(layer, vm.DiskPath))
+			err = errors.Join(err, m.disks.DropUnused(context.WithoutCancel(ctx), layer, vm.DiskPath))
 		}
 	}()
-	if err := os.Link(vm.DiskPath, draft.Path(snapshot.DiskFile)); err != nil {
+	if err := m.makeLayer(ctx, vm.DiskPath, draft.Path(snapshot.DiskFile), layer, overlay); err != nil {
 		return shim.Saved{}, err
 	}
-	err = disk.CreateOverlay(ctx, disk.Overlay{Path: overlay, Base: m.layerPath(layer), BaseFormat: disk.QCOW2})
-	if err != nil {
-		return shim.Saved{}, err
-	}
-	return shim.NewClient(m.runtimeDir(vm.ID)).Save(ctx, shim.Save{
+	// The lock of the layers is not held meanwhile: the draft has the layer's file too, and
+	// keeps it.
+	saved, err = shim.NewClient(m.runtimeDir(vm.ID)).Save(ctx, shim.Save{
 		Memory: draft.Path(snapshot.MemoryFile),
 		State:  draft.Path(snapshot.StateFile),
-		Drives: []shim.SavedDrive{{Number: 0, Layer: m.layerPath(layer), Overlay: overlay, Path: vm.DiskPath}},
+		Drives: []shim.SavedDrive{{Number: 0, Layer: m.dir.Layer(layer), Overlay: overlay, Path: vm.DiskPath}},
 	})
+	if err != nil {
+		return saved, err
+	}
+	return saved, errors.Join(m.store.AddBase(ctx, vm.DiskPath, m.dir.Layer(layer)), disk.SyncDir(m.DiskDir()))
+}
+
+// makeLayer makes a disk a layer and the disk of a draft as well, and an overlay of it.
+func (m *Manager) makeLayer(ctx context.Context, path, draft, layer, overlay string) error {
+	unlock, err := m.disks.Lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := m.disks.AddLayer(ctx, path, layer); err != nil {
+		return err
+	}
+	if err := os.Link(path, draft); err != nil {
+		return err
+	}
+	base := m.dir.Layer(layer)
+	if err := m.store.AddBase(ctx, overlay, base); err != nil {
+		return err
+	}
+	return m.disks.Create(ctx, backing.Overlay{Path: overlay, Base: base, BaseFormat: disk.QCOW2, Sync: true})
 }
 
 // Snapshots lists the snapshots, the oldest first.
@@ -244,7 +256,7 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts Restore
 		rung:      smolvm.RungSnapshot,
 		source:    name,
 		files:     meta.restore(found.Path),
-		base:      m.layerPath(meta.Layer),
+		base:      m.dir.Layer(meta.Layer),
 		inSession: true,
 	}
 	damage := m.snapshots.Verify(ctx, found, m.bootID())
@@ -334,7 +346,7 @@ func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked
 		rung:      smolvm.RungSnapshot,
 		source:    id,
 		files:     meta.restore(draft.Path),
-		base:      m.layerPath(meta.Layer),
+		base:      m.dir.Layer(meta.Layer),
 		inSession: true,
 	}
 	forked := Forked{Pause: meta.Pause, Children: make([]smolvm.VMInfo, count)}

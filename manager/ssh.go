@@ -65,7 +65,7 @@ func (m *Manager) sshArgs(vm store.VM, opts SSHOptions, host string) ([]string, 
 		if _, err := m.clientSigner(); err != nil { // makes the key, if need be
 			return nil, err
 		}
-		key = filepath.Join(m.dataDir, keysName, clientKeyName)
+		key = filepath.Join(m.dir.Keys(), clientKeyName)
 	}
 	args := append([]string{"ssh"}, identityArgs(key)...)
 	args = append(args, "-o", "IdentitiesOnly=yes")

@@ -15,6 +15,8 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/backing"
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/network"
@@ -100,11 +102,11 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts StartOptions) (
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
 	}
-	if err := removeAll(dir, "*"+overlaySuffix); err != nil { // of a run that died while it was saved
+	if err := removeAll(dir, "*"+backing.OverlaySuffix); err != nil { // of a run that died while it was saved
 		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
 	}
 	runtimeDir := m.runtimeDir(vm.ID)
-	if err := makeRuntimeParent(runtimeDir); err != nil {
+	if err := datadir.MakeRuntimeParent(runtimeDir); err != nil {
 		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
 	}
 	accelerator := m.host.Accelerator(ctx)
@@ -192,21 +194,48 @@ func (m *Manager) vmmConfig(ctx context.Context, vm store.VM, accelerator string
 	} else if config.Kernel, err = m.images.Kernel(ctx, config.Kernel); err != nil {
 		return config, err
 	}
-	paths := vm.Config.Drives
-	if vm.DiskPath != "" {
-		paths = append([]smolvm.Drive{{Path: vm.DiskPath}}, paths...)
-		if !hasArg(config.BootArgs, "root") {
-			config.BootArgs += " root=/dev/vda rw"
-		}
+	if vm.DiskPath != "" && !hasArg(config.BootArgs, "root") {
+		config.BootArgs += " root=/dev/vda rw"
 	}
-	for _, drive := range paths {
-		info, err := disk.Probe(drive.Path)
+	config.Drives, err = m.drives(vm)
+	return config, err
+}
+
+// drives returns the disks of a VM, each with the files that it is based on. No format is
+// taken from what a disk holds, which a guest may have written.
+func (m *Manager) drives(vm store.VM) ([]vmm.Drive, error) {
+	users := vm.Config.Drives
+	var drives []vmm.Drive
+	switch vm.DiskPath {
+	case "":
+	case vm.Config.RootfsPath:
+		users = append([]smolvm.Drive{{Path: vm.DiskPath, Format: vm.Config.RootfsFormat}}, users...)
+	default:
+		own, err := m.ownDrive(vm.DiskPath)
+		if err != nil {
+			return nil, err
+		}
+		drives = append(drives, own)
+	}
+	for _, drive := range users {
+		// A file that is qcow2 is looked at again: it may have been another VM's raw one.
+		info, err := disk.Declare(drive.Path, string(drive.Format))
 		if err != nil && !errors.Is(err, disk.ErrNoFileSystem) {
-			return config, err
+			return nil, err
 		}
-		config.Drives = append(config.Drives, vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly})
+		drives = append(drives, vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly, Device: info.Device})
 	}
-	return config, nil
+	return drives, nil
+}
+
+// ownDrive is a disk in the data directory, which is qcow2 as we have made it.
+func (m *Manager) ownDrive(path string) (vmm.Drive, error) {
+	chain, err := m.disks.Chain(path)
+	drive := vmm.Drive{Path: path, Format: disk.QCOW2}
+	for _, file := range chain {
+		drive.Backing = append(drive.Backing, vmm.DiskFile(file))
+	}
+	return drive, err
 }
 
 func hasArg(bootArgs, name string) bool {

@@ -178,7 +178,7 @@ func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 	paths := []string{m.vmDir(vm.ID)}
 	if !vm.Config.RetainDisk && vm.DiskPath != vm.Config.RootfsPath {
 		paths = append(paths, vm.DiskPath)
-		leaves = m.leavesLayer(vm.DiskPath)
+		leaves = m.disks.Leaves(vm.DiskPath)
 	}
 	for _, path := range paths {
 		if path == "" {
@@ -188,10 +188,11 @@ func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 			return err
 		}
 	}
-	if leaves {
-		if err := m.reclaimLayers(ctx); err != nil {
-			return err
-		}
+	if err := m.store.DeleteVM(ctx, vm.ID); err != nil {
+		return err
 	}
-	return m.store.DeleteVM(ctx, vm.ID)
+	if leaves {
+		m.reclaimLayersAside(ctx, vm.ID)
+	}
+	return nil
 }

@@ -65,7 +65,7 @@ func (m *Manager) startTask(t task, lock *os.File) (reports *os.File, wait func(
 	if err != nil {
 		return nil, nil, err
 	}
-	log, err := os.OpenFile(filepath.Join(m.dataDir, cacheName, "tasks.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	log, err := os.OpenFile(filepath.Join(m.dir.Cache(), "tasks.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -152,7 +152,7 @@ func (m *Manager) recipeOf(config smolvm.VMConfig, digest, backend string, machi
 // findTemplate returns the template of a recipe, and verifies it. What is damaged is
 // removed.
 func (m *Manager) findTemplate(ctx context.Context, r recipe) (found snapshot.Snapshot, warnings []string, err error) {
-	paths, err := glob.In(filepath.Join(m.dataDir, templatesName), r.key()+"-*")
+	paths, err := glob.In(m.dir.Templates(), r.key()+"-*")
 	if err != nil {
 		return found, nil, err
 	}
@@ -176,13 +176,13 @@ func (m *Manager) findTemplate(ctx context.Context, r recipe) (found snapshot.Sn
 // dropTemplate removes a template that is of no use. VMs that were cloned from it go
 // on: they have its memory mapped, and its disk is a layer.
 func (m *Manager) dropTemplate(ctx context.Context, id string) {
-	_ = os.RemoveAll(filepath.Join(m.dataDir, templatesName, id))
+	_ = os.RemoveAll(filepath.Join(m.dir.Templates(), id))
 	_ = m.reclaimLayers(ctx)
 }
 
 // templateLock is held by whoever makes the templates of a recipe.
 func (m *Manager) templateLock(r recipe) (*os.File, error) {
-	return os.OpenFile(filepath.Join(m.dataDir, templatesName, ".lock-"+r.key()), os.O_CREATE|os.O_RDWR, 0o600)
+	return os.OpenFile(filepath.Join(m.dir.Templates(), ".lock-"+r.key()), os.O_CREATE|os.O_RDWR, 0o600)
 }
 
 // awaitTemplate returns the template of a recipe, and waits for one that is just being
@@ -260,7 +260,7 @@ func (m *Manager) BuildTemplate(ctx context.Context, opts TemplateOptions) (smol
 
 // recipeFor is the recipe of the template for VMs of a configuration.
 func (m *Manager) recipeFor(ctx context.Context, config smolvm.VMConfig) (recipe, error) {
-	backend, _, err := m.check(config)
+	backend, _, err := m.check(&config)
 	if err != nil {
 		return recipe{}, err
 	}
@@ -351,7 +351,7 @@ func (m *Manager) PruneTemplates(ctx context.Context, maxBytes int64) ([]string,
 			drop(template.ID)
 		}
 	}
-	errs = append(errs, removeAll(filepath.Join(m.dataDir, templatesName), failurePrefix+"*"), m.templates.Clean())
+	errs = append(errs, removeAll(m.dir.Templates(), failurePrefix+"*"), m.templates.Clean())
 	return removed, errors.Join(errs...)
 }
 

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/usernet"
@@ -26,7 +27,7 @@ const failurePrefix = ".failed-"
 // failurePath is where the reason is kept for which the last template of a recipe could
 // not be made, for the next start of this kind to tell: who makes one has nobody to tell.
 func (m *Manager) failurePath(key string) string {
-	return filepath.Join(m.dataDir, templatesName, failurePrefix+key)
+	return filepath.Join(m.dir.Templates(), failurePrefix+key)
 }
 
 // noteTemplate notes how the making of a template went.
@@ -95,7 +96,13 @@ func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMC
 	if err != nil {
 		return "", err
 	}
-	if err := m.addLayer(draft.Path(snapshot.DiskFile), id); err != nil {
+	unlock, err := m.disks.Lock(ctx)
+	if err != nil {
+		return "", err
+	}
+	err = m.disks.AddLayer(ctx, draft.Path(snapshot.DiskFile), id)
+	unlock()
+	if err != nil {
 		return "", err
 	}
 	if _, err := draft.Commit(ctx, templateMeta{Recipe: r, Config: config}, m.bootID()); err != nil {
@@ -111,13 +118,13 @@ func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMCo
 	if err != nil {
 		return shim.Spec{}, err
 	}
-	info, err := disk.Probe(image.RootfsPath)
+	err = m.disks.Create(ctx, backing.Overlay{
+		Path: draft.Path(snapshot.DiskFile), Base: image.RootfsPath, BaseFormat: disk.Raw, Size: r.DiskSizeMiB << 20,
+	})
 	if err != nil {
 		return shim.Spec{}, err
 	}
-	err = disk.CreateOverlay(ctx, disk.Overlay{
-		Path: draft.Path(snapshot.DiskFile), Base: image.RootfsPath, BaseFormat: info.Format, Size: r.DiskSizeMiB << 20,
-	})
+	drive, err := m.ownDrive(draft.Path(snapshot.DiskFile))
 	if err != nil {
 		return shim.Spec{}, err
 	}
@@ -131,7 +138,7 @@ func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMCo
 			Kernel:      image.KernelPath,
 			Initrd:      image.InitrdPath,
 			BootArgs:    r.BootArgs,
-			Drives:      []vmm.Drive{{Path: draft.Path(snapshot.DiskFile), Format: disk.QCOW2}},
+			Drives:      []vmm.Drive{drive},
 			Channel:     true,
 			ConsolePath: draft.Path("console.log"),
 			LogPath:     draft.Path("vmm.log"),

@@ -291,9 +291,10 @@ func usage(dir string) int64 {
 	return total
 }
 
-// Remove removes an image and the names that point to it. Whether anything uses it
-// is for the caller to know.
-func (s *Store) Remove(ctx context.Context, ref string) error {
+// Remove removes an image and the names that point to it, unless check returns an error:
+// while it is called, nobody begins to use the image. The error matches
+// [smolvm.ErrImageInUse] if somebody has just begun; see [Store.Hold].
+func (s *Store) Remove(ctx context.Context, ref string, check func() error) error {
 	digest, err := s.resolve(ctx, ref)
 	if err != nil {
 		return err
@@ -303,6 +304,18 @@ func (s *Store) Remove(ctx context.Context, ref string) error {
 		return err
 	}
 	defer unlock()
+	return s.removeUnused(digest, check)
+}
+
+func (s *Store) removeUnused(digest string, check func() error) error {
+	release, err := s.seize(digest)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := check(); err != nil {
+		return err
+	}
 	return s.remove(digest)
 }
 
@@ -330,9 +343,13 @@ func (s *Store) remove(digest string) error {
 	return os.RemoveAll(gone)
 }
 
+// errKept says that an image is not to be removed.
+var errKept = errors.New("image is kept")
+
 // Prune removes every image that keep does not want, what killed builds have left,
-// and users' unpacked kernels, which are unpacked again when they are needed.
-func (s *Store) Prune(ctx context.Context, keep func(smolvm.Image) bool) ([]smolvm.Image, error) {
+// and users' unpacked kernels, which are unpacked again when they are needed. While keep
+// is called, nobody begins to use the image.
+func (s *Store) Prune(ctx context.Context, keep func(smolvm.Image) (bool, error)) ([]smolvm.Image, error) {
 	removed := []smolvm.Image{}
 	if _, err := os.Stat(s.dir); errors.Is(err, fs.ErrNotExist) {
 		return removed, nil
@@ -347,13 +364,19 @@ func (s *Store) Prune(ctx context.Context, keep func(smolvm.Image) bool) ([]smol
 		return nil, err
 	}
 	for _, image := range images {
-		if keep(image) {
-			continue
-		}
-		if err := s.remove(image.Digest); err != nil {
+		err := s.removeUnused(image.Digest, func() error {
+			kept, err := keep(image)
+			if kept && err == nil {
+				err = errKept
+			}
+			return err
+		})
+		switch {
+		case err == nil:
+			removed = append(removed, image)
+		case !errors.Is(err, errKept) && !errors.Is(err, smolvm.ErrImageInUse):
 			return removed, err
 		}
-		removed = append(removed, image)
 	}
 	return removed, errors.Join(s.removeLeftovers(), os.RemoveAll(filepath.Join(s.dir, kernelsDir)))
 }

@@ -149,7 +149,7 @@ func TestEmptyStore(t *testing.T) {
 	if images := list(t, store); len(images) != 0 {
 		t.Errorf("List = %v", images)
 	}
-	removed, err := store.Prune(context.Background(), func(smolvm.Image) bool { return false })
+	removed, err := store.Prune(context.Background(), func(smolvm.Image) (bool, error) { return false, nil })
 	if err != nil || len(removed) != 0 {
 		t.Errorf("Prune = %v, %v", removed, err)
 	}
@@ -177,7 +177,7 @@ func TestRemove(t *testing.T) {
 	t.Parallel()
 	dir, store, old, current := twoImages(t)
 	ctx := context.Background()
-	if err := store.Remove(ctx, "small"); err != nil {
+	if err := store.Remove(ctx, "small", unused); err != nil {
 		t.Fatal(err)
 	}
 	if images := list(t, store); len(images) != 1 || images[0].Digest != old.Digest {
@@ -188,7 +188,7 @@ func TestRemove(t *testing.T) {
 			t.Errorf("Get %q: error is %v", ref, err)
 		}
 	}
-	if err := store.Remove(ctx, "small"); !errors.Is(err, smolvm.ErrImageNotFound) {
+	if err := store.Remove(ctx, "small", unused); !errors.Is(err, smolvm.ErrImageNotFound) {
 		t.Errorf("Remove again: error is %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, current.Digest[7:])); !errors.Is(err, os.ErrNotExist) {
@@ -203,7 +203,7 @@ func TestPrune(t *testing.T) {
 	put(t, filepath.Join(dir, ".build-123/image/vmlinux"), "half")
 	put(t, filepath.Join(dir, ".build-removed-123/image.json"), "{}")
 	put(t, filepath.Join(dir, "kernels/.kernel-123"), "half")
-	removed, err := store.Prune(context.Background(), func(i smolvm.Image) bool { return len(i.Names) > 0 })
+	removed, err := store.Prune(context.Background(), func(i smolvm.Image) (bool, error) { return len(i.Names) > 0, nil })
 	if err != nil || len(removed) != 1 || removed[0].Digest != old.Digest {
 		t.Fatalf("Prune = %+v, %v", removed, err)
 	}
@@ -266,7 +266,7 @@ func TestDamaged(t *testing.T) {
 			if err := damage(filepath.Join(dir, built.Digest[7:])); err != nil {
 				t.Fatal(err)
 			}
-			if err := store.Remove(ctx, "small"); err != nil {
+			if err := store.Remove(ctx, "small", unused); err != nil {
 				t.Errorf("Remove: %v", err)
 			}
 			if images := list(t, store); len(images) != 1 {
@@ -290,5 +290,50 @@ func TestDamagedName(t *testing.T) {
 		if got, err := store.Ensure(context.Background(), recipe); err != nil || got.Digest != built.Digest {
 			t.Errorf("%q: Ensure = %+v, %v", text, got, err)
 		}
+	}
+}
+
+// unused is what is said of an image that nothing is based on.
+func unused() error { return nil }
+
+// An image that a VM is just being made of is not removed (D10).
+func TestHeldImageStays(t *testing.T) {
+	ctx, work := t.Context(), t.TempDir()
+	store, err := image.Open(filepath.Join(work, "images"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	built, err := store.Build(ctx, smallRecipe(t, work))
+	if err != nil {
+		t.Fatal(err)
+	}
+	release, err := store.Hold(built.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Remove(ctx, "small", unused); !errors.Is(err, smolvm.ErrImageInUse) {
+		t.Errorf("Remove of an image that is held: %v", err)
+	}
+	removed, err := store.Prune(ctx, func(smolvm.Image) (bool, error) { return false, nil })
+	if err != nil || len(removed) != 0 {
+		t.Errorf("Prune of an image that is held: %v, %v", removed, err)
+	}
+	if again, err := store.Hold(built.Digest); err != nil {
+		t.Errorf("a second hold: %v", err)
+	} else {
+		again()
+	}
+	release()
+	if err := store.Remove(ctx, "small", func() error {
+		_, err := store.Hold(built.Digest)
+		if !errors.Is(err, smolvm.ErrImageNotFound) {
+			t.Errorf("Hold of an image that is being removed: %v", err)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if _, err := store.Hold(built.Digest); !errors.Is(err, smolvm.ErrImageNotFound) {
+		t.Errorf("Hold of an image that is gone: %v", err)
 	}
 }

@@ -137,11 +137,24 @@ type Config struct {
 	LogPath string `json:"log_path"`
 }
 
-// Drive is one disk.
+// Drive is one disk. A backend opens the files that are named here, by the formats that
+// are declared here, and no others: what a file holds may have been written by a guest.
 type Drive struct {
 	Path     string `json:"path"`
 	Format   string `json:"format"` // "raw" or "qcow2"
 	ReadOnly bool   `json:"read_only,omitempty"`
+	// Device says that Path is a block device.
+	Device bool `json:"device,omitempty"`
+	// Backing are the files that the disk is based on, the nearest first, whatever its
+	// header says. They are only read.
+	Backing []DiskFile `json:"backing,omitempty"`
+}
+
+// DiskFile is one file of a disk's chain. The fields are as in [Drive].
+type DiskFile struct {
+	Path   string `json:"path"`
+	Format string `json:"format"`
+	Device bool   `json:"device,omitempty"`
 }
 
 // NIC is a network interface.

@@ -185,13 +185,8 @@ func (b *builder) serial() string {
 
 func (b *builder) drive(index int, drive vmm.Drive) {
 	id := driveID(index)
-	readOnly := "off"
-	if drive.ReadOnly {
-		readOnly = "on"
-	}
-	b.add("-drive", fmt.Sprintf("if=none,id=%s,format=%s,read-only=%s,cache=writeback,discard=unmap,file=%s",
-		id, drive.Format, readOnly, escape(drive.Path)))
-	b.add("-device", fmt.Sprintf("%s,drive=%s", b.virtio("virtio-blk"), id))
+	b.add("-blockdev", blockNode(id, drive))
+	b.add("-device", fmt.Sprintf("%s,drive=%s,write-cache=on", b.virtio("virtio-blk"), id))
 }
 
 func (b *builder) nic(nic vmm.NIC, fd int) {
@@ -212,5 +207,5 @@ func (b *builder) nic(nic vmm.NIC, fd int) {
 // escape quotes a path for an option's value, where a comma ends it.
 func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }
 
-// driveID is the name by which QEMU knows a drive.
+// driveID is the name of the node that is a drive's disk when QEMU starts.
 func driveID(index int) string { return "drive" + strconv.Itoa(index) }

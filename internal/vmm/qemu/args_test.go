@@ -66,13 +66,22 @@ func TestArgs(t *testing.T) {
 			edit: func(c *vmm.Config) {
 				c.Drives = []vmm.Drive{
 					{Path: "/disks/a,b.qcow2", Format: "qcow2"},
-					{Path: "/data.img", Format: "raw", ReadOnly: true},
+					{Path: "/dev/data", Format: "raw", ReadOnly: true, Device: true},
 				}
 			},
 			want: []string{
-				"-drive if=none,id=drive0,format=qcow2,read-only=off,cache=writeback,discard=unmap,file=/disks/a,,b.qcow2 -device virtio-blk-pci,drive=drive0",
-				"-drive if=none,id=drive1,format=raw,read-only=on,cache=writeback,discard=unmap,file=/data.img -device virtio-blk-pci,drive=drive1",
+				`-blockdev {"node-name":"drive0","driver":"qcow2","read-only":false,"discard":"unmap","file":{"driver":"file","read-only":false,"discard":"unmap","filename":"/disks/a,b.qcow2"},"backing":null} -device virtio-blk-pci,drive=drive0,write-cache=on`,
+				`-blockdev {"node-name":"drive1","driver":"raw","read-only":true,"discard":"unmap","file":{"driver":"host_device","read-only":true,"discard":"unmap","filename":"/dev/data"}} -device virtio-blk-pci,drive=drive1,write-cache=on`,
 			},
+			not: []string{"-drive"},
+		},
+		"a chain is what is named, and read only": {
+			machine: machineQ35,
+			edit: func(c *vmm.Config) {
+				c.Drives = []vmm.Drive{{Path: "/a", Format: "qcow2", Backing: []vmm.DiskFile{{Path: "/b", Format: "qcow2"}, {Path: "/c", Format: "raw"}}}}
+			},
+			want: []string{`"filename":"/a"},"backing":{"driver":"qcow2","read-only":true,"file":{"driver":"file","read-only":true,"discard":"unmap","filename":"/b"},` +
+				`"backing":{"driver":"raw","read-only":true,"file":{"driver":"file","read-only":true,"discard":"unmap","filename":"/c"}}}}`},
 		},
 		"channel and NIC": {
 			machine: machineQ35,

@@ -29,8 +29,10 @@ type instance struct {
 	killed   bool       // Kill was called before QEMU gave any
 	stopped  time.Time  // when the guest was last held
 
-	saving    sync.Mutex  // held by Save
-	migration chan string // the states that a migration goes through
+	saving    sync.Mutex // held by Save; guards the following two
+	switches  int
+	disks     map[int]string // nodes of drives that were switched; see switchOver
+	migration chan string    // the states that a migration goes through
 
 	resumed chan struct{} // receives when the guest goes on
 

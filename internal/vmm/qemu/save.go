@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"time"
@@ -114,12 +115,17 @@ func (i *instance) setMigration(ctx context.Context, parameters map[string]any) 
 // QEMU 7.2 can't let go of a drive of a restored guest that has got an overlay since.
 func (i *instance) switchOver(ctx context.Context, opts vmm.SaveOptions) (switched bool, err error) {
 	var actions []any
+	next := map[int]string{}
 	for n, overlay := range opts.Overlays {
 		if overlay == "" {
 			continue
 		}
+		i.switches++
+		next[n] = fmt.Sprintf("%s-%d", driveID(n), i.switches)
+		// Mode existing: what the overlay is based on is the drive's node, whatever its
+		// header says.
 		actions = append(actions, map[string]any{"type": "blockdev-snapshot-sync", "data": map[string]any{
-			"device": driveID(n), "snapshot-file": overlay, "format": "qcow2", "mode": "existing",
+			"node-name": i.disk(n), "snapshot-node-name": next[n], "snapshot-file": overlay, "format": "qcow2", "mode": "existing",
 		}})
 	}
 	if len(actions) == 0 {
@@ -128,10 +134,19 @@ func (i *instance) switchOver(ctx context.Context, opts vmm.SaveOptions) (switch
 	if err := i.qmp.settle(ctx, request{Execute: "transaction", Arguments: map[string]any{"actions": actions}}); err != nil {
 		return false, err
 	}
+	maps.Copy(i.disks, next)
 	if opts.Switched != nil {
 		err = opts.Switched()
 	}
 	return true, err
+}
+
+// disk is the name of the node that is a drive's disk now.
+func (i *instance) disk(n int) string {
+	if name, ok := i.disks[n]; ok {
+		return name
+	}
+	return driveID(n)
 }
 
 func (i *instance) migrationError(ctx context.Context) error {

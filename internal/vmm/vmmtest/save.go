@@ -235,5 +235,5 @@ func (k *kit) overlay(base vmm.Drive, name string) vmm.Drive {
 	if output, err := cmd.CombinedOutput(); err != nil {
 		k.Fatalf("%v: %v: %s", cmd, err, output)
 	}
-	return vmm.Drive{Path: path, Format: "qcow2"}
+	return vmm.Drive{Path: path, Format: "qcow2", Backing: append([]vmm.DiskFile{{Path: base.Path, Format: base.Format}}, base.Backing...)}
 }

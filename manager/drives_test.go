@@ -1,0 +1,159 @@
+package manager_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/manager"
+)
+
+const driveSize = 1 << 20
+
+// qcow2Header is what a guest writes to make its disk look like a qcow2 disk of
+// driveSize. With backing, reads come from that file of the host; with data, reads and
+// writes go to it.
+func qcow2Header(backing, data string) []byte {
+	const cluster = 1 << 16
+	image := make([]byte, 5*cluster)
+	be := binary.BigEndian
+	copy(image, "QFI\xfb")
+	be.PutUint32(image[4:], 3)
+	be.PutUint32(image[20:], 16)
+	be.PutUint64(image[24:], driveSize)
+	be.PutUint32(image[36:], 1)         // entries of the L1 table,
+	be.PutUint64(image[40:], 3*cluster) // which is here
+	be.PutUint64(image[48:], 1*cluster) // refcount table
+	be.PutUint32(image[56:], 1)
+	be.PutUint32(image[96:], 4)
+	be.PutUint32(image[100:], 104)
+	at := 104
+	extension := func(kind uint32, text string) {
+		be.PutUint32(image[at:], kind)
+		be.PutUint32(image[at+4:], uint32(len(text)))
+		copy(image[at+8:], text)
+		at += 8 + (len(text)+7)/8*8
+	}
+	if data != "" {
+		be.PutUint64(image[72:], 1<<2) // incompatible feature: external data file
+		be.PutUint64(image[88:], 1<<1) // autoclear feature: it is raw
+		extension(0x44415441, data)
+		// All of the disk is there, at its place.
+		be.PutUint64(image[3*cluster:], 1<<63|4*cluster)
+		for i := range driveSize / cluster {
+			be.PutUint64(image[4*cluster+8*i:], 1<<63|uint64(i)*cluster)
+		}
+	}
+	if backing != "" {
+		extension(0xe2792aca, "raw")
+		at += 8
+		be.PutUint64(image[8:], uint64(at))
+		be.PutUint32(image[16:], uint32(len(backing)))
+		copy(image[at:], backing)
+	}
+	be.PutUint64(image[1*cluster:], 2*cluster)
+	for i := range 5 {
+		be.PutUint16(image[2*cluster+2*i:], 1)
+	}
+	return image
+}
+
+// A guest writes a header into its raw drive by which another file of the host would be
+// read, or written to, by the next VM with that drive. It gets what it has written, and
+// no more; and that a disk looks like qcow2 must be said by who brings it (S1).
+func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
+	m := openReal(t)
+	dir := tempDir(t)
+	secret := filepath.Join(dir, "secret")
+	const text = "a secret file of the host"
+	if err := os.WriteFile(secret, append([]byte(text), make([]byte, driveSize-len(text))...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	headers := map[string]string{"backing": string(qcow2Header(secret, "")), "data": string(qcow2Header("", secret))}
+	var drives []smolvm.Drive
+	paths := map[string]string{}
+	names := []string{"backing", "data"}
+	for _, name := range names {
+		paths[name] = filepath.Join(dir, name+".img")
+		if err := os.WriteFile(paths[name], make([]byte, driveSize), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		drives = append(drives, smolvm.Drive{Path: paths[name]})
+	}
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "writer", Drives: drives})
+	for i, name := range names {
+		write := smolvm.Command{
+			Args:  []string{"dd", "of=/dev/vd" + string(rune('b'+i)), "bs=64k", "conv=notrunc,fsync"},
+			Stdin: strings.NewReader(headers[name]),
+		}
+		if status, err := m.Exec(t.Context(), vm.ID, write); err != nil || !status.Success() {
+			t.Fatalf("write a header: %v, %v", status, err)
+		}
+	}
+	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	// The same VM goes on with what it has written.
+	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for i, name := range names {
+		device := "/dev/vd" + string(rune('b'+i))
+		if got := sh(t, m, vm.ID, "head -c 3 "+device); got != "QFI" {
+			t.Errorf("the drive with a %s file begins with %q, not with the header that was written", name, got)
+		}
+		if got := sh(t, m, vm.ID, "grep -c '"+text+"' "+device+" || true"); got != "0" {
+			t.Errorf("the drive with a %s file shows the secret", name)
+		}
+		sh(t, m, vm.ID, "printf overwritten | dd of="+device+" conv=notrunc,fsync 2>/dev/null")
+	}
+	if got, err := os.ReadFile(secret); err != nil || !strings.HasPrefix(string(got), text) {
+		t.Errorf("the secret is %.30q now, %v", got, err)
+	}
+	if err := m.Delete(t.Context(), vm.ID); err != nil {
+		t.Fatal(err)
+	}
+
+	// Other VMs: nothing is guessed, and qcow2 that leads elsewhere is refused.
+	for _, name := range names {
+		if err := os.WriteFile(paths[name], []byte(headers[name]), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kernel, initrd := testenv.Kernel(t), testenv.Image(t).InitrdPath
+	for i, test := range []struct {
+		file   string
+		format smolvm.DiskFormat
+		want   string
+	}{
+		{"backing", "", "looks like qcow2"},
+		{"data", "", "looks like qcow2"},
+		{"backing", smolvm.FormatQCOW2, "is based on another file"},
+		{"data", smolvm.FormatQCOW2, "keeps its data in another file"},
+		{"data", "vmdk", "is not known"},
+	} {
+		for _, mode := range []smolvm.DiskMode{smolvm.DiskIsolated, smolvm.DiskShared} {
+			_, err := m.Create(t.Context(), smolvm.VMConfig{
+				ID: fmt.Sprintf("root-%d-%s", i, mode), KernelPath: kernel, InitrdPath: initrd, DiskMode: mode,
+				RootfsPath: paths[test.file], RootfsFormat: test.format,
+			})
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%s root %s as %q: %v, want %q", mode, test.file, test.format, err, test.want)
+			}
+		}
+		for _, readOnly := range []bool{false, true} {
+			_, err := m.Create(t.Context(), smolvm.VMConfig{
+				ID: fmt.Sprintf("drive-%d-%v", i, readOnly), Drives: []smolvm.Drive{{Path: paths[test.file], Format: test.format, ReadOnly: readOnly}},
+			})
+			if invalid := (*smolvm.ValidationError)(nil); !errors.As(err, &invalid) || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("drive %s as %q: %v, want %q", test.file, test.format, err, test.want)
+			}
+		}
+	}
+}
