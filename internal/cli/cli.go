@@ -87,6 +87,7 @@ type app struct {
 	Program
 	signals *signals
 	ran     bool // a command's own code has begun
+	makes   bool // the command makes a data directory if there is none
 
 	// Global flags.
 	dataDir, socketDir, backend string
@@ -103,6 +104,7 @@ func (a *app) open(ctx context.Context) (*manager.Manager, error) {
 	}
 	config := manager.Config{
 		DataDir:     a.dataDir,
+		Existing:    !a.makes,
 		SocketDir:   a.socketDir,
 		Backend:     a.backend,
 		ShimCommand: []string{self, shimName},
@@ -110,16 +112,42 @@ func (a *app) open(ctx context.Context) (*manager.Manager, error) {
 	if a.progress != nil {
 		config.Progress = a.progress.update
 	}
-	return manager.Open(ctx, config)
+	m, err := manager.Open(ctx, config)
+	var noted interface{ Note() string } = m
+	if err != nil && !errors.As(err, &noted) {
+		return nil, err
+	}
+	if note := noted.Note(); note != "" {
+		a.errorf("smolvm: %s", note)
+	}
+	return m, err
+}
+
+// openNothing opens a data directory with nothing in it, for a command that only looks and
+// finds none, and returns what removes it.
+func (a *app) openNothing(ctx context.Context) (m *manager.Manager, remove func() error, err error) {
+	dir, err := os.MkdirTemp("", "smolvm-none-")
+	if err != nil {
+		return nil, nil, err
+	}
+	m, err = manager.Open(ctx, manager.Config{DataDir: dir, SocketDir: a.socketDir, Backend: a.backend})
+	if err != nil {
+		return nil, nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return m, func() error { return os.RemoveAll(dir) }, nil
 }
 
 // withManager calls f with a Manager that is closed afterwards.
 func (a *app) withManager(ctx context.Context, f func(*manager.Manager) error) error {
+	remove := func() error { return nil }
 	m, err := a.open(ctx)
+	if errors.Is(err, manager.ErrNoDataDir) {
+		m, remove, err = a.openNothing(ctx)
+	}
 	if err != nil {
 		return err
 	}
 	err = f(m)
 	a.progress.finish()
-	return errors.Join(err, m.Close())
+	return errors.Join(err, m.Close(), remove())
 }

@@ -76,13 +76,20 @@ func TestParseDrive(t *testing.T) {
 		"data.img:ro": {Path: "data.img", ReadOnly: true},
 		"data.img:rw": {Path: "data.img"},
 		"a:b":         {Path: "a:b"},
+
+		"data.img:qcow2":    {Path: "data.img", Format: smolvm.FormatQCOW2},
+		"data.img:ro:raw":   {Path: "data.img", ReadOnly: true, Format: smolvm.FormatRaw},
+		"data.img:qcow2:ro": {Path: "data.img", ReadOnly: true, Format: smolvm.FormatQCOW2},
+		"raw:raw:raw":       {Path: "raw:raw", Format: smolvm.FormatRaw},
 	} {
 		if got, err := parseDrive(text); err != nil || got != want {
 			t.Errorf("parseDrive(%q) = %+v, %v; want %+v", text, got, err, want)
 		}
 	}
-	if _, err := parseDrive(":ro"); err == nil {
-		t.Error("parseDrive accepts a drive without a path")
+	for _, text := range []string{"", ":ro", ":qcow2", ":ro:raw"} {
+		if got, err := parseDrive(text); err == nil {
+			t.Errorf("parseDrive(%q), without a path, returns %+v", text, got)
+		}
 	}
 }
 

@@ -80,14 +80,24 @@ func parsePort(text string, least int) (int, error) {
 	return int(port), nil
 }
 
-// parseDrive reads a drive: PATH or PATH:ro.
+// parseDrive reads a drive: PATH, with :ro, :raw or :qcow2 after it.
 func parseDrive(text string) (smolvm.Drive, error) {
-	path, readOnly := strings.CutSuffix(text, ":ro")
-	path = strings.TrimSuffix(path, ":rw")
-	if path == "" {
-		return smolvm.Drive{}, fmt.Errorf("%q is no drive; use PATH or PATH:ro", text)
+	drive := smolvm.Drive{Path: text}
+	for {
+		path, word, ok := cutLast(drive.Path)
+		switch {
+		case ok && word == "ro":
+			drive.ReadOnly = true
+		case ok && word == "rw":
+		case ok && drive.Format == "" && (word == string(smolvm.FormatRaw) || word == string(smolvm.FormatQCOW2)):
+			drive.Format = smolvm.DiskFormat(word)
+		case drive.Path == "":
+			return smolvm.Drive{}, fmt.Errorf("%q is no drive; use PATH[:ro][:FORMAT]", text)
+		default:
+			return drive, nil
+		}
+		drive.Path = path
 	}
-	return smolvm.Drive{Path: path, ReadOnly: readOnly}, nil
 }
 
 // parseEnv reads a variable: NAME=VALUE, or NAME for the one of our own

@@ -30,7 +30,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		config.DiskSizeMiB, err = parseMebibytes(text)
 		return err
 	})
-	flags.Func("drive", "attach a disk image: `PATH[:ro]` (repeatable)", func(text string) error {
+	flags.Func("drive", "attach a disk image: `PATH[:ro][:FORMAT]`, raw (default) or qcow2 (repeatable)", func(text string) error {
 		drive, err := parseDrive(text)
 		config.Drives = append(config.Drives, drive)
 		return err
@@ -50,12 +50,14 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&config.KernelPath, "kernel", "", "boot the kernel in `FILE` instead of an image")
 	flags.StringVar(&config.InitrdPath, "initrd", "", "initramfs for --kernel in `FILE`")
 	flags.StringVar(&config.RootfsPath, "rootfs", "", "root file system for --kernel: a disk image in `FILE`")
+	flags.StringVar((*string)(&config.RootfsFormat), "rootfs-format", "", "`FORMAT` of --rootfs: raw (default) or qcow2")
 	flags.StringVar((*string)(&config.DiskMode), "disk-mode", "", "`MODE` of --rootfs: isolated (default) or shared, which writes to it")
 	flags.StringVar(&config.BootArgs, "boot-args", "", "kernel `ARGUMENTS` (default: those of the image)")
 	flags.StringVar((*string)(&config.Ready), "ready", "", "`WHEN` the VM counts as running: agent, ssh or started")
 	flags.BoolVarP(&f.quiet, "quiet", "q", false, "don't show the building of an image")
 
 	complete(cmd, "ready", words(string(smolvm.ReadyAgent), string(smolvm.ReadySSH), string(smolvm.ReadyStarted)))
+	complete(cmd, "rootfs-format", words(string(smolvm.FormatRaw), string(smolvm.FormatQCOW2)))
 	complete(cmd, "disk-mode", words(string(smolvm.DiskIsolated), string(smolvm.DiskShared)))
 	for _, name := range []string{"name", "vcpus", "memory", "disk-size", "publish", "env", "hostname", "ttl", "ssh-addr", "boot-args"} {
 		complete(cmd, name, words())

@@ -37,6 +37,9 @@ type Options struct {
 // It refuses a directory that belongs to another user or that others can write to.
 func Open(opts Options) (*Dir, error) {
 	path, note, err := locate(opts)
+	if errors.Is(err, ErrMissing) {
+		return nil, &missing{error: err, note: note}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -47,8 +50,8 @@ func Open(opts Options) (*Dir, error) {
 	}
 	d := &Dir{root: root, note: note}
 	if opts.Existing {
-		if _, err := os.Stat(d.Database()); errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("%s: %w", path, ErrMissing)
+		if isMissing(d.Database()) && isMissing(d.Images()) {
+			return nil, &missing{error: fmt.Errorf("%s: %w", path, ErrMissing), note: note}
 		}
 	}
 	if err := d.prepare(); err != nil {
@@ -58,6 +61,22 @@ func Open(opts Options) (*Dir, error) {
 		return nil, fmt.Errorf("data directory %s: %w", path, err)
 	}
 	return d, nil
+}
+
+// missing is an error that matches [ErrMissing].
+type missing struct {
+	error
+	note string
+}
+
+func (m *missing) Unwrap() error { return m.error }
+
+// Note is [Dir.Note] of the directory that is missing.
+func (m *missing) Note() string { return m.note }
+
+func isMissing(path string) bool {
+	_, err := os.Stat(path)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 func locate(opts Options) (dir, note string, err error) {
@@ -79,19 +98,21 @@ func locate(opts Options) (dir, note string, err error) {
 	}
 	usual := userDataDir()
 	if usual == "" {
+		note := fmt.Sprintf("using data directory %s: neither $XDG_STATE_HOME nor $HOME is an absolute path", systemDataDir)
 		if err := makeOurs(systemDataDir, opts.Existing); err != nil {
-			return "", "", fmt.Errorf("no data directory can be used (set $%s to one that can): %w", dataDirEnv, err)
+			return "", note, fmt.Errorf("no data directory can be used (set $%s to one that can): %w", dataDirEnv, err)
 		}
-		return systemDataDir, fmt.Sprintf("using data directory %s: neither $XDG_STATE_HOME nor $HOME is an absolute path", systemDataDir), nil
+		return systemDataDir, note, nil
 	}
 	err = makeOurs(usual, opts.Existing)
 	if err == nil || errors.Is(err, ErrMissing) && canBeMade(usual) {
 		return usual, "", err
 	}
+	note = fmt.Sprintf("using data directory %s, as the usual one can't be used: %v", systemDataDir, err)
 	if systemErr := makeOurs(systemDataDir, opts.Existing); systemErr != nil {
-		return "", "", fmt.Errorf("no data directory can be used (set $%s to one that can): %w", dataDirEnv, errors.Join(err, systemErr))
+		return "", note, fmt.Errorf("no data directory can be used (set $%s to one that can): %w", dataDirEnv, errors.Join(err, systemErr))
 	}
-	return systemDataDir, fmt.Sprintf("using data directory %s, as the usual one can't be used: %v", systemDataDir, err), nil
+	return systemDataDir, note, nil
 }
 
 // canBeMade reports whether a directory that is missing would be made if it were not
@@ -128,7 +149,7 @@ func userDataDir() string {
 // makeOurs makes dir if it is missing, and returns why it can't be used.
 func makeOurs(dir string, existing bool) error {
 	if existing {
-		if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		if isMissing(dir) {
 			return fmt.Errorf("%s: %w", dir, ErrMissing)
 		}
 	} else if err := os.MkdirAll(dir, dirMode); err != nil {
