@@ -4,6 +4,8 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+
+	"github.com/smolvm/smolvm/internal/datadir"
 )
 
 // AddBase writes down that a disk file is based on another, or is about to be.
@@ -28,22 +30,10 @@ func (s *Store) RemoveBase(ctx context.Context, path, base string) error {
 
 // BasedOn returns the disk files that are written down as based on a file.
 func (s *Store) BasedOn(ctx context.Context, base string) ([]string, error) {
-	var paths []string
-	err := s.view(ctx, func(tx *sql.Tx) (err error) {
-		rows, err := tx.QueryContext(ctx, "SELECT path FROM bases WHERE base = ?", file{s.root, &base})
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, rows.Close()) }()
-		for rows.Next() {
-			var path string
-			if err := rows.Scan(file{s.root, &path}); err != nil {
-				return err
-			}
-			paths = append(paths, path)
-		}
-		return rows.Err()
-	})
+	paths, err := s.texts(ctx, "SELECT path FROM bases WHERE base = ?", file{s.root, &base})
+	for i := range paths {
+		paths[i] = datadir.Abs(s.root, paths[i])
+	}
 	return paths, err
 }
 

@@ -37,7 +37,8 @@ var ErrTwin = errors.New("another VM has the same identity")
 // [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is in another state, or
 // [ErrTwin].
 func (s *Store) MarkStarted(ctx context.Context, id string, started Started) error {
-	return s.update(ctx, func(tx *sql.Tx) error {
+	// Durably, and its creation with it: from now on the guest has data.
+	return s.updateDurably(ctx, func(tx *sql.Tx) error {
 		if err := requireState(ctx, tx, id, smolvm.StateCreated, smolvm.StateStopped); err != nil {
 			return err
 		}

@@ -142,7 +142,30 @@ func (s *Store) update(ctx context.Context, f func(tx *sql.Tx) error) error {
 	return s.explain(transact(ctx, s.write, nil, f))
 }
 
-func transact(ctx context.Context, db *sql.DB, opts *sql.TxOptions, f func(tx *sql.Tx) error) error {
+// updateDurably is update of what must survive a power cut once it has returned, with all
+// that was written before. It takes some milliseconds longer, as a disk is waited for.
+func (s *Store) updateDurably(ctx context.Context, f func(tx *sql.Tx) error) error {
+	conn, err := s.write.Conn(ctx)
+	if err != nil {
+		return s.explain(err)
+	}
+	defer func() { _ = conn.Close() }()
+	// In WAL mode, NORMAL leaves it to the next checkpoint.
+	if _, err := conn.ExecContext(ctx, "PRAGMA synchronous = FULL"); err != nil {
+		return s.explain(err)
+	}
+	err = transact(ctx, conn, nil, f)
+	// If this fails, the connection goes on as it is, which is slower and no worse.
+	_, _ = conn.ExecContext(context.WithoutCancel(ctx), "PRAGMA synchronous = NORMAL")
+	return s.explain(err)
+}
+
+// beginner is a database, or one connection of it.
+type beginner interface {
+	BeginTx(ctx context.Context, opts *sql.TxOptions) (*sql.Tx, error)
+}
+
+func transact(ctx context.Context, db beginner, opts *sql.TxOptions, f func(tx *sql.Tx) error) error {
 	tx, err := db.BeginTx(ctx, opts)
 	if err != nil {
 		return err

@@ -167,7 +167,7 @@ func (s *Store) ListVMs(ctx context.Context, state smolvm.VMState) ([]VM, error)
 // DeleteVM removes a VM's row, and gives up its lease and ports. Its events stay.
 // The error matches [smolvm.ErrVMNotFound].
 func (s *Store) DeleteVM(ctx context.Context, id string) error {
-	return s.update(ctx, func(tx *sql.Tx) error {
+	return s.updateDurably(ctx, func(tx *sql.Tx) error {
 		// A disk that is retained still has its base.
 		_, err := tx.ExecContext(ctx, `DELETE FROM bases WHERE path = (SELECT disk_path FROM vms
 			WHERE id = ? AND json_extract(options, '$.retain_disk') IS NOT TRUE)`, id)
