@@ -1,10 +1,12 @@
 package manager_test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -104,11 +106,23 @@ func TestDataDirectoryIsLinkedCopiedAndRenamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := openDir(t, config, renamed)
+	if resized, err := r.Resize(ctx, "web", manager.ResizeOptions{DiskSizeMiB: 20 << 10}); err != nil || resized.Config.DiskSizeMiB != 20<<10 {
+		t.Errorf("resize: %+v, %v", resized.Config, err)
+	}
+	if _, err := r.Resize(ctx, "web", manager.ResizeOptions{DiskSizeMiB: 10 << 10}); err == nil || !strings.Contains(err.Error(), "can't be made smaller") {
+		t.Errorf("resize to less: %v", err)
+	}
 	if _, err := r.Start(ctx, "web", manager.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := sh(t, r, "web", "cat /root/k"); got != "precious" {
 		t.Errorf("after a rename the VM says %q", got)
+	}
+	if got, err := strconv.Atoi(sh(t, r, "web", "df -m / | awk 'END { print $2 }'")); err != nil || got < 19<<10 || got > 20<<10 {
+		t.Errorf("the file system has %d MiB (%v) after the disk was made one of 20 GiB", got, err)
+	}
+	if _, err := r.Resize(ctx, "web", manager.ResizeOptions{DiskSizeMiB: 30 << 10}); !errors.Is(err, smolvm.ErrInvalidState) {
+		t.Errorf("resize of a VM that runs: %v", err)
 	}
 	if _, err := r.Stop(ctx, "web", manager.StopOptions{}); err != nil {
 		t.Fatal(err)

@@ -83,8 +83,6 @@ func CreateOverlay(ctx context.Context, o Overlay) error {
 // emptyOverlay is the whole file. Its clusters: the header; the refcount table; one
 // refcount block; the L1 table, which may take several.
 func emptyOverlay(base, baseFormat string, size int64) []byte {
-	// An L2 table is a cluster of 8-byte entries, each for a cluster of data.
-	const perL1Entry = clusterSize / 8 * clusterSize
 	l1Entries := (size + perL1Entry - 1) / perL1Entry
 	l1Clusters := (l1Entries*8 + clusterSize - 1) / clusterSize
 	clusters := 3 + l1Clusters

@@ -14,6 +14,9 @@ const (
 	qcow2HeaderSize   = 104 // of version 3
 	clusterBits       = 16
 	clusterSize       = 1 << clusterBits
+	// perL1Entry is what an entry of the L1 table stands for, in bytes: an L2 table is a
+	// cluster of 8-byte entries, each for a cluster of data.
+	perL1Entry = clusterSize / 8 * clusterSize
 	// Header extensions: the backing file's format, and the end of the list.
 	extensionBackingFormat = 0xe2792aca
 	extensionEnd           = 0
@@ -41,7 +44,7 @@ const (
 type header struct {
 	size, features                      uint64
 	encryption, snapshots               uint32
-	l1Entries                           uint32
+	l1Entries, clusterBits              uint32
 	l1Offset                            uint64
 	backing, backingFormat              string
 	version, backingLength, extensionAt uint32
@@ -65,7 +68,7 @@ func readHeader(r io.ReaderAt) (header, error) {
 	h := header{
 		version: be.Uint32(text[4:]), backingOffset: be.Uint64(text[8:]), backingLength: be.Uint32(text[16:]),
 		size: be.Uint64(text[24:]), encryption: be.Uint32(text[32:]), l1Entries: be.Uint32(text[36:]),
-		l1Offset: be.Uint64(text[40:]), snapshots: be.Uint32(text[60:]), extensionAt: qcow2HeaderV2Size,
+		l1Offset: be.Uint64(text[40:]), clusterBits: be.Uint32(text[20:]), snapshots: be.Uint32(text[60:]), extensionAt: qcow2HeaderV2Size,
 	}
 	switch {
 	case h.version != 2 && h.version != 3:

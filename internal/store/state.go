@@ -121,6 +121,27 @@ func (s *Store) MarkFailed(ctx context.Context, id, cause string, at time.Time) 
 	})
 }
 
+// SetConfig replaces the configuration of a VM, but for what decides which VM it is: its
+// id, image, backend and ports. The error matches [smolvm.ErrVMNotFound].
+func (s *Store) SetConfig(ctx context.Context, id string, config smolvm.VMConfig) error {
+	return s.update(ctx, func(tx *sql.Tx) error {
+		vms, err := s.selectVMs(ctx, tx, 1, "WHERE id = ?", id)
+		if err != nil {
+			return err
+		}
+		if len(vms) == 0 {
+			return notFound(id)
+		}
+		vms[0].Config = config
+		options, err := packOptions(vms[0])
+		if err == nil {
+			_, err = tx.ExecContext(ctx, "UPDATE vms SET vcpus = ?, memory_mib = ?, options = ? WHERE id = ?",
+				config.VCPUs, config.MemoryMiB, text[string]{&options}, id)
+		}
+		return err
+	})
+}
+
 // SetState moves a VM from one of some states to another. The error matches
 // [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is in none of them.
 func (s *Store) SetState(ctx context.Context, id string, from []smolvm.VMState, to smolvm.VMState) error {

@@ -1,0 +1,76 @@
+package manager_test
+
+import (
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/flock"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// While one VM is saved, however long that takes, the disks of others can be made and
+// collected (C5).
+func TestSavingLocksNobodyOut(t *testing.T) {
+	m := openReal(t)
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "web"})
+	if err := syscall.Kill(vm.PID, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	resume := func() { _ = syscall.Kill(vm.PID, syscall.SIGCONT) }
+	t.Cleanup(resume)
+	saved := make(chan error, 1)
+	go func() {
+		_, err := m.CreateSnapshot(t.Context(), "web", manager.SnapshotOptions{Name: "ready"})
+		saved <- err
+	}()
+	// The saving has begun when there is an overlay for the VM to get.
+	overlays := func() []string {
+		paths, _ := filepath.Glob(filepath.Join(filepath.Dir(vm.LogPath), "*.overlay"))
+		return paths
+	}
+	limit := time.After(time.Minute)
+	for len(overlays()) == 0 {
+		select {
+		case err := <-saved:
+			t.Fatalf("the snapshot of a VMM that hangs: %v", err)
+		case <-limit:
+			t.Fatal("the saving never begins")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	lock, err := os.OpenFile(filepath.Join(m.DataDir(), "layers", ".lock"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// It may be held for a moment still, while the overlay is written.
+	for flock.TryLock(lock) != nil {
+		select {
+		case <-limit:
+			t.Fatal("the lock of all disks is held while a VM is saved")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	_ = lock.Close()
+	// A collection in the middle of it takes nothing away.
+	if _, err := m.Reconcile(t.Context()); err != nil {
+		t.Error(err)
+	}
+	resume()
+	if err := <-saved; err != nil {
+		t.Fatal(err)
+	}
+	restored, err := m.RestoreSnapshot(t.Context(), "ready", manager.RestoreOptions{ID: "child"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, restored.ID, "echo awake"); got != "awake" {
+		t.Errorf("what was restored says %q", got)
+	}
+	if err := m.RemoveSnapshot(t.Context(), "ready"); err != nil {
+		t.Error(err)
+	}
+}
