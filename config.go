@@ -109,7 +109,8 @@ type VMConfig struct {
 	// DiskMode is "isolated" (the default) or "shared".
 	DiskMode DiskMode `json:"disk_mode,omitempty"`
 	// DiskSizeMiB is the size of the VM's own disk. Zero: as large as the root
-	// file system it is made from. It can't be smaller than that.
+	// file system it is made from. It can't be smaller than that; but an image that was
+	// built from a directory has a small one too, for disks of less than 8 GiB.
 	DiskSizeMiB int64 `json:"disk_size_mib,omitempty"`
 	// RetainDisk keeps the VM's own disk when the VM is deleted. A VM that is
 	// later created with the same id goes on with it.

@@ -128,6 +128,9 @@ type Image struct {
 	KernelPath string `json:"kernel_path"`
 	InitrdPath string `json:"initrd_path"`
 	RootfsPath string `json:"rootfs_path"`
+	// SmallRootfsPath holds the same files in a small file system, for VMs whose disk is
+	// to be smaller than RootfsPath's; empty if there is none.
+	SmallRootfsPath string `json:"small_rootfs_path,omitempty"`
 	// BootArgs are the image's default kernel arguments.
 	BootArgs string `json:"boot_args"`
 	// Arch is the image's architecture as Go names it, as in "amd64".

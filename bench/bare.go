@@ -3,6 +3,7 @@ package main
 import (
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -37,9 +38,10 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 	defer func() { _ = os.Remove(path) }()
 	for i, word := range line {
 		switch {
-		case strings.Contains(word, "id=drive0,"):
-			before, _, _ := strings.Cut(word, "file=")
-			line[i] = before + "file=" + path
+		case strings.HasPrefix(word, `{"node-name":"drive0"`):
+			if line[i], err = withFile(word, path); err != nil {
+				return 0, err
+			}
 		case strings.HasPrefix(word, "file,id=console"):
 			line[i] = "file,id=console,append=on,path=" + filepath.Join(b.dir, "bare.log")
 		}
@@ -97,4 +99,22 @@ func greeting() (wire.Greeting, error) {
 		HostKey:   key,
 		Time:      time.Now(),
 	}, nil
+}
+
+// withFile returns the description of a disk with another file at its top.
+func withFile(disk, path string) (string, error) {
+	var node struct {
+		Name     string          `json:"node-name"`
+		Driver   string          `json:"driver"`
+		ReadOnly bool            `json:"read-only"`
+		Discard  string          `json:"discard"`
+		File     map[string]any  `json:"file"`
+		Backing  json.RawMessage `json:"backing"`
+	}
+	if err := json.Unmarshal([]byte(disk), &node); err != nil {
+		return "", err
+	}
+	node.File["filename"] = path
+	text, err := json.Marshal(node)
+	return string(text), err
 }

@@ -51,7 +51,7 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
 		}
 		defer release()
-		if root, err = disk.Inspect(image.RootfsPath, disk.Raw); err != nil {
+		if root, err = disk.Inspect(rootfsOf(image, config.DiskSizeMiB), disk.Raw); err != nil {
 			return smolvm.VMInfo{}, fmt.Errorf("create %q: image %s: %w", config.ID, config.Image, err)
 		}
 	}
@@ -271,7 +271,19 @@ func (m *Manager) usualBase(ctx context.Context, config smolvm.VMConfig, digest 
 		return config.RootfsPath, string(config.RootfsFormat), nil
 	}
 	image, err := m.images.Get(ctx, digest)
-	return image.RootfsPath, disk.Raw, err
+	return rootfsOf(image, config.DiskSizeMiB), disk.Raw, err
+}
+
+// rootfsOf returns the root file system of an image for a disk of so many MiB; 0: as large
+// as the image wants it. A guest of an image makes it as large as the disk.
+func rootfsOf(image smolvm.Image, sizeMiB int64) string {
+	if sizeMiB == 0 || image.SmallRootfsPath == "" {
+		return image.RootfsPath
+	}
+	if usual, err := os.Stat(image.RootfsPath); err != nil || sizeMiB<<20 >= usual.Size() {
+		return image.RootfsPath
+	}
+	return image.SmallRootfsPath
 }
 
 // ensureDisk makes the disk of a new VM, unless one was retained from an earlier VM of

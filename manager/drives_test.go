@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -155,5 +156,43 @@ func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
 				t.Errorf("drive %s as %q: %v, want %q", test.file, test.format, err, test.want)
 			}
 		}
+	}
+}
+
+// A disk may be smaller than the root file system that an image has for others, and grow
+// (M4).
+func TestSmallDisk(t *testing.T) {
+	m := openReal(t)
+	ctx := t.Context()
+	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 8}); err == nil || !strings.Contains(err.Error(), "use at least") {
+		t.Errorf("a disk that is too small: %v", err)
+	}
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "small", DiskSizeMiB: 1 << 10})
+	size := func() int {
+		t.Helper()
+		mebibytes, err := strconv.Atoi(sh(t, m, vm.ID, "df -m / | awk 'END { print $2 }'"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return mebibytes
+	}
+	if got := size(); got < 900 || got > 1<<10 {
+		t.Errorf("the file system has %d MiB on a disk of 1 GiB", got)
+	}
+	sh(t, m, vm.ID, "dd if=/dev/zero of=/root/file bs=1M count=300 2>/dev/null; echo kept >/root/k")
+	if _, err := m.Stop(ctx, vm.ID, manager.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Resize(ctx, vm.ID, manager.ResizeOptions{DiskSizeMiB: 2 << 10}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Start(ctx, vm.ID, manager.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := size(); got < 1900 || got > 2<<10 {
+		t.Errorf("the file system has %d MiB on a disk of 2 GiB", got)
+	}
+	if got := sh(t, m, vm.ID, "cat /root/k; stat -c %s /root/file"); got != "kept\n314572800" {
+		t.Errorf("after it was grown the guest says %q", got)
 	}
 }

@@ -169,7 +169,7 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		i := slices.IndexFunc(images, func(i smolvm.Image) bool { return i.RootfsPath == root })
+		i := slices.IndexFunc(images, func(i smolvm.Image) bool { return root != "" && (i.RootfsPath == root || i.SmallRootfsPath == root) })
 		if i >= 0 {
 			users[images[i].Digest] = append(users[images[i].Digest], "retained disk "+filepath.Base(path))
 		}

@@ -119,7 +119,7 @@ func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMCo
 		return shim.Spec{}, err
 	}
 	err = m.disks.Create(ctx, backing.Overlay{
-		Path: draft.Path(snapshot.DiskFile), Base: image.RootfsPath, BaseFormat: disk.Raw, Size: r.DiskSizeMiB << 20,
+		Path: draft.Path(snapshot.DiskFile), Base: rootfsOf(image, r.DiskSizeMiB), BaseFormat: disk.Raw, Size: r.DiskSizeMiB << 20,
 	})
 	if err != nil {
 		return shim.Spec{}, err

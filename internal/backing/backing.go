@@ -113,7 +113,7 @@ func (d *Disks) nameOf(base string) string {
 }
 
 // ourFile matches the names of files that others are based on, within a data directory.
-var ourFile = regexp.MustCompile(`/(layers/[^/]+\.qcow2|images/[0-9a-f]{64}/rootfs)$`)
+var ourFile = regexp.MustCompile(`/(layers/[^/]+\.qcow2|images/[0-9a-f]{64}/rootfs(?:-small)?)$`)
 
 // resolve returns the path of the base that a header of one of our own disks names. Until
 // version 3 of the database it was absolute, and may still name the place where this data

@@ -23,6 +23,9 @@ const (
 	kernelFile    = "vmlinux"
 	initramfsFile = "initramfs"
 	rootfsFile    = "rootfs"
+	// smallFile holds what rootfsFile does, in a file system that is no larger than that
+	// takes. It is not there if that would be much.
+	smallFile = "rootfs-small"
 )
 
 // defaultBootArgs are the kernel arguments of an image:
@@ -341,7 +344,15 @@ func (b *builder) makeRootfs(ctx context.Context, from ingredients) error {
 			return err
 		}
 		b.hash.WriteString(sum + "\n")
-		return makeExt4(ctx, ext4{path: target, tree: source, owners: from.owners, seed: sum})
+		made := ext4{path: target, size: max(rootfsSize, 2*usage(source)), tree: source, owners: from.owners, seed: sum}
+		if err := makeExt4(ctx, made); err != nil {
+			return err
+		}
+		if made.size = smallSize(usage(source)); made.size > maxSmallSize {
+			return nil
+		}
+		made.path = filepath.Join(b.out, smallFile)
+		return makeExt4(ctx, made)
 	}
 	// An image's root file system is raw, whatever a guest has written into its disk.
 	_, err = disk.Declare(source, "")

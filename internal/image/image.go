@@ -181,16 +181,21 @@ func (s *Store) load(digest string) (smolvm.Image, error) {
 	if err != nil {
 		return smolvm.Image{}, fmt.Errorf("image %s is damaged (%w): build it again, or delete %s", digest, err, dir)
 	}
+	small := filepath.Join(dir, smallFile)
+	if _, err := os.Stat(small); err != nil {
+		small = ""
+	}
 	return smolvm.Image{
-		Digest:     digest,
-		Names:      []string{},
-		KernelPath: filepath.Join(dir, kernelFile),
-		InitrdPath: filepath.Join(dir, initramfsFile),
-		RootfsPath: filepath.Join(dir, rootfsFile),
-		BootArgs:   meta.BootArgs,
-		Arch:       meta.Arch,
-		Source:     meta.Source,
-		CreatedAt:  meta.CreatedAt,
+		Digest:          digest,
+		Names:           []string{},
+		KernelPath:      filepath.Join(dir, kernelFile),
+		InitrdPath:      filepath.Join(dir, initramfsFile),
+		RootfsPath:      filepath.Join(dir, rootfsFile),
+		SmallRootfsPath: small,
+		BootArgs:        meta.BootArgs,
+		Arch:            meta.Arch,
+		Source:          meta.Source,
+		CreatedAt:       meta.CreatedAt,
 	}, nil
 }
 

@@ -17,7 +17,7 @@ import (
 )
 
 // recipeVersion changes whenever the same ingredients make another image.
-const recipeVersion = 4
+const recipeVersion = 5
 
 // Progress is how far a build is.
 type Progress struct {

@@ -129,6 +129,7 @@ func linkApplets(ctx context.Context, dir string) error {
 // ext4 is a file system to be made.
 type ext4 struct {
 	path, tree string
+	size       int64 // in bytes
 	// owners says whose files of the tree are that are not root's, by user id, which
 	// is the group's as well. Nil: whose they are in the tree.
 	owners map[string]int
@@ -143,6 +144,22 @@ type ext4 struct {
 const ext4Features = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super," +
 	"large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
 
+const (
+	// smallStep is what the size of a small root file system is a multiple of, and
+	// maxSmallSize the largest that is made: it takes that of the disk once more.
+	smallStep    = 64 << 20
+	maxSmallSize = 512 << 20
+	// journalSize is in MiB. A smaller journal would not let the file system grow while it
+	// is mounted: one step of that may fill a quarter of it.
+	journalSize = 32
+)
+
+// smallSize is the size of a file system for a tree that takes so much, in bytes: with
+// its journal, its tables, and some room to start with.
+func smallSize(tree int64) int64 {
+	return (tree*5/4 + journalSize<<20 + smallStep + smallStep - 1) / smallStep * smallStep
+}
+
 // makeExt4 makes a sparse file system that holds a tree.
 func makeExt4(ctx context.Context, e ext4) error {
 	// Of a file that is there and empty, mke2fs knows that it reads as zeros: then it
@@ -151,14 +168,11 @@ func makeExt4(ctx context.Context, e ext4) error {
 	if err != nil {
 		return err
 	}
-	size := max(rootfsSize, 2*usage(e.tree))
-	if err := errors.Join(file.Truncate(size), file.Close()); err != nil {
+	if err := errors.Join(file.Truncate(e.size), file.Close()); err != nil {
 		return err
 	}
-	// A smaller journal would not let the file system grow while it is mounted: one
-	// step of that may fill a quarter of it.
 	err = runTool(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-O", ext4Features, "-b", "4096", "-I", "256", "-i", "16384",
-		"-m", "0", "-J", "size=32", "-U", uuid(e.seed[:32]),
+		"-m", "0", "-J", fmt.Sprintf("size=%d", journalSize), "-U", uuid(e.seed[:32]),
 		"-E", "root_owner=0:0,discard,lazy_journal_init=1,hash_seed="+uuid(e.seed[32:64]), "-d", e.tree, e.path)
 	if err != nil {
 		return err

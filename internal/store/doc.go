@@ -16,6 +16,10 @@
 //	               host_port (unique), host_addr, guest_port
 //	               kind: one 'ssh' per VM, any number of 'forward'
 //
+//	bases          path, base (primary key): what each disk file is based on
+//
+//	former         where the data directory was when paths were absolute
+//
 //	starts         vm (primary key)   one row per VM that was started
 //	               report: how it was last started
 //	               boot_uuid, random, machine_id, host_key, mac (each unique):
