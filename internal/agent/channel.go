@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -18,9 +17,11 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// Link is an open guest channel, over which any number of connections run.
+// Link is an open guest channel, over which any number of connections run. All of its
+// methods return when their context is done, whatever the guest does.
 type Link struct {
 	session *yamux.Session
+	guard   *wire.Guard
 	end     *sessionEnd
 }
 
@@ -28,23 +29,7 @@ type Link struct {
 type Channel interface {
 	io.ReadWriteCloser
 	SetReadDeadline(t time.Time) error
-}
-
-// sessionEnd is the channel as a session has it, who may have to leave it open.
-type sessionEnd struct {
-	channel Channel
-	keep    atomic.Bool
-}
-
-func (e *sessionEnd) Read(p []byte) (int, error)  { return e.channel.Read(p) }
-func (e *sessionEnd) Write(p []byte) (int, error) { return e.channel.Write(p) }
-
-// Close ends the reading, and unless the channel is kept all of it.
-func (e *sessionEnd) Close() error {
-	if e.keep.Load() {
-		return e.channel.SetReadDeadline(time.Unix(1, 0))
-	}
-	return e.channel.Close()
+	SetWriteDeadline(t time.Time) error
 }
 
 // Greet opens the channel: it tells the guest who it is to be, and returns when the
@@ -67,23 +52,29 @@ func Greet(ctx context.Context, channel Channel, greeting wire.Greeting) (*Link,
 		_ = channel.Close()
 		return nil, answer, fmt.Errorf("greet the guest's agent: %w", err)
 	}
-	end := &sessionEnd{channel: channel}
-	session, err := yamux.Client(&wire.WholeFrames{ReadWriteCloser: end}, wire.MuxConfig())
+	end := &sessionEnd{channel: channel, stall: stallTime}
+	guard := &wire.Guard{ReadWriteCloser: end}
+	session, err := yamux.Client(&wire.WholeFrames{ReadWriteCloser: guard}, wire.HostMuxConfig())
 	if err != nil {
 		_ = channel.Close()
 		return nil, answer, fmt.Errorf("open guest channel: %w", err)
 	}
-	return &Link{session: session, end: end}, answer, nil
+	return &Link{session: session, guard: guard, end: end}, answer, nil
 }
+
+// maxAnswers bounds how many answers are passed over: of the sessions that a guest was
+// saved in the middle of, each leaves at most one.
+const maxAnswers = 16
 
 // readAnswer reads the next answer that says that a session is over, or that does not.
 func readAnswer(channel io.Reader, again bool) (wire.Answer, error) {
-	for {
-		var answer wire.Answer
-		if err := wire.Read(channel, &answer); err != nil || answer.Again == again {
+	for range maxAnswers {
+		answer, err := wire.ReadAnswer(channel)
+		if err != nil || answer.Again == again {
 			return answer, err
 		}
 	}
+	return wire.Answer{}, fmt.Errorf("%w: it answers without end", wire.ErrProtocol)
 }
 
 // Reset makes the guest ready to be greeted that was saved in the middle of a session.
@@ -110,12 +101,48 @@ func Reset(ctx context.Context, channel Channel) error {
 }
 
 // Open opens one connection to the guest's SSH server.
-func (l *Link) Open() (net.Conn, error) {
-	conn, err := l.session.Open()
+func (l *Link) Open(ctx context.Context) (net.Conn, error) {
+	stream, err := l.open(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the guest's agent: %w", err)
 	}
-	return conn, nil
+	return stream, nil
+}
+
+// open opens a stream. Where yamux goes on waiting, for a guest that does not read, the
+// stream is closed as soon as it is open.
+func (l *Link) open(ctx context.Context) (*stream, error) {
+	type opened struct {
+		stream *yamux.Stream
+		err    error
+	}
+	result := make(chan opened, 1)
+	go func() {
+		stream, err := l.session.OpenStream()
+		result <- opened{stream, err}
+	}()
+	select {
+	case o := <-result:
+		if o.err != nil {
+			return nil, l.explain(o.err)
+		}
+		return &stream{o.stream}, nil
+	case <-ctx.Done():
+		go func() {
+			if o := <-result; o.err == nil {
+				_ = o.stream.Close()
+			}
+		}()
+		return nil, context.Cause(ctx)
+	}
+}
+
+// explain adds to an error of a session why the session has ended.
+func (l *Link) explain(err error) error {
+	if cause := errors.Join(l.guard.Err(), l.end.err()); cause != nil {
+		return fmt.Errorf("%w (%w)", err, cause)
+	}
+	return err
 }
 
 // Shutdown asks the guest to shut down, giving its processes so long to end. It
@@ -152,35 +179,48 @@ func (l *Link) Ping(ctx context.Context) error {
 }
 
 func (l *Link) control(ctx context.Context, request wire.Control) error {
-	conn, err := l.session.Open()
+	conn, err := l.open(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = conn.Close() }()
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
-	defer stop()
-	var answer wire.ControlAnswer
-	err = wire.Write(conn, request)
-	if err == nil {
-		err = wire.Read(conn, &answer)
+	result := make(chan error, 1)
+	go func() {
+		defer func() { _ = conn.Close() }()
+		result <- exchange(ctx, conn, request)
+	}()
+	select {
+	case err = <-result:
+	case <-ctx.Done():
+		err = context.Cause(ctx)
 	}
-	switch {
-	case ctx.Err() != nil:
-		return context.Cause(ctx)
-	case err != nil:
-		return err
-	case answer.Error != "":
-		return errors.New(answer.Error)
-	}
-	return nil
+	return err
 }
+
+// exchange sends a request and reads its answer. A write may take longer than ctx.
+func exchange(ctx context.Context, conn net.Conn, request wire.Control) error {
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if err := wire.Write(conn, request); err != nil {
+		return err
+	}
+	answer, err := wire.ReadControlAnswer(conn)
+	if err == nil && answer.Error != "" {
+		err = errors.New(answer.Error)
+	}
+	return err
+}
+
+// SetHeld tells the link whether the guest's CPUs are held, for then it is not given up
+// for taking nothing: its connections wait.
+func (l *Link) SetHeld(held bool) { l.end.held.Store(held) }
 
 // Release ends the session and all connections over it, but leaves the channel open. It
 // returns when the guest waits for the next greeting.
 func (l *Link) Release(ctx context.Context) error {
 	l.end.keep.Store(true)
 	_ = l.session.Close()
-	if err := l.end.channel.SetReadDeadline(time.Time{}); err != nil {
+	err := errors.Join(l.end.channel.SetReadDeadline(time.Time{}), l.end.channel.SetWriteDeadline(time.Time{}))
+	if err != nil {
 		return fmt.Errorf("release the guest channel: %w", err)
 	}
 	return Reset(ctx, l.end.channel)

@@ -61,7 +61,7 @@ func (s *shim) pause(ctx context.Context) error {
 	if err := pauser.Pause(ctx); err != nil {
 		return err
 	}
-	s.paused.Store(true)
+	s.setPaused(true)
 	return nil
 }
 
@@ -74,13 +74,20 @@ func (s *shim) resume(ctx context.Context) error {
 	if err := pauser.Resume(ctx); err != nil {
 		return err
 	}
-	s.paused.Store(false)
+	s.setPaused(false)
 	if s.link == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, clockTime)
 	defer cancel()
 	return s.link.SetClock(ctx, time.Now())
+}
+
+func (s *shim) setPaused(paused bool) {
+	s.paused.Store(paused)
+	if s.link != nil {
+		s.link.SetHeld(paused)
+	}
 }
 
 func (s *shim) pauser() (vmm.Pauser, error) {
@@ -134,6 +141,10 @@ func (s *shim) save(ctx context.Context, save *Save) (result Saved, err error) {
 		}
 	}
 	options.Switched = func() error { return s.switched(save.Drives, before) }
+	if s.link != nil {
+		s.link.SetHeld(true) // for a part of the time, and nobody knows how long
+		defer func() { s.link.SetHeld(s.paused.Load()) }()
+	}
 	saved, err = saver.Save(ctx, options)
 	result.Pause, result.Held = saved.Pause, saved.Held
 	return result, err

@@ -248,7 +248,9 @@ func (s *shim) connectAgent(conn net.Conn) {
 		_, _ = io.WriteString(conn, "This guest has no agent of smolvm.\r\n")
 		return
 	}
-	guest, err := s.link.Open()
+	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
+	guest, err := s.link.Open(ctx)
+	cancel()
 	if err != nil {
 		_, _ = io.WriteString(conn, "The guest's agent does not answer any more.\r\n")
 		return

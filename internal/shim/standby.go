@@ -315,7 +315,7 @@ func (s *shim) runInGuest(ctx context.Context, commands ...smolvm.Command) error
 		return err
 	}
 	client, err := agent.Dial(ctx, agent.ClientConfig{
-		Dial:    func(context.Context) (net.Conn, error) { return s.link.Open() },
+		Dial:    s.link.Open,
 		User:    "root",
 		Signer:  hostKey, // none is asked for over the guest channel
 		HostKey: hostKey.PublicKey(),

@@ -192,8 +192,9 @@ type Backend interface {
 // Channel is the host's end of a guest channel.
 type Channel interface {
 	io.ReadWriteCloser
-	// SetReadDeadline as of [net.Conn].
+	// SetReadDeadline and SetWriteDeadline as of [net.Conn].
 	SetReadDeadline(t time.Time) error
+	SetWriteDeadline(t time.Time) error
 }
 
 // Instance is one running VM. All methods may be called at any time, from any

@@ -9,17 +9,35 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// MuxConfig is how both ends of a channel are set up.
+// MuxConfig is how the guest's end of a channel is set up.
 func MuxConfig() *yamux.Config {
 	config := yamux.DefaultConfig()
-	// A guest that is paused, or starved by its host, answers late; that is no
-	// reason to give it up. The VMM's end closes the channel.
+	// A host that is starved, or a guest that was paused, answers late; that is no
+	// reason to give the session up. The VMM's end closes the channel.
 	config.EnableKeepAlive = false
-	config.ConnectionWriteTimeout = time.Hour
+	config.ConnectionWriteTimeout = endless
 	config.StreamOpenTimeout = 0
-	config.StreamCloseTimeout = time.Hour
-	config.MaxStreamWindowSize = 1 << 20
+	config.StreamCloseTimeout = endless
+	config.MaxStreamWindowSize = maxWindow
 	config.LogOutput = io.Discard
+	return config
+}
+
+const (
+	// endless is a time that is never over, where yamux must have one.
+	endless = 365 * 24 * time.Hour
+	// closeTimeout is how long the host remembers a stream that it has closed and the
+	// guest has not. It bounds what a guest can have it keep that never closes any.
+	closeTimeout = time.Minute
+)
+
+// HostMuxConfig is how the host's end of a channel is set up. yamux's own timeout for
+// writes can't know whether the guest is paused, so there is none: whoever uses the
+// session waits no longer than its context, and what the channel is written by ends the
+// session when a guest that runs takes nothing.
+func HostMuxConfig() *yamux.Config {
+	config := MuxConfig()
+	config.StreamCloseTimeout = closeTimeout
 	return config
 }
 
@@ -51,12 +69,6 @@ func (r *BreakReader) Read(p []byte) (int, error) {
 	}
 	return n, err
 }
-
-// yamux's frames; see the specification in its repository.
-const (
-	frameHeader = 12
-	frameData   = 0 // the type of frames that have a body
-)
 
 // WholeFrames writes what yamux writes in two pieces, a frame's header and its body, in
 // one: each piece interrupts an emulated guest, or is one of its own.

@@ -37,6 +37,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net/netip"
 	"strings"
 	"time"
@@ -221,9 +222,12 @@ func Write(w io.Writer, message any) error {
 
 // Read reads one message into message, skipping whatever stands before it. It
 // reads not a byte beyond the message, as r may go on with another protocol.
-func Read(r io.Reader, message any) error {
+func Read(r io.Reader, message any) error { return read(r, message, math.MaxInt, MaxMessage) }
+
+// read is Read with limits of what is skipped and of the message, in bytes.
+func read(r io.Reader, message any, maxSkip, maxSize int) error {
 	br := byteReader{r: r}
-	if err := skipToMagic(&br); err != nil {
+	if err := skipToMagic(r, maxSkip); err != nil {
 		return fmt.Errorf("read %T: %w", message, err)
 	}
 	length := 0
@@ -236,7 +240,7 @@ func Read(r io.Reader, message any) error {
 			break
 		}
 		length = length*10 + int(b-'0')
-		if b < '0' || b > '9' || length > MaxMessage {
+		if b < '0' || b > '9' || length > maxSize {
 			return fmt.Errorf("read %T: bad length in the header", message)
 		}
 	}
@@ -245,26 +249,33 @@ func Read(r io.Reader, message any) error {
 		return fmt.Errorf("read %T: %w", message, noEOF(err))
 	}
 	if err := json.Unmarshal(body, message); err != nil {
-		return fmt.Errorf("decode %T: %w", message, err)
+		return fmt.Errorf("decode %T: %s", message, Text(err.Error(), maxText)) // it quotes the message
 	}
 	return nil
 }
 
 // skipToMagic reads up to and including the magic. No proper prefix of the magic
 // is also a suffix of one, so a mismatch starts again with the byte at hand.
-func skipToMagic(r io.ByteReader) error {
-	for matched := 0; matched < len(Magic); {
-		b, err := r.ReadByte()
-		if err != nil {
-			return err
+func skipToMagic(r io.Reader, maxSkip int) error {
+	var buf [len(Magic)]byte
+	for matched, read := 0, 0; matched < len(Magic); {
+		if read-matched > maxSkip {
+			return fmt.Errorf("%w: there is no message", ErrProtocol)
 		}
-		switch b {
-		case Magic[matched]:
-			matched++
-		case Magic[0]:
-			matched = 1
-		default:
-			matched = 0
+		n, err := r.Read(buf[:len(Magic)-matched]) // never more than the magic
+		read += n
+		for _, b := range buf[:n] {
+			switch b {
+			case Magic[matched]:
+				matched++
+			case Magic[0]:
+				matched = 1
+			default:
+				matched = 0
+			}
+		}
+		if err != nil && matched < len(Magic) {
+			return err
 		}
 	}
 	return nil
