@@ -3,33 +3,59 @@ package smolvm
 import (
 	"fmt"
 	"io"
+	"strings"
 )
 
 // Command is a program to run in a guest.
 type Command struct {
 	// Args are the program and its arguments; the program is looked up in the
-	// guest's PATH. Use []string{"sh", "-c", line} for a shell's syntax.
+	// guest's PATH. Use []string{"sh", "-c", line} for a shell's syntax. They are
+	// bytes, of any encoding. The guest's kernel takes about 2 MiB of them together
+	// with Env, and 128 KiB of each; what is longer ends with exit status 126.
 	Args []string
 	// Env is added to the guest's environment, as "NAME=value"; a later entry
 	// wins over an earlier one.
 	Env []string
 	// Dir is the working directory. Empty: the user's home directory.
 	Dir string
-	// User to run as, by the guest's /etc/passwd. Empty: root.
+	// User to run as, by the guest's /etc/passwd, or a number; with ":" and a group's
+	// name or number after it, in that group only. Empty: root.
 	User string
 
 	// Stdin is copied to the command; nil gives it an empty input. A reader
 	// that blocks does not keep Exec from returning when the command ends.
 	Stdin io.Reader
 	// Stdout and Stderr receive the command's output as it comes; nil throws it
-	// away. With a TTY, everything comes by Stdout.
+	// away. With a TTY, everything comes by Stdout. When Stdout fails, the command
+	// gets SIGPIPE as it goes on writing.
 	Stdout, Stderr io.Writer
 
 	// TTY runs the command in a pseudo-terminal; nil gives it pipes.
 	TTY *TTY
 	// Signals are sent to the command's process group, by the names that SSH
-	// uses: "INT", "TERM", "HUP", ...
+	// uses: "INT", "TERM", "HUP", ... But "KILL" ends all that the command has
+	// started, in whatever process group or session.
 	Signals <-chan string
+}
+
+// Validate checks what no guest could run; the error is a [*ValidationError].
+func (c Command) Validate() error {
+	v := validator{}
+	v.check(len(c.Args) > 0, "args", "is empty; give a command")
+	for i, arg := range c.Args {
+		v.check(!strings.Contains(arg, "\x00"), fmt.Sprintf("args[%d]", i), "has a NUL in it")
+	}
+	for i, entry := range c.Env {
+		name, _, found := strings.Cut(entry, "=")
+		v.check(found && name != "", fmt.Sprintf("env[%d]", i), "%q is not NAME=VALUE", entry)
+		v.check(!strings.Contains(entry, "\x00"), fmt.Sprintf("env[%d]", i), "has a NUL in it")
+	}
+	v.check(!strings.Contains(c.Dir, "\x00"), "dir", "has a NUL in it")
+	v.check(!strings.Contains(c.User, "\x00"), "user", "has a NUL in it")
+	if len(v.fields) > 0 {
+		return &ValidationError{Fields: v.fields}
+	}
+	return nil
 }
 
 // TTY is the terminal a command runs in.

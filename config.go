@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Limits and defaults of a [VMConfig]; the same as those of Python's SmolVM.
@@ -374,6 +375,7 @@ func (c VMConfig) validateGuest(v *validator) {
 	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
 		v.check(envKeyPattern.MatchString(key), "env", "%q is not a name of a variable", key)
 		v.check(!strings.ContainsRune(c.Env[key], 0), "env", "%s has a NUL in its value", key)
+		v.check(utf8.ValidString(c.Env[key]), "env", "the value of %s is not UTF-8, which a VM's configuration has to be; give it to each command instead", key)
 	}
 	v.check(len(c.Hostname) <= MaxIDLength && (c.Hostname == "" || idPattern.MatchString(strings.ToLower(c.Hostname))),
 		"hostname", "%q is not a host name", c.Hostname)

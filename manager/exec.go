@@ -14,13 +14,15 @@ import (
 
 // Exec runs a command in the guest and returns how it ended. The error is nil
 // however the command ended; it says that the command could not be run, or that the
-// connection to the guest was lost. When ctx is done the command is killed.
+// connection to the guest was lost. When ctx is done, the command and all that it has
+// started is killed, and Exec returns within about a second, whatever the guest, the
+// command's reader and its writers do.
 //
 // The error matches [smolvm.ErrInvalidState] if the VM does not run, and
 // [smolvm.ErrUnsupported] if no agent is in the guest.
 func (m *Manager) Exec(ctx context.Context, id string, command smolvm.Command) (smolvm.ExitStatus, error) {
-	if len(command.Args) == 0 {
-		return smolvm.ExitStatus{}, &smolvm.ValidationError{ID: id, Fields: []smolvm.FieldError{{Field: "args", Problem: "is empty; give a command"}}}
+	if err := command.Validate(); err != nil {
+		return smolvm.ExitStatus{}, fmt.Errorf("run a command in VM %q: %w", id, err)
 	}
 	client, err := m.client(ctx, id, "run a command in")
 	if err != nil {
@@ -64,7 +66,8 @@ func (m *Manager) CopyFrom(ctx context.Context, id, guestPath, hostPath string) 
 // Dial connects to an address as the guest sees it: "tcp" to a host and port, such
 // as the guest's own "127.0.0.1:8080", or "unix" to a socket's path. In a guest
 // without an agent only ports of the guest itself can be reached, and only those
-// that listen on its network address.
+// that listen on its network address. The connection has deadlines and can be half
+// closed; ctx is of the connecting only.
 func (m *Manager) Dial(ctx context.Context, id, network, address string) (net.Conn, error) {
 	vm, err := m.living(ctx, id, "connect into")
 	if err != nil {
@@ -111,9 +114,15 @@ func guestPort(network, address string) (int, error) {
 type guestClient struct {
 	*agent.Client
 	run string
+	// older was replaced, as the guest had not answered in it. What runs over it goes on.
+	older *guestClient
 }
 
-func (c *guestClient) close() { _ = c.Close() }
+func (c *guestClient) close() {
+	for ; c != nil; c = c.older {
+		_ = c.Close()
+	}
+}
 
 // living looks up a VM that must be running.
 func (m *Manager) living(ctx context.Context, id, verb string) (store.VM, error) {
@@ -146,7 +155,7 @@ func (m *Manager) clientOf(ctx context.Context, vm store.VM) (*guestClient, erro
 	m.mu.Lock()
 	client := m.clients[vm.ID]
 	m.mu.Unlock()
-	if client != nil && client.run == vm.Run && !client.ended() {
+	if client != nil && client.run == vm.Run && client.Usable() {
 		return client, nil
 	}
 	client, err := m.connect(ctx, vm)
@@ -159,14 +168,30 @@ func (m *Manager) clientOf(ctx context.Context, vm store.VM) (*guestClient, erro
 		client.close()
 		return nil, fmt.Errorf("connect to the agent of VM %q: %w", vm.ID, net.ErrClosed)
 	}
-	if other := m.clients[vm.ID]; other != nil && other.run == vm.Run && !other.ended() {
+	other := m.clients[vm.ID]
+	switch {
+	case other == nil:
+	case other.run != vm.Run:
+		other.close()
+	case other.Usable():
 		client.close()
 		return other, nil
-	} else if other != nil {
-		other.close()
+	default:
+		client.older = other.unfinished()
 	}
 	m.clients[vm.ID] = client
 	return client, nil
+}
+
+// unfinished drops the connections that have ended from those that were replaced.
+func (c *guestClient) unfinished() *guestClient {
+	for c != nil && c.ended() {
+		c = c.older
+	}
+	if c != nil {
+		c.older = c.older.unfinished()
+	}
+	return c
 }
 
 func (c *guestClient) ended() bool {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -13,38 +15,59 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// Exec runs a command and returns how it ended. When ctx is done it is killed.
+// exitNotRun is the exit status of a command that can't be started, as shells have it.
+const exitNotRun = 126
+
+// Exec runs a command and returns how it ended. When ctx is done, the command and all
+// that it has started is killed, and Exec returns whatever the guest does, or the
+// command's reader and writers do.
 func (c *Client) Exec(ctx context.Context, command smolvm.Command) (smolvm.ExitStatus, error) {
-	channel, requests, err := c.open(ctx, wire.ExecChannel, execRequest(command))
+	payload, words := execRequest(command).Pack()
+	out := newOutputs(command)
+	if len(words) > wire.MaxWords {
+		// As the agent says it of what the guest's kernel does not take.
+		_, err := fmt.Fprintf(out.stderr, "smolvm: %s: argument list too long\n", command.Args[0])
+		return smolvm.ExitStatus{Code: exitNotRun}, err
+	}
+	call, err := c.open(ctx, wire.ExecChannel, payload)
 	if err != nil {
 		return smolvm.ExitStatus{}, err
 	}
-	// Closing the channel makes the agent kill the command's process group.
-	stop := context.AfterFunc(ctx, func() { _ = channel.Close() })
-	defer stop()
+	call.kills = true
 	over := make(chan struct{})
 	defer close(over)
-	if command.Stdin != nil {
-		// Nobody waits for this: a reader may block for ever.
-		go func() {
-			_, _ = io.Copy(channel, command.Stdin)
-			_ = channel.CloseWrite()
-		}()
+	go feed(call, words, command, over)
+	done := make(chan error, 1)
+	go func() { done <- out.copy(call) }()
+	select {
+	case err := <-done:
+		return call.status, errors.Join(call.err, err)
+	case <-ctx.Done():
 	}
-	go forwardRequests(channel, command, over)
+	call.abandon()
+	var status smolvm.ExitStatus
+	select {
+	case <-done:
+		status = call.status
+	case <-time.After(answerTime):
+	}
+	out.seal()
+	return status, context.Cause(ctx)
+}
 
-	stdout, stderr := outputs(command)
-	var output sync.WaitGroup
-	var outErr, errErr error
-	output.Go(func() { outErr = copyOut(stdout, channel) })
-	output.Go(func() { errErr = copyOut(stderr, channel.Stderr()) })
-	status, err := exitStatus(requests)
-	output.Wait()
-	_ = channel.Close()
-	if ctx.Err() != nil {
-		return status, context.Cause(ctx)
+// feed sends a command its words, what it is to read, and its signals. Nobody waits for
+// it: a reader may block for ever.
+func feed(call *call, words []byte, command smolvm.Command, over <-chan struct{}) {
+	if len(words) > 0 {
+		if _, err := call.Write(words); err != nil {
+			return
+		}
 	}
-	return status, errors.Join(err, outErr, errErr)
+	go forwardRequests(call, command, over)
+	if command.Stdin != nil {
+		_, _ = io.Copy(call, command.Stdin)
+		_ = call.CloseWrite()
+	}
 }
 
 func execRequest(command smolvm.Command) wire.ExecRequest {
@@ -67,15 +90,16 @@ func execRequest(command smolvm.Command) wire.ExecRequest {
 	return request
 }
 
-// outputs returns where output goes. As in os/exec, one writer may serve as both, and
-// is then called by one goroutine at a time.
-func outputs(command smolvm.Command) (stdout, stderr io.Writer) {
-	stdout, stderr = command.Stdout, command.Stderr
-	if stdout != nil && sameWriter(stdout, stderr) {
-		shared := &sharedWriter{w: stdout}
-		return shared, shared
+// outputs are where a command's output goes. As in os/exec, one writer may serve as both,
+// and is then called by one goroutine at a time.
+type outputs struct{ stdout, stderr *output }
+
+func newOutputs(command smolvm.Command) outputs {
+	stdout := newOutput(command.Stdout)
+	if command.Stdout != nil && sameWriter(command.Stdout, command.Stderr) {
+		return outputs{stdout, stdout}
 	}
-	return stdout, stderr
+	return outputs{stdout, newOutput(command.Stderr)}
 }
 
 func sameWriter(a, b io.Writer) bool {
@@ -83,30 +107,74 @@ func sameWriter(a, b io.Writer) bool {
 	return a == b
 }
 
-// sharedWriter lets two goroutines write by turns.
-type sharedWriter struct {
-	mu sync.Mutex
-	w  io.Writer
+// copy copies a command's output until the command is over.
+func (o outputs) copy(call *call) error {
+	var both sync.WaitGroup
+	var outErr, errErr error
+	both.Go(func() {
+		// The command is told as by a broken pipe; see OpenSSH's PROTOCOL, section 2.1.
+		outErr = copyOut(o.stdout, call, func() { _, _ = call.SendRequest("eow@openssh.com", false, nil) })
+	})
+	both.Go(func() { errErr = copyOut(o.stderr, call.Stderr(), func() {}) })
+	<-call.over
+	both.Wait()
+	return errors.Join(outErr, errErr)
 }
 
-func (s *sharedWriter) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.w.Write(p)
-}
-
-// copyOut copies output to w. If w fails, the rest is still read, so that the
-// command is not held up.
-func copyOut(w io.Writer, r io.Reader) error {
-	if w == nil {
-		w = io.Discard
-	}
+// copyOut copies output to w. If w fails, the rest is still read, so that the command is
+// not held up.
+func copyOut(w io.Writer, r io.Reader, failed func()) error {
 	_, err := io.Copy(w, r)
 	if err != nil {
+		go failed()
 		_, _ = io.Copy(io.Discard, r)
 		return fmt.Errorf("write output: %w", err)
 	}
 	return nil
+}
+
+// seal keeps the writers from being called from now on, unless one of them blocks.
+func (o outputs) seal() {
+	o.stdout.seal()
+	o.stderr.seal()
+}
+
+// sealTime is how long a writer may take to return once its call has been given up.
+const sealTime = 100 * time.Millisecond
+
+var errSealed = errors.New("the call has returned")
+
+// output is a writer that is called by one goroutine at a time, until it is sealed.
+type output struct {
+	w      io.Writer
+	turn   chan struct{} // holds an element while w is called
+	sealed atomic.Bool
+}
+
+func newOutput(w io.Writer) *output {
+	if w == nil {
+		w = io.Discard
+	}
+	return &output{w: w, turn: make(chan struct{}, 1)}
+}
+
+// Write implements [io.Writer].
+func (o *output) Write(p []byte) (int, error) {
+	o.turn <- struct{}{}
+	defer func() { <-o.turn }()
+	if o.sealed.Load() {
+		return 0, errSealed
+	}
+	return o.w.Write(p)
+}
+
+func (o *output) seal() {
+	o.sealed.Store(true)
+	select {
+	case o.turn <- struct{}{}:
+		<-o.turn
+	case <-time.After(sealTime):
+	}
 }
 
 // forwardRequests sends signals and window sizes until the command is over.
@@ -116,7 +184,7 @@ func forwardRequests(channel ssh.Channel, command smolvm.Command, over <-chan st
 		resizes = command.TTY.Resizes
 	}
 	signals := command.Signals
-	for signals != nil || resizes != nil {
+	for {
 		select {
 		case name, ok := <-signals:
 			if !ok {
@@ -138,34 +206,4 @@ func forwardRequests(channel ssh.Channel, command smolvm.Command, over <-chan st
 			return
 		}
 	}
-}
-
-// exitStatus reads requests until the channel ends, and returns the status that was
-// among them.
-func exitStatus(requests <-chan *ssh.Request) (smolvm.ExitStatus, error) {
-	var status smolvm.ExitStatus
-	err := errors.New("connection to the guest was lost before the command ended")
-	for request := range requests {
-		switch request.Type {
-		case "exit-status":
-			var message struct{ Code uint32 }
-			if err = ssh.Unmarshal(request.Payload, &message); err == nil {
-				status = smolvm.ExitStatus{Code: int(message.Code)}
-			}
-		case "exit-signal":
-			var message struct {
-				Name       string
-				CoreDumped bool
-				Message    string
-				Language   string
-			}
-			if err = ssh.Unmarshal(request.Payload, &message); err == nil {
-				status = smolvm.ExitStatus{Code: 128 + wire.SignalNumber(message.Name), Signal: message.Name}
-			}
-		}
-		if request.WantReply {
-			_ = request.Reply(false, nil)
-		}
-	}
-	return status, err
 }

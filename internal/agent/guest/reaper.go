@@ -12,7 +12,8 @@ import (
 // those of everybody: an orphan becomes PID 1's child, and stays a zombie unless
 // PID 1 waits for it. So there it is the only one that may wait.
 type reaper struct {
-	all bool // collect every child, not only those that were started here
+	all    bool // collect every child, not only those that were started here
+	groups cgroups
 
 	mu      sync.Mutex // held while forking, so that no status comes before its waiter
 	waiters map[int]chan<- unix.WaitStatus

@@ -26,18 +26,15 @@ const (
 // exec serves one command of our own client.
 func (l login) exec(newChannel ssh.NewChannel) {
 	var request wire.ExecRequest
-	if err := decode(newChannel, &request); err != nil || len(request.Args) == 0 {
-		refuse(newChannel, errors.Join(errors.New("no command to run"), err))
+	if err := decode(newChannel, &request); err != nil {
+		refuse(newChannel, err)
 		return
 	}
-	user := l.user
-	if request.User != "" && request.User != user.name {
-		if user.uid != 0 {
-			refuse(newChannel, errors.New("only root may run commands as another user"))
-			return
-		}
+	packed := request.Words != nil
+	var user account
+	if !packed {
 		var err error
-		if user, err = findAccount(request.User); err != nil {
+		if user, err = l.commandUser(request); err != nil {
 			refuse(newChannel, err)
 			return
 		}
@@ -46,6 +43,17 @@ func (l login) exec(newChannel ssh.NewChannel) {
 	if err != nil {
 		return
 	}
+	if packed {
+		if err = request.Unpack(channel); err == nil {
+			user, err = l.commandUser(request)
+		}
+		if err != nil {
+			go ssh.DiscardRequests(requests)
+			reportFailure(channel, err)
+			_ = channel.Close()
+			return
+		}
+	}
 	command := &job{
 		argv:    request.Args,
 		env:     l.environment(user, request.TTY, request.Env),
@@ -53,8 +61,22 @@ func (l login) exec(newChannel ssh.NewChannel) {
 		user:    user,
 		tty:     request.TTY,
 		noStdin: request.NoStdin,
+		mortal:  request.TTY == nil,
 	}
 	l.run(channel, requests, command)
+}
+
+// commandUser is the user that a request's command is to run as.
+func (l login) commandUser(request wire.ExecRequest) (account, error) {
+	switch {
+	case len(request.Args) == 0:
+		return account{}, errors.New("no command to run")
+	case request.User == "" || request.User == l.user.name:
+		return l.user, nil
+	case l.user.uid != 0:
+		return account{}, errors.New("only root may run commands as another user")
+	}
+	return findUser(request.User)
 }
 
 func workingDir(asked string, user account) string {
@@ -117,8 +139,9 @@ func (l login) run(channel ssh.Channel, requests <-chan *ssh.Request, command *j
 		}
 		if ended.Err() == nil {
 			// The channel is closed, but the command is not over.
-			command.signal(unix.SIGHUP)
-			command.signal(unix.SIGKILL)
+			// What a terminal's user has put into a session of its own, such as a
+			// server of tmux, goes on.
+			command.signal(command.mortal, unix.SIGHUP, unix.SIGKILL)
 		}
 	}()
 	status := command.wait()
@@ -134,11 +157,14 @@ func (j *job) request(request *ssh.Request) bool {
 		if ssh.Unmarshal(request.Payload, &message) != nil {
 			return false
 		}
-		number := wire.SignalNumber(message.Name)
+		number := unix.Signal(wire.SignalNumber(message.Name))
 		if number != 0 {
-			j.signal(unix.Signal(number))
+			j.signal(number == unix.SIGKILL, number)
 		}
 		return number != 0
+	case "eow@openssh.com":
+		j.breakPipe()
+		return true
 	case "window-change":
 		var size struct{ Columns, Rows, Width, Height uint32 }
 		if ssh.Unmarshal(request.Payload, &size) != nil {

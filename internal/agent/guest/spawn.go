@@ -25,11 +25,18 @@ type job struct {
 	user account
 	tty  *wire.TTY
 
-	noStdin        bool
+	noStdin bool
+	// mortal: when its client goes away, all that the command has started ends with it,
+	// and not only its process group.
+	mortal         bool
 	stdin          io.Reader
 	stdout, stderr io.Writer
 
+	mu       sync.Mutex // guards ended and group
+	ended    bool
 	pid      int
+	group    *cgroup  // holds all that the command starts; nil if there are no cgroups
+	groups   *cgroups // where group goes back to
 	terminal *os.File // our end of the pseudo-terminal
 	status   <-chan unix.WaitStatus
 	output   sync.WaitGroup
@@ -62,14 +69,33 @@ func (j *job) start(r *reaper) error {
 	for _, file := range theirs {
 		attr.Files = append(attr.Files, file.Fd())
 	}
-	j.pid, j.status, err = r.start(func() (int, error) { return syscall.ForkExec(path, argv, attr) })
+	j.groups, j.group = &r.groups, r.groups.take()
+	j.pid, j.status, err = r.start(func() (int, error) { return j.fork(path, argv, attr) })
 	closeDistinct(theirs)
 	if err != nil {
+		j.over()
 		j.disconnect()
-		return explainExec(err, j.argv[0], j.dir)
+		return explainExec(err, j.argv[0], path, j.dir, j.user)
 	}
 	j.pump()
 	return nil
+}
+
+// fork starts the command in its group, or without one if the kernel refuses that.
+func (j *job) fork(path string, argv []string, attr *syscall.ProcAttr) (int, error) {
+	if j.group != nil {
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, j.group.fd()
+		pid, err := syscall.ForkExec(path, argv, attr)
+		switch {
+		case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EINVAL): // no clone3, or not into groups
+		case errors.Is(err, unix.ENODEV), errors.Is(err, unix.EBUSY), errors.Is(err, unix.EOPNOTSUPP): // somebody has changed the group
+		default:
+			return pid, err
+		}
+		j.group.close()
+		j.group, attr.Sys.UseCgroupFD = nil, false
+	}
+	return syscall.ForkExec(path, argv, attr)
 }
 
 // connect makes the command's three standard streams; it returns its ends.
@@ -128,10 +154,16 @@ func closeDistinct(files []*os.File) {
 func (j *job) pump() {
 	if j.sink != nil {
 		go func() {
-			_, _ = io.Copy(j.sink, j.stdin)
-			if j.terminal == nil {
-				_ = j.sink.Close()
+			if j.terminal != nil {
+				keys := j.stdin
+				if j.noStdin {
+					keys = strings.NewReader("")
+				}
+				typeIn(j.terminal, keys)
+				return
 			}
+			_, _ = io.Copy(j.sink, j.stdin)
+			_ = j.sink.Close()
 		}()
 	}
 	for i, source := range j.sources {
@@ -148,6 +180,7 @@ func (j *job) pump() {
 // hold its output open.
 func (j *job) wait() unix.WaitStatus {
 	status := <-j.status
+	j.over()
 	for _, source := range j.sources {
 		// Ends a read that waits; what is there already is read below.
 		_ = source.SetReadDeadline(longAgo)
@@ -190,8 +223,38 @@ func drain(file *os.File, to io.Writer) {
 	}
 }
 
-// signal sends a signal to all processes of the command's group.
-func (j *job) signal(sig unix.Signal) { _ = unix.Kill(-j.pid, sig) }
+// over notes that the command has ended. Its process id and its group may be another's
+// from now on.
+func (j *job) over() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.ended = true
+	j.groups.put(j.group)
+	j.group = nil
+}
+
+// signal sends signals to all processes of the command's group, and kills all that it
+// has started if it is told to.
+func (j *job) signal(all bool, signals ...unix.Signal) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.ended {
+		return
+	}
+	for _, sig := range signals {
+		_ = unix.Kill(-j.pid, sig)
+	}
+	if all {
+		j.group.kill()
+	}
+}
+
+// breakPipe ends the reading of what the command writes, so that it gets SIGPIPE.
+func (j *job) breakPipe() {
+	if j.terminal == nil {
+		_ = j.sources[0].Close()
+	}
+}
 
 func (j *job) resize(columns, rows uint32) {
 	if j.terminal != nil {
@@ -234,18 +297,20 @@ func lookPath(name string, env []string, dir string) (string, error) {
 	return "", fmt.Errorf("%s: %w", name, errNotFound)
 }
 
-// explainExec says which of the files that a start involves is missing.
-func explainExec(err error, name, dir string) error {
-	if dir != "" {
-		if info, statErr := os.Stat(dir); statErr != nil || !info.IsDir() {
-			return fmt.Errorf("working directory %s: no such directory", dir)
-		}
+// explainExec says which of the files that a start involves is at fault. name is the
+// command as it was asked for, path where it was found.
+func explainExec(err error, name, path, dir string, user account) error {
+	if info, statErr := os.Stat(dir); dir != "" && (statErr != nil || !info.IsDir()) {
+		return fmt.Errorf("working directory %s: no such directory", dir)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		if _, statErr := os.Stat(name); statErr == nil {
+		if _, statErr := os.Stat(path); statErr == nil {
 			return fmt.Errorf("%s: its interpreter is missing: %w", name, errNotFound)
 		}
 		return fmt.Errorf("%s: %w", name, errNotFound)
+	}
+	if errors.Is(err, fs.ErrPermission) && user.uid != 0 {
+		return fmt.Errorf("%s in %s as %s: %w", name, dir, user.name, err)
 	}
 	return fmt.Errorf("%s: %w", name, err)
 }

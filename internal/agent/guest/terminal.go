@@ -2,6 +2,7 @@ package guest
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -64,4 +65,39 @@ func setSize(terminal *os.File, columns, rows uint32) error {
 		return controlErr
 	}
 	return err
+}
+
+// typeIn types what a reader has into a terminal. Its end is typed as a user does it, by
+// the key that the terminal has for that, Ctrl-D as a rule: once to end a line that was
+// begun, and once more to end the input.
+func typeIn(terminal *os.File, keys io.Reader) {
+	last := lastByte('\n')
+	if _, err := io.Copy(terminal, io.TeeReader(keys, &last)); err != nil {
+		return
+	}
+	raw, err := terminal.SyscallConn()
+	if err != nil {
+		return
+	}
+	var mode *unix.Termios
+	controlErr := raw.Control(func(fd uintptr) { mode, err = unix.IoctlGetTermios(int(fd), unix.TCGETS) })
+	if controlErr != nil || err != nil {
+		return
+	}
+	key := mode.Cc[unix.VEOF]
+	if last != '\n' && mode.Lflag&unix.ICANON != 0 {
+		_, _ = terminal.Write([]byte{key, key})
+		return
+	}
+	_, _ = terminal.Write([]byte{key}) // programs that read single keys know it as well
+}
+
+// lastByte remembers the last byte that was written.
+type lastByte byte
+
+func (b *lastByte) Write(p []byte) (int, error) {
+	if len(p) > 0 {
+		*b = lastByte(p[len(p)-1])
+	}
+	return len(p), nil
 }

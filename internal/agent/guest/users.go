@@ -17,6 +17,7 @@ const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 type account struct {
 	name, home, shell string
 	uid, gid          uint32
+	onlyGroup         bool // without supplementary groups, as gid was asked for
 }
 
 // superuser is there even in an image without /etc/passwd.
@@ -38,6 +39,67 @@ func findAccount(name string) (account, error) {
 		return superuser, nil
 	}
 	return account{}, fmt.Errorf("no user %q in the guest", name)
+}
+
+// findUser looks up NAME, UID, or either with :GROUP or :GID after it, as docker exec has
+// them. A UID need not be in /etc/passwd.
+func findUser(text string) (account, error) {
+	name, group, hasGroup := strings.Cut(text, ":")
+	user, err := findAccount(name)
+	if uid, parseErr := strconv.ParseUint(name, 10, 32); err != nil && parseErr == nil {
+		if user, err = findUID(uint32(uid)), nil; user.name == "" {
+			user = account{name: name, uid: uint32(uid), home: "/", shell: superuser.shell}
+		}
+	}
+	if err != nil || !hasGroup {
+		return user, err
+	}
+	user.onlyGroup = true
+	if gid, parseErr := strconv.ParseUint(group, 10, 32); parseErr == nil {
+		user.gid = uint32(gid)
+		return user, nil
+	}
+	file, err := os.Open("/etc/group")
+	if err == nil {
+		defer func() { _ = file.Close() }()
+		var found bool
+		if user.gid, found = parseGID(file, group); found {
+			return user, nil
+		}
+	}
+	return account{}, fmt.Errorf("no group %q in the guest", group)
+}
+
+// findUID looks a user up by number; without a name if there is none.
+func findUID(uid uint32) account {
+	file, err := os.Open("/etc/passwd")
+	if err != nil {
+		return account{}
+	}
+	defer func() { _ = file.Close() }()
+	lines := bufio.NewScanner(file)
+	for lines.Scan() {
+		name, _, _ := strings.Cut(lines.Text(), ":")
+		if user, ok := parsePasswd(strings.NewReader(lines.Text()), name); ok && user.uid == uid {
+			return user
+		}
+	}
+	return account{}
+}
+
+// parseGID finds the number of a group in the text of /etc/group.
+func parseGID(r io.Reader, name string) (uint32, bool) {
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		fields := strings.Split(lines.Text(), ":")
+		if len(fields) != 4 || fields[0] != name {
+			continue
+		}
+		if gid, err := strconv.ParseUint(fields[2], 10, 32); err == nil {
+			return uint32(gid), true
+		}
+	}
+	return 0, false
 }
 
 // parsePasswd finds a user in the text of /etc/passwd; see passwd(5). A line that
@@ -90,7 +152,7 @@ func (a account) credential() *syscall.Credential {
 		return nil
 	}
 	credential := &syscall.Credential{Uid: a.uid, Gid: a.gid}
-	if file, err := os.Open("/etc/group"); err == nil {
+	if file, err := os.Open("/etc/group"); err == nil && !a.onlyGroup {
 		credential.Groups = parseGroups(file, a.name)
 		_ = file.Close()
 	}

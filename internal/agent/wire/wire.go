@@ -63,9 +63,10 @@ const (
 	// ExecChannel is a channel type whose open request carries an [ExecRequest]
 	// as JSON: one round trip fewer than a session, and exact arguments. The
 	// channel then behaves as a session does after exec: data, extended data 1
-	// for stderr, "signal" and "window-change" requests, and at the end
-	// "exit-status" or "exit-signal". A command that can't be started is
-	// reported on stderr with exit status 127 (not found) or 126.
+	// for stderr, "signal", "window-change" and "eow@openssh.com" requests, and at the
+	// end "exit-status" or "exit-signal". The signal KILL is for all that the command
+	// has started, others are for its process group. A command that can't be started
+	// is reported on stderr with exit status 127 (not found) or 126.
 	ExecChannel = "exec@smolvm"
 	// TarChannel is a channel type for copying trees; its open request carries a
 	// [TarRequest] as JSON. The channel's data is a tar stream; an error goes to
@@ -148,24 +149,6 @@ type Step struct {
 	Name string `json:"name"`
 	// At is the time since the kernel's start, in nanoseconds in JSON.
 	At time.Duration `json:"at_ns"`
-}
-
-// ExecRequest asks for a command; see [ExecChannel].
-type ExecRequest struct {
-	Args []string `json:"args"`
-	Env  []string `json:"env,omitempty"`
-	Dir  string   `json:"dir,omitempty"`
-	User string   `json:"user,omitempty"`
-	TTY  *TTY     `json:"tty,omitempty"`
-	// NoStdin gives the command an empty input, without a message to say so.
-	NoStdin bool `json:"no_stdin,omitempty"`
-}
-
-// TTY is the terminal of an [ExecRequest].
-type TTY struct {
-	Term    string `json:"term"`
-	Columns int    `json:"columns"`
-	Rows    int    `json:"rows"`
 }
 
 // TarRequest asks for one direction of a copy; see [TarChannel]. The stream is as

@@ -1,0 +1,159 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+)
+
+// call is a channel of ours in the guest's SSH server.
+type call struct {
+	ssh.Channel
+	client *Client
+	// kills: when the call is given up, what it has started is to end.
+	kills bool
+
+	// over is closed when the guest has closed the channel as well, or the connection
+	// has ended. Then status and err are how the guest says that it went.
+	over   chan struct{}
+	status smolvm.ExitStatus
+	err    error
+
+	ended sync.Once
+}
+
+// mustJSON encodes a request; all of them can be.
+func mustJSON(request any) []byte {
+	text, err := json.Marshal(request)
+	if err != nil {
+		panic(err)
+	}
+	return text
+}
+
+// open opens a channel. An SSH library call can't be cancelled, so when ctx is done
+// first, the channel is closed when it opens.
+func (c *Client) open(ctx context.Context, kind string, payload []byte) (*call, error) {
+	c.begin()
+	k := &call{client: c, over: make(chan struct{})}
+	opened := make(chan error, 1)
+	go func() {
+		channel, requests, err := c.client.OpenChannel(kind, payload)
+		if err == nil {
+			k.Channel = channel
+			go k.follow(requests)
+		}
+		opened <- err
+	}()
+	select {
+	case err := <-opened:
+		if err != nil {
+			k.end()
+			return nil, describeOpen(err)
+		}
+		return k, nil
+	case <-ctx.Done():
+		go k.forsake(opened)
+		return nil, context.Cause(ctx)
+	}
+}
+
+// forsake gives up a channel that is not open yet.
+func (k *call) forsake(opened <-chan error) {
+	var err error
+	select {
+	case err = <-opened:
+	case <-time.After(answerTime):
+		k.client.retire()
+		k.end()
+		err = <-opened
+	}
+	if err == nil {
+		k.abandon()
+	} else {
+		k.end()
+	}
+}
+
+// abandon gives the call up, without waiting for the guest. If the guest does not confirm
+// it soon, the connection takes no further calls.
+func (k *call) abandon() {
+	go func() {
+		if k.kills {
+			_, _ = k.SendRequest("signal", false, ssh.Marshal(struct{ Name string }{"KILL"}))
+		}
+		_ = k.Close()
+	}()
+	go func() {
+		select {
+		case <-k.over:
+		case <-time.After(answerTime):
+			k.client.retire()
+			k.end()
+		}
+	}()
+}
+
+// end counts the call out.
+func (k *call) end() { k.ended.Do(k.client.end) }
+
+// follow reads requests until the channel ends, among which is how it went.
+func (k *call) follow(requests <-chan *ssh.Request) {
+	k.err = errors.New("connection to the guest was lost before the command ended")
+	for request := range requests {
+		if status, err := parseStatus(request); err != nil || status != nil {
+			if k.err = err; err == nil {
+				k.status = *status
+			}
+		}
+		if request.WantReply {
+			_ = request.Reply(false, nil)
+		}
+	}
+	close(k.over)
+	k.end()
+}
+
+// parseStatus reads how a command ended; nil if the request says nothing about that.
+func parseStatus(request *ssh.Request) (*smolvm.ExitStatus, error) {
+	switch request.Type {
+	case "exit-status":
+		var message struct{ Code uint32 }
+		if err := ssh.Unmarshal(request.Payload, &message); err != nil {
+			return nil, err
+		}
+		return &smolvm.ExitStatus{Code: int(min(message.Code, 255))}, nil
+	case "exit-signal":
+		var message struct {
+			Name       string
+			CoreDumped bool
+			Message    string
+			Language   string
+		}
+		if err := ssh.Unmarshal(request.Payload, &message); err != nil {
+			return nil, err
+		}
+		number := wire.SignalNumber(message.Name)
+		if number == 0 {
+			return nil, fmt.Errorf("guest: command ended by an unknown signal %q", wire.Text(message.Name, 20))
+		}
+		return &smolvm.ExitStatus{Code: 128 + number, Signal: message.Name}, nil
+	}
+	return nil, nil
+}
+
+// describeOpen gives the agent's own words, without SSH's around them.
+func describeOpen(err error) error {
+	if refused, ok := errors.AsType[*ssh.OpenChannelError](err); ok {
+		return errors.New("guest: " + wire.Text(refused.Message, 1<<10))
+	}
+	return fmt.Errorf("connection to the guest: %w", err)
+}
