@@ -112,6 +112,9 @@ func (a *app) run(ctx context.Context, m *manager.Manager, config smolvm.VMConfi
 		if !keep {
 			err = errors.Join(err, remove(ctx, m, vm.ID))
 			times.lap("remove")
+			if err != nil && config.TTL > 0 {
+				a.tellTTL(ctx, m, vm.ID, config.TTL)
+			}
 		}
 	}()
 	started, err := m.Start(ctx, vm.ID, flags.start)
@@ -160,6 +163,24 @@ func remove(ctx context.Context, m *manager.Manager, id string) error {
 		return nil
 	}
 	return err
+}
+
+// ttlOver is how a shim notes that it stops a VM at the end of its time.
+const ttlOver = "its time to live is over"
+
+// tellTTL tells why a command did not end by itself, if that was the end of the VM's
+// time. The events of a VM are there when it is not.
+func (a *app) tellTTL(ctx context.Context, m *manager.Manager, id string, ttl time.Duration) {
+	events, err := m.Events(context.WithoutCancel(ctx), id, 0)
+	if err != nil {
+		return
+	}
+	for _, event := range events {
+		if strings.Contains(event.Detail, ttlOver) {
+			a.errorf("smolvm: the VM's time to live of %s is over, and it was stopped", ttl)
+			return
+		}
+	}
 }
 
 // removeTimeout bounds the removal of a VM, for which a tenth of a second is normal.

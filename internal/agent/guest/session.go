@@ -30,29 +30,19 @@ func (l login) exec(newChannel ssh.NewChannel) {
 		refuse(newChannel, err)
 		return
 	}
-	packed := request.Words != nil
-	var user account
-	if !packed {
-		var err error
-		if user, err = l.commandUser(request); err != nil {
-			refuse(newChannel, err)
-			return
-		}
-	}
 	channel, requests, err := newChannel.Accept()
 	if err != nil {
 		return
 	}
-	if packed {
-		if err = request.Unpack(channel); err == nil {
-			user, err = l.commandUser(request)
-		}
-		if err != nil {
-			go ssh.DiscardRequests(requests)
-			reportFailure(channel, err)
-			_ = channel.Close()
-			return
-		}
+	var user account
+	if err = request.Unpack(channel); err == nil {
+		user, err = l.commandUser(request)
+	}
+	if err != nil {
+		go ssh.DiscardRequests(requests)
+		reportFailure(channel, err)
+		_ = channel.Close()
+		return
 	}
 	command := &job{
 		argv:    request.Args,
