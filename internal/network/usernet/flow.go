@@ -34,28 +34,30 @@ type flow struct {
 }
 
 // send begins a flow with its first datagram. It runs where the guest's frames are
-// read, so it does not wait for anything.
-func (o *outbound) send(request *udp.ForwarderRequest) {
+// read, so it does not wait for anything. It reports whether the datagram was taken; of
+// one that was not, the stack tells the guest by ICMP that the port is unreachable.
+func (o *outbound) send(request *udp.ForwarderRequest) bool {
 	outside, err := o.dial(destination(request.ID()), "udp4")
 	if err != nil {
-		return // a datagram that gets nowhere, as happens to datagrams
+		return false
 	}
 	var queue waiter.Queue
 	endpoint, failed := request.CreateEndpoint(&queue)
 	if failed != nil {
 		_ = outside.Close()
-		return
+		return true // lost, as happens to datagrams
 	}
 	f := &flow{guest: gonet.NewUDPConn(&queue, endpoint), outside: outside}
 	f.touch()
 	if !o.beginFlow(f) {
 		f.close()
-		return
+		return true
 	}
 	go func() {
 		defer o.endFlow(f)
 		f.run()
 	}()
+	return true
 }
 
 func (o *outbound) beginFlow(f *flow) bool {
