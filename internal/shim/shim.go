@@ -251,6 +251,9 @@ func (s *shim) startNetwork(u *undos) (err error) {
 	if err != nil {
 		return err
 	}
+	if problem := s.network.Problem(); problem != nil && s.instance == nil {
+		s.warn(problem.Error())
+	}
 	u.add(func() { _ = s.network.Close() })
 	s.step(stepNetwork)
 	return nil

@@ -11,6 +11,9 @@ type Config struct {
 	Gateway  netip.Addr   `json:"gateway"`
 	Guest    netip.Addr   `json:"guest"`
 	GuestMAC string       `json:"guest_mac"`
+	// Metadata are the metadata services of clouds that the guest may reach. All others are
+	// closed to it.
+	Metadata []netip.Addr `json:"metadata,omitempty"`
 	// MTU of the guest's interface, in bytes. Zero: 1500.
 	MTU int `json:"mtu,omitempty"`
 }

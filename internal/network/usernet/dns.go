@@ -17,8 +17,6 @@ const (
 	maxLookups = 64
 	// lookupTimeout is longer than any resolver in a guest waits.
 	lookupTimeout = 30 * time.Second
-	// maxDNSConns bounds the guest's DNS connections over TCP.
-	maxDNSConns = 16
 )
 
 // resolver answers the guest's DNS questions with what the host finds out for itself,

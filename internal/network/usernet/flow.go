@@ -21,6 +21,9 @@ const (
 	// flowIdle is how long a flow without traffic lasts (RFC 4787, section 4.3: no
 	// less than two minutes).
 	flowIdle = 2 * time.Minute
+	// flowCheck is how long a flow goes on before it is asked again whether the guest may
+	// have its address, as that may have become the host's: its socket would reach it.
+	flowCheck = time.Second
 	// maxDatagram is the longest payload of UDP over IPv4, in bytes.
 	maxDatagram = 65507
 )
@@ -29,6 +32,8 @@ const (
 // comes back.
 type flow struct {
 	guest, outside net.Conn
+	check          func() error // returns an error if the guest may not have the address
+	checked        time.Time    // when that was last asked
 	last           atomic.Int64 // when something passed, in nanoseconds of the Unix time
 	once           sync.Once
 }
@@ -47,7 +52,9 @@ func (o *outbound) send(request *udp.ForwarderRequest) bool {
 		_ = outside.Close()
 		return true // lost, as happens to datagrams
 	}
-	f := &flow{guest: gonet.NewUDPConn(&queue, endpoint), outside: outside}
+	f := &flow{guest: gonet.NewUDPConn(&queue, endpoint), outside: outside, checked: time.Now()}
+	from, to := addrPort(outside.LocalAddr()), addrPort(outside.RemoteAddr())
+	f.check = func() error { return o.check("udp4", from, to) }
 	f.touch()
 	if !o.beginFlow(f) {
 		f.close()
@@ -99,14 +106,24 @@ func (f *flow) run() {
 	var outgoing sync.WaitGroup
 	outgoing.Go(func() {
 		defer f.close()
-		f.copy(f.outside, f.guest)
+		f.copy(f.outside, f.guest, f.stillAllowed)
 	})
-	f.copy(f.guest, f.outside)
+	f.copy(f.guest, f.outside, func() bool { return true })
 	f.close()
 	outgoing.Wait()
 }
 
-func (f *flow) copy(to, from net.Conn) {
+// stillAllowed reports whether the guest may still have the flow's address.
+func (f *flow) stillAllowed() bool {
+	now := time.Now()
+	if now.Sub(f.checked) < flowCheck {
+		return true
+	}
+	f.checked = now
+	return f.check() == nil
+}
+
+func (f *flow) copy(to, from net.Conn, allowed func() bool) {
 	datagram := make([]byte, maxDatagram)
 	for {
 		idle := time.Since(time.Unix(0, f.last.Load()))
@@ -120,7 +137,7 @@ func (f *flow) copy(to, from net.Conn) {
 		}
 		// An error may also be that the datagram before was turned away. The guest's
 		// next one begins a new flow.
-		if err != nil {
+		if err != nil || !allowed() {
 			return
 		}
 		f.touch()

@@ -78,7 +78,8 @@ func Accept(ctx context.Context, listener net.Listener, handle func(net.Conn)) {
 
 // Splice copies between two connections until both directions have ended, or ctx is
 // done, then closes both. The end of one direction is passed on by closing the other
-// connection for writing.
+// connection for writing; that one was broken off, by breaking off the other: whoever
+// reads from it must not take what came for all there was.
 func Splice(ctx context.Context, a, b net.Conn) {
 	closeBoth := func() { _, _ = a.Close(), b.Close() }
 	defer context.AfterFunc(ctx, closeBoth)()
@@ -88,13 +89,29 @@ func Splice(ctx context.Context, a, b net.Conn) {
 		both.Go(func() {
 			_, err := io.Copy(way[0], way[1])
 			half, ok := way[0].(interface{ CloseWrite() error })
-			if err == nil && ok {
+			switch {
+			case err != nil:
+				abort(a)
+				abort(b)
+			case ok:
 				_ = half.CloseWrite()
-				return
+			default: // it can't be half closed: end the other direction as well
+				closeBoth()
 			}
-			// Broken, or can't be half closed: end the other direction as well.
-			closeBoth()
 		})
 	}
 	both.Wait()
+}
+
+// abort closes a connection so that its other end can tell that from a proper end, if that
+// is possible with it.
+func abort(conn net.Conn) {
+	switch c := conn.(type) {
+	case interface{ Abort() }:
+		c.Abort()
+		return
+	case interface{ SetLinger(seconds int) error }:
+		_ = c.SetLinger(0) // makes closing send a reset, see socket(7)
+	}
+	_ = conn.Close()
 }

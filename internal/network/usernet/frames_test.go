@@ -64,9 +64,14 @@ func udpPacket(from, to netip.AddrPort, payload []byte) []byte {
 
 // tcpPacket makes a TCP packet.
 func tcpPacket(from, to netip.AddrPort, flags header.TCPFlags) []byte {
+	return tcpSegment(from, to, flags, 1, 0)
+}
+
+// tcpSegment makes a TCP packet with a number and an acknowledgement.
+func tcpSegment(from, to netip.AddrPort, flags header.TCPFlags, number, acknowledged uint32) []byte {
 	tcp := header.TCP(make([]byte, header.TCPMinimumSize))
 	tcp.Encode(&header.TCPFields{
-		SrcPort: from.Port(), DstPort: to.Port(), SeqNum: 1,
+		SrcPort: from.Port(), DstPort: to.Port(), SeqNum: number, AckNum: acknowledged,
 		DataOffset: header.TCPMinimumSize, Flags: flags, WindowSize: 65535,
 	})
 	sum := header.PseudoHeaderChecksum(header.TCPProtocolNumber,

@@ -31,7 +31,12 @@ func testConfig() Config {
 
 func newNetwork(t testing.TB) *Network {
 	t.Helper()
-	n, err := New(testConfig())
+	return newLimited(t, usualLimits())
+}
+
+func newLimited(t testing.TB, limits limits) *Network {
+	t.Helper()
+	n, err := newWithLimits(testConfig(), limits)
 	if err != nil {
 		t.Fatal(err)
 	}

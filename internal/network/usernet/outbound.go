@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
@@ -19,40 +18,38 @@ import (
 )
 
 const (
-	// maxConns bounds the guest's TCP connections to the outside, each of which costs
-	// this process two sockets and up to four times [tcpBuffer].
-	maxConns = 512
-	// maxDials bounds those that are being set up.
+	// maxDials bounds the guest's TCP connections that are being set up.
 	maxDials = 64
 	// dialTimeout is about what Linux allows a connection by default, less what the
 	// guest has waited already.
 	dialTimeout = 2 * time.Minute
 )
 
-var errRefused = errors.New("the guest may not connect to this address")
-
 // outbound is the guest's way out: what it sends to the outside is sent from sockets
 // of this process. So the host trusts it as if it came from the host; what listens
 // on the host for the host alone must be out of its reach.
 type outbound struct {
-	inside netip.Prefix // the VM's own network, which holds nobody else
+	policy policy
+	routes hostRoutes
+	conns  *kind // over TCP
 	ctx    context.Context
 	cancel context.CancelFunc
 
 	mu      sync.Mutex // guards the following
 	closed  bool
-	conns   int                // over TCP
 	flows   map[*flow]struct{} // over UDP
-	running sync.WaitGroup     // counts both
+	running sync.WaitGroup     // counts connections being made, and flows
 }
 
-// newOutbound makes the way out for what the stack itself does not serve.
-func newOutbound(s *stack.Stack, inside netip.Prefix) *outbound {
-	o := &outbound{inside: inside, flows: map[*flow]struct{}{}}
+// newOutbound makes the way out for what the stack itself does not serve. An error says
+// what it can't do; it can be used all the same.
+func newOutbound(s *stack.Stack, policy policy, conns *kind) (*outbound, error) {
+	routes, err := newHostRoutes()
+	o := &outbound{policy: policy, routes: routes, conns: conns, flows: map[*flow]struct{}{}}
 	o.ctx, o.cancel = context.WithCancel(context.Background())
 	s.SetTransportProtocolHandler(tcp.ProtocolNumber, tcp.NewForwarder(s, tcpBuffer, maxDials, o.connect).HandlePacket)
 	s.SetTransportProtocolHandler(udp.ProtocolNumber, udp.NewForwarder(s, o.send).HandlePacket)
-	return o
+	return o, err
 }
 
 // close lets nothing new begin, and ends what there is; wait waits for that.
@@ -71,13 +68,19 @@ func (o *outbound) wait() { o.running.Wait() }
 // connect makes one TCP connection of the guest. The guest sees it established, or
 // refused, when it is so outside. It runs in a goroutine of its own.
 func (o *outbound) connect(request *tcp.ForwarderRequest) {
-	if !o.beginConn() {
+	if !o.begin() {
 		request.Complete(true)
 		return
 	}
-	defer o.endConn()
+	defer o.running.Done()
+	place, err := o.conns.reserve()
+	if err != nil {
+		request.Complete(true)
+		return
+	}
 	outside, err := o.dial(destination(request.ID()), "tcp4")
 	if err != nil {
+		place.release()
 		request.Complete(true)
 		return
 	}
@@ -85,64 +88,75 @@ func (o *outbound) connect(request *tcp.ForwarderRequest) {
 	endpoint, failed := request.CreateEndpoint(&queue)
 	request.Complete(false)
 	if failed != nil {
+		place.release()
 		_ = outside.Close()
 		return
 	}
-	Splice(o.ctx, gonet.NewTCPConn(&queue, endpoint), outside)
+	Splice(o.ctx, place.conn(endpoint, &queue), outside)
 }
 
-func (o *outbound) beginConn() bool {
+// begin counts a connection, unless there are to be no more.
+func (o *outbound) begin() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.closed || o.conns == maxConns {
-		return false
+	if !o.closed {
+		o.running.Add(1)
 	}
-	o.conns++
-	o.running.Add(1)
-	return true
-}
-
-func (o *outbound) endConn() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.conns--
-	o.running.Done()
+	return !o.closed
 }
 
 func destination(id stack.TransportEndpointID) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4(id.LocalAddress.As4()), id.LocalPort)
 }
 
-// dial connects to the outside, if that is where the address is: not to the VM's own
-// network, nor to addresses that mean "this host", "this link" (where clouds have
-// their metadata) or "everybody", nor to any address that the host has at the moment.
-func (o *outbound) dial(to netip.AddrPort, network string) (net.Conn, error) {
-	addr := to.Addr()
-	// 0.0.0.0/8 is this host (RFC 6890), which Linux takes literally.
-	if !addr.IsGlobalUnicast() || addr.As4()[0] == 0 || o.inside.Contains(addr) {
-		return nil, fmt.Errorf("%s: %w", addr, errRefused)
+// check returns an error that matches [errRefused] if the guest may not have an address:
+// by the policy, or because it is the host's at the moment. From is as for
+// [hostRoutes.check].
+func (o *outbound) check(network string, from, to netip.AddrPort) error {
+	if err := o.policy.allows("", to.Addr(), to.Port()); err != nil {
+		return err
 	}
-	// Connecting a UDP socket sends nothing, but makes the kernel choose a route and a
-	// source address. For its own addresses, and no others, it chooses the very same.
-	dialer := net.Dialer{Control: noBroadcast}
-	probe, err := dialer.DialContext(o.ctx, "udp4", to.String())
+	protocol := unix.IPPROTO_TCP
+	if network == "udp4" {
+		protocol = unix.IPPROTO_UDP
+	}
+	return o.routes.check(protocol, from, to)
+}
+
+// dial connects to the outside, if that is where the address is, and if the guest may.
+func (o *outbound) dial(to netip.AddrPort, network string) (net.Conn, error) {
+	if err := o.check(network, netip.AddrPort{}, to); err != nil {
+		return nil, err
+	}
+	dialer := net.Dialer{Timeout: dialTimeout}
+	if network == "udp4" {
+		dialer.Control = noBroadcast
+	}
+	conn, err := dialer.DialContext(o.ctx, network, to.String())
 	if err != nil {
 		return nil, err
 	}
-	if isSame(probe.LocalAddr(), addr) {
-		return nil, errors.Join(fmt.Errorf("%s is the host's: %w", addr, errRefused), probe.Close())
+	// Meanwhile the host may have been given the address, and only now is it known which
+	// port and address of the host itself the kernel has chosen.
+	from, remote := addrPort(conn.LocalAddr()), addrPort(conn.RemoteAddr())
+	if remote != to || from.Addr() == to.Addr() {
+		err = fmt.Errorf("%s: %w: it is connected to %s from %s", to, errRefused, remote, from)
+	} else {
+		err = o.check(network, from, to)
 	}
-	if network == "udp4" {
-		return probe, nil
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
 	}
-	_ = probe.Close()
-	dialer = net.Dialer{Timeout: dialTimeout}
-	return dialer.DialContext(o.ctx, network, to.String())
+	return conn, nil
 }
 
-func isSame(local net.Addr, addr netip.Addr) bool {
-	udp, ok := local.(*net.UDPAddr)
-	return ok && udp.AddrPort().Addr().Unmap() == addr
+func addrPort(addr net.Addr) netip.AddrPort {
+	known, ok := addr.(interface{ AddrPort() netip.AddrPort })
+	if !ok {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(known.AddrPort().Addr().Unmap(), known.AddrPort().Port())
 }
 
 // noBroadcast takes back what Go allows every UDP socket: to send to all hosts of a

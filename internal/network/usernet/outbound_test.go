@@ -40,18 +40,9 @@ func hostAddrs(t testing.TB) []netip.Addr {
 		if err != nil || !prefix.Addr().Is4() || prefix.Addr().IsLoopback() {
 			continue
 		}
-		list = append(list, prefix.Addr(), lastOf(prefix))
+		list = append(list, prefix.Addr(), lastOf(prefix.Addr(), prefix.Bits()))
 	}
 	return list
-}
-
-// lastOf is the broadcast address of a network.
-func lastOf(prefix netip.Prefix) netip.Addr {
-	b := prefix.Addr().As4()
-	for bit := prefix.Bits(); bit < 32; bit++ {
-		b[bit/8] |= 1 << (7 - bit%8)
-	}
-	return netip.AddrFrom4(b)
 }
 
 // What listens on the host is out of the guest's reach, on whichever address.

@@ -3,9 +3,9 @@ package usernet
 import (
 	"errors"
 	"net"
+	"time"
 
 	"github.com/miekg/dns"
-	"golang.org/x/net/netutil"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
@@ -38,7 +38,8 @@ func (n *Network) build(mac net.HardwareAddr) (err error) {
 	if n.stack, err = newStack(n.config, link); err != nil {
 		return err
 	}
-	n.outbound = newOutbound(n.stack, n.config.Prefix)
+	rules := policy{inside: n.config.Prefix, metadata: n.config.Metadata}
+	n.outbound, n.problem = newOutbound(n.stack, rules, &kind{account: n.account, limit: n.limits.outgoing})
 	if err := n.serveDNS(); err != nil {
 		return err
 	}
@@ -59,6 +60,9 @@ func newStack(config Config, endpoint stack.LinkEndpoint) (*stack.Stack, error) 
 	})
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: tcpBuffer, Max: tcpBuffer}
 	send := tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: tcpBuffer, Max: tcpBuffer}
+	// A connection that has ended is remembered for late packets of it not to be taken for
+	// another's (RFC 9293, section 3.6.1). Nothing is late on a socket pair.
+	timeWait := tcpip.TCPTimeWaitTimeoutOption(100 * time.Millisecond)
 	gateway := tcpip.ProtocolAddress{
 		Protocol:          ipv4.ProtocolNumber,
 		AddressWithPrefix: tcpip.AddrFrom4(config.Gateway.As4()).WithPrefix(),
@@ -71,6 +75,7 @@ func newStack(config Config, endpoint stack.LinkEndpoint) (*stack.Stack, error) 
 	for _, err := range []tcpip.Error{
 		s.SetTransportProtocolOption(tcp.ProtocolNumber, &receive),
 		s.SetTransportProtocolOption(tcp.ProtocolNumber, &send),
+		s.SetTransportProtocolOption(tcp.ProtocolNumber, &timeWait),
 		s.CreateNIC(nicID, endpoint),
 		s.AddProtocolAddress(nicID, gateway, stack.AddressProperties{}),
 		// The stack stands in for every address of the outside: it takes packets to
@@ -98,7 +103,7 @@ func (n *Network) serveDNS() error {
 		return err
 	}
 	n.services = append(n.services, packets)
-	listener, err := gonet.ListenTCP(n.stack, address, ipv4.ProtocolNumber)
+	listener, err := (&kind{account: n.account, limit: n.limits.names}).listen(n.stack, address)
 	if err != nil {
 		return err
 	}
@@ -106,7 +111,7 @@ func (n *Network) serveDNS() error {
 	n.services = append(n.services, listener, names)
 	for _, server := range []*dns.Server{
 		{PacketConn: packets, Handler: names},
-		{Listener: netutil.LimitListener(listener, maxDNSConns), Handler: names},
+		{Listener: listener, Handler: names},
 	} {
 		n.running.Go(func() { _ = server.ActivateAndServe() })
 	}

@@ -11,8 +11,6 @@ import (
 	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
-	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
@@ -28,6 +26,10 @@ type Network struct {
 	filter   atomic.Pointer[filter]
 	services []io.Closer
 	outbound *outbound
+	limits   limits
+	account  *account
+	incoming *kind // connections to the guest
+	problem  error
 	running  sync.WaitGroup // what serves the link and the services
 
 	mu     sync.Mutex // guards the following
@@ -36,7 +38,9 @@ type Network struct {
 }
 
 // New makes the network. It serves the guest from then on, until Close.
-func New(config Config) (*Network, error) {
+func New(config Config) (*Network, error) { return newWithLimits(config, usualLimits()) }
+
+func newWithLimits(config Config, limits limits) (*Network, error) {
 	if config.MTU == 0 {
 		config.MTU = defaultMTU
 	}
@@ -48,7 +52,8 @@ func New(config Config) (*Network, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Network{config: config, conn: conn, link: link, open: map[io.Closer]struct{}{}}
+	n := &Network{config: config, conn: conn, link: link, open: map[io.Closer]struct{}{}, limits: limits, account: newAccount(limits.linger)}
+	n.incoming = &kind{account: n.account, limit: limits.incoming}
 	n.filter.Store(&filter)
 	if err := n.build(filter.gatewayMAC); err != nil {
 		return nil, errors.Join(fmt.Errorf("make user-space network: %w", err), n.Close())
@@ -68,6 +73,10 @@ func (n *Network) SetGuestMAC(mac string) error {
 	return nil
 }
 
+// Problem says what the network can't do on this host; nil if there is nothing. All else
+// works.
+func (n *Network) Problem() error { return n.problem }
+
 // Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.
 func (n *Network) Link() *os.File { return n.link }
 
@@ -77,7 +86,7 @@ func (n *Network) DialGuest(ctx context.Context, port int) (net.Conn, error) {
 		return nil, fmt.Errorf("connect to port %d of the guest: ports are 1 to 65535", port)
 	}
 	address := tcpip.FullAddress{NIC: nicID, Addr: tcpip.AddrFrom4(n.config.Guest.As4()), Port: uint16(port)}
-	conn, err := gonet.DialContextTCP(ctx, n.stack, address, ipv4.ProtocolNumber)
+	conn, err := n.incoming.dialGuest(ctx, n.stack, address)
 	if err != nil {
 		return nil, fmt.Errorf("connect to port %d of the guest: %w", port, err)
 	}
@@ -104,9 +113,11 @@ func (n *Network) Close() error {
 	}
 	if n.stack != nil {
 		n.outbound.close()
+		n.account.close()
 		n.stack.Close()
 		n.running.Wait()
 		n.outbound.wait()
+		n.account.running.Wait()
 		n.stack.Wait()
 	}
 	return err

@@ -1,0 +1,131 @@
+package usernet
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// hostRoutes tells which addresses are the host's own. It asks the kernel each time, which
+// takes some 60 µs: addresses and routes come and go while a VM runs.
+type hostRoutes struct {
+	// byInterface judges by the addresses of interfaces alone; see [newHostRoutes].
+	byInterface bool
+}
+
+// newHostRoutes finds out what the kernel tells of its routes. An error says what can't be
+// found out; what is returned can be used all the same, and lets through no more than it
+// should as far as it can know.
+//
+// A kernel that does not call even 127.0.0.1 local is none of Linux itself: gVisor's, say,
+// in which containers run. It has neither tables nor rules, so the addresses of its
+// interfaces are all that it has. If the kernel does not answer at all, as where netlink
+// is forbidden, nothing is known, and everything is taken for the host's.
+func newHostRoutes() (hostRoutes, error) {
+	localhost := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 1)
+	kind, err := routeType(unix.IPPROTO_TCP, netip.AddrPort{}, localhost)
+	if err != nil {
+		return hostRoutes{}, fmt.Errorf("the guest gets no connections to the outside, as this host's routes can't be read: %w", err)
+	}
+	if kind != unix.RTN_LOCAL {
+		return hostRoutes{byInterface: true}, errors.New("this host does not tell what its routes are: " +
+			"its own addresses are told by its interfaces alone")
+	}
+	return hostRoutes{}, nil
+}
+
+// check returns an error that matches [errRefused] if what the host sends to an address
+// would get to itself, or to more than one host. The protocol is TCP's or UDP's; from is
+// where it is sent from, and is not valid before that is known. The kernel is asked with
+// all of these, as its rules may choose the route by any of them.
+func (r hostRoutes) check(protocol int, from, to netip.AddrPort) error {
+	refuse := func(why any) error { return fmt.Errorf("%s: %w: %v", to.Addr(), errRefused, why) }
+	// Some are in no table that is asked for this destination: those of interfaces in a
+	// VRF, for one.
+	switch own, err := isOwn(to.Addr()); {
+	case err != nil:
+		return refuse(err)
+	case own:
+		return refuse("an interface of the host has it")
+	}
+	if r.byInterface {
+		return nil
+	}
+	kind, err := routeType(protocol, from, to)
+	switch {
+	case err != nil:
+		// There is no way to it, or one that is closed: the guest learns no more.
+		return refuse(err)
+	case kind != unix.RTN_UNICAST:
+		return refuse(fmt.Sprintf("the host's route to it is of type %d, see rtnetlink(7)", kind))
+	}
+	return nil
+}
+
+// isOwn reports whether an interface of the host has an address, or has it for the first or
+// the last of its network, which are for broadcasts.
+func isOwn(addr netip.Addr) (bool, error) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return false, fmt.Errorf("list the host's addresses: %w", err)
+	}
+	for _, candidate := range addrs {
+		network, ok := candidate.(*net.IPNet)
+		if !ok {
+			continue
+		}
+		own, ok := netip.AddrFromSlice(network.IP)
+		if own = own.Unmap(); !ok || !own.Is4() || !addr.Is4() {
+			continue
+		}
+		bits, _ := network.Mask.Size()
+		if own == addr || bits < 31 && (addr == netip.PrefixFrom(own, bits).Masked().Addr() || addr == lastOf(own, bits)) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// lastOf is the last address of the network of an IPv4 address.
+func lastOf(addr netip.Addr, bits int) netip.Addr {
+	b := addr.As4()
+	number := binary.BigEndian.Uint32(b[:]) | ^uint32(0)>>bits
+	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, number)))
+}
+
+// routeType is the type of the route that the kernel would take (RTN_UNICAST, RTN_LOCAL,
+// ...), by RTM_GETROUTE of rtnetlink(7). The request is put together here, as the library
+// itself can't ask with a protocol and ports.
+func routeType(protocol int, from, to netip.AddrPort) (uint8, error) {
+	request := nl.NewNetlinkRequest(unix.RTM_GETROUTE, 0)
+	message := &nl.RtMsg{}
+	message.Family, message.Dst_len = unix.AF_INET, uint8(to.Addr().BitLen())
+	request.AddData(message)
+	add := func(attribute int, value []byte) { request.AddData(nl.NewRtAttr(attribute, value)) }
+	addPort := func(attribute int, port uint16) {
+		if port != 0 {
+			add(attribute, binary.BigEndian.AppendUint16(nil, port))
+		}
+	}
+	add(unix.RTA_DST, to.Addr().AsSlice())
+	if from.Addr().Is4() {
+		message.Src_len = uint8(from.Addr().BitLen())
+		add(unix.RTA_SRC, from.Addr().AsSlice())
+	}
+	add(unix.RTA_IP_PROTO, []byte{byte(protocol)})
+	addPort(unix.RTA_SPORT, from.Port())
+	addPort(unix.RTA_DPORT, to.Port())
+	answers, err := request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWROUTE)
+	if err != nil {
+		return 0, fmt.Errorf("ask for the route: %w", err)
+	}
+	if len(answers) != 1 || len(answers[0]) < unix.SizeofRtMsg {
+		return 0, errors.New("ask for the route: the kernel's answer is not understood")
+	}
+	return nl.DeserializeRtMsg(answers[0]).Type, nil
+}
