@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,19 +18,38 @@ const (
 	maxLookups = 64
 	// lookupTimeout is longer than any resolver in a guest waits.
 	lookupTimeout = 30 * time.Second
+	// maxOverUDP is the longest answer over UDP, in bytes, whatever the guest would take.
+	maxOverUDP = 4096
+	// madeTTL is how long answers of our own may be kept, in seconds: not at all, as the
+	// host's files may change.
+	madeTTL = 0
 )
 
-// resolver answers the guest's DNS questions with what the host finds out for itself,
-// by its hosts file and its own name servers.
+// resolver answers the guest's DNS questions: with what the host's hosts file says, and
+// with what the host's name servers say, whatever the question and whatever the answer.
+//
+// Of IPv6 addresses it only says whether there is such a name: the guest has no IPv6, and
+// some programs try an IPv6 address and give up. Who asks for signatures gets them all.
 type resolver struct {
-	host   net.Resolver
+	conf  hostFile[dns.ClientConfig]
+	hosts hostFile[hosts]
+	// mayKnow reports whether the guest may be told of an address from the hosts file.
+	mayKnow func(name string, addr netip.Addr) bool
+
 	ctx    context.Context
 	cancel context.CancelFunc
 	slots  chan struct{} // holds one for each lookup under way
+	large  chan struct{} // holds one for each large answer that is being read
 }
 
-func newResolver() *resolver {
-	r := &resolver{slots: make(chan struct{}, maxLookups)}
+func newResolver(mayKnow func(string, netip.Addr) bool) *resolver {
+	r := &resolver{
+		conf:    hostFile[dns.ClientConfig]{path: resolvConfPath, parse: parseResolvConf},
+		hosts:   hostFile[hosts]{path: hostsPath, parse: parseHosts},
+		mayKnow: mayKnow,
+		slots:   make(chan struct{}, maxLookups),
+		large:   make(chan struct{}, maxLarge),
+	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }
@@ -40,126 +60,189 @@ func (r *resolver) Close() error {
 	return nil
 }
 
+// errBusy means that there are too many lookups.
+var errBusy = errors.New("too many names are being looked up")
+
 // ServeDNS implements [dns.Handler].
 func (r *resolver) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
-	answer := new(dns.Msg).SetReply(query)
-	answer.RecursionAvailable = true
 	size := dns.MaxMsgSize
 	if _, overUDP := w.RemoteAddr().(*net.UDPAddr); overUDP {
 		size = dns.MinMsgSize
-	}
-	if options := query.IsEdns0(); options != nil {
-		size = max(size, int(options.UDPSize()))
-		answer.SetEdns0(uint16(size), false)
-	}
-	for _, question := range query.Question {
-		records, err := r.lookup(question)
-		answer.Answer = append(answer.Answer, records...)
-		if err != nil {
-			answer.Rcode = rcode(question, err)
+		if options := query.IsEdns0(); options != nil {
+			size = min(max(size, int(options.UDPSize())), maxOverUDP)
 		}
 	}
-	answer.Truncate(size)
-	_ = w.WriteMsg(answer)
-}
-
-// rcode says what came of a question. Only a name without an address is said not to
-// exist: for other types, the host does not tell "no such name" from "no such record".
-func rcode(question dns.Question, err error) int {
-	failed, ok := errors.AsType[*net.DNSError](err)
-	switch {
-	case !ok || !failed.IsNotFound:
-		return dns.RcodeServerFailure
-	case question.Qtype == dns.TypeA:
-		return dns.RcodeNameError
+	answer, err := r.answer(query)
+	if err != nil {
+		answer = newReply(query, dns.RcodeServerFailure)
 	}
-	return dns.RcodeSuccess
+	answer.Truncate(size)
+	if w.WriteMsg(answer) != nil {
+		// What came from outside can't be put into a message again.
+		_ = w.WriteMsg(newReply(query, dns.RcodeServerFailure))
+	}
 }
 
-// errBusy says that there are too many lookups.
-var errBusy = errors.New("too many names are being looked up")
+// newReply is a reply without records.
+func newReply(query *dns.Msg, rcode int) *dns.Msg {
+	reply := new(dns.Msg).SetRcode(query, rcode)
+	reply.RecursionAvailable = true
+	reply.CheckingDisabled = query.CheckingDisabled
+	if options := query.IsEdns0(); options != nil {
+		reply.SetEdns0(maxOverUDP, options.Do())
+	}
+	return reply
+}
 
-// lookup answers one question, as far as the host can tell. Of other types there is
-// nothing: the guest has no IPv6, so it needs no AAAA.
-func (r *resolver) lookup(question dns.Question) ([]dns.RR, error) {
+// answer finds the answer to a query. An error means that nothing can be said.
+func (r *resolver) answer(query *dns.Msg) (*dns.Msg, error) {
+	if len(query.Question) != 1 {
+		return newReply(query, dns.RcodeFormatError), nil
+	}
+	question := query.Question[0]
+	options := query.IsEdns0()
+	switch {
+	case options != nil && options.Version() != 0:
+		return newReply(query, dns.RcodeBadVers), nil
+	case question.Qclass != dns.ClassINET, question.Qtype == dns.TypeAXFR, question.Qtype == dns.TypeIXFR:
+		return newReply(query, dns.RcodeNotImplemented), nil // what only makes sense of a server itself
+	}
 	select {
 	case r.slots <- struct{}{}:
 		defer func() { <-r.slots }()
 	default:
 		return nil, errBusy
 	}
+	if records, known := r.local(question); known {
+		reply := newReply(query, dns.RcodeSuccess)
+		reply.Answer = records
+		if len(records) == 0 {
+			reply.Ns = []dns.RR{noSuch(question.Name, madeTTL)}
+		}
+		return reply, nil
+	}
 	ctx, cancel := context.WithTimeout(r.ctx, lookupTimeout)
 	defer cancel()
-	name := question.Name
-	head := func() dns.RR_Header {
-		return dns.RR_Header{Name: name, Rrtype: question.Qtype, Class: dns.ClassINET} // not to be kept: the host knows when to ask again
+	said, err := r.ask(ctx, query)
+	if err != nil {
+		return nil, err
 	}
-	switch question.Qtype {
-	case dns.TypeA:
-		found, err := r.host.LookupNetIP(ctx, "ip4", hostName(name))
-		return records(found, func(ip netip.Addr) dns.RR { return &dns.A{Hdr: head(), A: ip.AsSlice()} }), err
-	case dns.TypePTR:
-		found, err := r.host.LookupAddr(ctx, reversed(name))
-		return records(found, func(n string) dns.RR { return &dns.PTR{Hdr: head(), Ptr: dns.Fqdn(n)} }), err
-	case dns.TypeCNAME:
-		found, err := r.host.LookupCNAME(ctx, name)
-		if err != nil || found == name {
-			return nil, err
+	return passOn(query, said), nil
+}
+
+// passOn makes a reply of what a name server said.
+func passOn(query, said *dns.Msg) *dns.Msg {
+	options := query.IsEdns0()
+	if said.Rcode > 0xf && options == nil { // can't be said without EDNS
+		return newReply(query, dns.RcodeServerFailure)
+	}
+	reply := newReply(query, said.Rcode)
+	reply.Authoritative, reply.AuthenticatedData, reply.Truncated = said.Authoritative, said.AuthenticatedData, said.Truncated
+	reply.Answer, reply.Ns = said.Answer, said.Ns
+	extra := slices.DeleteFunc(said.Extra, func(record dns.RR) bool { return record.Header().Rrtype == dns.TypeOPT })
+	reply.Extra = append(extra, reply.Extra...)
+	if said := said.IsEdns0(); said != nil && options != nil {
+		for _, option := range said.Option {
+			if option.Option() == dns.EDNS0EDE { // why it failed
+				ours := reply.IsEdns0()
+				ours.Option = append(ours.Option, option)
+			}
 		}
-		return []dns.RR{&dns.CNAME{Hdr: head(), Target: found}}, nil
-	case dns.TypeMX:
-		found, err := r.host.LookupMX(ctx, name)
-		return records(found, func(mx *net.MX) dns.RR { return &dns.MX{Hdr: head(), Preference: mx.Pref, Mx: mx.Host} }), err
-	case dns.TypeNS:
-		found, err := r.host.LookupNS(ctx, name)
-		return records(found, func(ns *net.NS) dns.RR { return &dns.NS{Hdr: head(), Ns: ns.Host} }), err
-	case dns.TypeTXT:
-		found, err := r.host.LookupTXT(ctx, name)
-		return records(found, func(text string) dns.RR { return &dns.TXT{Hdr: head(), Txt: chunks(text)} }), err
-	case dns.TypeSRV:
-		_, found, err := r.host.LookupSRV(ctx, "", "", name)
-		return records(found, func(srv *net.SRV) dns.RR {
-			return &dns.SRV{Hdr: head(), Priority: srv.Priority, Weight: srv.Weight, Port: srv.Port, Target: srv.Target}
-		}), err
 	}
-	return nil, nil
+	if query.Question[0].Qtype == dns.TypeAAAA && (options == nil || !options.Do()) {
+		withoutIPv6(reply)
+	}
+	return reply
 }
 
-func records[T any](found []T, record func(T) dns.RR) []dns.RR {
-	var all []dns.RR
-	for _, one := range found {
-		all = append(all, record(one))
+// withoutIPv6 takes the addresses out of an answer. What is left says that there is such a
+// name, and for how long that may be believed.
+func withoutIPv6(reply *dns.Msg) {
+	name, ttl := reply.Question[0].Name, uint32(0)
+	removed := false
+	reply.Answer = slices.DeleteFunc(reply.Answer, func(record dns.RR) bool {
+		if record.Header().Rrtype != dns.TypeAAAA {
+			return false
+		}
+		if !removed || record.Header().Ttl < ttl {
+			name, ttl = record.Header().Name, record.Header().Ttl
+		}
+		removed = true
+		return true
+	})
+	if removed {
+		reply.Ns = []dns.RR{noSuch(name, ttl)}
 	}
-	return all
 }
 
-// hostName is the name as Go's resolver wants it. In questions names end with a dot;
-// with that, Go does not find a name of one label in the hosts file.
-func hostName(name string) string {
-	if label := strings.TrimSuffix(name, "."); !strings.Contains(label, ".") {
-		return label
+// noSuch is the record by which resolvers know how long they may remember that there is
+// nothing (RFC 2308, section 3).
+func noSuch(name string, ttl uint32) dns.RR {
+	return &dns.SOA{
+		Hdr: dns.RR_Header{Name: name, Rrtype: dns.TypeSOA, Class: dns.ClassINET, Ttl: ttl},
+		Ns:  ".", Mbox: ".", Serial: 1, Refresh: 3600, Retry: 600, Expire: 86400, Minttl: ttl,
 	}
-	return name
 }
 
-// reversed is the address of a name such as "1.2.0.192.in-addr.arpa."; empty if it is
-// none.
-func reversed(name string) string {
-	digits, ok := strings.CutSuffix(strings.ToLower(name), ".in-addr.arpa.")
+// local answers what the host knows for itself, and reports whether it does. An address
+// that the guest may not have, as that of the host's own name, is not known.
+func (r *resolver) local(question dns.Question) ([]dns.RR, bool) {
+	head := dns.RR_Header{Name: question.Name, Rrtype: question.Qtype, Class: dns.ClassINET, Ttl: madeTTL}
+	name := strings.TrimSuffix(strings.ToLower(question.Name), ".")
+	if addr, ok := reversed(name); ok {
+		if question.Qtype != dns.TypePTR {
+			return nil, false
+		}
+		var records []dns.RR
+		for _, found := range r.namesOf(addr) {
+			records = append(records, &dns.PTR{Hdr: head, Ptr: dns.Fqdn(found)})
+		}
+		return records, len(records) > 0
+	}
+	if name == "localhost" || strings.HasSuffix(name, ".localhost") { // the guest itself (RFC 6761, section 6.3)
+		if question.Qtype == dns.TypeA {
+			return []dns.RR{&dns.A{Hdr: head, A: net.IPv4(127, 0, 0, 1)}}, true
+		}
+		return nil, true
+	}
+	if question.Qtype != dns.TypeA && question.Qtype != dns.TypeAAAA {
+		return nil, false
+	}
+	var records []dns.RR
+	known := false
+	for _, addr := range r.hosts.get().addrs[name] {
+		if !r.mayKnow(name, addr) {
+			continue
+		}
+		known = true
+		if addr.Is4() && question.Qtype == dns.TypeA {
+			records = append(records, &dns.A{Hdr: head, A: addr.AsSlice()})
+		}
+	}
+	return records, len(records) > 0 || known && question.Qtype == dns.TypeAAAA
+}
+
+func (r *resolver) namesOf(addr netip.Addr) []string {
+	if addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
+		return []string{"localhost"}
+	}
+	var names []string
+	for _, name := range r.hosts.get().names[addr] {
+		if r.mayKnow(name, addr) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// reversed is the address of a name such as "1.2.0.192.in-addr.arpa".
+func reversed(name string) (netip.Addr, bool) {
+	digits, ok := strings.CutSuffix(name, ".in-addr.arpa")
 	bytes := strings.Split(digits, ".")
 	if !ok || len(bytes) != net.IPv4len {
-		return ""
+		return netip.Addr{}, false
 	}
-	return strings.Join([]string{bytes[3], bytes[2], bytes[1], bytes[0]}, ".")
-}
-
-// chunks cuts a text into strings as short as TXT records hold (RFC 1035, section
-// 3.3.14).
-func chunks(text string) []string {
-	const longest = 255
-	var all []string
-	for len(text) > longest {
-		all, text = append(all, text[:longest]), text[longest:]
-	}
-	return append(all, text)
+	slices.Reverse(bytes)
+	addr, err := netip.ParseAddr(strings.Join(bytes, "."))
+	return addr, err == nil
 }

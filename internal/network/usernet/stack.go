@@ -107,11 +107,10 @@ func (n *Network) serveDNS() error {
 	if err != nil {
 		return err
 	}
-	names := newResolver()
-	n.services = append(n.services, listener, names)
+	n.services = append(n.services, listener, n.names)
 	for _, server := range []*dns.Server{
-		{PacketConn: packets, Handler: names},
-		{Listener: listener, Handler: names},
+		{PacketConn: packets, Handler: n.names},
+		{Listener: listener, Handler: n.names},
 	} {
 		n.running.Go(func() { _ = server.ActivateAndServe() })
 	}

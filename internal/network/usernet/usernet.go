@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,7 @@ type Network struct {
 	conn     net.Conn // our end of the link
 	filter   atomic.Pointer[filter]
 	services []io.Closer
+	names    *resolver
 	outbound *outbound
 	limits   limits
 	account  *account
@@ -53,6 +55,7 @@ func newWithLimits(config Config, limits limits) (*Network, error) {
 		return nil, err
 	}
 	n := &Network{config: config, conn: conn, link: link, open: map[io.Closer]struct{}{}, limits: limits, account: newAccount(limits.linger)}
+	n.names = newResolver(n.mayKnow)
 	n.incoming = &kind{account: n.account, limit: limits.incoming}
 	n.filter.Store(&filter)
 	if err := n.build(filter.gatewayMAC); err != nil {
@@ -76,6 +79,15 @@ func (n *Network) SetGuestMAC(mac string) error {
 // Problem says what the network can't do on this host; nil if there is nothing. All else
 // works.
 func (n *Network) Problem() error { return n.problem }
+
+// Search is the domains that the host's own resolver searches for names at the moment.
+func (n *Network) Search() []string { return n.names.conf.get().Search }
+
+// mayKnow reports whether the guest may be told of an address that only the host knows.
+func (n *Network) mayKnow(name string, addr netip.Addr) bool {
+	own, err := isOwn(addr)
+	return n.outbound.policy.allows(name, addr, 0) == nil && err == nil && !own
+}
 
 // Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.
 func (n *Network) Link() *os.File { return n.link }
