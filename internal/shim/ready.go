@@ -145,6 +145,11 @@ func (s *shim) greet(ctx context.Context) error {
 	greeting.Time = time.Now()
 	greeting.Seed = make([]byte, seedSize)
 	_, _ = rand.Read(greeting.Seed) // never fails: crypto/rand ends the program instead
+	if greeting.Network != nil && s.network != nil {
+		network := *greeting.Network
+		network.Search = s.network.Search()
+		greeting.Network = &network
+	}
 	if s.spec.InSession {
 		if err := agent.Reset(ctx, s.instance.Channel()); err != nil {
 			return err

@@ -28,7 +28,8 @@ type Spec struct {
 	Forwards []Forward `json:"forwards,omitempty"`
 
 	// Greeting makes the shim wait for an agent in the guest and greet it; nil:
-	// the guest has none. Its Time and Seed are filled in by the shim.
+	// the guest has none. Its Time, its Seed and the domains to search are filled in by
+	// the shim.
 	Greeting *wire.Greeting `json:"greeting,omitempty"`
 	// WarmUp is a line of shell that the guest runs before it is ready; empty: none.
 	WarmUp string `json:"warm_up,omitempty"`

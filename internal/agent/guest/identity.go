@@ -169,6 +169,9 @@ func (f identityFiles) write(greeting wire.Greeting) error {
 		for _, server := range greeting.Network.DNS {
 			lines.WriteString("nameserver " + server.String() + "\n")
 		}
+		if search := greeting.Network.Search; len(search) > 0 {
+			lines.WriteString("search " + strings.Join(search, " ") + "\n")
+		}
 		errs = append(errs, f.put("etc/resolv.conf", lines.String()))
 	}
 	if err := errors.Join(errs...); err != nil {

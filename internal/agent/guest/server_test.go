@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -173,15 +174,24 @@ func TestIdentityFiles(t *testing.T) {
 	if err := os.Symlink("../run/nowhere/resolv.conf", filepath.Join(dir, "etc/resolv.conf")); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"first", "second"} {
-		greeting := wire.Greeting{Hostname: name, MachineID: strings.Repeat("a", 32), Network: &wire.Network{}}
+	servers := []netip.Addr{netip.MustParseAddr("10.0.2.2")}
+	for name, resolver := range map[string]struct {
+		search []string
+		want   string
+	}{
+		"first":  {[]string{"corp.example", "lab.example"}, "nameserver 10.0.2.2\nsearch corp.example lab.example\n"},
+		"second": {nil, "nameserver 10.0.2.2\n"},
+	} {
+		greeting := wire.Greeting{Hostname: name, MachineID: strings.Repeat("a", 32),
+			Network: &wire.Network{DNS: servers, Search: resolver.search}}
 		if err := (identityFiles{root: dir}).write(greeting); err != nil {
 			t.Fatal(err)
 		}
 		for file, want := range map[string]string{
-			"etc/hostname":   name + "\n",
-			"etc/machine-id": strings.Repeat("a", 32) + "\n",
-			"etc/hosts":      "127.0.0.1\tlocalhost\n10.0.0.1\tmine\n127.0.1.1\t" + name + "\t# smolvm\n",
+			"etc/hostname":    name + "\n",
+			"etc/resolv.conf": resolver.want,
+			"etc/machine-id":  strings.Repeat("a", 32) + "\n",
+			"etc/hosts":       "127.0.0.1\tlocalhost\n10.0.0.1\tmine\n127.0.1.1\t" + name + "\t# smolvm\n",
 		} {
 			if got, err := os.ReadFile(filepath.Join(dir, file)); err != nil || string(got) != want {
 				t.Errorf("%s is %q, %v; want %q", file, got, err, want)

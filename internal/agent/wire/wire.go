@@ -105,6 +105,8 @@ type Network struct {
 	Address netip.Prefix `json:"address"`
 	Gateway netip.Addr   `json:"gateway"`
 	DNS     []netip.Addr `json:"dns"`
+	// Search is the domains in which names of one label are looked up.
+	Search []string `json:"search,omitempty"`
 	// MTU in bytes; zero leaves it alone.
 	MTU int `json:"mtu,omitempty"`
 }

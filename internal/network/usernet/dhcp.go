@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/rfc1035label"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
@@ -19,6 +20,9 @@ const (
 	leaseTime = 24 * time.Hour
 	// maxDHCP is the longest message that a server need accept (RFC 2131, section 2).
 	maxDHCP = 576
+	// maxDHCPSearch is how much of the answer the domains to search may take, in bytes:
+	// what an option holds, so that it need not be sent in parts.
+	maxDHCPSearch = 255
 	// dhcpClientPort is where clients listen.
 	dhcpClientPort = 68
 )
@@ -40,7 +44,7 @@ func listenDHCP(s *stack.Stack) (*gonet.UDPConn, error) {
 
 // serveDHCP answers until conn is closed. It is for guests that ask for their address;
 // our agent does not: it is told.
-func serveDHCP(conn net.PacketConn, config Config) {
+func serveDHCP(conn net.PacketConn, config Config, search func() []string) {
 	buffer := make([]byte, 2*maxDHCP)
 	for {
 		n, from, err := conn.ReadFrom(buffer)
@@ -51,7 +55,7 @@ func serveDHCP(conn net.PacketConn, config Config) {
 		if err != nil {
 			continue
 		}
-		reply := answerDHCP(config, request)
+		reply := answerDHCP(config, request, search())
 		if reply == nil {
 			continue
 		}
@@ -65,7 +69,7 @@ func serveDHCP(conn net.PacketConn, config Config) {
 
 // answerDHCP is what a server with one address to give says; nil: nothing. That the
 // request is the guest's has been seen to by [filter].
-func answerDHCP(config Config, request *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
+func answerDHCP(config Config, request *dhcpv4.DHCPv4, search []string) *dhcpv4.DHCPv4 {
 	guest, gateway := net.IP(config.Guest.AsSlice()), net.IP(config.Gateway.AsSlice())
 	kind := dhcpv4.MessageTypeAck
 	switch request.MessageType() {
@@ -94,6 +98,10 @@ func answerDHCP(config Config, request *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
 			dhcpv4.WithDNS(gateway),
 			dhcpv4.WithOption(dhcpv4.Option{Code: dhcpv4.OptionInterfaceMTU, Value: dhcpv4.Uint16(config.MTU)}),
 		)
+		if domains := searchOption(search); len(domains) > 0 {
+			options = append(options, dhcpv4.WithDomainSearchList(domains...),
+				dhcpv4.WithOption(dhcpv4.OptDomainName(domains[0])))
+		}
 		if request.MessageType() != dhcpv4.MessageTypeInform {
 			options = append(options, dhcpv4.WithYourIP(guest), dhcpv4.WithLeaseTime(uint32(leaseTime/time.Second)))
 		}
@@ -103,4 +111,14 @@ func answerDHCP(config Config, request *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
 		return nil
 	}
 	return reply
+}
+
+// searchOption is as many of the domains as fit into an option (RFC 3397).
+func searchOption(domains []string) []string {
+	for i := range domains {
+		if (&rfc1035label.Labels{Labels: domains[:i+1]}).Length() > maxDHCPSearch {
+			return domains[:i]
+		}
+	}
+	return domains
 }

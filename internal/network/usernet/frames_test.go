@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"net"
 	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -165,7 +167,7 @@ func TestAnswerDHCP(t *testing.T) {
 		{"nothing", asking(dhcpv4.MessageTypeNone), 0, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			reply := answerDHCP(config, test.request)
+			reply := answerDHCP(config, test.request, []string{"corp.example", "lab.example"})
 			if (reply == nil) != (test.want == 0) {
 				t.Fatalf("reply is %v, want %s", reply, test.want)
 			}
@@ -182,7 +184,19 @@ func TestAnswerDHCP(t *testing.T) {
 			if mtu != 4000 || reply.SubnetMask().String() != "ffffff00" || reply.DNS()[0].String() != config.Gateway.String() {
 				t.Errorf("options are %s", reply.Options)
 			}
+			if got := reply.DomainSearch(); got == nil || !slices.Equal(got.Labels, []string{"corp.example", "lab.example"}) || reply.DomainName() != "corp.example" {
+				t.Errorf("domains are %v, %q", got, reply.DomainName())
+			}
 		})
+	}
+}
+
+func TestSearchOption(t *testing.T) {
+	long := strings.Repeat("a23456789.", 12) + "example"
+	for want, domains := range map[int][]string{0: nil, 2: {"a.example", "b.example"}, 1: {long, long + "x", "c"}} {
+		if got := searchOption(domains); len(got) != want {
+			t.Errorf("%d of %q fit, want %d", len(got), domains, want)
+		}
 	}
 }
 
