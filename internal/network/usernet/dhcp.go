@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"bytes"
 	"net"
 	"net/netip"
 	"time"
@@ -44,18 +45,22 @@ func listenDHCP(s *stack.Stack) (*gonet.UDPConn, error) {
 
 // serveDHCP answers until conn is closed. It is for guests that ask for their address;
 // our agent does not: it is told.
-func serveDHCP(conn net.PacketConn, config Config, search func() []string) {
+func (n *Network) serveDHCP(conn net.PacketConn) {
 	buffer := make([]byte, 2*maxDHCP)
 	for {
-		n, from, err := conn.ReadFrom(buffer)
+		size, from, err := conn.ReadFrom(buffer)
 		if err != nil {
 			return
 		}
-		request, err := dhcpv4.FromBytes(buffer[:n])
+		request, err := dhcpv4.FromBytes(buffer[:size])
 		if err != nil {
 			continue
 		}
-		reply := answerDHCP(config, request, search())
+		// [filter] has not seen what came in fragments.
+		if !bytes.Equal(request.ClientHWAddr, n.filter.Load().guestMAC) {
+			continue
+		}
+		reply := answerDHCP(n.config, request, n.Search())
 		if reply == nil {
 			continue
 		}
@@ -68,7 +73,7 @@ func serveDHCP(conn net.PacketConn, config Config, search func() []string) {
 }
 
 // answerDHCP is what a server with one address to give says; nil: nothing. That the
-// request is the guest's has been seen to by [filter].
+// request is the guest's has been seen to.
 func answerDHCP(config Config, request *dhcpv4.DHCPv4, search []string) *dhcpv4.DHCPv4 {
 	guest, gateway := net.IP(config.Guest.AsSlice()), net.IP(config.Gateway.AsSlice())
 	kind := dhcpv4.MessageTypeAck

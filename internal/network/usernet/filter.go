@@ -98,11 +98,10 @@ func (f filter) admitIPv4(packet []byte) bool {
 		// The stack would answer a ping itself, whether the address is there or not.
 		return protocol == protocolTCP || protocol == protocolUDP
 	}
-	return protocol != protocolUDP || !isFragment(packet) && (f.isDHCP(packet, header) || port(packet, header) != dhcpServerPort)
+	return protocol != protocolUDP || isFragment(packet) || port(packet, header) != dhcpServerPort || f.isDHCP(packet, header)
 }
 
-// isDHCP says whether the packet is for the DHCP server and about this guest: it leases
-// an address to each hardware address that it hears of.
+// isDHCP reports whether the packet is for the DHCP server and about this guest.
 func (f filter) isDHCP(packet []byte, header int) bool {
 	address := header + udpHeader + dhcpHWAddr
 	return !isFragment(packet) && port(packet, header) == dhcpServerPort &&

@@ -100,13 +100,33 @@ func dhcpDiscover(t testing.TB, config Config, client string) []byte {
 	return frame
 }
 
+// fragments makes of a broadcast over UDP two fragments of the same, to the gateway.
+func fragments(config Config, frame []byte) [][]byte {
+	packet := frame[ethernetHeader:]
+	payload := packet[ipv4MinHeader:]
+	const first = 64 // a multiple of 8
+	var frames [][]byte
+	for i, part := range [][]byte{payload[:first], payload[first:]} {
+		fragment := header.IPv4(ipPacket(config.Guest, config.Gateway, header.UDPProtocolNumber, part))
+		fragment.SetFlagsFragmentOffset(uint8(1-i), uint16(i*first)) // 1: more follow
+		fragment.SetID(7)
+		fragment.SetChecksum(0)
+		fragment.SetChecksum(^fragment.CalculateChecksum())
+		frames = append(frames, ethernet(config, etherTypeIPv4, fragment))
+	}
+	return frames
+}
+
 func TestDHCP(t *testing.T) {
 	n := newNetwork(t)
 	link := linkConn(t, n)
 	config := testConfig()
 	// The first one must go unanswered: it would take another address.
-	for _, client := range []string{"02:00:00:00:00:99", config.GuestMAC} {
-		if _, err := link.Write(dhcpDiscover(t, config, client)); err != nil {
+	stranger := "02:00:00:00:00:99"
+	frames := [][]byte{arpRequest(config), dhcpDiscover(t, config, stranger)} // the first: so that it can be answered
+	frames = append(frames, fragments(config, dhcpDiscover(t, config, stranger))...)
+	for _, frame := range append(frames, dhcpDiscover(t, config, config.GuestMAC)) {
+		if _, err := link.Write(frame); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -126,6 +146,9 @@ func TestDHCP(t *testing.T) {
 		offer, err := dhcpv4.FromBytes(frame[headers:size])
 		if err != nil {
 			t.Fatalf("parse the offer: %v", err)
+		}
+		if offer.ClientHWAddr.String() == stranger {
+			t.Error("another than the guest is offered an address")
 		}
 		got, _ := netip.AddrFromSlice(offer.YourIPAddr.To4())
 		if got != config.Guest || offer.MessageType() != dhcpv4.MessageTypeOffer {
@@ -238,7 +261,7 @@ func TestFilter(t *testing.T) {
 		{"ping to gateway", ip(ipPacket(config.Guest, config.Gateway, header.ICMPv4ProtocolNumber, make([]byte, 8))), true},
 		{"ping to outside", ip(ipPacket(config.Guest, outside, header.ICMPv4ProtocolNumber, make([]byte, 8))), false},
 		{"DNS", ip(udpPacket(at(config.Guest, 1), at(config.Gateway, dnsPort), make([]byte, 12))), true},
-		{"fragment to gateway", ip(changed(udpPacket(at(config.Guest, 1), at(config.Gateway, dnsPort), nil), 6, 0x20, 0)), false},
+		{"fragment to gateway", ip(changed(udpPacket(at(config.Guest, 1), at(config.Gateway, dnsPort), nil), 6, 0x20, 0)), true},
 		{"DHCP", dhcpDiscover(t, config, config.GuestMAC), true},
 		{"DHCP for another", dhcpDiscover(t, config, "02:00:00:00:00:99"), false},
 		{"DHCP for another, to gateway", ip(udpPacket(at(config.Guest, 68), at(config.Gateway, dhcpServerPort), make([]byte, 240))), false},

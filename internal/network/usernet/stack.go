@@ -48,7 +48,7 @@ func (n *Network) build(mac net.HardwareAddr) (err error) {
 		return err
 	}
 	n.services = append(n.services, leases)
-	n.running.Go(func() { serveDHCP(leases, n.config, n.Search) })
+	n.running.Go(func() { n.serveDHCP(leases) })
 	n.running.Go(link.serve)
 	return nil
 }

@@ -27,6 +27,7 @@ type Network struct {
 	filter   atomic.Pointer[filter]
 	services []io.Closer
 	names    *resolver
+	sessions atomic.Int64 // of UDP forwards
 	outbound *outbound
 	limits   limits
 	account  *account
