@@ -161,6 +161,15 @@ type Drive struct {
 	ReadOnly bool `json:"read_only,omitempty"`
 }
 
+// Protocol is what a port is a port of.
+type Protocol string
+
+// The protocols that can be forwarded.
+const (
+	TCP Protocol = "tcp"
+	UDP Protocol = "udp"
+)
+
 // PortForward connects a port of the host to one of the guest.
 type PortForward struct {
 	// HostAddr is the address to listen on. Zero: 127.0.0.1.
@@ -170,10 +179,16 @@ type PortForward struct {
 	HostPort int `json:"host_port"`
 	// GuestPort to connect to, 1 to 65535.
 	GuestPort int `json:"guest_port"`
+	// Protocol is "tcp" or "udp". Empty: "tcp".
+	Protocol Protocol `json:"protocol"`
 }
 
 func (f PortForward) String() string {
-	return fmt.Sprintf("%s -> %d", netip.AddrPortFrom(f.HostAddr, uint16(f.HostPort)), f.GuestPort)
+	text := fmt.Sprintf("%s -> %d", netip.AddrPortFrom(f.HostAddr, uint16(f.HostPort)), f.GuestPort)
+	if f.Protocol == UDP {
+		text += "/udp"
+	}
+	return text
 }
 
 var (
@@ -258,8 +273,11 @@ func (c VMConfig) WithDefaults() VMConfig {
 	return c
 }
 
-// WithDefaults returns f with the host address filled in.
+// WithDefaults returns f with the protocol and the host address filled in.
 func (f PortForward) WithDefaults() PortForward {
+	if f.Protocol == "" {
+		f.Protocol = TCP
+	}
 	if !f.HostAddr.IsValid() {
 		f.HostAddr = loopback
 	}
@@ -293,7 +311,7 @@ func (c VMConfig) Validate() error {
 		field := fmt.Sprintf("port_forwards[%d]", i)
 		v.fields = append(v.fields, f.problems(field)...)
 		for _, other := range c.PortForwards[:i] {
-			v.check(f.HostPort == 0 || f.HostPort != other.HostPort || f.HostAddr != other.HostAddr,
+			v.check(f.HostPort == 0 || f.HostPort != other.HostPort || f.HostAddr != other.HostAddr || f.Protocol != other.Protocol,
 				field+".host_port", "%d is forwarded twice", f.HostPort)
 		}
 	}
@@ -313,6 +331,7 @@ func (f PortForward) Validate() error {
 
 func (f PortForward) problems(field string) []FieldError {
 	v := validator{}
+	v.check(f.Protocol == TCP || f.Protocol == UDP, field+".protocol", "%q is not known; use tcp or udp", f.Protocol)
 	v.check(f.HostPort >= 0 && f.HostPort <= 65535, field+".host_port",
 		"%d is out of range; use 1 to 65535, or 0 for any free port", f.HostPort)
 	v.check(f.GuestPort >= 1 && f.GuestPort <= 65535, field+".guest_port",

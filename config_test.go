@@ -68,7 +68,13 @@ func TestValidate(t *testing.T) {
 		"authorized_keys[0]": func(c *smolvm.VMConfig) { c.AuthorizedKeys = []string{"key"} },
 		"port_forwards[1].host_port": func(c *smolvm.VMConfig) {
 			local := netip.MustParseAddr("127.0.0.1")
-			c.PortForwards = []smolvm.PortForward{{local, 80, 1}, {local, 80, 2}}
+			c.PortForwards = []smolvm.PortForward{
+				{HostAddr: local, HostPort: 80, GuestPort: 1, Protocol: smolvm.TCP},
+				{HostAddr: local, HostPort: 80, GuestPort: 2, Protocol: smolvm.TCP},
+			}
+		},
+		"port_forwards[0].protocol": func(c *smolvm.VMConfig) {
+			c.PortForwards = []smolvm.PortForward{{GuestPort: 1, Protocol: "sctp"}}
 		},
 	} {
 		t.Run(field, func(t *testing.T) {
@@ -109,6 +115,21 @@ func TestExitStatus(t *testing.T) {
 	} {
 		if status.String() != want || status.Success() != (status == smolvm.ExitStatus{}) {
 			t.Errorf("%+v is %q", status, status)
+		}
+	}
+}
+
+// TCP and UDP have ports of their own.
+func TestForwardsOfBothProtocols(t *testing.T) {
+	config := smolvm.VMConfig{ID: "web", PortForwards: []smolvm.PortForward{
+		{HostPort: 53, GuestPort: 53}, {HostPort: 53, GuestPort: 53, Protocol: smolvm.UDP},
+	}}.WithDefaults()
+	if err := config.Validate(); err != nil {
+		t.Error(err)
+	}
+	for i, want := range []string{"127.0.0.1:53 -> 53", "127.0.0.1:53 -> 53/udp"} {
+		if got := config.PortForwards[i].String(); got != want {
+			t.Errorf("forward is %q, want %q", got, want)
 		}
 	}
 }

@@ -40,7 +40,7 @@ func TestUnknownAndIllegalIDs(t *testing.T) {
 			_, err := m.AddPortForward(ctx, id, smolvm.PortForward{GuestPort: 1})
 			return err
 		},
-		"unport": func(id string) error { return m.RemovePortForward(ctx, id, 1) },
+		"unport": func(id string) error { return m.RemovePortForward(ctx, id, smolvm.PortForward{HostPort: 1}) },
 	}
 	for name, verb := range verbs {
 		t.Run(name, func(t *testing.T) {

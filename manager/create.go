@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -241,17 +240,6 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 		return store.VM{}, &smolvm.NetworkError{ID: config.ID, Op: "reserve host port", Err: err}
 	}
 	return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
-}
-
-// portFree says whether a port can be bound now. Another program may still take
-// it before the VM starts; Start then moves to another one.
-func portFree(addr netip.Addr, port int) bool {
-	listener, err := listenOn(context.Background(), addr, port)
-	if err != nil {
-		return false
-	}
-	_ = listener.Close()
-	return true
 }
 
 // diskPath is where the VM's root disk is: its own, or in shared mode the root

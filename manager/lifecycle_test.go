@@ -347,13 +347,13 @@ func TestPortForwards(t *testing.T) {
 	if _, err := m.AddPortForward(ctx, vm.ID, foreign); !errors.Is(err, smolvm.ErrPortInUse) || !errors.As(err, &network) {
 		t.Errorf("a port of another program: %v", err)
 	}
-	if err := m.RemovePortForward(ctx, vm.ID, added.HostPort); err != nil {
+	if err := m.RemovePortForward(ctx, vm.ID, added); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := net.Dial("tcp", hostAddr(added)); err == nil {
 		t.Error("a forward that was removed still answers")
 	}
-	if err := m.RemovePortForward(ctx, vm.ID, added.HostPort); !errors.Is(err, smolvm.ErrNotFound) {
+	if err := m.RemovePortForward(ctx, vm.ID, added); !errors.Is(err, smolvm.ErrNotFound) {
 		t.Errorf("removed twice: %v", err)
 	}
 	if forwards, err := m.PortForwards(ctx, vm.ID); err != nil || len(forwards) != 1 {

@@ -3,7 +3,6 @@ package manager
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -41,7 +40,7 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 	if vm.State.Alive() {
 		_, err := shim.NewClient(m.runtimeDir(id)).AddForward(ctx, shimForward(forward))
 		if err != nil {
-			_ = m.store.RemoveForward(context.WithoutCancel(ctx), id, forward.HostPort)
+			_ = m.store.RemoveForward(context.WithoutCancel(ctx), id, forward.Protocol, forward.HostPort)
 			return fail(err)
 		}
 	}
@@ -49,9 +48,11 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 	return forward, nil
 }
 
-// RemovePortForward ends the forward of a host port, with its connections.
-func (m *Manager) RemovePortForward(ctx context.Context, id string, hostPort int) error {
+// RemovePortForward ends the forward of a host port, with its connections. Of the forward
+// that is given only the host port and the protocol matter.
+func (m *Manager) RemovePortForward(ctx context.Context, id string, forward smolvm.PortForward) error {
 	began := time.Now()
+	forward = forward.WithDefaults()
 	lock, err := m.lockExisting(ctx, id)
 	if err != nil {
 		return err
@@ -61,18 +62,21 @@ func (m *Manager) RemovePortForward(ctx context.Context, id string, hostPort int
 	if err != nil {
 		return err
 	}
-	i := slices.IndexFunc(vm.Forwards, func(f smolvm.PortForward) bool { return f.HostPort == hostPort })
+	i := slices.IndexFunc(vm.Forwards, func(f smolvm.PortForward) bool {
+		return f.HostPort == forward.HostPort && f.Protocol == forward.Protocol
+	})
 	if i < 0 {
 		return &smolvm.NetworkError{ID: id, Op: "remove port forward",
-			Err: fmt.Errorf("host port %d: %w; `smolvm port ls %s` lists the VM's forwards", hostPort, smolvm.ErrNotFound, id)}
+			Err: fmt.Errorf("host port %d/%s: %w; `smolvm port ls %s` lists the VM's forwards",
+				forward.HostPort, forward.Protocol, smolvm.ErrNotFound, id)}
 	}
 	// The row goes last: as long as the port is held it belongs to this VM.
 	if vm.State.Alive() {
-		if err := shim.NewClient(m.runtimeDir(id)).RemoveForward(ctx, shimForward(vm.Forwards[i]).Host); err != nil {
+		if err := shim.NewClient(m.runtimeDir(id)).RemoveForward(ctx, shimForward(vm.Forwards[i])); err != nil {
 			return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
 		}
 	}
-	if err := m.store.RemoveForward(ctx, id, hostPort); err != nil {
+	if err := m.store.RemoveForward(ctx, id, forward.Protocol, forward.HostPort); err != nil {
 		return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
 	}
 	m.note(ctx, id, "port rm", began, vm.Forwards[i].String())
@@ -89,8 +93,4 @@ func (m *Manager) PortForwards(ctx context.Context, id string) ([]smolvm.PortFor
 		return []smolvm.PortForward{}, nil
 	}
 	return vm.Forwards, nil
-}
-
-func shimForward(f smolvm.PortForward) shim.Forward {
-	return shim.Forward{Host: netip.AddrPortFrom(f.HostAddr, uint16(f.HostPort)), GuestPort: f.GuestPort}
 }

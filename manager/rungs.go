@@ -75,7 +75,7 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from
 		return vm, nil, err
 	}
 	for _, listener := range s.listeners {
-		s.launch.Listeners = append(s.launch.Listeners, listener.Listener)
+		s.launch.Listeners = append(s.launch.Listeners, listener.listener)
 		s.launch.Spec.Forwards = append(s.launch.Spec.Forwards, listener.forward)
 	}
 	s.phase("ports")

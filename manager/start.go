@@ -4,13 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -290,85 +287,6 @@ func (m *Manager) warmUpOf(vm store.VM) string {
 		return ""
 	}
 	return vm.Config.WarmUp
-}
-
-// boundForward is a port forward whose host port is held by this process, until
-// the shim has taken it over.
-type boundForward struct {
-	net.Listener
-	forward shim.Forward
-}
-
-// listen binds the host ports of the VM. The SSH port moves on if another program
-// has taken it since it was reserved; a port that the user named is an error then.
-func (m *Manager) listen(ctx context.Context, vm *store.VM) ([]boundForward, error) {
-	var bound []boundForward
-	sshListener, err := m.listenSSH(ctx, vm)
-	if err != nil {
-		return nil, err
-	}
-	bound = append(bound, boundForward{sshListener, shim.Forward{
-		Host:      netip.AddrPortFrom(vm.Config.SSHHostAddr, uint16(vm.SSHPort)),
-		GuestPort: guestSSHPort,
-	}})
-	for _, forward := range vm.Forwards {
-		listener, err := listenOn(ctx, forward.HostAddr, forward.HostPort)
-		if err != nil {
-			closeAll(bound)
-			return nil, &smolvm.NetworkError{ID: vm.ID, Op: "forward " + forward.String(), Err: err}
-		}
-		bound = append(bound, boundForward{listener, shim.Forward{
-			Host:      netip.AddrPortFrom(forward.HostAddr, uint16(forward.HostPort)),
-			GuestPort: forward.GuestPort,
-		}})
-	}
-	return bound, nil
-}
-
-func (m *Manager) listenSSH(ctx context.Context, vm *store.VM) (net.Listener, error) {
-	listener, err := listenOn(ctx, vm.Config.SSHHostAddr, vm.SSHPort)
-	if err == nil {
-		return listener, nil
-	}
-	if !errors.Is(err, smolvm.ErrPortInUse) {
-		return nil, &smolvm.NetworkError{ID: vm.ID, Op: "forward SSH", Err: err}
-	}
-	// The port that is found free stays bound from that moment on, so no other
-	// program can take it before it is ours in the database as well.
-	port, err := m.store.MoveSSHPort(ctx, vm.ID, func(addr netip.Addr, port int) bool {
-		candidate, err := listenOn(ctx, addr, port)
-		if err != nil {
-			return false
-		}
-		if listener != nil {
-			_ = listener.Close()
-		}
-		listener = candidate
-		return true
-	})
-	if err != nil {
-		if listener != nil {
-			_ = listener.Close()
-		}
-		return nil, &smolvm.NetworkError{ID: vm.ID, Op: "reserve SSH port", Err: err}
-	}
-	vm.SSHPort = port
-	return listener, nil
-}
-
-func listenOn(ctx context.Context, addr netip.Addr, port int) (net.Listener, error) {
-	var config net.ListenConfig
-	listener, err := config.Listen(ctx, "tcp", net.JoinHostPort(addr.String(), strconv.Itoa(port)))
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("%s:%d: %w by another program", addr, port, smolvm.ErrPortInUse)
-	}
-	return listener, err
-}
-
-func closeAll(listeners []boundForward) {
-	for _, listener := range listeners {
-		_ = listener.Close()
-	}
 }
 
 // shimCommand is the program that becomes the shim.

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -28,43 +29,65 @@ func TestParseMebibytes(t *testing.T) {
 	}
 }
 
-func TestParseForward(t *testing.T) {
+func TestParseForwards(t *testing.T) {
 	t.Parallel()
-	good := map[string]smolvm.PortForward{
-		"80":                {GuestPort: 80},
-		":80":               {GuestPort: 80},
-		"8080:80":           {HostPort: 8080, GuestPort: 80},
-		"0:80":              {GuestPort: 80},
-		"8080:80/tcp":       {HostPort: 8080, GuestPort: 80},
-		"0.0.0.0:8080:80":   {HostAddr: netip.MustParseAddr("0.0.0.0"), HostPort: 8080, GuestPort: 80},
-		"127.0.0.1::80":     {HostAddr: netip.MustParseAddr("127.0.0.1"), GuestPort: 80},
-		"[::1]:8080:80":     {HostAddr: netip.IPv6Loopback(), HostPort: 8080, GuestPort: 80},
-		"[fe80::1]:8080:80": {HostAddr: netip.MustParseAddr("fe80::1"), HostPort: 8080, GuestPort: 80},
+	local := netip.MustParseAddr("127.0.0.1")
+	good := map[string][]smolvm.PortForward{
+		"80":                {{GuestPort: 80}},
+		":80":               {{GuestPort: 80}},
+		"8080:80":           {{HostPort: 8080, GuestPort: 80}},
+		"0:80":              {{GuestPort: 80}},
+		"8080:80/tcp":       {{HostPort: 8080, GuestPort: 80}},
+		"0.0.0.0:8080:80":   {{HostAddr: netip.MustParseAddr("0.0.0.0"), HostPort: 8080, GuestPort: 80}},
+		"127.0.0.1::80":     {{HostAddr: local, GuestPort: 80}},
+		"[::1]:8080:80":     {{HostAddr: netip.IPv6Loopback(), HostPort: 8080, GuestPort: 80}},
+		"[fe80::1]:8080:80": {{HostAddr: netip.MustParseAddr("fe80::1"), HostPort: 8080, GuestPort: 80}},
+		"localhost:8080:80": {{HostAddr: local, HostPort: 8080, GuestPort: 80}},
+		"localhost::80":     {{HostAddr: local, GuestPort: 80}},
+		"53/udp":            {{GuestPort: 53, Protocol: smolvm.UDP}},
+		"5353:53/UDP":       {{HostPort: 5353, GuestPort: 53, Protocol: smolvm.UDP}},
+		"8000-8001:80-81":   {{HostPort: 8000, GuestPort: 80}, {HostPort: 8001, GuestPort: 81}},
+		"80-81":             {{GuestPort: 80}, {GuestPort: 81}},
+		"80-80":             {{GuestPort: 80}},
+		"localhost:7-8:8-9/udp": {
+			{HostAddr: local, HostPort: 7, GuestPort: 8, Protocol: smolvm.UDP},
+			{HostAddr: local, HostPort: 8, GuestPort: 9, Protocol: smolvm.UDP},
+		},
 	}
 	for text, want := range good {
-		if got, err := parseForward(text); err != nil || got != want {
-			t.Errorf("parseForward(%q) = %+v, %v; want %+v", text, got, err, want)
+		for i := range want {
+			if want[i].Protocol == "" {
+				want[i].Protocol = smolvm.TCP
+			}
+		}
+		if got, err := parseForwards(text); err != nil || !slices.Equal(got, want) {
+			t.Errorf("parseForwards(%q) = %+v, %v; want %+v", text, got, err, want)
 		}
 	}
-	for _, text := range []string{"", ":", "80:", "0", "8080:0", "65536", "a:80", "host:8080:80", "80/udp", "1:2:3:4", "-1:80"} {
-		if got, err := parseForward(text); err == nil {
-			t.Errorf("parseForward(%q) = %+v, want an error", text, got)
+	for _, text := range []string{
+		"", ":", "80:", "0", "8080:0", "65536", "a:80", "host:8080:80", "80/sctp", "80/", "80/udp/udp", "1:2:3:4", "-1:80",
+		"80-", "-80", "81-80", "0-1", "0-1:80-81", "8000-8002:80-81", "8000:80-81", "8000-8001:80", "1-2-3", "1-60000", "65535-65536",
+	} {
+		if got, err := parseForwards(text); err == nil {
+			t.Errorf("parseForwards(%q) = %+v, want an error", text, got)
 		}
 	}
 }
 
 // What is accepted as a port forward is a valid one.
-func FuzzParseForward(f *testing.F) {
-	for _, seed := range []string{"80", "8080:80", "[::1]:8080:80", "0.0.0.0::80/tcp"} {
+func FuzzParseForwards(f *testing.F) {
+	for _, seed := range []string{"80", "8080:80", "[::1]:8080:80", "0.0.0.0::80/tcp", "localhost:1-9:2-10/udp"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		forward, err := parseForward(text)
+		forwards, err := parseForwards(text)
 		if err != nil {
 			return
 		}
-		if err := forward.Validate(); err != nil {
-			t.Errorf("parseForward(%q) = %+v: %v", text, forward, err)
+		for _, forward := range forwards {
+			if err := forward.Validate(); err != nil {
+				t.Errorf("parseForwards(%q) = %+v: %v", text, forward, err)
+			}
 		}
 	})
 }

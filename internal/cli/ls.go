@@ -93,6 +93,9 @@ func ports(forwards []smolvm.PortForward) string {
 	list := make([]string, len(forwards))
 	for i, f := range forwards {
 		list[i] = fmt.Sprintf("%d->%d", f.HostPort, f.GuestPort)
+		if f.Protocol == smolvm.UDP {
+			list[i] += "/udp"
+		}
 	}
 	return strings.Join(list, ", ")
 }

@@ -27,22 +27,26 @@ at each of its starts.`,
 
 func (a *app) portAddCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "add ID [[ADDR:]HOSTPORT:]GUESTPORT...",
+		Use:   "add ID [[ADDR:]HOSTPORT:]GUESTPORT[/PROTOCOL]...",
 		Short: "Add port forwards, and print the host's address and port of each",
 		Long: `Add port forwards, and print the host's address and port of each. The address is
 127.0.0.1 unless given; use 0.0.0.0 to let other hosts connect. Without a host port,
-a free one is chosen.`,
-		Example:           "  smolvm port add web 8080:80\n  smolvm port add web 0.0.0.0:8443:443",
+a free one is chosen. The protocol is tcp or udp. A range of ports, such as
+8000-8010:8000-8010, is a forward for each.
+
+The guest is reached at its own address: a server in it that listens on 127.0.0.1
+alone is not.`,
+		Example:           "  smolvm port add web 8080:80\n  smolvm port add web 0.0.0.0:8443:443\n  smolvm port add dns 5353:53/udp",
 		Args:              needs(2, anyNumber, "the id of a VM, and ports"),
 		ValidArgsFunction: first(a.vmIDs()),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
 			var forwards []smolvm.PortForward
 			for _, text := range args[1:] {
-				forward, err := parseForward(text)
+				parsed, err := parseForwards(text)
 				if err != nil {
 					return &usageError{err}
 				}
-				forwards = append(forwards, forward)
+				forwards = append(forwards, parsed...)
 			}
 			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
 				for _, forward := range forwards {
@@ -62,9 +66,12 @@ a free one is chosen.`,
 
 func (a *app) portRmCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:     "rm ID HOSTPORT...",
+		Use:     "rm ID HOSTPORT[/PROTOCOL]...",
 		Aliases: []string{"delete"},
 		Short:   "Remove port forwards, with their connections",
+		Long: `Remove port forwards, with their connections. The protocol is tcp or udp; without, it
+is tcp. All forwards of a range of host ports are removed by HOSTPORT-HOSTPORT.`,
+		Example: "  smolvm port rm web 8080 5353/udp",
 		Args:    needs(2, anyNumber, "the id of a VM, and host ports"),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
 			if len(args) == 0 {
@@ -73,18 +80,24 @@ func (a *app) portRmCommand() *cobra.Command {
 			return a.hostPorts(args[0])(cmd, args, prefix)
 		},
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			var hostPorts []int
+			var removed []smolvm.PortForward
 			for _, text := range args[1:] {
-				port, err := parsePort(text, 1)
+				rest, protocol, err := cutProtocol(text)
 				if err != nil {
 					return &usageError{err}
 				}
-				hostPorts = append(hostPorts, port)
+				first, last, err := parsePorts(rest, 1)
+				if err != nil {
+					return &usageError{err}
+				}
+				for port := first; port <= last; port++ {
+					removed = append(removed, smolvm.PortForward{HostPort: port, Protocol: protocol})
+				}
 			}
 			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
 				var errs []error
-				for _, port := range hostPorts {
-					errs = append(errs, m.RemovePortForward(cmd.Context(), args[0], port))
+				for _, forward := range removed {
+					errs = append(errs, m.RemovePortForward(cmd.Context(), args[0], forward))
 				}
 				return errors.Join(errs...)
 			})
@@ -108,9 +121,9 @@ func (a *app) portLsCommand() *cobra.Command {
 				if a.json {
 					return printList(a, forwards)
 				}
-				t := &table{titles: []string{"HOST ADDRESS", "HOST PORT", "GUEST PORT"}}
+				t := &table{titles: []string{"HOST ADDRESS", "HOST PORT", "GUEST PORT", "PROTOCOL"}}
 				for _, f := range forwards {
-					t.add(f.HostAddr.String(), strconv.Itoa(f.HostPort), strconv.Itoa(f.GuestPort))
+					t.add(f.HostAddr.String(), strconv.Itoa(f.HostPort), strconv.Itoa(f.GuestPort), string(f.Protocol))
 				}
 				return a.print(t)
 			})
@@ -135,7 +148,11 @@ func (a *app) hostPorts(id string) cobra.CompletionFunc {
 		forwards, err := m.PortForwards(cmd.Context(), id)
 		var found []string
 		for _, f := range forwards {
-			if port := strconv.Itoa(f.HostPort); !slices.Contains(args, port) {
+			port := strconv.Itoa(f.HostPort)
+			if f.Protocol == smolvm.UDP {
+				port += "/udp"
+			}
+			if !slices.Contains(args, port) {
 				found = append(found, cobra.CompletionWithDesc(port, "to "+strconv.Itoa(f.GuestPort)))
 			}
 		}

@@ -28,39 +28,93 @@ func parseMebibytes(text string) (int64, error) {
 	return n << shift, nil
 }
 
-// parseForward reads a port forward: [[ADDR:]HOSTPORT:]GUESTPORT.
-func parseForward(text string) (smolvm.PortForward, error) {
-	malformed := fmt.Errorf("%q is no port forward; use [[ADDR:]HOSTPORT:]GUESTPORT, as in 8080:80", text)
-	var forward smolvm.PortForward
-	rest := strings.TrimSuffix(text, "/tcp")
-	host, guest, ok := cutLast(rest)
-	if !ok {
+// maxRange is how many ports one range may have: each costs a listener.
+const maxRange = 1000
+
+// parseForwards reads a port forward, or one for each port of a range:
+// [[ADDR:]HOSTPORT:]GUESTPORT[/PROTOCOL].
+func parseForwards(text string) ([]smolvm.PortForward, error) {
+	malformed := fmt.Errorf("invalid port forward %q; use [[ADDR:]HOSTPORT:]GUESTPORT[/PROTOCOL], as in 8080:80, 8000-8010:8000-8010 or 5353:53/udp", text)
+	rest, protocol, err := cutProtocol(text)
+	if err != nil {
+		return nil, fmt.Errorf("invalid port forward %q: %w", text, err)
+	}
+	host, guest, hasHost := cutLast(rest)
+	if !hasHost {
 		host, guest = "", rest
 	}
-	port, err := parsePort(guest, 1)
+	first, last, err := parsePorts(guest, 1)
 	if err != nil {
-		return forward, malformed
+		return nil, malformed
 	}
-	forward.GuestPort = port
-	if host == "" {
-		return forward, nil
-	}
-	addr, hostPort, ok := cutLast(host)
-	if !ok {
+	addr, hostPort, hasAddr := cutLast(host)
+	if !hasAddr {
 		addr, hostPort = "", host
 	}
-	if hostPort != "" { // "ADDR::GUESTPORT": any free port of that address
-		if forward.HostPort, err = parsePort(hostPort, 0); err != nil {
-			return forward, malformed
+	var hostFirst, hostLast int // 0: any free port for each; so it is with "ADDR::GUESTPORT"
+	if hostPort != "" {
+		if hostFirst, hostLast, err = parsePorts(hostPort, 0); err != nil {
+			return nil, malformed
 		}
 	}
-	if ok {
-		addr = strings.TrimSuffix(strings.TrimPrefix(addr, "["), "]")
-		if forward.HostAddr, err = netip.ParseAddr(addr); err != nil {
-			return forward, fmt.Errorf("%q: %q is no IP address", text, addr)
+	var hostAddr netip.Addr
+	if hasAddr {
+		if hostAddr, err = parseHostAddr(addr); err != nil {
+			return nil, fmt.Errorf("invalid port forward %q: %w", text, err)
 		}
 	}
-	return forward, nil
+	switch count := last - first + 1; {
+	case hostFirst != 0 && hostLast-hostFirst+1 != count:
+		return nil, fmt.Errorf("invalid port forward %q: %d host ports for %d ports of the guest", text, hostLast-hostFirst+1, count)
+	case count > maxRange:
+		return nil, fmt.Errorf("invalid port forward %q: a range of %d ports; at most %d are allowed", text, count, maxRange)
+	}
+	var forwards []smolvm.PortForward
+	for i := range last - first + 1 {
+		forward := smolvm.PortForward{HostAddr: hostAddr, GuestPort: first + i, Protocol: protocol}
+		if hostFirst != 0 {
+			forward.HostPort = hostFirst + i
+		}
+		forwards = append(forwards, forward)
+	}
+	return forwards, nil
+}
+
+// cutProtocol cuts off what follows a slash; without, it is TCP.
+func cutProtocol(text string) (rest string, protocol smolvm.Protocol, err error) {
+	rest, name, found := strings.Cut(text, "/")
+	switch protocol = smolvm.Protocol(strings.ToLower(name)); {
+	case !found:
+		return rest, smolvm.TCP, nil
+	case protocol == smolvm.TCP, protocol == smolvm.UDP:
+		return rest, protocol, nil
+	}
+	return "", "", fmt.Errorf("unknown protocol %q; use tcp or udp", name)
+}
+
+// parsePorts reads a port, or a range of them such as 8000-8010.
+func parsePorts(text string, least int) (first, last int, err error) {
+	from, to, isRange := strings.Cut(text, "-")
+	if first, err = parsePort(from, least); err != nil || !isRange {
+		return first, first, err
+	}
+	if last, err = parsePort(to, max(first, 1)); err == nil && first == 0 {
+		err = fmt.Errorf("invalid port range %q", text)
+	}
+	return first, last, err
+}
+
+// parseHostAddr reads an address to listen on: an IP address, that of IPv6 in brackets, or
+// localhost. That is 127.0.0.1 alone, as where no address is given.
+func parseHostAddr(text string) (netip.Addr, error) {
+	if strings.EqualFold(text, "localhost") {
+		return netip.AddrFrom4([4]byte{127, 0, 0, 1}), nil
+	}
+	addr, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(text, "["), "]"))
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("%q is not an IP address", text)
+	}
+	return addr, nil
 }
 
 // cutLast cuts at the last colon, which an IPv6 address in brackets may precede.

@@ -35,9 +35,9 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		config.Drives = append(config.Drives, drive)
 		return err
 	})
-	flags.FuncP("publish", "p", "forward a port: `[[ADDR:]HOSTPORT:]GUESTPORT` (repeatable)", func(text string) error {
-		forward, err := parseForward(text)
-		config.PortForwards = append(config.PortForwards, forward)
+	flags.FuncP("publish", "p", "forward a port: `[[ADDR:]HOSTPORT:]GUESTPORT[/PROTOCOL]`, or ranges of ports (repeatable)", func(text string) error {
+		forwards, err := parseForwards(text)
+		config.PortForwards = append(config.PortForwards, forwards...)
 		return err
 	})
 	flags.FuncP("env", "e", "set a variable for all commands: `NAME[=VALUE]` (repeatable)", f.addEnv)

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
-	"net/netip"
 	"time"
 )
 
@@ -41,10 +40,10 @@ func (c *Client) AddForward(ctx context.Context, forward Forward) (Forward, erro
 	return answer.Forward, err
 }
 
-// RemoveForward ends the forward of a host address, with its connections. The error
-// matches [smolvm.ErrNotFound] if there is none.
-func (c *Client) RemoveForward(ctx context.Context, host netip.AddrPort) error {
-	_, err := c.call(ctx, request{Op: opRemoveForward, Host: host})
+// RemoveForward ends the forward of a protocol and a host address, with its connections;
+// its guest port does not matter. The error matches [smolvm.ErrNotFound] if there is none.
+func (c *Client) RemoveForward(ctx context.Context, forward Forward) error {
+	_, err := c.call(ctx, request{Op: opRemoveForward, Forward: forward})
 	return err
 }
 

@@ -20,16 +20,43 @@ func TestForwards(t *testing.T) {
 	f := newFixture(t, hasAgent)
 	f.opts.Spec.Network = testNetwork()
 	first := listen(t)
-	f.opts.Listeners = []net.Listener{first}
+	packets, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.opts.Listeners = []io.Closer{first, packets}
 	inherited := shim.Forward{Host: netip.MustParseAddrPort(first.Addr().String()), GuestPort: 22}
-	f.opts.Spec.Forwards = []shim.Forward{inherited}
+	inheritedUDP := shim.Forward{Host: netip.MustParseAddrPort(packets.LocalAddr().String()), GuestPort: 53, Protocol: smolvm.UDP}
+	f.opts.Spec.Forwards = []shim.Forward{inherited, inheritedUDP}
 	launched := f.launch()
-	_ = first.Close()
+	_, _ = first.Close(), packets.Close()
 	client, ctx := f.client(), t.Context()
 
 	added, err := client.AddForward(ctx, shim.Forward{Host: netip.MustParseAddrPort("127.0.0.1:0"), GuestPort: 80})
 	if err != nil || added.Host.Port() == 0 || added.GuestPort != 80 {
 		t.Fatalf("AddForward: %v, %v", added, err)
+	}
+	// A port of UDP has nothing to do with that of TCP.
+	addedUDP, err := client.AddForward(ctx, shim.Forward{Host: added.Host, GuestPort: 53, Protocol: smolvm.UDP})
+	if err != nil {
+		t.Fatalf("AddForward: %v", err)
+	}
+	if status, err := client.Status(ctx); err != nil || len(status.Forwards) != 4 {
+		t.Errorf("status is %+v, %v", status, err)
+	}
+	for _, forward := range []shim.Forward{inheritedUDP, addedUDP} {
+		if _, err := client.AddForward(ctx, forward); !errors.Is(err, smolvm.ErrPortInUse) {
+			t.Errorf("AddForward of a UDP port that is taken: %v, want %v", err, smolvm.ErrPortInUse)
+		}
+		if err := client.RemoveForward(ctx, forward); err != nil {
+			t.Errorf("RemoveForward: %v", err)
+		}
+		conn, err := net.ListenPacket("udp", forward.Host.String())
+		if err != nil {
+			t.Errorf("the port of a UDP forward that was removed: %v", err)
+			continue
+		}
+		_ = conn.Close()
 	}
 	for _, forward := range []shim.Forward{inherited, added} {
 		conn, err := net.Dial("tcp", forward.Host.String())
@@ -39,9 +66,6 @@ func TestForwards(t *testing.T) {
 		}
 		_ = conn.Close()
 	}
-	if status, err := client.Status(ctx); err != nil || len(status.Forwards) != 2 {
-		t.Errorf("status is %+v, %v", status, err)
-	}
 	taken := netip.MustParseAddrPort(listen(t).Addr().String())
 	for _, host := range []netip.AddrPort{taken, added.Host, inherited.Host} {
 		if _, err := client.AddForward(ctx, shim.Forward{Host: host, GuestPort: 81}); !errors.Is(err, smolvm.ErrPortInUse) {
@@ -49,14 +73,14 @@ func TestForwards(t *testing.T) {
 		}
 	}
 	for _, forward := range []shim.Forward{inherited, added} {
-		if err := client.RemoveForward(ctx, forward.Host); err != nil {
+		if err := client.RemoveForward(ctx, forward); err != nil {
 			t.Errorf("RemoveForward: %v", err)
 		}
 		if _, err := net.Dial("tcp", forward.Host.String()); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("connect to a forward that is removed: %v", err)
 		}
 	}
-	if err := client.RemoveForward(ctx, added.Host); !errors.Is(err, smolvm.ErrNotFound) {
+	if err := client.RemoveForward(ctx, added); !errors.Is(err, smolvm.ErrNotFound) {
 		t.Errorf("RemoveForward again: %v, want %v", err, smolvm.ErrNotFound)
 	}
 	f.stop(patience)

@@ -2,7 +2,7 @@ package shim
 
 import (
 	"fmt"
-	"net"
+	"io"
 	"os"
 	"strconv"
 
@@ -47,11 +47,11 @@ func CloseInherited(last int) error {
 }
 
 // inheritListeners takes over the listeners that the launcher has bound.
-func inheritListeners(forwards []Forward) ([]net.Listener, error) {
-	listeners := make([]net.Listener, 0, len(forwards))
+func inheritListeners(forwards []Forward) ([]io.Closer, error) {
+	listeners := make([]io.Closer, 0, len(forwards))
 	for i, forward := range forwards {
 		file := os.NewFile(uintptr(firstListenerFD+i), "listener")
-		listener, err := net.FileListener(file) // duplicates it
+		listener, err := listenerOf(file)
 		_ = file.Close()
 		if err != nil {
 			return nil, fmt.Errorf("take over the listener on %s: %w", forward.Host, err)

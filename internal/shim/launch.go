@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -22,9 +21,10 @@ type LaunchOptions struct {
 	// Program is the shim's program with its first arguments.
 	Program []string
 	Spec    Spec
-	// Listeners are bound to the host ports of Spec.Forwards, in the same order.
-	// The shim gets duplicates: the caller closes its own.
-	Listeners []net.Listener
+	// Listeners are bound to the host ports of Spec.Forwards, in the same order: a
+	// [net.Listener] each, or for UDP a [net.PacketConn]. The shim gets duplicates: the
+	// caller closes its own.
+	Listeners []io.Closer
 	// LogPath receives what the shim itself has to say.
 	LogPath string
 }
@@ -186,7 +186,7 @@ type pipes struct {
 	listeners                 []*os.File
 }
 
-func makePipes(listeners []net.Listener) (p pipes, err error) {
+func makePipes(listeners []io.Closer) (p pipes, err error) {
 	defer func() {
 		if err != nil {
 			p.close()
@@ -219,10 +219,10 @@ func (p pipes) close() {
 	}
 }
 
-func fileOf(listener net.Listener) (*os.File, error) {
+func fileOf(listener io.Closer) (*os.File, error) {
 	filer, ok := listener.(interface{ File() (*os.File, error) })
 	if !ok {
-		return nil, fmt.Errorf("listener on %s has no file to hand over", listener.Addr())
+		return nil, fmt.Errorf("%T has no file to hand over", listener)
 	}
 	return filer.File()
 }

@@ -56,7 +56,7 @@ func TestLaunchFails(t *testing.T) {
 			o.Program = []string{"/bin/sh", "-c", "echo this is no shim; echo; exit 3"}
 		}, text: "its log says: this is no shim"},
 		"forwards without a network": {args: hasAgent, change: func(o *shim.LaunchOptions) {
-			o.Listeners = []net.Listener{listen(t)}
+			o.Listeners = []io.Closer{listen(t)}
 			o.Spec.Forwards = []shim.Forward{{GuestPort: 80}}
 		}, text: "port forwards"},
 	} {

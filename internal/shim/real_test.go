@@ -50,7 +50,7 @@ func newRealFixture(t *testing.T) *fixture {
 func TestRealVM(t *testing.T) {
 	f := newRealFixture(t)
 	first := listen(t)
-	f.opts.Listeners = []net.Listener{first}
+	f.opts.Listeners = []io.Closer{first}
 	f.opts.Spec.Forwards = []shim.Forward{{Host: netip.MustParseAddrPort(first.Addr().String()), GuestPort: 22}}
 	f.opts.Spec.Ready = smolvm.ReadySSH
 	launched := f.launch()

@@ -2,17 +2,15 @@ package shim
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"net"
-	"net/netip"
 	"os"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -38,12 +36,11 @@ const (
 const dialTimeout = 30 * time.Second
 
 type request struct {
-	Op      string         `json:"op"`
-	Grace   time.Duration  `json:"grace_ns,omitempty"`
-	Forward Forward        `json:"forward,omitzero"`
-	Host    netip.AddrPort `json:"host,omitzero"`
-	Port    int            `json:"port,omitempty"`
-	Save    *Save          `json:"save,omitempty"`
+	Op      string        `json:"op"`
+	Grace   time.Duration `json:"grace_ns,omitempty"`
+	Forward Forward       `json:"forward,omitzero"`
+	Port    int           `json:"port,omitempty"`
+	Save    *Save         `json:"save,omitempty"`
 }
 
 type response struct {
@@ -135,7 +132,7 @@ func (s *shim) handle(ctx context.Context, asked request, answer *response) erro
 		answer.Forward, err = s.addForward(ctx, asked.Forward)
 		return err
 	case opRemoveForward:
-		return s.removeForward(asked.Host)
+		return s.removeForward(asked.Forward)
 	case opPause:
 		return s.pause(ctx)
 	case opResume:
@@ -158,43 +155,10 @@ func (s *shim) status() *Status {
 		VMMPID: s.instance.PID(),
 		Uptime: time.Since(s.began),
 		Forwards: slices.SortedFunc(maps.Keys(s.forwards), func(a, b Forward) int {
-			return a.Host.Compare(b.Host)
+			return cmp.Or(a.Host.Compare(b.Host), cmp.Compare(a.Protocol, b.Protocol))
 		}),
 		Answer: s.answer,
 	}
-}
-
-func (s *shim) addForward(ctx context.Context, forward Forward) (Forward, error) {
-	if s.network == nil {
-		return forward, fmt.Errorf("forward a port: %w: the VM has no network", smolvm.ErrUnsupported)
-	}
-	var config net.ListenConfig
-	listener, err := config.Listen(ctx, "tcp", forward.Host.String())
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return forward, fmt.Errorf("%s: %w by another program", forward.Host, smolvm.ErrPortInUse)
-	}
-	if err != nil {
-		return forward, err
-	}
-	if bound, ok := listener.Addr().(*net.TCPAddr); ok {
-		forward.Host = netip.AddrPortFrom(forward.Host.Addr(), uint16(bound.Port))
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.forwards[forward] = s.network.Forward(listener, forward.GuestPort)
-	return forward, nil
-}
-
-func (s *shim) removeForward(host netip.AddrPort) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for forward, closer := range s.forwards {
-		if forward.Host == host {
-			delete(s.forwards, forward)
-			return closer.Close()
-		}
-	}
-	return fmt.Errorf("forward of %s: %w", host, smolvm.ErrNotFound)
 }
 
 // connectGuest makes conn a connection to a port of the guest.

@@ -53,7 +53,7 @@ type shim struct {
 	log     *slog.Logger
 	began   time.Time
 	reports *os.File
-	claimed []net.Listener // of the forwards, if the shim stood by
+	claimed []io.Closer // of the forwards, if the shim stood by
 
 	consoleStart int64 // how long the console's log was when this run began
 
@@ -226,7 +226,7 @@ func (s *shim) start(ctx context.Context) (undo func(), err error) {
 		return u.run, errors.New("a VM without a network can't have port forwards")
 	}
 	for i, forward := range s.spec.Forwards {
-		s.forwards[forward] = s.network.Forward(listeners[i], forward.GuestPort)
+		s.forwards[forward] = s.forward(listeners[i], forward.GuestPort)
 	}
 	u.add(s.kill)
 	if err := s.bringUp(ctx); err != nil {

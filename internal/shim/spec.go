@@ -56,6 +56,8 @@ type Spec struct {
 
 // Forward is one port forward of a running VM.
 type Forward struct {
+	// Protocol is "tcp" or "udp". Empty: "tcp".
+	Protocol smolvm.Protocol `json:"protocol,omitempty"`
 	// Host is the address and port that is listened on.
 	Host netip.AddrPort `json:"host"`
 	// GuestPort is connected to.

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
@@ -135,10 +136,10 @@ func (s *shim) takeClaim(conn *net.UnixConn) error {
 	if err == nil && len(files) != 2+len(c.Spec.Forwards) {
 		err = fmt.Errorf("%d files came with it", len(files))
 	}
-	claimed := []net.Listener{}
+	claimed := []io.Closer{}
 	for i := 2; err == nil && i < len(files); i++ {
-		var listener net.Listener
-		if listener, err = net.FileListener(files[i]); err == nil { // duplicates it
+		var listener io.Closer
+		if listener, err = listenerOf(files[i]); err == nil {
 			claimed = append(claimed, listener)
 		}
 		_ = files[i].Close()

@@ -40,7 +40,7 @@ func (s *Store) MoveSSHPort(ctx context.Context, id string, free PortFree) (int,
 		if err != nil {
 			return err
 		}
-		if port, err = s.choosePort(ctx, tx, addr, free); err != nil {
+		if port, err = s.choosePort(ctx, tx, smolvm.TCP, addr, free); err != nil {
 			return err
 		}
 		_, err = tx.ExecContext(ctx, "UPDATE ports SET host_port = ? WHERE seq = ?", port, seq)
@@ -59,7 +59,7 @@ func (s *Store) AddForward(ctx context.Context, id string, forward smolvm.PortFo
 			return err
 		}
 		if forward.HostPort == 0 {
-			port, err := s.choosePort(ctx, tx, forward.HostAddr, free)
+			port, err := s.choosePort(ctx, tx, forward.Protocol, forward.HostAddr, free)
 			if err != nil {
 				return err
 			}
@@ -72,17 +72,17 @@ func (s *Store) AddForward(ctx context.Context, id string, forward smolvm.PortFo
 
 // RemoveForward removes the port forward of a host port from a VM. The error matches
 // [smolvm.ErrNotFound] if the VM has none.
-func (s *Store) RemoveForward(ctx context.Context, id string, hostPort int) error {
+func (s *Store) RemoveForward(ctx context.Context, id string, protocol smolvm.Protocol, hostPort int) error {
 	return s.update(ctx, func(tx *sql.Tx) error {
 		result, err := tx.ExecContext(ctx,
-			"DELETE FROM ports WHERE host_port = ? AND kind = ? AND vm = (SELECT seq FROM vms WHERE id = ?)",
-			hostPort, kindForward, id)
+			"DELETE FROM ports WHERE protocol = ? AND host_port = ? AND kind = ? AND vm = (SELECT seq FROM vms WHERE id = ?)",
+			text[smolvm.Protocol]{&protocol}, hostPort, kindForward, id)
 		if err != nil {
 			return err
 		}
 		n, err := result.RowsAffected()
 		if err == nil && n == 0 {
-			err = fmt.Errorf("forward of host port %d to VM %q: %w", hostPort, id, smolvm.ErrNotFound)
+			err = fmt.Errorf("forward of host port %d/%s to VM %q: %w", hostPort, protocol, id, smolvm.ErrNotFound)
 		}
 		return err
 	})
@@ -90,7 +90,7 @@ func (s *Store) RemoveForward(ctx context.Context, id string, hostPort int) erro
 
 // chooseLease returns the lowest lease that no VM has.
 func chooseLease(ctx context.Context, tx *sql.Tx, leases Range) (int, error) {
-	lease, err := lowestFree(ctx, tx, "vms", "lease", leases.First)
+	lease, err := lowestFree(ctx, tx, "vms", "lease", "true", leases.First)
 	if err == nil && lease > leases.Last {
 		err = fmt.Errorf("%w: all leases from %d to %d are taken; delete VMs that are not needed",
 			ErrPoolFull, leases.First, leases.Last)
@@ -102,19 +102,19 @@ func chooseLease(ctx context.Context, tx *sql.Tx, leases Range) (int, error) {
 func (s *Store) insertPorts(ctx context.Context, tx *sql.Tx, vm int64, n NewVM) (int, []smolvm.PortForward, error) {
 	forwards := slices.Clone(n.Config.PortForwards)
 	// What is chosen here must not be what a later forward asks for.
-	spare := func(addr netip.Addr, port int) bool {
-		asked := slices.ContainsFunc(forwards, func(f smolvm.PortForward) bool { return f.HostPort == port })
-		return !asked && (n.PortFree == nil || n.PortFree(addr, port))
+	spare := func(protocol smolvm.Protocol, addr netip.Addr, port int) bool {
+		asked := slices.ContainsFunc(forwards, func(f smolvm.PortForward) bool { return f.HostPort == port && f.Protocol == protocol })
+		return !asked && (n.PortFree == nil || n.PortFree(protocol, addr, port))
 	}
-	sshPort, err := s.choosePort(ctx, tx, n.Config.SSHHostAddr, spare)
+	sshPort, err := s.choosePort(ctx, tx, smolvm.TCP, n.Config.SSHHostAddr, spare)
 	if err != nil {
 		return 0, nil, err
 	}
 	err = insertPort(ctx, tx, vm, kindSSH,
-		smolvm.PortForward{HostAddr: n.Config.SSHHostAddr, HostPort: sshPort, GuestPort: guestSSHPort})
+		smolvm.PortForward{Protocol: smolvm.TCP, HostAddr: n.Config.SSHHostAddr, HostPort: sshPort, GuestPort: guestSSHPort})
 	for i := 0; i < len(forwards) && err == nil; i++ {
 		if forwards[i].HostPort == 0 {
-			if forwards[i].HostPort, err = s.choosePort(ctx, tx, forwards[i].HostAddr, spare); err != nil {
+			if forwards[i].HostPort, err = s.choosePort(ctx, tx, forwards[i].Protocol, forwards[i].HostAddr, spare); err != nil {
 				break
 			}
 		}
@@ -123,11 +123,15 @@ func (s *Store) insertPorts(ctx context.Context, tx *sql.Tx, vm int64, n NewVM) 
 	return sshPort, forwards, err
 }
 
-// choosePort returns the lowest host port that no VM has and that is free.
-func (s *Store) choosePort(ctx context.Context, tx *sql.Tx, addr netip.Addr, free PortFree) (int, error) {
+// choosePort returns the lowest host port of a protocol that no VM has and that is free.
+func (s *Store) choosePort(ctx context.Context, tx *sql.Tx, protocol smolvm.Protocol, addr netip.Addr, free PortFree) (int, error) {
 	ports := s.opts.Ports
+	condition := "protocol = 'tcp'"
+	if protocol == smolvm.UDP {
+		condition = "protocol = 'udp'"
+	}
 	for from := ports.First; ; {
-		port, err := lowestFree(ctx, tx, "ports", "host_port", from)
+		port, err := lowestFree(ctx, tx, "ports", "host_port", condition, from)
 		if err != nil {
 			return 0, err
 		}
@@ -135,24 +139,24 @@ func (s *Store) choosePort(ctx context.Context, tx *sql.Tx, addr netip.Addr, fre
 			return 0, fmt.Errorf("%w: all host ports from %d to %d are taken, by VMs or by other programs",
 				ErrPoolFull, ports.First, ports.Last)
 		}
-		if free == nil || free(addr, port) {
+		if free == nil || free(protocol, addr, port) {
 			return port, nil
 		}
 		from = port + 1
 	}
 }
 
-// lowestFree returns the lowest value, not below from, that a unique integer column
-// does not have. It halves the range in which that value is: a range without a gap
+// lowestFree returns the lowest value, not below from, that an integer column does not
+// have, which is unique among the rows of a condition. It halves the range in which that value is: a range without a gap
 // has as many rows as it has values. To count is much cheaper than to look for the
 // gap row by row.
-func lowestFree(ctx context.Context, tx *sql.Tx, table, column string, from int) (int, error) {
+func lowestFree(ctx context.Context, tx *sql.Tx, table, column, condition string, from int) (int, error) {
 	var highest int
-	err := tx.QueryRowContext(ctx, fmt.Sprintf("SELECT coalesce(max(%s), 0) FROM %s", column, table)).Scan(&highest)
+	err := tx.QueryRowContext(ctx, fmt.Sprintf("SELECT coalesce(max(%s), 0) FROM %s WHERE %s", column, table, condition)).Scan(&highest)
 	if err != nil {
 		return 0, err
 	}
-	count := fmt.Sprintf("SELECT count(*) FROM %s WHERE %s BETWEEN ? AND ?", table, column)
+	count := fmt.Sprintf("SELECT count(*) FROM %s WHERE %s AND %s BETWEEN ? AND ?", table, condition, column)
 	low, high := from, highest+1 // all from low down are taken, and high is free
 	for low < high {
 		middle := low + (high-low)/2
@@ -172,13 +176,14 @@ func lowestFree(ctx context.Context, tx *sql.Tx, table, column string, from int)
 // insertPort reserves the host port of a forward.
 func insertPort(ctx context.Context, tx *sql.Tx, vm int64, kind string, f smolvm.PortForward) error {
 	_, err := tx.ExecContext(ctx,
-		"INSERT INTO ports (vm, kind, host_addr, host_port, guest_port) VALUES (?, ?, ?, ?, ?)",
-		vm, kind, address{&f.HostAddr}, f.HostPort, f.GuestPort)
+		"INSERT INTO ports (vm, kind, protocol, host_addr, host_port, guest_port) VALUES (?, ?, ?, ?, ?, ?)",
+		vm, kind, text[smolvm.Protocol]{&f.Protocol}, address{&f.HostAddr}, f.HostPort, f.GuestPort)
 	if resultCode(err) != sqlite3.SQLITE_CONSTRAINT_UNIQUE {
 		return err
 	}
 	var owner string
-	err = tx.QueryRowContext(ctx, "SELECT id FROM vms JOIN ports ON vm = vms.seq WHERE host_port = ?", f.HostPort).Scan(&owner)
+	err = tx.QueryRowContext(ctx, "SELECT id FROM vms JOIN ports ON vm = vms.seq WHERE protocol = ? AND host_port = ?",
+		text[smolvm.Protocol]{&f.Protocol}, f.HostPort).Scan(&owner)
 	if err != nil {
 		return err
 	}
@@ -192,7 +197,7 @@ func selectPorts(ctx context.Context, tx *sql.Tx, vms []VM, bySeq map[int64]int)
 		return nil
 	}
 	seqs := slices.Collect(maps.Keys(bySeq))
-	rows, err := tx.QueryContext(ctx, `SELECT vm, kind = 'ssh', host_addr, host_port, guest_port FROM ports
+	rows, err := tx.QueryContext(ctx, `SELECT vm, kind = 'ssh', protocol, host_addr, host_port, guest_port FROM ports
 		WHERE vm BETWEEN ? AND ? ORDER BY seq`, slices.Min(seqs), slices.Max(seqs))
 	if err != nil {
 		return err
@@ -201,7 +206,7 @@ func selectPorts(ctx context.Context, tx *sql.Tx, vms []VM, bySeq map[int64]int)
 	var seq int64
 	var ssh bool
 	var f smolvm.PortForward
-	fields := []any{&seq, &ssh, address{&f.HostAddr}, number[int]{&f.HostPort}, number[int]{&f.GuestPort}}
+	fields := []any{&seq, &ssh, text[smolvm.Protocol]{&f.Protocol}, address{&f.HostAddr}, number[int]{&f.HostPort}, number[int]{&f.GuestPort}}
 	for rows.Next() {
 		if err := rows.Scan(fields...); err != nil {
 			return err

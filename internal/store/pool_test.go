@@ -18,12 +18,12 @@ import (
 var loopback = netip.MustParseAddr("127.0.0.1")
 
 func forward(hostPort, guestPort int) smolvm.PortForward {
-	return smolvm.PortForward{HostAddr: loopback, HostPort: hostPort, GuestPort: guestPort}
+	return smolvm.PortForward{Protocol: smolvm.TCP, HostAddr: loopback, HostPort: hostPort, GuestPort: guestPort}
 }
 
 // except says that all ports but some are free.
 func except(taken ...int) PortFree {
-	return func(_ netip.Addr, port int) bool { return !slices.Contains(taken, port) }
+	return func(_ smolvm.Protocol, _ netip.Addr, port int) bool { return !slices.Contains(taken, port) }
 }
 
 func TestSSHPortSkipsOtherPrograms(t *testing.T) {
@@ -31,7 +31,7 @@ func TestSSHPortSkipsOtherPrograms(t *testing.T) {
 	s := openTemp(t, Options{})
 	n := newVM("web")
 	n.Config.SSHHostAddr = netip.MustParseAddr("127.0.0.7")
-	n.PortFree = func(addr netip.Addr, port int) bool {
+	n.PortFree = func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
 		if addr != n.Config.SSHHostAddr {
 			t.Errorf("asked about address %s, want %s", addr, n.Config.SSHHostAddr)
 		}
@@ -97,7 +97,7 @@ func TestForwards(t *testing.T) {
 		}
 		want = append(want, f)
 	}
-	if err := s.RemoveForward(t.Context(), "web", 2201); err != nil {
+	if err := s.RemoveForward(t.Context(), "web", smolvm.TCP, 2201); err != nil {
 		t.Fatal(err)
 	}
 	want = slices.Delete(want, 1, 2)
@@ -113,7 +113,7 @@ func TestForwards(t *testing.T) {
 		t.Errorf("the configuration changed (-want +got):\n%s", diff)
 	}
 	for _, port := range []int{vm.SSHPort, 2201, 1} {
-		if err := s.RemoveForward(t.Context(), "web", port); !errors.Is(err, smolvm.ErrNotFound) {
+		if err := s.RemoveForward(t.Context(), "web", smolvm.TCP, port); !errors.Is(err, smolvm.ErrNotFound) {
 			t.Errorf("remove forward of port %d: error = %v, want ErrNotFound", port, err)
 		}
 	}
@@ -159,7 +159,7 @@ func TestMoveSSHPort(t *testing.T) {
 	n.Config.PortForwards = []smolvm.PortForward{forward(2203, 80)}
 	mustCreate(t, s, n)
 	var asked []int
-	port, err := s.MoveSSHPort(t.Context(), "a", func(addr netip.Addr, port int) bool {
+	port, err := s.MoveSSHPort(t.Context(), "a", func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
 		if addr != loopback {
 			t.Errorf("asked about address %s, want %s", addr, loopback)
 		}
@@ -280,4 +280,65 @@ func TestPoolModel(t *testing.T) {
 			},
 		})
 	})
+}
+
+// TCP and UDP have ports of their own, chosen and named ones.
+func TestPortsOfBothProtocols(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	udp := func(hostPort int) smolvm.PortForward {
+		f := forward(hostPort, 53)
+		f.Protocol = smolvm.UDP
+		return f
+	}
+	n := newVM("web")
+	n.Config.PortForwards = []smolvm.PortForward{forward(8080, 53), udp(8080), udp(0), forward(0, 53)}
+	vm := mustCreate(t, s, n)
+	want := []smolvm.PortForward{forward(8080, 53), udp(8080), udp(2200), forward(2201, 53)}
+	if diff := cmp.Diff(want, mustGet(t, s, "web").Forwards, equalAddrs); vm.SSHPort != 2200 || diff != "" {
+		t.Errorf("SSH port %d, forwards (-want +got):\n%s", vm.SSHPort, diff)
+	}
+	mustCreate(t, s, newVM("other"))
+	if _, err := s.AddForward(t.Context(), "other", udp(8080), nil); !errors.Is(err, smolvm.ErrPortInUse) {
+		t.Errorf("add a port of another VM: error = %v, want ErrPortInUse", err)
+	}
+	if err := s.RemoveForward(t.Context(), "web", smolvm.TCP, 2200); !errors.Is(err, smolvm.ErrNotFound) {
+		t.Errorf("remove the forward of SSH: error = %v, want ErrNotFound", err)
+	}
+	if err := s.RemoveForward(t.Context(), "web", smolvm.UDP, 8080); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff(slices.Delete(want, 1, 2), mustGet(t, s, "web").Forwards, equalAddrs); diff != "" {
+		t.Errorf("forwards without one (-want +got):\n%s", diff)
+	}
+}
+
+// Ports from before there were protocols are those of TCP.
+func TestMigratePorts(t *testing.T) {
+	t.Parallel()
+	steps, err := migrations()
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(steps, func(step string) bool { return strings.Contains(step, "ports_by_protocol") })
+	db := openTemp(t, Options{}).write
+	for _, statement := range []string{
+		"DROP TABLE ports",
+		`CREATE TABLE ports (seq INTEGER PRIMARY KEY, vm INTEGER NOT NULL REFERENCES vms (seq) ON DELETE CASCADE,
+			kind TEXT NOT NULL, host_addr TEXT NOT NULL, host_port INTEGER NOT NULL UNIQUE, guest_port INTEGER NOT NULL) STRICT`,
+		"CREATE INDEX ports_by_vm ON ports (vm)",
+		"INSERT INTO vms (seq, id, state, lease) VALUES (1, 'web', 'created', 2)",
+		"INSERT INTO ports VALUES (5, 1, 'ssh', '127.0.0.1', 2200, 22), (7, 1, 'forward', '0.0.0.0', 8080, 80)",
+		steps[i],
+	} {
+		if _, err := db.ExecContext(t.Context(), statement); err != nil {
+			t.Fatalf("%s: %v", statement, err)
+		}
+	}
+	var text string
+	err = db.QueryRowContext(t.Context(),
+		"SELECT group_concat(concat_ws(' ', seq, vm, kind, protocol, host_addr, host_port, guest_port), '; ') FROM ports").Scan(&text)
+	if want := "5 1 ssh tcp 127.0.0.1 2200 22; 7 1 forward tcp 0.0.0.0 8080 80"; err != nil || text != want {
+		t.Errorf("ports are %q, %v; want %q", text, err, want)
+	}
 }

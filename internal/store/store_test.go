@@ -113,7 +113,7 @@ func TestVMRoundTrip(t *testing.T) {
 		DiskSizeMiB:    4096,
 		RetainDisk:     true,
 		Drives:         []smolvm.Drive{{Path: "/srv/b.img", ReadOnly: true}, {Path: "/srv/a.img"}},
-		PortForwards:   []smolvm.PortForward{{HostAddr: netip.MustParseAddr("0.0.0.0"), HostPort: 8080, GuestPort: 80}},
+		PortForwards:   []smolvm.PortForward{{HostAddr: netip.MustParseAddr("0.0.0.0"), HostPort: 8080, GuestPort: 80, Protocol: smolvm.TCP}},
 		SSHHostAddr:    netip.MustParseAddr("::1"),
 		AuthorizedKeys: []string{"ssh-ed25519 AAAA you@host"},
 		Env:            map[string]string{"LANG": "C", "EMPTY": ""},
@@ -163,7 +163,7 @@ func TestListVMs(t *testing.T) {
 		n := newVM(id)
 		if id == "d" {
 			n.Config.Env = map[string]string{"ONLY": "here"}
-			n.Config.PortForwards = []smolvm.PortForward{{HostPort: 9001, GuestPort: 1}, {HostPort: 9000, GuestPort: 2}}
+			n.Config.PortForwards = []smolvm.PortForward{{HostPort: 9001, GuestPort: 1, Protocol: smolvm.TCP}, {HostPort: 9000, GuestPort: 2, Protocol: smolvm.UDP}}
 		}
 		mustCreate(t, s, n)
 	}
@@ -228,7 +228,7 @@ func TestUnknownVM(t *testing.T) {
 			t.Errorf("%s: error = %v, want ErrVMNotFound that names the VM", name, err)
 		}
 	}
-	if err := s.RemoveForward(ctx, "no", 80); !errors.Is(err, smolvm.ErrNotFound) {
+	if err := s.RemoveForward(ctx, "no", smolvm.TCP, 80); !errors.Is(err, smolvm.ErrNotFound) {
 		t.Errorf("RemoveForward: error = %v, want ErrNotFound", err)
 	}
 	if changed, err := s.MarkEnded(ctx, "no", "run", smolvm.StateStopped, "why", time.Now()); changed || err != nil {

@@ -68,9 +68,9 @@ type NewVM struct {
 	PortFree PortFree
 }
 
-// PortFree says whether a port at a host address can be bound. It is called within
+// PortFree reports whether a port at a host address can be bound. It is called within
 // a transaction, so it must not use the store.
-type PortFree func(addr netip.Addr, port int) bool
+type PortFree func(protocol smolvm.Protocol, addr netip.Addr, port int) bool
 
 // CreateVM makes the row of a VM, and reserves the lowest free lease, the lowest
 // free port for SSH, and the host ports of its forwards. Where a forward leaves the
