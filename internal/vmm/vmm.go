@@ -266,8 +266,8 @@ type Pauser interface {
 
 // Saver is an Instance whose guest can be saved while it runs.
 type Saver interface {
-	// Save saves the guest's memory and the VMM's state. The guest is held only at
-	// the end of it. On failure the guest goes on as if nothing had been, and the
+	// Save saves the guest's memory and the VMM's state as both are at one moment, after
+	// which the guest does not run before Save is done. It is held only at the end of it. On failure the guest goes on as if nothing had been, and the
 	// files are removed.
 	Save(ctx context.Context, opts SaveOptions) (Saved, error)
 }
@@ -289,11 +289,15 @@ type SaveOptions struct {
 
 // Saved says how a saving went.
 type Saved struct {
-	// Pause is how long the guest was held.
+	// Pause is how long the guest was held, if it ran before, up to the end of Save.
 	Pause time.Duration
 	// Held says that it had been held before, so it must be told to go on when it is
 	// restored.
 	Held bool
+	// Reread is how many pages of memory were read once more while the guest was held, as
+	// the VMM may have missed that the guest wrote to them after they had been saved.
+	// Mended is how many of those it had missed.
+	Reread, Mended int
 	// Switched says that the guest writes to the overlays from now on. That may be so
 	// even if the saving failed in the end.
 	Switched bool

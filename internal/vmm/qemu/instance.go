@@ -28,11 +28,14 @@ type instance struct {
 	shutdown string     // the reason that QEMU gave for its end
 	killed   bool       // Kill was called before QEMU gave any
 	stopped  time.Time  // when the guest was last held
+	stopping func()     // called when the guest is held; nil: nothing
 
-	saving    sync.Mutex // held by Save; guards the following two
+	running   chan struct{}  // holds one while the guest is saved, held or continued; guards the following two
 	switches  int
 	disks     map[int]string // nodes of drives that were switched; see switchOver
 	migration chan string    // the states that a migration goes through
+
+	findRAM func(pid int, size int64, fromFile bool) (*guestRAM, error) // tests have others
 
 	resumed chan struct{} // receives when the guest goes on
 
@@ -70,12 +73,21 @@ func (i *instance) Shutdown(ctx context.Context) error {
 
 // Pause implements [vmm.Pauser].
 func (i *instance) Pause(ctx context.Context) error {
-	return i.qmp.settle(ctx, request{Execute: "stop"})
+	return i.setRunning(ctx, "stop")
 }
 
 // Resume implements [vmm.Pauser].
 func (i *instance) Resume(ctx context.Context) error {
-	return i.qmp.settle(ctx, request{Execute: "cont"})
+	return i.setRunning(ctx, "cont")
+}
+
+func (i *instance) setRunning(ctx context.Context, command string) error {
+	unlock, err := i.lockRunning(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return i.qmp.settle(ctx, request{Execute: command})
 }
 
 // Kill implements [vmm.Instance].
@@ -128,6 +140,9 @@ func (i *instance) handle(e event) {
 	case "STOP":
 		i.mu.Lock()
 		i.stopped = time.Now()
+		if i.stopping != nil {
+			i.stopping()
+		}
 		i.mu.Unlock()
 	case "MIGRATION":
 		select {

@@ -88,7 +88,10 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 		return nil, errors.Join(err, control.Close())
 	}
 	defer func() { _ = log.Close() }()
-	inst := &instance{cfg: cfg, disks: map[int]string{}, control: control, done: make(chan struct{}), migration: make(chan string, maxStates), resumed: make(chan struct{}, 1)}
+	inst := &instance{
+		cfg: cfg, control: control, done: make(chan struct{}), running: make(chan struct{}, 1), findRAM: findRAM,
+		disks: map[int]string{}, migration: make(chan string, maxStates), resumed: make(chan struct{}, 1),
+	}
 	inst.logStart, inst.consoleStart = size(cfg.LogPath), size(cfg.ConsolePath)
 
 	// Go gives the nth extra file the number 3+n.

@@ -9,6 +9,8 @@ import (
 	"os"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -20,14 +22,35 @@ const (
 	// held longer: the downtime grows with every round.
 	firstDowntime = 20 * time.Millisecond
 	downtimeRound = time.Second
+	// longestDowntime is the longest that QEMU takes. With it a guest is held when QEMU
+	// looks the second time what it has changed, some 100 ms after the beginning.
+	longestDowntime = 2000 * time.Second
+	// maxLooks is how often QEMU looks then: at the beginning, before the guest is held,
+	// and after that.
+	maxLooks = 3
+	// lookTime is how long QEMU may take to answer how often it has looked. It may be
+	// long: what comes meanwhile is unsafe, no more.
+	lookTime = time.Second
 	// cancelTime is how long QEMU may take to give a migration up, on a busy host too.
 	cancelTime = 30 * time.Second
+	// sendBuffer bounds, in bytes, what QEMU can have written that has not been read. The
+	// state of the devices, which comes last, is 190 KB or so: it must be more than fits
+	// in here and in readAhead, see [saving.split].
+	sendBuffer = 32 << 10
+)
+
+var (
+	errNotHeld    = errors.New("QEMU may have let go of the guest while its memory was read")
+	errLostWrites = errors.New("this version of QEMU can't save a guest that runs; pause the VM, and save it then")
 )
 
 // Save implements [vmm.Saver].
 func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Saved, err error) {
-	i.saving.Lock()
-	defer i.saving.Unlock()
+	unlock, err := i.lockRunning(ctx)
+	if err != nil {
+		return saved, err
+	}
+	defer unlock()
 	fail := func(err error) (vmm.Saved, error) {
 		return saved, fmt.Errorf("save VM %q: %w", i.cfg.ID, err)
 	}
@@ -36,20 +59,16 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 		return fail(err)
 	}
 	saved.Held = !before.Running
-	s, err := i.openSaving(opts)
-	if err != nil {
-		return fail(err)
+	// Under KVM the kernel tells what the guest has written, and misses nothing. A guest
+	// that is held writes nothing.
+	var ram *guestRAM
+	if i.cfg.Accelerator == vmm.TCG && before.Running {
+		// Without it the guest is held longer.
+		ram, _ = i.findRAM(i.PID(), int64(i.cfg.MemoryMiB)<<20, i.cfg.Restore != nil)
 	}
-	defer func() { err = errors.Join(err, s.close(err != nil)) }()
-	err = i.migrate(ctx, s)
-	if err == nil {
-		saved.Switched, err = i.switchOver(ctx, opts)
-	}
-	if before.Running && (!opts.Hold || err != nil) {
-		// Even if nobody waits for it any more.
-		held := i.heldSince()
-		err = errors.Join(err, i.qmp.execute(context.WithoutCancel(ctx), "cont", nil))
-		saved.Pause = time.Since(held)
+	err = i.saveOnce(ctx, opts, ram, &saved)
+	if ram != nil && (errors.Is(err, errUnreadable) || errors.Is(err, errNotHeld)) {
+		err = i.saveOnce(ctx, opts, nil, &saved)
 	}
 	if err != nil {
 		return fail(err)
@@ -57,7 +76,47 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 	return saved, nil
 }
 
-// heldSince is when the guest was held for the last time.
+// saveOnce saves a guest, with its memory reread from ram if that is not nil.
+func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM, saved *vmm.Saved) (err error) {
+	s, err := i.openSaving(ctx, opts, ram)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.close(err != nil)) }()
+	err = i.migrate(ctx, s)
+	if err == nil {
+		saved.Reread, saved.Mended = s.reread, s.mended
+		saved.Switched, err = i.switchOver(ctx, opts)
+	}
+	if saved.Held {
+		return err
+	}
+	held := i.heldSince()
+	if !opts.Hold || err != nil {
+		// Even if nobody waits for it any more.
+		err = errors.Join(err, i.qmp.execute(context.WithoutCancel(ctx), "cont", nil))
+	}
+	if !held.IsZero() {
+		saved.Pause = time.Since(held)
+	}
+	return err
+}
+
+// lockRunning waits until nobody else saves, holds or continues the guest: what is saved
+// says whether the guest ran, and after that it is to do what it did before.
+func (i *instance) lockRunning(ctx context.Context) (unlock func(), err error) {
+	select {
+	case i.running <- struct{}{}:
+		return func() { <-i.running }, nil
+	case <-i.done:
+		return nil, errQMPClosed
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// heldSince is when the guest was held for the last time, zero if it has not been since the
+// last migration began.
 func (i *instance) heldSince() time.Time {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -70,10 +129,18 @@ func (i *instance) migrate(ctx context.Context, s *saving) error {
 	for len(i.migration) > 0 {
 		<-i.migration // of an earlier one
 	}
+	i.mu.Lock()
+	i.stopped = time.Time{}
+	i.mu.Unlock()
 	err := i.prepareMigration(ctx, capabilities{{"events", true}}, s.theirs)
 	_ = s.theirs.Close() // QEMU has its own by now, and its end of the stream must be the last
+	early := s.ram == nil && i.cfg.Accelerator == vmm.TCG
+	downtime := firstDowntime
+	if early {
+		downtime = longestDowntime
+	}
 	if err == nil {
-		err = i.setMigration(ctx, map[string]any{"max-bandwidth": int64(saveBandwidth), "downtime-limit": firstDowntime.Milliseconds()})
+		err = i.setMigration(ctx, map[string]any{"max-bandwidth": int64(saveBandwidth), "downtime-limit": downtime.Milliseconds()})
 	}
 	if err == nil {
 		err = i.qmp.settle(ctx, request{Execute: "migrate", Arguments: uriOf(stateFile)})
@@ -81,10 +148,22 @@ func (i *instance) migrate(ctx context.Context, s *saving) error {
 	if err != nil {
 		return err
 	}
+	if err := i.awaitMigration(ctx, s, downtime); err != nil || !early {
+		return err
+	}
+	info, err := i.queryMigration(ctx)
+	if err == nil && info.RAM.Looks > maxLooks {
+		err = errLostWrites
+	}
+	return err
+}
+
+// awaitMigration returns when the migration has ended, and all of it has been written.
+func (i *instance) awaitMigration(ctx context.Context, s *saving, downtime time.Duration) error {
 	round := time.NewTicker(downtimeRound)
 	defer round.Stop()
-	downtime := firstDowntime
 	for {
+		longer := min(2*downtime, longestDowntime)
 		select {
 		case state := <-i.migration:
 			switch state {
@@ -93,16 +172,49 @@ func (i *instance) migrate(ctx context.Context, s *saving) error {
 			case stateFailed, stateCancelled:
 				return errors.Join(i.migrationError(ctx), s.wait())
 			}
+			continue
+		case <-s.enough:
+			longer = longestDowntime
 		case <-round.C:
-			downtime *= 2
-			if err := i.setMigration(ctx, map[string]any{"downtime-limit": downtime.Milliseconds()}); err != nil {
-				return errors.Join(err, i.cancelMigration(ctx))
-			}
 		case <-i.qmp.done:
 			return errQMPClosed
 		case <-ctx.Done():
 			return errors.Join(context.Cause(ctx), i.cancelMigration(ctx))
 		}
+		if longer == downtime {
+			continue
+		}
+		downtime = longer
+		if err := i.setMigration(ctx, map[string]any{"downtime-limit": downtime.Milliseconds()}); err != nil {
+			return errors.Join(err, i.cancelMigration(ctx))
+		}
+	}
+}
+
+// looks asks QEMU how often it has looked at what the guest has changed. Once the guest is
+// held QEMU may not answer before all of the stream has been read, so nobody waits for that.
+func (i *instance) looks(ctx context.Context) looks {
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	i.onStop(cancel)
+	info, err := i.queryMigration(ctx)
+	switch {
+	case err == nil && info.RAM.Looks <= 1:
+		return lookedOnce
+	case err == nil || !i.heldSince().IsZero():
+		return lookedAgain
+	}
+	return looksUnknown
+}
+
+// onStop has f called when the guest is held, or now if it has been since the migration
+// began.
+func (i *instance) onStop(f func()) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.stopping = f
+	if !i.stopped.IsZero() {
+		f()
 	}
 }
 
@@ -149,11 +261,23 @@ func (i *instance) disk(n int) string {
 	return driveID(n)
 }
 
+// migrationInfo is what query-migrate returns.
+type migrationInfo struct {
+	Error string `json:"error-desc"`
+	RAM   struct {
+		// Looks is how often QEMU has looked which pages the guest has changed.
+		Looks int `json:"dirty-sync-count"`
+	} `json:"ram"`
+}
+
+func (i *instance) queryMigration(ctx context.Context) (info migrationInfo, err error) {
+	err = i.qmp.execute(ctx, "query-migrate", &info)
+	return info, err
+}
+
 func (i *instance) migrationError(ctx context.Context) error {
-	var info struct {
-		Error string `json:"error-desc"`
-	}
-	if err := i.qmp.execute(ctx, "query-migrate", &info); err != nil {
+	info, err := i.queryMigration(ctx)
+	if err != nil {
 		return err
 	}
 	if info.Error == "" {
@@ -182,34 +306,89 @@ type saving struct {
 	memory, state *os.File
 	stream        *net.UnixConn // what QEMU writes
 	theirs        *os.File      // QEMU's end of it
+	received      int64         // how many bytes have been read from it
+	splitter      *splitter
+	ram           *guestRAM     // from where pages are read once more; nil: they are not
+	enough        chan struct{} // receives when the guest must be held at all costs
 	done          chan error    // receives the result of splitting the stream
+
+	reread, mended int // pages; written before done receives
 }
 
-func (i *instance) openSaving(opts vmm.SaveOptions) (*saving, error) {
+func (i *instance) openSaving(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM) (*saving, error) {
 	const flags = os.O_CREATE | os.O_EXCL | os.O_RDWR
 	memory, err := os.OpenFile(opts.Memory, flags, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	s := &saving{memory: memory, done: make(chan error, 1)}
+	s := &saving{memory: memory, ram: ram, enough: make(chan struct{}, 1), done: make(chan error, 1)}
 	err = memory.Truncate(int64(i.cfg.MemoryMiB) << 20)
 	if err == nil {
 		s.state, err = os.OpenFile(opts.State, flags, 0o600)
+	}
+	if err == nil {
+		s.stream, s.theirs, err = pair()
+	}
+	if err == nil && ram != nil {
+		err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(s.theirs.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer))
 	}
 	if err != nil {
 		s.done <- nil
 		return nil, errors.Join(err, s.close(true))
 	}
-	if s.stream, s.theirs, err = pair(); err != nil {
-		s.done <- nil
-		return nil, errors.Join(err, s.close(true))
+	s.splitter = newSplitter(s, s.state, s.memory)
+	if ram != nil {
+		s.splitter.log.look = func() looks { return i.looks(ctx) }
+		s.splitter.log.enough = func() { s.enough <- struct{}{} }
 	}
 	go func() {
-		err := splitStream(s.stream, s.state, s.memory)
+		err := s.split()
 		_ = s.stream.Close() // on failure this makes QEMU give up
 		s.done <- err
 	}()
 	return s, nil
+}
+
+// Read reads what QEMU writes.
+func (s *saving) Read(p []byte) (int, error) {
+	n, err := s.stream.Read(p)
+	s.received += int64(n)
+	return n, err
+}
+
+// split splits the stream to its end. In between it mends the memory, with the guest as it
+// is when its devices are saved: if QEMU still has something to write after that, it was
+// waiting for us to read, with its lock held, without which nothing in it goes on. Not even
+// the guest being held would do: what comes by the guest channel is put into its memory then
+// too.
+func (s *saving) split() error {
+	if s.ram == nil {
+		return s.splitter.split()
+	}
+	var written int64 // by QEMU, when the memory had been mended
+	s.splitter.memoryEnds = func() (err error) {
+		if s.reread, s.mended, err = s.splitter.memory.mend(s.ram, &s.splitter.log); err != nil {
+			return err
+		}
+		waiting, err := unread(s.stream)
+		written = s.received + int64(waiting)
+		return err
+	}
+	err := s.splitter.split()
+	if err == nil && s.received == written {
+		err = errNotHeld
+	}
+	return err
+}
+
+// unread returns how many bytes lie in a socket that have not been read.
+func unread(conn *net.UnixConn) (n int, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	controlErr := raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
+	return n, errors.Join(err, controlErr)
 }
 
 // wait returns when all of the stream has been written.

@@ -57,21 +57,50 @@ var errStream = errors.New("migration stream is not as expected; this version of
 // A page may come several times, as the guest changes it while it is saved. The file
 // must be new, and have the size of the guest's memory.
 func splitStream(stream io.Reader, state io.Writer, memory *os.File) error {
+	return newSplitter(stream, state, memory).split()
+}
+
+type splitter struct {
+	in     *bufio.Reader
+	out    *bufio.Writer
+	memory pageWriter
+	log    pageLog
+	// memoryEnds is called when all of the memory has come, and the devices have not;
+	// it may be nil.
+	memoryEnds func() error
+
+	block string // whose pages are being read
+	held  bool   // what is being read was sent while the guest was held
+	err   error  // the first error in passing something on
+}
+
+// readAhead is how much of a stream is read at once, in bytes; see sendBuffer.
+const readAhead = 32 << 10
+
+func newSplitter(stream io.Reader, state io.Writer, memory *os.File) *splitter {
 	size := size(memory.Name())
-	s := &splitter{
-		in:     bufio.NewReaderSize(stream, 1<<20),
+	return &splitter{
+		in:     bufio.NewReaderSize(stream, readAhead),
 		out:    bufio.NewWriterSize(state, 64<<10),
 		memory: pageWriter{file: memory, size: size, written: make([]bool, size/ramPageSize)},
+		log:    pageLog{last: make([]uint32, size/ramPageSize)},
 	}
+}
+
+// split splits the stream to its end.
+func (s *splitter) split() error {
 	err := s.run()
+	if err == nil {
+		err = s.memory.flush()
+	}
+	if err == nil && s.memoryEnds != nil {
+		err = s.memoryEnds()
+	}
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	if err == nil {
 		_, err = io.Copy(s.out, s.in)
-	}
-	if err == nil {
-		err = s.memory.flush()
 	}
 	if err == nil {
 		err = s.out.Flush()
@@ -80,15 +109,6 @@ func splitStream(stream io.Reader, state io.Writer, memory *os.File) error {
 		return fmt.Errorf("split migration stream: %w", err)
 	}
 	return nil
-}
-
-type splitter struct {
-	in     *bufio.Reader
-	out    *bufio.Writer
-	memory pageWriter
-
-	block string // whose pages are being read
-	err   error  // the first error in passing something on
 }
 
 // run reads up to the end of the memory's section; what follows is of the devices.
@@ -137,6 +157,7 @@ func (s *splitter) section(mark byte) error {
 			return s.failed()
 		}
 	}
+	s.held = mark == markSectionEnd
 	for done := false; !done; {
 		var err error
 		if done, err = s.record(); err != nil {
@@ -188,6 +209,9 @@ func (s *splitter) record() (last bool, err error) {
 			err = s.memory.fill(offset, content[0])
 		} else {
 			err = s.memory.put(offset, content)
+		}
+		if err == nil {
+			err = s.log.note(offset/ramPageSize, s.held)
 		}
 	} else {
 		s.write(head[:])

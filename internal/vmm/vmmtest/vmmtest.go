@@ -26,6 +26,8 @@ type Assets struct {
 	BootArgs string
 	// SkipClock says why the guest's clock is not tested. Empty: it is.
 	SkipClock string
+	// BusySaves is how often each busy guest is saved. Zero: busy guests are left out.
+	BusySaves int
 }
 
 // Run runs the suite. Each case starts VMs of its own, on a backend of its own.
@@ -62,6 +64,8 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 
 		{"save", save, false},
 		{"save a guest that is held", saveHeld, false},
+		{"save a busy guest with 2 CPUs", saveBusy(2), false},
+		{"save a busy guest with 4 CPUs", saveBusy(4), false},
 		{"save fails", saveFails, true},
 		{"restore fails", restoreFails, true},
 	}
@@ -73,4 +77,9 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 			c.run(newKit(t, newBackend(t), assets, initrd))
 		})
 	}
+}
+
+// SaveBusy runs one case of the suite: a busy guest with 2 CPUs is saved.
+func SaveBusy(t *testing.T, backend vmm.Backend, assets Assets) {
+	saveBusy(2)(newKit(t, backend, assets, assets.Initrd(t, obey)))
 }
