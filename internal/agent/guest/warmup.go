@@ -3,10 +3,13 @@ package guest
 import (
 	"crypto/ed25519"
 	"crypto/rand"
+	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
 	"runtime"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -26,17 +29,35 @@ func (a *agent) warmUp() {
 	logInOnce()
 }
 
-// rehearse runs a program while a guest that was restored takes on its identity. Its
+// lifeTime bounds how long a program may take that ends at once. On a busy host it takes
+// a second.
+const lifeTime = 20 * time.Second
+
+// rehearse runs a program while a guest that was restored takes on its identity, and
+// returns when it has ended: no guest is handed out that can't start programs. Its
 // emulator begins with no translated code and its memory is all to be fetched, so the
 // first program to start pays 50 ms that the kernel's fork, exec and exit need; here
 // another CPU pays them that has nothing to do yet.
-func (a *agent) rehearse() {
-	if runtime.NumCPU() < 2 {
-		return
-	}
+func (a *agent) rehearse() error {
 	noop := &job{argv: []string{"true"}, noStdin: true, stdout: io.Discard, stderr: io.Discard}
-	if noop.start(a.reaper) == nil {
+	err := noop.start(a.reaper)
+	if errors.Is(err, errNotFound) { // not every image has it
+		noop = &job{argv: []string{"/proc/self/exe", noopCommand}, noStdin: true, stdout: io.Discard, stderr: io.Discard}
+		err = noop.start(a.reaper)
+	}
+	if err != nil {
+		return fmt.Errorf("programs can't be started in the guest: %w", err)
+	}
+	ended := make(chan struct{})
+	go func() {
 		noop.wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		return nil
+	case <-time.After(lifeTime):
+		return fmt.Errorf("programs don't run in the guest: the first one has not ended in %s", lifeTime)
 	}
 }
 
