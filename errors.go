@@ -30,6 +30,9 @@ var (
 	ErrSnapshotAlreadyExists = fmt.Errorf("snapshot %w", ErrAlreadyExists)
 	// ErrPoolNotFound says that there is no such pool.
 	ErrPoolNotFound = fmt.Errorf("pool %w", ErrNotFound)
+	// ErrNotRestored says that a VM can't go on from the memory of a snapshot or of
+	// another VM.
+	ErrNotRestored = errors.New("the saved memory can't be used")
 	// ErrInvalidState says that the VM's state does not allow the operation.
 	ErrInvalidState = errors.New("invalid VM state")
 	// ErrBootTimeout says that the guest was not ready in the time given.

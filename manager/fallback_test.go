@@ -1,6 +1,7 @@
 package manager_test
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -86,7 +87,10 @@ func TestReplacedVMM(t *testing.T) {
 	if len(report.Warnings) != 1 || !strings.Contains(report.Warnings[0], old.ID) {
 		t.Errorf("warnings are %q, want one about template %s", report.Warnings, old.ID)
 	}
-	restored, err := m.RestoreSnapshot(t.Context(), "taken", manager.RestoreOptions{ID: "restored"})
+	if _, err := m.RestoreSnapshot(t.Context(), "taken", manager.RestoreOptions{}); !errors.Is(err, smolvm.ErrNotRestored) {
+		t.Errorf("restored by another VMM: %v", err)
+	}
+	restored, err := m.RestoreSnapshot(t.Context(), "taken", manager.RestoreOptions{ID: "restored", AllowCold: true})
 	if err != nil {
 		t.Fatal(err)
 	}

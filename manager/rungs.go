@@ -35,6 +35,10 @@ type savedGuest struct {
 	base string
 	// inSession as in [shim.Spec].
 	inSession bool
+	// must says that without its memory there is to be no VM.
+	must bool
+	// doubts is why its memory may not be what it was; a warning.
+	doubts error
 }
 
 // starting is one start of a VM. It tries the fastest rung first; whatever keeps it from
@@ -82,9 +86,12 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from
 	switch {
 	case from == nil:
 		err = s.fast(ctx)
+	case opts.Cold:
+	case damage != nil && from.must:
+		err = notRestored(damage)
 	case damage != nil:
 		s.warn(damage)
-	case !opts.Cold:
+	default:
 		err = s.restore(ctx, *from)
 	}
 	if err == nil && !s.started {
@@ -163,19 +170,29 @@ func (s *starting) fast(ctx context.Context) error {
 	return err
 }
 
-// restore starts the VM from a saved guest. Of about 3000 that were restored under
-// emulation, one panicked at once, on a busy host. Whether it was saved or restored badly
-// is not known, so one that fails early is restored once more.
+// restore starts the VM from a saved guest. One that fails early is restored once more: the
+// host may have been too busy. What is returned is an error that ends the start.
 func (s *starting) restore(ctx context.Context, from savedGuest) error {
+	if from.doubts != nil {
+		s.warn(from.doubts)
+	}
 	began := time.Now()
 	err := s.restoreOnce(ctx, from)
-	if err == nil || ctx.Err() != nil || time.Since(began) > s.launch.Spec.ReadyTimeout/earlyFraction {
-		return s.missed(ctx, from.rung, from.source, err)
+	if err != nil && ctx.Err() == nil && time.Since(began) <= s.launch.Spec.ReadyTimeout/earlyFraction {
+		if err := s.missed(ctx, from.rung, from.source, err); err != nil {
+			return err
+		}
+		err = s.restoreOnce(ctx, from)
 	}
-	if err := s.missed(ctx, from.rung, from.source, err); err != nil {
-		return err
+	if err != nil && ctx.Err() == nil && from.must {
+		return notRestored(fmt.Errorf("%s of %s: %w", from.rung, from.source, err))
 	}
-	return s.missed(ctx, from.rung, from.source, s.restoreOnce(ctx, from))
+	return s.missed(ctx, from.rung, from.source, err)
+}
+
+// notRestored is the error of a start that must not do without the saved memory.
+func notRestored(why error) error {
+	return fmt.Errorf("%w: %w; it can be booted from the disk alone, without what was in memory", smolvm.ErrNotRestored, why)
 }
 
 func (s *starting) restoreOnce(ctx context.Context, from savedGuest) error {
@@ -192,7 +209,9 @@ func (s *starting) restoreOnce(ctx context.Context, from savedGuest) error {
 	launch.Spec.VMM.Drives = drives
 	launch.Spec.VMM.Restore = &from.files
 	launch.Spec.InSession = from.inSession
-	launch.Spec.ReadyTimeout /= fastFraction
+	if !from.must { // else there is no other rung that needs time
+		launch.Spec.ReadyTimeout /= fastFraction
+	}
 	launch.Spec.WarmUp = ""
 	return s.attempt(ctx, launch, from.rung, from.source, shim.Launch)
 }

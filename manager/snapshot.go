@@ -32,6 +32,18 @@ type snapshotMeta struct {
 	Pause  time.Duration `json:"pause_ns"`
 	Held   bool          `json:"held,omitempty"` // as in [vmm.Saved]
 	Synced bool          `json:"synced"`
+	// Exact says that the memory is the guest's at one moment, whatever it was doing.
+	// Before the program saw to that, emulated guests that were busy were saved with some
+	// pages out of date.
+	Exact bool `json:"exact,omitempty"`
+}
+
+// doubts is why the memory may not be what the guest's was, or nil.
+func (meta snapshotMeta) doubts(name string) error {
+	if meta.Exact || meta.Held || meta.Hardware.Accelerator != vmm.TCG {
+		return nil
+	}
+	return fmt.Errorf("snapshot %s was taken by an older smolvm: if VM %s was busy then, programs in the restored one may crash or hang; take it anew", name, meta.VMID)
 }
 
 // restore is how the guest's memory is had from the files of a snapshot.
@@ -113,7 +125,7 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 		ctx := context.WithoutCancel(ctx)
 		return nil, meta, errors.Join(fmt.Errorf("snapshot VM %q: %w", id, err), draft.Discard(), m.reclaimLayers(ctx))
 	}
-	meta.Pause, meta.Held, meta.Synced = saved.Pause, saved.Held, saved.Synced
+	meta.Pause, meta.Held, meta.Synced, meta.Exact = saved.Pause, saved.Held, saved.Synced, true
 	return draft, meta, nil
 }
 
@@ -237,12 +249,15 @@ type RestoreOptions struct {
 	Ephemeral bool
 	// Start says how to start it. Cold boots from the snapshot's disk.
 	Start StartOptions
+	// AllowCold has the VM boot from the snapshot's disk if its memory can't be used, with
+	// a warning.
+	AllowCold bool
 }
 
 // RestoreSnapshot makes a VM that goes on where a snapshot was taken, with an identity
-// of its own. If the memory can't be had, because it is damaged or the VMM has been
-// upgraded since, the VM boots from the snapshot's disk, and a warning says so. On
-// failure there is no new VM.
+// of its own. If the memory can't be used, because it is damaged or the VMM has been
+// upgraded since, the error matches [smolvm.ErrNotRestored], unless the options allow the
+// VM to boot from the snapshot's disk. On failure there is no new VM.
 func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts RestoreOptions) (smolvm.VMInfo, error) {
 	found, err := m.snapshots.Get(name)
 	if err != nil {
@@ -258,6 +273,8 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts Restore
 		files:     meta.restore(found.Path),
 		base:      m.dir.Layer(meta.Layer),
 		inSession: true,
+		must:      !opts.AllowCold,
+		doubts:    meta.doubts(name),
 	}
 	damage := m.snapshots.Verify(ctx, found, m.bootID())
 	return m.revive(ctx, meta, from, damage, opts)
@@ -320,8 +337,11 @@ type ForkOptions struct {
 	Count int
 	// IDs of the children. Those that are not given are made up.
 	IDs []string
-	// Start says how to start them.
+	// Start says how to start them. Cold boots them from the disk as it is now.
 	Start StartOptions
+	// AllowCold has a child boot from the disk if it can't go on where the parent is, with
+	// a warning.
+	AllowCold bool
 }
 
 // Forked is what came of a fork.
@@ -332,7 +352,8 @@ type Forked struct {
 }
 
 // Fork makes children of a running VM: each goes on where the parent is, with an
-// identity of its own. The parent goes on too. It is all or nothing.
+// identity of its own. The parent goes on too. It is all or nothing: if one of them can't
+// go on there, the error matches [smolvm.ErrNotRestored], and there are none.
 func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked, error) {
 	began := time.Now()
 	count := max(opts.Count, len(opts.IDs), 1)
@@ -348,6 +369,7 @@ func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked
 		files:     meta.restore(draft.Path),
 		base:      m.dir.Layer(meta.Layer),
 		inSession: true,
+		must:      !opts.AllowCold,
 	}
 	forked := Forked{Pause: meta.Pause, Children: make([]smolvm.VMInfo, count)}
 	group, groupCtx := errgroup.WithContext(ctx)

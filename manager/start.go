@@ -66,7 +66,7 @@ func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, f
 		return smolvm.VMInfo{}, fmt.Errorf("start VM %q: %w", id, err)
 	}
 	if from != nil && damage != nil {
-		damage = fmt.Errorf("%s %s: %w; booting from its disk", from.rung, from.source, damage)
+		damage = fmt.Errorf("%s %s: %w", from.rung, from.source, damage)
 	}
 	vm, report, err := m.boot(ctx, vm, opts, from, damage)
 	if err != nil {

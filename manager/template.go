@@ -24,8 +24,9 @@ import (
 
 const (
 	// templateFormat changes whenever a template of the same recipe would be another:
-	// when the guest is taken through other steps before it is frozen.
-	templateFormat = 1
+	// when the guest is taken through other steps before it is frozen, or is saved in
+	// another way.
+	templateFormat = 2
 	// templateLease is an index that no VM gets; see package network.
 	templateLease = network.FirstIndex - 1
 	// keyDigits of a key begin a template's id; the rest of the id is drawn at random.

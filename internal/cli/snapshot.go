@@ -28,7 +28,7 @@ func (a *app) snapshotCreateCommand() *cobra.Command {
 		Use:   "create [flags] ID",
 		Short: "Save a running VM, and print the snapshot's name",
 		Long: `Save a running or paused VM, and print the snapshot's name. The VM goes on: it is held
-for some hundredths of a second at the end.`,
+for some hundredths of a second at the end, longer if it changes much of its memory.`,
 		Example:           "  smolvm snapshot create --name ready web",
 		Args:              withID,
 		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StatePaused)),
@@ -86,13 +86,15 @@ func (a *app) snapshotRestoreCommand() *cobra.Command {
 of its own; what was connected to the other VM is not connected to this one.
 
 If the snapshot's memory can't be used, because it is damaged or QEMU was upgraded
-since, the VM boots from the snapshot's disk, and a warning says so.`,
+since, that is an error, and no VM is made. With --allow-cold the VM boots from the
+snapshot's disk then, and a warning says so; with --cold it does in any case.`,
 		Example: "  smolvm snapshot restore ready\n  smolvm snapshot restore --id web-2 ready",
 		Args:    needs(1, 1, "the name of a snapshot"),
 	}
 	cmd.Flags().StringVar(&options.ID, "id", "", "`ID` of the VM (default: that of the saved VM if it is gone, else made up)")
 	complete(cmd, "id", words())
 	startFlags(cmd, &options.Start)
+	allowColdFlag(cmd, &options.AllowCold)
 	timings := timingsFlag(cmd)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
@@ -124,7 +126,8 @@ func (a *app) forkCommand() *cobra.Command {
 		Use:   "fork [flags] ID",
 		Short: "Make copies of a running VM, and print their ids",
 		Long: `Make copies of a running VM, and print their ids. Each goes on where the VM is, with
-the same memory and disk, and an identity of its own. The VM itself goes on too.`,
+the same memory and disk, and an identity of its own. The VM itself goes on too, and is
+held for some hundredths of a second. If one of them can't go on there, none is made.`,
 		Example:           "  smolvm fork -n 3 web",
 		Args:              withID,
 		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StatePaused)),
@@ -134,6 +137,7 @@ the same memory and disk, and an identity of its own. The VM itself goes on too.
 	complete(cmd, "count", words())
 	complete(cmd, "id", words())
 	startFlags(cmd, &options.Start)
+	allowColdFlag(cmd, &options.AllowCold)
 	timings := timingsFlag(cmd)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		if options.Count < 1 {
@@ -157,6 +161,11 @@ the same memory and disk, and an identity of its own. The VM itself goes on too.
 		})
 	})
 	return cmd
+}
+
+// allowColdFlag says what to do without the memory that a VM is to go on from.
+func allowColdFlag(cmd *cobra.Command, allow *bool) {
+	cmd.Flags().BoolVar(allow, "allow-cold", false, "if the saved memory can't be used, boot from the disk, with a warning")
 }
 
 // timingsFlag says whether the phases of a start are to be printed.
