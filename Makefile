@@ -1,5 +1,5 @@
 # The targets of the README. Each works on a fresh checkout.
-.PHONY: help quickstart build test race test-deps lint bench clean
+.PHONY: help quickstart build test race test-deps lint bench soak clean
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -19,6 +19,7 @@ help:
 	@echo 'make race        run the tests that need no VM under the race detector'
 	@echo 'make lint        check formatting and run the linters'
 	@echo 'make bench       measure against bare QEMU, as ratios within one run'
+	@echo 'make soak        save and restore busy VMs for half an hour, and check what comes of it'
 	@echo 'make clean       remove what was built'
 
 quickstart:
@@ -55,6 +56,10 @@ $(GOLANGCI_LINT):
 
 bench: build test-deps
 	$(GO) run ./bench
+
+# SOAK is its flags: see bench/soak.go.
+soak: build test-deps
+	$(GO) run ./bench soak $(SOAK)
 
 clean:
 	rm -rf bin $(EMBEDDED)/smolvm-agent.gz $(EMBEDDED)/smolvm-agent.sha256

@@ -3,10 +3,15 @@
 // were measured by turns in the same run.
 //
 //	make bench
+//
+// With the argument soak it saves busy VMs instead, some hundred times:
+//
+//	make soak
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -33,7 +38,11 @@ const (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	err := run(ctx)
+	task := run
+	if len(os.Args) > 1 && os.Args[1] == "soak" {
+		task = soak
+	}
+	err := task(ctx)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -56,25 +65,11 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp("", "smolvm-bench-")
+	m, dir, closeAll, err := open(ctx, program)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	m, err := manager.Open(ctx, manager.Config{
-		DataDir:     filepath.Join(dir, "data"),
-		SocketDir:   filepath.Join(dir, "run"),
-		ShimCommand: []string{program, "shim"},
-		AgentPath:   "bin/smolvm-agent",
-		Progress:    func(p manager.Progress) { fmt.Fprintf(os.Stderr, "\r\033[K%s", p.Phase) },
-	})
-	if err != nil {
-		return err
-	}
-	defer func() { _ = m.Close() }()
-	if _, err := m.BuildImage(ctx, manager.BuildOptions{}); err != nil {
-		return err
-	}
+	defer closeAll()
 	b := &bench{ctx: ctx, m: m, dir: dir}
 	for _, step := range []func() error{b.calls, b.cold, b.warm, b.starts, b.pool, b.forks, b.together, b.command(program), b.list} {
 		if err := step(); err != nil {
@@ -87,6 +82,29 @@ func run(ctx context.Context) error {
 		fmt.Printf("| %s | %s | %s |\n", row[0], row[1], row[2])
 	}
 	return nil
+}
+
+// open opens a Manager on a directory of its own, which closeAll removes.
+func open(ctx context.Context, program string) (_ *manager.Manager, dir string, closeAll func(), err error) {
+	if dir, err = os.MkdirTemp("", "smolvm-bench-"); err != nil {
+		return nil, "", nil, err
+	}
+	m, err := manager.Open(ctx, manager.Config{
+		DataDir:     filepath.Join(dir, "data"),
+		SocketDir:   filepath.Join(dir, "run"),
+		ShimCommand: []string{program, "shim"},
+		AgentPath:   "bin/smolvm-agent",
+		Progress:    func(p manager.Progress) { fmt.Fprintf(os.Stderr, "\r\033[K%s", p.Phase) },
+	})
+	if err != nil {
+		return nil, "", nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	closeAll = func() { _, _ = m.Close(), os.RemoveAll(dir) }
+	if _, err := m.BuildImage(ctx, manager.BuildOptions{}); err != nil {
+		closeAll()
+		return nil, "", nil, err
+	}
+	return m, dir, closeAll, nil
 }
 
 func (b *bench) row(what, measured, target string) {

@@ -46,14 +46,14 @@ var (
 
 // Save implements [vmm.Saver].
 func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Saved, err error) {
-	unlock, err := i.lockRunning(ctx)
-	if err != nil {
-		return saved, err
-	}
-	defer unlock()
 	fail := func(err error) (vmm.Saved, error) {
 		return saved, fmt.Errorf("save VM %q: %w", i.cfg.ID, err)
 	}
+	unlock, err := i.lockRunning(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	defer unlock()
 	var before status
 	if err := i.qmp.execute(ctx, "query-status", &before); err != nil {
 		return fail(err)
