@@ -30,7 +30,7 @@ type instance struct {
 	stopped  time.Time  // when the guest was last held
 	stopping func()     // called when the guest is held; nil: nothing
 
-	running   chan struct{}  // holds one while the guest is saved, held or continued; guards the following two
+	running   chan struct{} // holds one while the guest is saved, held or continued; guards the following two
 	switches  int
 	disks     map[int]string // nodes of drives that were switched; see switchOver
 	migration chan string    // the states that a migration goes through
