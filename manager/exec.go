@@ -35,34 +35,6 @@ func (m *Manager) Exec(ctx context.Context, id string, command smolvm.Command) (
 	return status, nil
 }
 
-// CopyTo copies a file or a tree of the host into the guest, with modes, times and
-// symbolic links; it belongs to root there. As with cp, an existing directory as
-// the target receives the source under its own name.
-func (m *Manager) CopyTo(ctx context.Context, id, hostPath, guestPath string) error {
-	client, err := m.client(ctx, id, "copy to")
-	if err != nil {
-		return err
-	}
-	if err := client.CopyTo(ctx, hostPath, guestPath); err != nil {
-		return fmt.Errorf("copy %s to %s of VM %q: %w", hostPath, guestPath, id, err)
-	}
-	return nil
-}
-
-// CopyFrom copies a file or a tree of the guest to the host, as [Manager.CopyTo]
-// does the other way. The guest is not trusted: whatever it sends, nothing outside
-// hostPath is touched.
-func (m *Manager) CopyFrom(ctx context.Context, id, guestPath, hostPath string) error {
-	client, err := m.client(ctx, id, "copy from")
-	if err != nil {
-		return err
-	}
-	if err := client.CopyFrom(ctx, guestPath, hostPath); err != nil {
-		return fmt.Errorf("copy %s of VM %q to %s: %w", guestPath, id, hostPath, err)
-	}
-	return nil
-}
-
 // Dial connects to an address as the guest sees it: "tcp" to a host and port, such
 // as the guest's own "127.0.0.1:8080", or "unix" to a socket's path. In a guest
 // without an agent only ports of the guest itself can be reached, and only those

@@ -6,16 +6,10 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"path/filepath"
-	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/crypto/ssh"
-
-	"github.com/smolvm/smolvm/internal/agent/tree"
-	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
 // ClientConfig says how to reach a guest's agent.
@@ -151,89 +145,4 @@ func (c *Client) end() {
 	defer c.mu.Unlock()
 	c.calls--
 	c.closeIfLeft()
-}
-
-// CopyTo copies a file or a tree into the guest.
-func (c *Client) CopyTo(ctx context.Context, hostPath, guestPath string) error {
-	name, err := filepath.Abs(hostPath)
-	if err != nil {
-		return err
-	}
-	request := wire.TarRequest{Extract: true, Path: guestPath, Name: filepath.Base(name)}
-	return c.transfer(ctx, request, func(channel *conn) error {
-		if err := tree.Write(channel, hostPath); err != nil {
-			return err
-		}
-		return channel.CloseWrite()
-	})
-}
-
-// CopyFrom copies a file or a tree of the guest to the host.
-func (c *Client) CopyFrom(ctx context.Context, guestPath, hostPath string) error {
-	target := tree.Target{Path: hostPath, Name: filepath.Base(guestPath)}
-	return c.transfer(ctx, wire.TarRequest{Path: guestPath}, func(channel *conn) error {
-		return tree.Extract(channel, target)
-	})
-}
-
-// transfer runs one copy. If the stream ends too soon, what the guest says of the
-// reason comes before what we noticed of it. If ctx is done, the stream fails.
-func (c *Client) transfer(ctx context.Context, request wire.TarRequest, run func(*conn) error) error {
-	call, err := c.open(ctx, wire.TarChannel, mustJSON(request))
-	if err != nil {
-		return err
-	}
-	stream := newConn(call, guestAddr{})
-	defer stream.cut()
-	stop := context.AfterFunc(ctx, func() { _ = stream.SetDeadline(past) })
-	defer stop()
-	complaint := make(chan string, 1)
-	go func() {
-		text, _ := io.ReadAll(io.LimitReader(call.Stderr(), 4<<10))
-		_, _ = io.Copy(io.Discard, call.Stderr())
-		complaint <- wire.Text(strings.TrimSpace(string(text)), 1<<10)
-	}()
-	copied := make(chan error, 1)
-	go func() { copied <- run(stream) }()
-	var copyErr error
-	select {
-	case copyErr = <-copied:
-	case <-ctx.Done():
-		// It may be busy with a file of ours, but no longer than the guest may take.
-		call.abandon()
-		select {
-		case <-copied:
-		case <-time.After(answerTime):
-		}
-		return context.Cause(ctx)
-	}
-	if copyErr != nil && !cutOff(copyErr) {
-		call.abandon() // the failure is ours; the guest would go on
-		return copyErr
-	}
-	select {
-	case <-call.over:
-	case <-ctx.Done():
-		call.abandon()
-		return context.Cause(ctx)
-	}
-	said := <-complaint
-	switch {
-	case ctx.Err() != nil:
-		return context.Cause(ctx)
-	case said != "":
-		return errors.New("guest: " + said)
-	case copyErr != nil:
-		return copyErr
-	case call.err != nil:
-		return call.err
-	case !call.status.Success():
-		return fmt.Errorf("guest: copy ended with %s", call.status)
-	}
-	return nil
-}
-
-// cutOff says whether an error of a copy is that the other side went away.
-func cutOff(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.EPIPE)
 }

@@ -194,8 +194,8 @@ func (l login) handle(channel ssh.NewChannel) {
 		l.session(channel)
 	case wire.ExecChannel:
 		l.exec(channel)
-	case wire.TarChannel:
-		l.tar(channel)
+	case wire.TreeChannel:
+		l.tree(channel)
 	case "direct-tcpip":
 		var to struct {
 			Host       string

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
-	"github.com/smolvm/smolvm/internal/agent/tree"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
@@ -195,41 +194,6 @@ func reportStatus(channel ssh.Channel, status unix.WaitStatus) {
 		Message    string
 		Language   string
 	}{name, status.CoreDump(), "", ""}))
-}
-
-// tar serves one copy of our own client.
-func (l login) tar(newChannel ssh.NewChannel) {
-	var request wire.TarRequest
-	err := decode(newChannel, &request)
-	if err == nil && l.user.uid != 0 {
-		err = errors.New("only root may copy trees; use sftp")
-	}
-	if err != nil {
-		refuse(newChannel, err)
-		return
-	}
-	channel, requests, err := newChannel.Accept()
-	if err != nil {
-		return
-	}
-	defer func() { _ = channel.Close() }()
-	go ssh.DiscardRequests(requests)
-	// Relative paths are below root's home, as with scp.
-	if !path.IsAbs(request.Path) {
-		request.Path = path.Join(l.user.home, request.Path)
-	}
-	if request.Extract {
-		// The host is trusted with the guest, so set-user-id bits are kept.
-		err = tree.Extract(channel, tree.Target{Path: request.Path, Name: request.Name, KeepSetID: true})
-	} else {
-		err = tree.Write(channel, request.Path)
-	}
-	if err != nil {
-		_, _ = io.WriteString(channel.Stderr(), err.Error())
-		reportCode(channel, 1)
-		return
-	}
-	reportCode(channel, 0)
 }
 
 // session serves a standard session: one command, shell or subsystem.

@@ -1,279 +1,158 @@
-// Package tree carries a file or a tree of files from one machine to another as a
-// tar stream: modes, times and symbolic links are kept, owners are not.
+// Package tree carries a file or a tree of files from one machine to another.
 //
-// The stream's first entry is the root of the tree and is called "."; what is in a
-// directory follows as "./a", "./a/b". A receiver trusts nothing of it: whatever
-// the stream says, nothing outside the target is touched.
+// A copy is a stream of frames that an [Encoder] writes and a [Decoder] reads:
+//
+//	a file        its entry, its content in pieces of data and holes, its end
+//	a directory   its entry, all that is in it, its end
+//	a link        its entry
+//	a note        what was left out, or changed meanwhile
+//	the end       of the whole tree, or why there is no more of it
+//
+// The stream's first entry is the root of the tree; it has no name, as the receiver
+// chooses one. All others have a name without a directory: where they belong follows
+// from the directories that were begun and not ended. So no name can point out of the
+// tree, and a receiver keeps nothing but the directories that it is in.
+//
+// A stream of a format of our own, and not tar: tar can't say that a file failed in
+// its middle, has holes only in forms that package archive/tar does not write, and
+// makes a receiver remember directories until the end.
+//
+// Modes, times and symbolic links are kept; owners, hard links and extended attributes
+// are not. A receiver trusts nothing of the stream: see [Receive].
 package tree
 
 import (
-	"archive/tar"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
-	"path"
-	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// Write writes the tree at root, which may be a link to it. Sockets, pipes and
-// devices in it are left out.
-func Write(w io.Writer, root string) error {
-	// As with cp, a link that the caller names stands for what it points to.
-	root, err := filepath.EvalSymlinks(root)
-	if err != nil {
-		return err
-	}
-	out := tar.NewWriter(w)
-	err = filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := entry.Info()
-		if err != nil {
-			return err
-		}
-		inner, err := filepath.Rel(root, name)
-		if err != nil {
-			return err
-		}
-		return writeEntry(out, name, inner, info)
-	})
-	if err != nil {
-		return err
-	}
-	return out.Close()
-}
+// Kind is what an [Entry] is.
+type Kind byte
 
-func writeEntry(out *tar.Writer, name, inner string, info fs.FileInfo) error {
-	var link string
-	switch info.Mode().Type() {
-	case 0, fs.ModeDir:
-	case fs.ModeSymlink:
-		var err error
-		if link, err = os.Readlink(name); err != nil {
-			return err
-		}
-	default:
-		if inner == "." {
-			return &fs.PathError{Op: "copy", Path: name, Err: errors.New("not a file, a directory or a link")}
-		}
-		return nil
-	}
-	header, err := tar.FileInfoHeader(info, link)
-	if err != nil {
-		return err
-	}
-	header.Name = "."
-	if inner != "." {
-		header.Name = "./" + filepath.ToSlash(inner)
-	}
-	header.Uid, header.Gid, header.Uname, header.Gname = 0, 0, "", ""
-	header.Format = tar.FormatPAX // for times below a second, and long names
-	if err := out.WriteHeader(header); err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() {
-		return nil
-	}
-	file, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = file.Close() }()
-	// A file that grows meanwhile is cut at the length that was announced.
-	n, err := io.Copy(out, io.LimitReader(file, header.Size))
-	if err != nil {
-		return err
-	}
-	if n < header.Size {
-		return &fs.PathError{Op: "copy", Path: name, Err: errors.New("file became shorter while it was read")}
-	}
-	return nil
-}
+// The kinds of entries. Their values are those of frames.
+const (
+	File     Kind = 'F'
+	Dir      Kind = 'D'
+	Symlink  Kind = 'L'
+	HardLink Kind = 'H'
+)
 
-// Target says where a tree is to go.
-type Target struct {
-	// Path becomes the tree; if it is an existing directory, Path/Name does. The
-	// directory that holds it must exist.
-	Path string
-	// Name of the source, without any directory.
+// The bounds of what a stream may hold. A name is as long as the longest that a file
+// system of Linux has (255 characters of up to four bytes); a link and the path in a
+// note are as long as the kernel takes them.
+const (
+	maxName = 1024
+	maxPath = 4096
+	maxText = 1024
+	// maxDepth is how deep directories may be nested: deeper ones can't be named in a
+	// path of 4096 bytes.
+	maxDepth = 2048
+	// maxChunk is the longest piece of content, in bytes.
+	maxChunk = 64 << 10
+)
+
+// DefaultMaxEntries is how many entries and notes a stream may have, unless
+// [Limits] says otherwise.
+const DefaultMaxEntries = 10_000_000
+
+// Entry is the beginning of a file, a directory or a link.
+type Entry struct {
+	Kind Kind
+	// Name is any bytes but a slash and NUL; it is empty for the root.
 	Name string
-	// KeepSetID keeps set-user-id and set-group-id bits. The files become the
-	// caller's, so a sender that is not trusted must not get it.
-	KeepSetID bool
+	// Mode holds the permissions, with the set-id bits and the sticky bit where the
+	// kernel has them: see inode(7).
+	Mode    uint32
+	ModTime time.Time
+	// Size is how long a file was when it was opened, in bytes. Its content may be
+	// shorter or longer.
+	Size int64
+	// Link is where a link leads: for a HardLink a path from the tree's root.
+	Link string
+	// Implicit says that the sender knows nothing of a directory but its name.
+	Implicit bool
 }
 
-// Extract reads a tree. If that fails in the middle, what has come by then is left
-// in place, but for the file that was being written.
-func Extract(r io.Reader, target Target) error {
-	parent, base, err := target.resolve()
-	if err != nil {
-		return err
-	}
-	holder, err := os.OpenRoot(parent)
-	if err != nil {
-		return err
-	}
-	x := extractor{root: holder, base: base, keepSetID: target.KeepSetID}
-	defer x.close()
-	in := tar.NewReader(r)
-	for {
-		header, err := in.Next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err == nil {
-			err = x.entry(header, in)
-		}
-		if err != nil {
-			return fmt.Errorf("receive files: %w", err)
-		}
-	}
-	if !x.any {
-		return fmt.Errorf("receive files: nothing came: %w", io.ErrUnexpectedEOF)
-	}
-	return x.finishDirs()
+// Note tells of something that a copy left out, or did in another way.
+type Note struct {
+	// Path is the file, as its own side names it: any bytes.
+	Path string
+	// Text says what happened to it.
+	Text string
+	// Failed says that the copy is not complete because of it.
+	Failed bool
 }
 
-// resolve finds the directory that is to hold the tree, and the tree's name in it.
-func (t Target) resolve() (parent, base string, err error) {
-	dest := t.Path
-	info, err := os.Stat(dest)
+func (n Note) String() string {
+	if n.Path == "" {
+		return n.Text
+	}
+	return Display(n.Path) + ": " + n.Text
+}
+
+// Display returns a path as messages show it: quoted if it holds bytes that are no
+// text.
+func Display(path string) string {
+	quoted := fmt.Sprintf("%q", path)
+	if quoted[1:len(quoted)-1] == path {
+		return path
+	}
+	return quoted
+}
+
+// Limits bounds what a receiver takes. The zero value is useful.
+type Limits struct {
+	// MaxEntries is how many entries and notes may come. Zero: [DefaultMaxEntries].
+	MaxEntries int64
+	// MaxBytes is how long all files may be together, holes and all. Zero: any
+	// length.
+	MaxBytes int64
+}
+
+// ErrLimit is matched by the error of a copy that went beyond a limit.
+var ErrLimit = errors.New("more than is allowed")
+
+// ErrEmptyPath is matched by the error of a copy from or to a path that is empty.
+var ErrEmptyPath = errors.New("empty path")
+
+// CheckPath reports whether a path can be one: not empty, and without NUL.
+func CheckPath(path string) error {
 	switch {
-	case err == nil && info.IsDir():
-		if !filepath.IsLocal(t.Name) || t.Name == "." {
-			return "", "", fmt.Errorf("name %q of the source can't be used in %s", t.Name, dest)
-		}
-		return dest, t.Name, nil
-	case err == nil:
-		// Through a link to a file, as cp does.
-		if dest, err = filepath.EvalSymlinks(dest); err != nil {
-			return "", "", err
-		}
-	case !errors.Is(err, fs.ErrNotExist):
-		return "", "", err
-	case os.IsPathSeparator(t.Path[max(0, len(t.Path)-1)]):
-		return "", "", &fs.PathError{Op: "copy to", Path: dest, Err: errors.New("no such directory")}
-	}
-	return filepath.Dir(dest), filepath.Base(dest), nil
-}
-
-// extractor puts entries below root, which nothing can leave: os.Root follows no
-// link out of it. For the first entry that is the directory that holds the target;
-// if the entry is a directory, it is that one for all others.
-type extractor struct {
-	root      *os.Root
-	base      string
-	keepSetID bool
-	any, dir  bool
-	dirs      []dirTimes // in the order in which they came
-}
-
-func (x *extractor) close() { _ = x.root.Close() }
-
-// descend makes the target itself the root.
-func (x *extractor) descend() error {
-	inner, err := x.root.OpenRoot(x.base)
-	if err != nil {
-		return err
-	}
-	x.close()
-	x.root, x.base, x.dir = inner, ".", true
-	return nil
-}
-
-type dirTimes struct {
-	name   string
-	header *tar.Header
-}
-
-func (x *extractor) entry(header *tar.Header, content io.Reader) error {
-	// Clean has every ".." at the front, where IsLocal finds it.
-	inner := path.Clean(header.Name)
-	if !filepath.IsLocal(inner) || (inner == ".") == x.any || x.any && !x.dir {
-		return fmt.Errorf("entry %q is not where it belongs", header.Name)
-	}
-	x.any = true
-	name := filepath.Join(x.base, inner)
-	switch header.Typeflag {
-	case tar.TypeReg:
-		return x.file(name, header, content)
-	case tar.TypeDir:
-		// Writable until all that is in it has come.
-		if err := x.root.Mkdir(name, 0o700); err != nil {
-			if info, statErr := x.root.Lstat(name); statErr != nil || !info.IsDir() {
-				return err
-			}
-		}
-		if inner == "." {
-			if err := x.descend(); err != nil {
-				return err
-			}
-		}
-		x.dirs = append(x.dirs, dirTimes{inner, header})
-		return nil
-	case tar.TypeSymlink:
-		if err := x.clear(name); err != nil {
-			return err
-		}
-		return x.root.Symlink(header.Linkname, name)
-	}
-	return fmt.Errorf("entry %q is of a kind that is not copied", header.Name)
-}
-
-func (x *extractor) file(name string, header *tar.Header, content io.Reader) error {
-	if err := x.clear(name); err != nil {
-		return err
-	}
-	file, err := x.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(file, content)
-	if err == nil {
-		err = file.Chmod(x.mode(header))
-	}
-	if err = errors.Join(err, file.Close()); err != nil {
-		return errors.Join(err, x.root.Remove(name))
-	}
-	return x.root.Chtimes(name, header.ModTime, header.ModTime)
-}
-
-// clear makes way for an entry, as cp -f does: what is not a directory goes.
-func (x *extractor) clear(name string) error {
-	info, err := x.root.Lstat(name)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case err != nil:
-		return err
-	case info.IsDir():
-		return &fs.PathError{Op: "replace", Path: name, Err: errors.New("is a directory")}
-	}
-	return x.root.Remove(name)
-}
-
-// finishDirs gives directories their modes and times, the deepest first.
-func (x *extractor) finishDirs() error {
-	for i := len(x.dirs) - 1; i >= 0; i-- {
-		dir := x.dirs[i]
-		if err := x.root.Chmod(dir.name, x.mode(dir.header)); err != nil {
-			return err
-		}
-		if err := x.root.Chtimes(dir.name, dir.header.ModTime, dir.header.ModTime); err != nil {
-			return err
-		}
+	case path == "":
+		return ErrEmptyPath
+	case strings.ContainsRune(path, 0):
+		return fmt.Errorf("path %q: %w: it has a NUL character", path, fs.ErrInvalid)
+	case len(path) >= maxPath:
+		return &fs.PathError{Op: "use", Path: path[:64] + "...", Err: unix.ENAMETOOLONG}
 	}
 	return nil
 }
 
-func (x *extractor) mode(header *tar.Header) fs.FileMode {
-	mode := header.FileInfo().Mode()
-	keep := fs.ModePerm | fs.ModeSticky
-	if x.keepSetID {
-		keep |= fs.ModeSetuid | fs.ModeSetgid
+// SourceName returns the name that a copy of path has in an existing directory, and
+// whether it is the source's contents that are copied there, not the source: as with
+// cp and docker cp, for a path that ends in "/.", in "..", or is the root.
+func SourceName(path string) (name string, contents bool) {
+	path = strings.TrimRight(path, "/")
+	name = path[strings.LastIndexByte(path, '/')+1:]
+	if name == "" || name == "." || name == ".." {
+		return "", true
 	}
-	return mode & keep
+	return name, false
+}
+
+// Permissions returns what of an entry's mode is given to a file: of an untrusted
+// sender no set-id bits.
+func (e Entry) Permissions(untrusted bool) uint32 {
+	if !untrusted {
+		return e.Mode & 0o7777
+	}
+	if e.Kind == Dir {
+		return e.Mode & 0o1777
+	}
+	return e.Mode & 0o777
 }

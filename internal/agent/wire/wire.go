@@ -68,10 +68,6 @@ const (
 	// has started, others are for its process group. A command that can't be started
 	// is reported on stderr with exit status 127 (not found) or 126.
 	ExecChannel = "exec@smolvm"
-	// TarChannel is a channel type for copying trees; its open request carries a
-	// [TarRequest] as JSON. The channel's data is a tar stream; an error goes to
-	// extended data 1, with a non-zero exit-status.
-	TarChannel = "tar@smolvm"
 )
 
 // Greeting is the host's first message: who the guest is to be.
@@ -151,17 +147,6 @@ type Step struct {
 	Name string `json:"name"`
 	// At is the time since the kernel's start, in nanoseconds in JSON.
 	At time.Duration `json:"at_ns"`
-}
-
-// TarRequest asks for one direction of a copy; see [TarChannel]. The stream is as
-// package tree writes it. With Extract it goes to the guest's Path, or into it
-// under Name if Path is an existing directory, as cp has it; otherwise it holds the
-// guest's Path.
-type TarRequest struct {
-	Extract bool   `json:"extract"`
-	Path    string `json:"path"`
-	// Name of the source, for Extract into an existing directory.
-	Name string `json:"name,omitempty"`
 }
 
 // Control is one request of the shim's; exactly one field is set.
