@@ -120,7 +120,7 @@ func TestParseCopyArg(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string][2]string{
 		"web:/etc":   {"web", "/etc"},
-		"web:":       {"web", "."},
+		"web:":       {"web", ""},
 		"web:a:b":    {"web", "a:b"},
 		"file":       {"", "file"},
 		"./a:b":      {"", "./a:b"},
@@ -128,8 +128,8 @@ func TestParseCopyArg(t *testing.T) {
 		"../web:etc": {"", "../web:etc"},
 		":x":         {"", ":x"},
 	} {
-		id, path := parseCopyArg(text)
-		if diff := cmp.Diff(want, [2]string{id, path}); diff != "" {
+		path := parseCopyArg(text)
+		if diff := cmp.Diff(want, [2]string{path.VM, path.Path}); diff != "" {
 			t.Errorf("parseCopyArg(%q) (-want +got):\n%s", text, diff)
 		}
 	}

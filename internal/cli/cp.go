@@ -1,6 +1,9 @@
 package cli
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -9,47 +12,138 @@ import (
 	"github.com/smolvm/smolvm/manager"
 )
 
-const cpLong = `Copy a file or a directory with all in it into a VM or out of one.
+const cpLong = `Copy files and directories, with all in them, into a VM, out of one, or between two.
 
 ID:PATH is a path in the VM; without a leading / it starts at root's home directory.
-A path of this host that has a colon in it can be written as ./PATH. As with cp(1),
-a directory that is there already receives the source under its own name.`
+A path of this host that has a colon in it can be written as ./PATH. What lands where
+is as with cp -r and docker cp: a directory that is there already receives the source
+under its own name, or with SRC/. the contents of the source. Of several sources the
+destination must be a directory. "-" is a tar stream: of standard output as the
+destination, of standard input as the source, for a directory in a VM.
+
+Modes, times, symbolic links and holes are kept, owners and hard links are not. A file
+that is there already is replaced when the new one has come whole, and keeps its owner
+and mode, so a copy that fails leaves the old file; it is written over in its place if
+it has several names, is a mount point, or its directory can't be written. A FIFO or a
+device as the destination is written to; in a directory those are left out, as sockets
+are. Of the kernel's file systems, such as /proc, only the directories are copied, unless
+the source is in them.
+
+What comes out of a VM can't hurt: set-id bits are dropped, no link is followed where it
+goes, and symbolic links that lead out of what is copied, absolute ones too, are left
+out with a warning; --links all makes them as they are.
+
+What can't be read or written is told and left out, the rest is copied, and the exit
+status is 1.`
 
 const cpExample = `  smolvm cp main.py web:/srv/
-  smolvm cp web:/var/log/messages .`
+  smolvm cp web:/var/log/messages .
+  smolvm cp src/. README.md web:/srv/app
+  smolvm cp web:/etc - | tar t
+  smolvm cp web:/srv/data other:/srv`
+
+// copyStream is the argument that stands for a tar stream.
+const copyStream = "-"
 
 func (a *app) cpCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:               "cp SRC ID:DST | cp ID:SRC DST",
-		Short:             "Copy files into a VM or out of one",
+	var opts manager.CopyOptions
+	cmd := &cobra.Command{
+		Use:               "cp SRC... ID:DST | cp ID:SRC... DST",
+		Short:             "Copy files into a VM, out of one, or between two",
 		Long:              cpLong,
 		Example:           cpExample,
-		Args:              needs(2, 2, "a source and a destination"),
+		Args:              needs(2, anyNumber, "a source and a destination"),
 		ValidArgsFunction: a.copyArgs,
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			fromID, from := parseCopyArg(args[0])
-			toID, to := parseCopyArg(args[1])
-			switch {
-			case fromID == "" && toID == "":
-				return usagef("neither %q nor %q is in a VM; write ID:PATH for a path in a VM", args[0], args[1])
-			case fromID != "" && toID != "":
-				return usagef("%q and %q are both in VMs; copy by way of this host", args[0], args[1])
+			sources, target, err := copyPlan(args)
+			if err != nil {
+				return err
 			}
+			opts.IntoDir = len(sources) > 1
+			opts.Warn = a.warnOfCopy
 			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
-				if toID != "" {
-					return m.CopyTo(cmd.Context(), toID, from, to)
+				var errs []error
+				for _, source := range sources {
+					if cmd.Context().Err() != nil {
+						break // the error of the last one says so
+					}
+					errs = append(errs, a.copyOne(cmd.Context(), m, source, target, opts))
 				}
-				return m.CopyFrom(cmd.Context(), fromID, from, to)
+				return errors.Join(errs...)
 			})
 		}),
 	}
+	flags := cmd.Flags()
+	flags.Func("links", "make symbolic links from a VM that lead out of what is copied: `all` or none (default none)", func(text string) error {
+		switch text {
+		case "all":
+			opts.KeepLinks = true
+		case "none":
+			opts.KeepLinks = false
+		default:
+			return fmt.Errorf("%q is neither all nor none", text)
+		}
+		return nil
+	})
+	flags.Func("max-size", "stop when the files from a VM have more than `SIZE` together: MiB, or as in 2G", func(text string) error {
+		size, err := parseMebibytes(text)
+		opts.MaxBytes = size << 20
+		return err
+	})
+	return cmd
+}
+
+// copyPlan reads the arguments of cp.
+func copyPlan(args []string) (sources []manager.CopyPath, target manager.CopyPath, err error) {
+	paths := make([]manager.CopyPath, len(args))
+	for i, arg := range args {
+		paths[i] = parseCopyArg(arg)
+		switch {
+		case paths[i].Path == "" && paths[i].VM != "":
+			return nil, target, usagef("%q has an empty path; write %s:. for root's home directory", arg, paths[i].VM)
+		case paths[i].Path == "":
+			return nil, target, usagef("argument %d is an empty path", i+1)
+		}
+	}
+	last := len(paths) - 1
+	sources, target = paths[:last], paths[last]
+	for i, source := range sources {
+		switch {
+		case last > 1 && (isCopyStream(source) || isCopyStream(target)):
+			return nil, target, usagef("\"-\" can only be the one source or the destination of one")
+		case source.VM == "" && target.VM == "":
+			return nil, target, usagef("neither %q nor %q is in a VM; write ID:PATH for a path in a VM", args[i], args[last])
+		case source.VM == target.VM:
+			return nil, target, usagef("%q and %q are in the same VM; `smolvm exec %s -- cp` copies there", args[i], args[last], target.VM)
+		}
+	}
+	return sources, target, nil
+}
+
+func isCopyStream(path manager.CopyPath) bool { return path.VM == "" && path.Path == copyStream }
+
+func (a *app) copyOne(ctx context.Context, m *manager.Manager, source, target manager.CopyPath, opts manager.CopyOptions) error {
+	switch {
+	case isCopyStream(source):
+		return m.PutTree(ctx, target.VM, target.Path, a.Stdin, opts)
+	case isCopyStream(target):
+		return m.GetTree(ctx, source.VM, source.Path, a.Stdout, opts)
+	}
+	return m.Copy(ctx, source, target, opts)
+}
+
+// warnOfCopy prints what a copy has left out.
+func (a *app) warnOfCopy(warning manager.CopyWarning) {
+	text := printable(warning.String())
+	if warning.Failed {
+		a.errorf("smolvm: %s", text)
+		return
+	}
+	a.errorf("smolvm: warning: %s", text)
 }
 
 // copyArgs completes to VMs and, as the shell does by itself, to files of the host.
-func (a *app) copyArgs(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
-	if len(args) > 1 {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
+func (a *app) copyArgs(cmd *cobra.Command, _ []string, prefix string) ([]string, cobra.ShellCompDirective) {
 	ids, _ := a.vmIDs(smolvm.StateRunning)(cmd, nil, prefix)
 	for i, described := range ids {
 		id, _, _ := strings.Cut(described, "\t")

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
 )
 
 // parseMebibytes reads a size such as "512", "512M" or "2G", in MiB. Units are
@@ -173,13 +174,10 @@ func parseEnv(text string) (name, value string, err error) {
 
 // parseCopyArg reads an argument of cp: ID:PATH is a path in a guest, all else one of
 // the host. A host's path with a colon in it can be written as ./PATH.
-func parseCopyArg(text string) (id, path string) {
+func parseCopyArg(text string) manager.CopyPath {
 	before, after, ok := strings.Cut(text, ":")
 	if !ok || strings.ContainsAny(before, "/.") || before == "" {
-		return "", text
+		return manager.CopyPath{Path: text}
 	}
-	if after == "" {
-		after = "." // the home directory
-	}
-	return before, after
+	return manager.CopyPath{VM: before, Path: after}
 }
