@@ -2,7 +2,9 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
@@ -36,7 +38,9 @@ func (m *Manager) List(ctx context.Context, opts ListOptions) ([]smolvm.VMInfo, 
 	}
 	infos := make([]smolvm.VMInfo, 0, len(vms))
 	for _, vm := range vms {
-		if vm, err = m.settle(ctx, vm); err != nil {
+		if vm, err = m.settle(ctx, vm); errors.Is(err, smolvm.ErrVMNotFound) {
+			continue // it was deleted meanwhile
+		} else if err != nil {
 			return nil, fmt.Errorf("list VMs: %w", err)
 		}
 		if opts.State == "" || opts.State == vm.State {
@@ -46,7 +50,8 @@ func (m *Manager) List(ctx context.Context, opts ListOptions) ([]smolvm.VMInfo, 
 	return infos, nil
 }
 
-// lookup reads a VM's row and makes it agree with what is so.
+// lookup reads a VM's row and makes it agree with what is so. It is for those who don't
+// hold the VM's lock.
 func (m *Manager) lookup(ctx context.Context, id string) (store.VM, error) {
 	if err := smolvm.ValidateID(id); err != nil {
 		return store.VM{}, err
@@ -58,18 +63,68 @@ func (m *Manager) lookup(ctx context.Context, id string) (store.VM, error) {
 	return m.settle(ctx, vm)
 }
 
+// lookupLocked is lookup for the holder of the VM's lock.
+func (m *Manager) lookupLocked(ctx context.Context, id string) (store.VM, error) {
+	vm, err := m.store.GetVM(ctx, id)
+	if err != nil {
+		return store.VM{}, err
+	}
+	return m.settleLocked(ctx, vm, killTime)
+}
+
 // settle finds out whether a VM whose row says that it is alive has died without
 // anybody to write it down. A shim writes down its VM's end, so that takes the
-// death of the shim itself, or of the host.
+// death of the shim itself, or of the host. A VM that somebody else is changing is left
+// to that one, and what can't be written down is reported all the same.
 func (m *Manager) settle(ctx context.Context, vm store.VM) (store.VM, error) {
-	if !vm.State.Alive() || m.shimAlive(vm) {
+	if !m.isLost(vm) {
 		return vm, nil
 	}
-	if err := m.bury(ctx, vm, "the VM's shim ended unexpectedly"); err != nil {
+	lock, err := m.tryLock(vm.ID)
+	if errors.Is(err, errLocked) {
+		return vm, nil
+	}
+	if err != nil {
+		return lost(vm), nil
+	}
+	now, err := m.store.GetVM(ctx, vm.ID) // as it is now, with the lock
+	if errors.Is(err, smolvm.ErrVMNotFound) {
+		lock.remove()
+		return vm, err
+	}
+	defer lock.unlock()
+	if err == nil {
+		now, err = m.settleLocked(ctx, now, lookTime)
+	}
+	switch {
+	case ctx.Err() != nil:
+		return vm, context.Cause(ctx)
+	case err != nil:
+		return lost(vm), nil
+	}
+	return now, nil
+}
+
+// settleLocked is settle for the holder of the VM's lock. Limit is how long processes that
+// have to be killed may take.
+func (m *Manager) settleLocked(ctx context.Context, vm store.VM, limit time.Duration) (store.VM, error) {
+	if !m.isLost(vm) {
+		return vm, nil
+	}
+	if err := m.buryLocked(ctx, vm, limit); err != nil {
 		return vm, err
 	}
 	return m.store.GetVM(ctx, vm.ID)
 }
+
+// lost is a VM whose shim died as it would be after that has been written down.
+func lost(vm store.VM) store.VM {
+	vm.State, vm.Cause = smolvm.StateError, causeShimDied
+	return vm
+}
+
+// isLost reports whether a VM is alive by its row, and its shim is not.
+func (m *Manager) isLost(vm store.VM) bool { return vm.State.Alive() && !m.shimAlive(vm) }
 
 func (m *Manager) shimAlive(vm store.VM) bool {
 	return vm.BootID == m.bootID() && proc.Alive(vm.ShimPID, vm.ShimStart)

@@ -99,7 +99,16 @@ const DefaultBootTimeout = 30 * time.Second
 // StopOptions are the options of [Manager.Stop].
 type StopOptions struct {
 	// Timeout for an orderly shutdown; after that the VM is ended the hard way.
-	// Zero: 10 s. Negative: at once.
+	// Zero: 10 s, but no more than about a second for a guest that does not listen:
+	// one without an agent that shows no sign of having noticed its power button.
+	// Negative: at once.
+	Timeout time.Duration
+}
+
+// DeleteOptions are the options of [Manager.DeleteWith].
+type DeleteOptions struct {
+	// Timeout for an orderly shutdown of a VM that runs. Zero: it is ended at once,
+	// unless its disk is to be retained.
 	Timeout time.Duration
 }
 

@@ -47,7 +47,7 @@ func (m *Manager) hold(ctx context.Context, id, verb string, from smolvm.VMState
 		return smolvm.VMInfo{}, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookup(ctx, id)
+	vm, err := m.lookupLocked(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}

@@ -25,7 +25,7 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 		return forward, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookup(ctx, id)
+	vm, err := m.lookupLocked(ctx, id)
 	if err != nil {
 		return forward, err
 	}
@@ -58,7 +58,7 @@ func (m *Manager) RemovePortForward(ctx context.Context, id string, forward smol
 		return err
 	}
 	defer lock.unlock()
-	vm, err := m.lookup(ctx, id)
+	vm, err := m.lookupLocked(ctx, id)
 	if err != nil {
 		return err
 	}

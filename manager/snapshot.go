@@ -103,7 +103,7 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 		return nil, meta, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookup(ctx, id)
+	vm, err := m.lookupLocked(ctx, id)
 	if err != nil {
 		return nil, meta, err
 	}

@@ -55,7 +55,7 @@ func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, f
 		return smolvm.VMInfo{}, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookup(ctx, id)
+	vm, err := m.lookupLocked(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}

@@ -14,22 +14,41 @@ import (
 	"github.com/smolvm/smolvm/internal/store"
 )
 
+// Times of the manager's side of an end. The shim ends its VM within the grace and
+// little more by itself; these are for a shim that does not.
+const (
+	// hungTime is how long after the grace a shim is killed that has answered nothing.
+	hungTime = 800 * time.Millisecond
+	// lateTime is how long after the grace a shim is killed that does answer, but has
+	// not ended its VM.
+	lateTime = 5 * time.Second
+	// killTime is how long a process that was killed may take to be gone. It is longer
+	// only if the process waits within the kernel, for a disk or a network file system.
+	killTime = 2 * time.Second
+	// lookTime is killTime of somebody who only wants to look at a VM.
+	lookTime = 200 * time.Millisecond
+	// lockTime is how long after the grace another operation on a VM is waited for
+	// before it is cut short by ending the VM.
+	lockTime = 2 * time.Second
+)
+
 // Stop shuts a VM down: by asking its agent, then its power button, then by ending
 // the VMM, all within the timeout. Stopping a VM that does not run does nothing and
-// is no error. An ephemeral VM is deleted thereby; what is returned is then the last
-// that was known of it.
+// is no error. Stopping an ephemeral VM also deletes it; Stop then returns its final
+// state.
 func (m *Manager) Stop(ctx context.Context, id string, opts StopOptions) (smolvm.VMInfo, error) {
 	began := time.Now()
-	lock, err := m.lockExisting(ctx, id)
+	how := opts.stop()
+	lock, err := m.lockToEnd(ctx, id, how)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	vm, err := m.lookup(ctx, id)
+	vm, err := m.lookupLocked(ctx, id)
 	if err != nil || !vm.State.Alive() {
 		lock.unlock()
 		return m.info(vm), err
 	}
-	vm, err = m.end(ctx, vm, opts.timeout())
+	vm, err = m.endLocked(ctx, vm, how)
 	if err == nil && vm.Config.Ephemeral {
 		err = m.erase(ctx, vm)
 	}
@@ -45,32 +64,39 @@ func (m *Manager) Stop(ctx context.Context, id string, opts StopOptions) (smolvm
 	return m.info(vm), nil
 }
 
-func (o StopOptions) timeout() time.Duration {
+func (o StopOptions) stop() shim.Stop {
 	switch {
 	case o.Timeout == 0:
-		return DefaultStopTimeout
+		return shim.Stop{Grace: DefaultStopTimeout}
 	case o.Timeout < 0:
-		return 0
+		return shim.Stop{}
 	}
-	return o.Timeout
+	return shim.Stop{Grace: o.Timeout, Patient: true}
 }
 
 // Delete stops a VM and removes all that belongs to it: disk, logs, leases. With
 // RetainDisk the disk stays, and the VM is shut down in an orderly way first;
 // otherwise nothing of it is worth the wait.
 func (m *Manager) Delete(ctx context.Context, id string) error {
+	return m.DeleteWith(ctx, id, DeleteOptions{})
+}
+
+// DeleteWith is [Manager.Delete] with options.
+func (m *Manager) DeleteWith(ctx context.Context, id string, opts DeleteOptions) error {
 	began := time.Now()
-	lock, err := m.lockExisting(ctx, id)
+	how := opts.stop()
+	lock, err := m.lockToEnd(ctx, id, how)
 	if err != nil {
 		return err
 	}
-	vm, err := m.lookup(ctx, id)
+	vm, err := m.store.GetVM(ctx, id)
 	if err == nil && vm.State.Alive() {
-		var grace time.Duration
-		if vm.Config.RetainDisk {
-			grace = DefaultStopTimeout
+		if vm.Config.RetainDisk && opts.Timeout == 0 {
+			how = StopOptions{}.stop()
 		}
-		vm, err = m.end(ctx, vm, grace)
+		// That is not written down: the row goes, and on a full disk there is no room
+		// for it before the files are gone.
+		err = m.endProcesses(ctx, vm, how)
 	}
 	if err == nil {
 		err = m.erase(ctx, vm)
@@ -85,6 +111,32 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 	lock.remove()
 	m.note(ctx, id, "delete", began, "")
 	return nil
+}
+
+func (o DeleteOptions) stop() shim.Stop {
+	if o.Timeout <= 0 {
+		return shim.Stop{}
+	}
+	return StopOptions{Timeout: o.Timeout}.stop()
+}
+
+// lockToEnd is lockExisting for a VM that is to be ended. Another operation on it that
+// takes too long is cut short: without its VM it fails.
+func (m *Manager) lockToEnd(ctx context.Context, id string, how shim.Stop) (*vmLock, error) {
+	bounded, cancel := context.WithTimeout(ctx, how.Grace+lockTime)
+	lock, err := m.lockExisting(bounded, id)
+	cancel()
+	if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+		return lock, err
+	}
+	vm, err := m.store.GetVM(ctx, id)
+	if err == nil && vm.State.Alive() {
+		err = m.endProcesses(ctx, vm, shim.Stop{})
+	}
+	if err != nil {
+		return nil, err
+	}
+	return m.lockExisting(ctx, id)
 }
 
 // lockExisting is lock for a VM that must be there, so that no lock is made for
@@ -112,27 +164,14 @@ func (m *Manager) lockExisting(ctx context.Context, id string) (*vmLock, error) 
 	return lock, nil
 }
 
-// end ends a living VM, and returns when its shim is gone and its end is written
-// down. It is called with the VM's lock held.
-func (m *Manager) end(ctx context.Context, vm store.VM, grace time.Duration) (store.VM, error) {
-	m.forgetClient(vm.ID)
-	client := shim.NewClient(m.runtimeDir(vm.ID))
-	stopErr := client.Stop(ctx, grace)
-	if stopErr == nil {
-		// The shim writes the exit down before it goes.
-		stopErr = proc.Wait(ctx, vm.ShimPID, vm.ShimStart)
-	}
-	if stopErr != nil && ctx.Err() != nil {
-		return vm, context.Cause(ctx)
-	}
-	if stopErr != nil {
-		// A shim that does not answer can't be asked for anything.
-		if err := m.killShim(ctx, vm); err != nil {
-			return vm, errors.Join(stopErr, err)
-		}
+// endLocked ends a living VM, and returns when its shim is gone and its end is written
+// down.
+func (m *Manager) endLocked(ctx context.Context, vm store.VM, how shim.Stop) (store.VM, error) {
+	if err := m.endProcesses(ctx, vm, how); err != nil {
+		return vm, err
 	}
 	if _, err := m.store.MarkEnded(ctx, vm.ID, vm.Run, smolvm.StateStopped, "stopped by request", time.Now().UTC()); err != nil {
-		return vm, err
+		return vm, fmt.Errorf("it has ended, but that can't be written down: %w", err)
 	}
 	if err := shim.RemoveRuntimeDir(m.runtimeDir(vm.ID)); err != nil {
 		return vm, err
@@ -140,31 +179,74 @@ func (m *Manager) end(ctx context.Context, vm store.VM, grace time.Duration) (st
 	return m.store.GetVM(ctx, vm.ID)
 }
 
+// errShimHangs is why a shim is killed.
+var errShimHangs = errors.New("the VM's shim does not answer")
+
+// endProcesses ends the shim and the VMM of a living VM. The shim does that in an orderly
+// way, and writes it down; if it does not in time, both are killed.
+func (m *Manager) endProcesses(ctx context.Context, vm store.VM, how shim.Stop) error {
+	m.forgetClient(vm.ID)
+	bounded, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	give := func() { cancel(errShimHangs) }
+	late := time.AfterFunc(how.Grace+lateTime, give)
+	defer late.Stop()
+	hung := time.AfterFunc(how.Grace+hungTime, give)
+	defer hung.Stop()
+	client := shim.NewClient(m.runtimeDir(vm.ID))
+	go func() {
+		if _, err := client.Status(bounded); err == nil {
+			hung.Stop()
+		}
+	}()
+	err := client.Stop(bounded, how)
+	if err == nil {
+		// The shim writes the exit down before it goes.
+		err = proc.Wait(bounded, vm.ShimPID, vm.ShimStart)
+	}
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		// A shim that does not answer can't be asked for anything.
+		if killErr := m.killShim(ctx, vm, killTime); killErr != nil {
+			return errors.Join(err, killErr)
+		}
+	}
+	return nil
+}
+
 // killShim ends a shim and its VMM by force. Neither pid is trusted without its
 // start time.
-func (m *Manager) killShim(ctx context.Context, vm store.VM) error {
+func (m *Manager) killShim(ctx context.Context, vm store.VM, limit time.Duration) error {
 	if vm.BootID != m.bootID() {
 		return nil // the host was rebooted: nothing of that run is alive
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, errUnkillable)
+	defer cancel()
 	return errors.Join(
 		proc.Kill(ctx, vm.ShimPID, vm.ShimStart),
 		proc.Kill(ctx, vm.PID, vm.PIDStart),
 	)
 }
 
-// bury does what the shim of a VM would have done at its end, had it not died.
-func (m *Manager) bury(ctx context.Context, vm store.VM, cause string) error {
-	if err := m.killShim(ctx, vm); err != nil {
+var errUnkillable = errors.New("it was killed and is still there, waiting for a disk or a file system of the host; try again when that answers")
+
+// buryLocked cleans up after a shim that died, and writes down how its VM ended.
+func (m *Manager) buryLocked(ctx context.Context, vm store.VM, limit time.Duration) error {
+	if err := m.killShim(ctx, vm, limit); err != nil {
 		return fmt.Errorf("end what is left of VM %q: %w", vm.ID, err)
 	}
-	changed, err := m.store.MarkEnded(ctx, vm.ID, vm.Run, smolvm.StateError, cause, time.Now().UTC())
+	changed, err := m.store.MarkEnded(ctx, vm.ID, vm.Run, smolvm.StateError, causeShimDied, time.Now().UTC())
 	if err != nil || !changed {
 		return err
 	}
 	m.forgetClient(vm.ID)
-	m.note(ctx, vm.ID, "exit", time.Now(), cause)
+	m.note(ctx, vm.ID, "exit", time.Now(), causeShimDied)
 	return shim.RemoveRuntimeDir(m.runtimeDir(vm.ID))
 }
+
+const causeShimDied = "the VM's shim ended unexpectedly"
 
 // erase removes all that belongs to a VM that does not run. The row goes last: as
 // long as anything is left, the VM is there to be deleted.

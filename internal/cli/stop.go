@@ -25,9 +25,12 @@ func (a *app) stopCommand() *cobra.Command {
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "stop all VMs that run")
 	cmd.Args = idsOrAll(&all)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		options := manager.StopOptions{Timeout: timeout}
-		if timeout <= 0 {
+		var options manager.StopOptions
+		switch {
+		case timeout <= 0:
 			options.Timeout = -1
+		case cmd.Flags().Changed("timeout"):
+			options.Timeout = timeout
 		}
 		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
 			ids, err := selectVMs(cmd, m, args, all, smolvm.VMState.Alive)

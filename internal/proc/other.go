@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -34,6 +35,33 @@ func Alive(pid int, start uint64) bool {
 	got, err := StartTime(pid)
 	return err == nil && got == start
 }
+
+// CPUTime is the CPU time that a process has used, in steps of a clock tick: the 14th and
+// 15th fields of /proc/<pid>/stat.
+func CPUTime(pid int) (time.Duration, error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return 0, fmt.Errorf("CPU time of process %d: %w", pid, errGone)
+	}
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	const userField, systemField = 14 - 3, 15 - 3
+	if len(fields) <= systemField {
+		return 0, fmt.Errorf("CPU time of process %d: unexpected text %q", pid, text)
+	}
+	var ticks uint64
+	for _, field := range []string{fields[userField], fields[systemField]} {
+		n, err := strconv.ParseUint(field, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("CPU time of process %d: %w", pid, err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * time.Second / clockTicks, nil
+}
+
+// clockTicks is the number of clock ticks in a second as the kernel tells them to
+// programs; it is the same on all architectures that Go knows. See sysconf(3).
+const clockTicks = 100
 
 func stat(pid int) (start uint64, state byte, err error) {
 	if pid <= 0 {

@@ -25,10 +25,10 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return *answer.Status, nil
 }
 
-// Stop stops the VM within about the grace, and returns when it has ended. With no
-// grace it is ended at once.
-func (c *Client) Stop(ctx context.Context, grace time.Duration) error {
-	_, err := c.call(ctx, request{Op: opStop, Grace: grace})
+// Stop stops the VM within about the grace, and returns when it has ended. If ctx is done
+// first, the stop goes on.
+func (c *Client) Stop(ctx context.Context, how Stop) error {
+	_, err := c.call(ctx, request{Op: opStop, Grace: how.Grace, Patient: how.Patient})
 	return err
 }
 

@@ -120,7 +120,7 @@ func TestBadClients(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := f.client().Stop(ctx, patience); !errors.Is(err, context.Canceled) {
+	if err := f.client().Stop(ctx, shim.Stop{Grace: patience}); !errors.Is(err, context.Canceled) {
 		t.Errorf("stop with a context that is done: %v", err)
 	}
 	f.stop(patience)

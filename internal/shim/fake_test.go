@@ -32,6 +32,9 @@ const (
 	hasButton = "button"  // the power button works
 	dies      = "dies"    // the VMM ends at once
 	missing   = "missing" // the VMM is not installed
+	stuck     = "stuck"   // the VMM carries out no command
+	floods    = "floods"  // the agent keeps its channel busy and reads nothing
+	busy      = "busy"    // the guest computes for ever
 )
 
 // consoleText is what each fake guest prints.
@@ -83,7 +86,22 @@ func (fakeBackend) Start(_ context.Context, cfg vmm.Config) (vmm.Instance, error
 		}
 		close(i.done)
 	}()
+	if slices.Contains(words, stuck) {
+		return stuckInstance{i}, nil
+	}
 	return i, nil
+}
+
+// stuckInstance is a VMM that hangs: a command returns when the VMM has ended.
+type stuckInstance struct{ *fakeInstance }
+
+func (i stuckInstance) Pause(context.Context) error    { return i.hang() }
+func (i stuckInstance) Resume(context.Context) error   { return i.hang() }
+func (i stuckInstance) Shutdown(context.Context) error { return i.hang() }
+
+func (i stuckInstance) hang() error {
+	<-i.Done()
+	return errors.New("the VMM has ended")
 }
 
 type fakeInstance struct {
@@ -118,13 +136,23 @@ func vmmMain(args []string) error {
 		return errors.New("as it was told")
 	}
 	off := make(chan struct{})
-	if slices.Contains(words, hasAgent) || slices.Contains(words, deafAgent) {
+	if slices.Contains(words, busy) {
+		go func() {
+			for {
+			}
+		}()
+	}
+	if slices.Contains(words, hasAgent) || slices.Contains(words, deafAgent) || slices.Contains(words, floods) {
 		channel, err := net.FileConn(os.NewFile(3, "channel"))
 		if err != nil {
 			return err
 		}
 		go func() {
-			if err := serveAgent(channel, off); err != nil {
+			serve := serveAgent
+			if slices.Contains(words, floods) {
+				serve = flood
+			}
+			if err := serve(channel, off); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 			}
 		}()
@@ -157,6 +185,30 @@ func serveAgent(channel net.Conn, off chan<- struct{}) error {
 	if err := wire.Write(channel, answer); err != nil {
 		return err
 	}
+	return serveStreams(channel, off)
+}
+
+// flood is an agent that, once it has been greeted, asks for more answers than the channel
+// holds, and takes none.
+func flood(channel net.Conn, _ chan<- struct{}) error {
+	var greeting wire.Greeting
+	if err := wire.Read(channel, &greeting); err != nil {
+		return err
+	}
+	if err := wire.Write(channel, wire.Answer{Version: "fake"}); err != nil {
+		return err
+	}
+	ping := make([]byte, 12) // version 0; see yamux's spec.md
+	ping[1], ping[3] = 2, 1  // a ping, that is to be answered
+	for range 20_000 {       // more than a socket's buffer holds
+		if _, err := channel.Write(ping); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func serveStreams(channel net.Conn, off chan<- struct{}) error {
 	session, err := yamux.Server(channel, wire.MuxConfig())
 	if err != nil {
 		return err

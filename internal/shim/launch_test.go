@@ -127,13 +127,16 @@ func TestLaunchCancelled(t *testing.T) {
 }
 
 // awaitConsole waits until the guest has said something.
-func (f *fixture) awaitConsole() {
+func (f *fixture) awaitConsole() { f.awaitConsoleText("") }
+
+// awaitConsoleText waits until the guest has said something with a text in it.
+func (f *fixture) awaitConsoleText(text string) {
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		if info, err := os.Stat(f.opts.Spec.VMM.ConsolePath); err == nil && info.Size() > 0 {
+		if said, err := os.ReadFile(f.opts.Spec.VMM.ConsolePath); err == nil && len(said) > 0 && strings.Contains(string(said), text) {
 			return
 		}
 	}
-	f.Error("the guest says nothing")
+	f.Errorf("the guest does not say %q", text)
 }
 
 // Until the commit, giving up is all it takes to undo the start.

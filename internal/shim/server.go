@@ -38,6 +38,7 @@ const dialTimeout = 30 * time.Second
 type request struct {
 	Op      string        `json:"op"`
 	Grace   time.Duration `json:"grace_ns,omitempty"`
+	Patient bool          `json:"patient,omitempty"`
 	Forward Forward       `json:"forward,omitzero"`
 	Port    int           `json:"port,omitempty"`
 	Save    *Save         `json:"save,omitempty"`
@@ -125,7 +126,7 @@ func (s *shim) handle(ctx context.Context, asked request, answer *response) erro
 		answer.Status = s.status()
 		return nil
 	case opStop:
-		s.stop(ctx, asked.Grace, "it was stopped by request")
+		s.stop(Stop{Grace: asked.Grace, Patient: asked.Patient}, "it was stopped by request")
 		return nil
 	case opAddForward:
 		var err error

@@ -379,31 +379,46 @@ func (s *shim) attend(ctx context.Context) {
 		s.report(report{Failure: newFailure(fmt.Errorf("%w: %s", errVMMEnded, s.instance.Exit()))})
 		return
 	default:
-		s.stop(context.Background(), 0, "its start was given up")
+		s.stop(Stop{}, "its start was given up")
 		return
 	}
 	s.report(report{Committed: true})
 	_ = s.reports.Close()
 	s.active()
 	defer s.idle.Stop()
+	s.awaitEnd(ctx)
+}
+
+// awaitEnd returns when the VM has ended, and ends it when it must. What makes it end may
+// come while it is ended already, and then have it ended sooner.
+func (s *shim) awaitEnd(ctx context.Context) {
 	var expired <-chan time.Time
 	if s.spec.TTL > 0 {
 		timer := time.NewTimer(s.spec.TTL)
 		defer timer.Stop()
 		expired = timer.C
 	}
-	owner := s.launcherGone
+	owner, told := s.launcherGone, ctx.Done()
 	if !s.spec.Ephemeral {
 		owner = nil // the VM does not depend on it
 	}
-	select {
-	case <-s.instance.Done():
-	case <-expired:
-		s.stop(context.Background(), stopGrace, "its time to live is over")
-	case <-owner:
-		s.stop(context.Background(), 0, "the process that it belongs to ended")
-	case <-ctx.Done():
-		s.stop(context.Background(), stopGrace, "its shim was told to end")
+	var stops sync.WaitGroup
+	defer stops.Wait()
+	stop := func(how Stop, reason string) { stops.Go(func() { s.stop(how, reason) }) }
+	for {
+		select {
+		case <-s.instance.Done():
+			return
+		case <-expired:
+			expired = nil
+			stop(Stop{Grace: stopGrace}, "its time to live is over")
+		case <-owner:
+			owner = nil
+			stop(Stop{}, "the process that it belongs to ended")
+		case <-told:
+			told = nil
+			stop(Stop{Grace: stopGrace}, "its shim was told to end")
+		}
 	}
 }
 

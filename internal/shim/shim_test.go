@@ -136,7 +136,7 @@ func (f *fixture) record() shim.ExitRecord {
 
 func (f *fixture) stop(grace time.Duration) {
 	f.Helper()
-	if err := f.client().Stop(f.Context(), grace); err != nil {
+	if err := f.client().Stop(f.Context(), shim.Stop{Grace: grace, Patient: true}); err != nil {
 		f.Errorf("stop: %v", err)
 	}
 }

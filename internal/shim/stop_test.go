@@ -10,8 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -73,7 +75,7 @@ func TestShimKilled(t *testing.T) {
 	}
 	_, statusErr := f.client().Status(t.Context())
 	_, dialErr := f.client().DialAgent(t.Context())
-	for _, err := range []error{statusErr, dialErr, f.client().Stop(t.Context(), 0)} {
+	for _, err := range []error{statusErr, dialErr, f.client().Stop(t.Context(), shim.Stop{})} {
 		if !errors.Is(err, shim.ErrGone) {
 			t.Errorf("error is %v, want %v", err, shim.ErrGone)
 		}
@@ -131,7 +133,85 @@ func TestConcurrentStops(t *testing.T) {
 	stops.Go(func() { f.stop(0) })
 	stops.Wait()
 	f.end(launched)
-	if err := f.client().Stop(t.Context(), 0); !errors.Is(err, shim.ErrGone) {
+	if err := f.client().Stop(t.Context(), shim.Stop{}); !errors.Is(err, shim.ErrGone) {
 		t.Errorf("stop of what has stopped: %v, want %v", err, shim.ErrGone)
+	}
+}
+
+// Whatever guest and VMM do, a VM ends in the time of whatever ends it.
+func TestStopHasAClock(t *testing.T) {
+	t.Parallel()
+	const slack = time.Second
+	for name, test := range map[string]struct {
+		args  []string
+		hold  bool // the VMM is stopped by a signal
+		limit time.Duration
+		end   func(f *fixture, l *shim.Launched)
+	}{
+		"stop of a VMM that hangs": {[]string{hasAgent, stuck}, false, 500 * time.Millisecond, func(f *fixture, _ *shim.Launched) {
+			f.stop(500 * time.Millisecond)
+		}},
+		"stop of a VMM that is held by a signal": {[]string{hasAgent}, true, 500 * time.Millisecond, func(f *fixture, _ *shim.Launched) {
+			f.stop(500 * time.Millisecond)
+		}},
+		"stop of a guest that floods its channel": {[]string{floods}, false, 500 * time.Millisecond, func(f *fixture, _ *shim.Launched) {
+			f.stop(500 * time.Millisecond)
+		}},
+		"end of the time to live of a VMM that hangs": {[]string{hasAgent, stuck}, false, 10 * time.Second, func(*fixture, *shim.Launched) {}},
+		"second signal, with a shim that stops a VMM that hangs": {[]string{hasAgent, stuck}, false, 500 * time.Millisecond, func(f *fixture, l *shim.Launched) {
+			_ = syscall.Kill(l.PID, syscall.SIGTERM)
+			f.stop(500 * time.Millisecond)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, test.args...)
+			if strings.Contains(name, "time to live") {
+				f.opts.Spec.TTL = time.Millisecond
+			}
+			launched := f.launch()
+			if test.hold {
+				testenv.Suspend(t, launched.VMMPID)
+			}
+			began := time.Now()
+			test.end(f, launched)
+			record := f.end(launched)
+			if took := time.Since(began); took > test.limit+slack {
+				t.Errorf("it took %s, of %s", took, test.limit)
+			}
+			if record.Exit.Reason != vmm.ExitKilled || !strings.Contains(record.Exit.Detail, "did not shut down in") {
+				t.Errorf("exit record is %+v", record)
+			}
+		})
+	}
+}
+
+// A guest that listens to nothing is not waited for, unless that is what was asked for.
+func TestStopOfDeafGuest(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		args     []string
+		how      shim.Stop
+		min, max time.Duration
+	}{
+		"deaf":              {nil, shim.Stop{Grace: patience}, 0, 3 * time.Second},
+		"deaf, but patient": {nil, shim.Stop{Grace: 3 * time.Second, Patient: true}, 3 * time.Second, 5 * time.Second},
+		"at work":           {[]string{busy}, shim.Stop{Grace: 3 * time.Second}, 3 * time.Second, 5 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, test.args...)
+			f.opts.Spec.Ready, f.opts.Spec.Greeting = smolvm.ReadyStarted, nil
+			launched := f.launch()
+			f.awaitConsole()
+			began := time.Now()
+			if err := f.client().Stop(t.Context(), test.how); err != nil {
+				t.Error(err)
+			}
+			f.end(launched)
+			if took := time.Since(began); took < test.min || took > test.max {
+				t.Errorf("it took %s, want %s to %s", took, test.min, test.max)
+			}
+		})
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -250,4 +251,23 @@ func NoProcesses(t testing.TB, word string) {
 			t.Errorf("left behind: process %s", process)
 		}
 	})
+}
+
+// Suspend stops a process by a signal, and returns when it has stopped.
+func Suspend(t testing.TB, pid int) {
+	t.Helper()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, rest, _ := strings.Cut(string(text), ") ")
+		if strings.HasPrefix(rest, "T") {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -95,19 +97,30 @@ func (i *instance) Kill(ctx context.Context) error {
 	i.mu.Lock()
 	i.killed = i.killed || i.shutdown == ""
 	i.mu.Unlock()
-	// Asked to quit, QEMU writes out what the guest has written to its disks.
-	if err := i.unlessGone(i.qmp.execute(ctx, "quit", nil)); err == nil {
-		select {
-		case <-i.done:
-			return nil
-		case <-ctx.Done():
-		}
+	// Asked to quit, QEMU writes out what the guest has written to its disks. One that
+	// can't be asked takes a signal for the same.
+	if err := i.qmp.execute(ctx, "quit", nil); err != nil && !i.ended() {
+		_ = i.child.Signal(unix.SIGTERM)
+	}
+	select {
+	case <-i.done:
+		return nil
+	case <-ctx.Done():
 	}
 	if err := i.child.Kill(); err != nil {
 		return err
 	}
 	<-i.done
 	return nil
+}
+
+func (i *instance) ended() bool {
+	select {
+	case <-i.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // unlessGone makes a success of a command to a QEMU that has ended.

@@ -161,8 +161,11 @@ func (i *instance) awaitRunning(ctx context.Context) error {
 	}
 	// A connection that ended means that QEMU is ending; its own words say why.
 	if errors.Is(err, errQMPClosed) {
-		<-i.done
-		return errors.New(i.exit.Detail)
+		select {
+		case <-i.done:
+			return errors.New(i.exit.Detail)
+		case <-ctx.Done(): // it hangs instead
+		}
 	}
 	if err == nil {
 		err = fmt.Errorf("QEMU does not run the guest: it is %s", now.Status)

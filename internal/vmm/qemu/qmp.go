@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,6 +47,9 @@ type qmpError struct {
 }
 
 func (e *qmpError) Error() string { return e.Desc }
+
+// sendTime bounds how long a command may take to be sent.
+const sendTime = time.Second
 
 var errQMPClosed = errors.New("control connection to QEMU is closed")
 
@@ -121,6 +125,9 @@ func (q *qmp) send(r request, answer chan reply) error {
 	if r.file != nil {
 		rights = unix.UnixRights(int(r.file.Fd()))
 	}
+	// The socket holds hundreds of commands, so a QEMU that has left it full hangs; the
+	// others must not wait for it here.
+	_ = q.conn.SetWriteDeadline(time.Now().Add(sendTime))
 	if _, _, err := q.conn.WriteMsgUnix(append(line, '\n'), rights, nil); err != nil {
 		return fmt.Errorf("%w: %w", errQMPClosed, err)
 	}
