@@ -14,8 +14,8 @@ import (
 //	                      v   |
 //	                    stopped
 //
-// A VM whose start fails, or whose VMM dies, is in [StateError]; it can be
-// deleted, and its console log can be read until then.
+// A VM whose guest fails to start, or whose VMM dies, is in [StateError]. It can be started
+// again, from its disk. A start that fails before the guest runs leaves the state as it is.
 type VMState string
 
 // The states of a VM.
@@ -61,7 +61,8 @@ type VMInfo struct {
 	LogPath string `json:"log_path,omitempty"`
 	// SocketPath is the shim's control socket while the VM runs.
 	SocketPath string `json:"socket_path,omitempty"`
-	// Cause says why the VM stopped or failed, in words; empty while it runs.
+	// Cause says why the VM stopped, failed, could not be started, or was paused by its
+	// VMM, in words; empty while it runs.
 	Cause string `json:"cause,omitempty"`
 	// Start says how the VM was last started; nil in lists, and before its first start.
 	Start *StartReport `json:"start,omitempty"`

@@ -354,7 +354,7 @@ func TestQEMUMissingOrBroken(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "out of luck") || !strings.Contains(err.Error(), "exit status 3") {
 		t.Errorf("with a QEMU that dies at once: %v", err)
 	}
-	if got, err := m.Get(t.Context(), vm.ID); err != nil || got.State != smolvm.StateError || got.Cause == "" {
+	if got, err := m.Get(t.Context(), vm.ID); err != nil || got.State != smolvm.StateCreated || !strings.Contains(got.Cause, "out of luck") {
 		t.Errorf("with a QEMU that dies at once the VM is %s, %v", got.State, err)
 	}
 }

@@ -19,13 +19,14 @@ type child struct {
 	lines *bufio.Scanner
 }
 
-func startChild(t *testing.T, m *manager.Manager, id, kind string) child {
+func startChild(t *testing.T, m *manager.Manager, id, kind string, env ...string) child {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self, childCommand, m.DataDir(), m.SocketDir(), testenv.Agent(t), id, kind)
+	cmd.Env = append(os.Environ(), env...)
 	cmd.Stderr = os.Stderr
 	stdin, err := cmd.StdinPipe()
 	if err != nil {

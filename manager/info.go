@@ -169,7 +169,7 @@ func stateError(verb string, vm store.VM) error {
 	case smolvm.StatePaused:
 		next = "resume or stop it first"
 	case smolvm.StateError:
-		next = fmt.Sprintf("it failed (%s); read its log, then delete it", vm.Cause)
+		next = fmt.Sprintf("it failed (%s); start it again, which boots it from its disk, or delete it", vm.Cause)
 	}
 	return fmt.Errorf("%s VM %q: %w: it is %s; %s", verb, vm.ID, smolvm.ErrInvalidState, vm.State, next)
 }

@@ -5,8 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -19,6 +23,7 @@ import (
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -34,6 +39,11 @@ const (
 	slotConsole = "console.log"
 	slotFile    = "slot.json"
 )
+
+// claimedSuffix ends the name of a slot's directory once it is being claimed. It has left
+// the pool by then: if the claimer dies, what is left is removed by whoever fills the pool
+// next, but never claimed by another.
+const claimedSuffix = ".claimed"
 
 // fillers is how many slots are filled at once.
 const fillers = 2
@@ -154,7 +164,18 @@ func (m *Manager) RemovePool(ctx context.Context, id string) error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
-	return errors.Join(m.emptyPool(ctx, id, false), os.RemoveAll(m.poolDir(id)), m.reclaimLayers(ctx))
+	return errors.Join(m.emptyPool(ctx, id, false), m.removePoolDir(id), m.reclaimLayers(ctx))
+}
+
+// removePoolDir removes the directory of a pool that is empty, unless a slot is being
+// claimed.
+func (m *Manager) removePoolDir(id string) error {
+	dir := m.poolDir(id)
+	entries, err := os.ReadDir(dir)
+	if err != nil || slices.ContainsFunc(entries, fs.DirEntry.IsDir) {
+		return err
+	}
+	return os.RemoveAll(dir)
 }
 
 func (m *Manager) poolDir(id string) string { return m.dir.Pool(id) }
@@ -173,11 +194,14 @@ func (m *Manager) lockPool(ctx context.Context, id string) (*os.File, error) {
 	return lock, nil
 }
 
-// slots are those of a pool whose VM is there.
+// slots returns the slots of a pool that can be claimed: their shims run.
 func (m *Manager) slots(id string) []slot {
 	paths, _ := glob.In(m.poolDir(id), "*/"+slotFile)
 	var alive []slot
 	for _, path := range paths {
+		if strings.HasSuffix(filepath.Dir(path), claimedSuffix) {
+			continue
+		}
 		if s, err := readSlot(path); err == nil && m.slotAlive(s) {
 			alive = append(alive, s)
 		}
@@ -200,11 +224,12 @@ func (m *Manager) slotAlive(s slot) bool {
 
 // slotRuntimeDir is where the shim of a slot waits.
 func (m *Manager) slotRuntimeDir(dir string) string {
-	return m.runtimeDir("pool-" + filepath.Base(dir))
+	return m.runtimeDir("pool-" + strings.TrimSuffix(filepath.Base(dir), claimedSuffix))
 }
 
-// emptyPool removes the slots of a pool: all, or only those whose VM has died. The
-// pool's lock is held, so none is being made.
+// emptyPool removes the slots of a pool: all, or only those whose VM has died. What is left
+// of a slot whose claimer has died goes in either case. The pool's lock is held, so none is
+// being made.
 func (m *Manager) emptyPool(ctx context.Context, id string, deadOnly bool) error {
 	entries, err := os.ReadDir(m.poolDir(id))
 	if err != nil {
@@ -217,7 +242,7 @@ func (m *Manager) emptyPool(ctx context.Context, id string, deadOnly bool) error
 			continue
 		}
 		s, err := readSlot(filepath.Join(dir, slotFile))
-		if deadOnly && err == nil && m.slotAlive(s) {
+		if deadOnly && err == nil && m.slotAlive(s) && !strings.HasSuffix(dir, claimedSuffix) {
 			continue
 		}
 		lock, err := lockSlot(dir)
@@ -229,12 +254,49 @@ func (m *Manager) emptyPool(ctx context.Context, id string, deadOnly bool) error
 	return errors.Join(errs...)
 }
 
+// removeSlot removes a slot, whose lock is held, and ends its shim if that still stands by.
 func (m *Manager) removeSlot(ctx context.Context, s slot, dir string) error {
-	var err error
-	if s.ShimPID != 0 && m.slotAlive(s) {
-		err = proc.Kill(ctx, s.ShimPID, s.ShimStart)
+	idle, err := m.dismiss(ctx, s, dir)
+	if err != nil {
+		return err
 	}
-	return errors.Join(err, shim.RemoveRuntimeDir(m.slotRuntimeDir(dir)), os.RemoveAll(dir))
+	if idle {
+		err = shim.RemoveRuntimeDir(m.slotRuntimeDir(dir))
+	}
+	return errors.Join(err, os.RemoveAll(dir))
+}
+
+// dismiss ends the shim of a slot, unless it has been claimed: it is a VM's then, whatever
+// the slot's file says. It reports whether the slot's shim is gone.
+func (m *Manager) dismiss(ctx context.Context, s slot, dir string) (bool, error) {
+	if s.ShimPID == 0 || !m.slotAlive(s) {
+		return true, nil
+	}
+	bounded, cancel := context.WithTimeout(ctx, dismissTime)
+	defer cancel()
+	err := shim.Dismiss(bounded, m.slotRuntimeDir(dir))
+	if errors.Is(err, shim.ErrGone) {
+		// It does not listen for claims any more: most likely it was claimed. But if no
+		// VM has it, only its socket is gone.
+		if claimed, err := m.hasShim(ctx, s); err != nil || claimed {
+			return false, err
+		}
+	}
+	// One that listens but does not answer hangs, or is of an older program.
+	bounded, cancelKill := context.WithTimeoutCause(ctx, killTime, errUnkillable)
+	defer cancelKill()
+	return true, proc.Kill(bounded, s.ShimPID, s.ShimStart)
+}
+
+// dismissTime is how long a shim may take to agree to its end.
+const dismissTime = 2 * time.Second
+
+// hasShim reports whether the shim of a slot is that of a VM.
+func (m *Manager) hasShim(ctx context.Context, s slot) (bool, error) {
+	vms, err := m.store.ListVMs(ctx, "")
+	return slices.ContainsFunc(vms, func(vm store.VM) bool {
+		return vm.State.Alive() && vm.ShimPID == s.ShimPID && vm.ShimStart == s.ShimStart
+	}), err
 }
 
 // lockSlot is held by the one that claims or removes a slot.
@@ -258,7 +320,7 @@ func (m *Manager) fillPool(ctx context.Context, id string) error {
 	defer func() { _ = lock.Close() }()
 	pool, err := m.store.GetPool(ctx, id)
 	if errors.Is(err, smolvm.ErrPoolNotFound) {
-		return errors.Join(m.emptyPool(ctx, id, false), os.RemoveAll(m.poolDir(id)))
+		return errors.Join(m.emptyPool(ctx, id, false), m.removePoolDir(id))
 	}
 	if err != nil {
 		return err
@@ -360,8 +422,7 @@ func (s *starting) claim(ctx context.Context) error {
 		if err != nil {
 			continue // somebody else claims it
 		}
-		err = s.claimSlot(ctx, candidate)
-		err = errors.Join(err, s.m.removeSlotOf(ctx, candidate, s.started))
+		err = s.claimSlot(ctx, candidate, lock)
 		_ = lock.Close()
 		if s.started {
 			return nil
@@ -373,43 +434,45 @@ func (s *starting) claim(ctx context.Context) error {
 	return nil
 }
 
-// removeSlotOf removes what is left of a slot; its shim is the VM's if it was claimed.
-func (m *Manager) removeSlotOf(ctx context.Context, candidate slot, claimed bool) error {
-	ctx = context.WithoutCancel(ctx)
-	if claimed {
-		return os.RemoveAll(candidate.dir)
+// claimSlot makes a slot's shim that of the VM, and has the shim make its files the VM's.
+// The slot leaves the pool first, so that whenever this process dies nobody else can take
+// it, nor take it for unused.
+func (s *starting) claimSlot(ctx context.Context, candidate slot, lock *os.File) error {
+	dir := candidate.dir + claimedSuffix
+	if err := os.Rename(candidate.dir, dir); err != nil {
+		return err
 	}
-	return m.removeSlot(ctx, candidate, candidate.dir)
-}
-
-// claimSlot makes a slot's files and its shim those of the VM.
-func (s *starting) claimSlot(ctx context.Context, candidate slot) error {
+	step.Reached(ctx, "claim/moved")
 	launch := s.launch
 	launch.Spec.ReadyTimeout /= fastFraction
 	launch.Spec.WarmUp = ""
 	s.touched = true
-	for from, to := range map[string]string{
-		slotDisk:    s.vm.DiskPath,
-		slotConsole: launch.Spec.VMM.ConsolePath,
-		"vmm.log":   launch.Spec.VMM.LogPath,
-		"shim.log":  launch.LogPath,
-	} {
-		// What the VMM and the shim have open stays open.
-		if err := os.Rename(filepath.Join(candidate.dir, from), to); err != nil {
-			return err
-		}
-	}
-	if err := s.m.disks.Adopt(ctx, s.vm.DiskPath); err != nil {
-		return err
-	}
 	s.phase("disk")
-	standby := s.m.slotRuntimeDir(candidate.dir)
-	return s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
-		return shim.Claim(ctx, standby, opts)
-	})
+	claimed := shim.Slot{
+		StandbyDir: s.m.slotRuntimeDir(dir),
+		Dir:        dir,
+		Names: map[string]string{
+			slotDisk:    s.vm.DiskPath,
+			slotConsole: launch.Spec.VMM.ConsolePath,
+			"vmm.log":   launch.Spec.VMM.LogPath,
+			"shim.log":  launch.LogPath,
+		},
+		Lock: lock,
+	}
+	// Its base is written down before the file has its name, so that the base stays.
+	err := s.m.disks.Adopt(ctx, filepath.Join(dir, slotDisk), s.vm.DiskPath)
+	if err == nil {
+		err = s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
+			return shim.Claim(ctx, claimed, opts)
+		})
+	}
+	if err != nil {
+		err = errors.Join(err, s.m.removeSlot(context.WithoutCancel(ctx), candidate, dir))
+	}
+	return err
 }
 
-// reconcilePools removes the slots whose VM has died.
+// reconcilePools removes the slots whose VM has died, and those of pools that are no more.
 func (m *Manager) reconcilePools(ctx context.Context) error {
 	entries, err := os.ReadDir(m.dir.Pools())
 	if err != nil {
@@ -423,7 +486,12 @@ func (m *Manager) reconcilePools(ctx context.Context) error {
 			continue
 		}
 		if flock.TryLock(lock) == nil {
-			errs = append(errs, m.emptyPool(ctx, entry.Name(), true))
+			_, err := m.store.GetPool(ctx, entry.Name())
+			gone := errors.Is(err, smolvm.ErrPoolNotFound)
+			errs = append(errs, m.emptyPool(ctx, entry.Name(), !gone))
+			if gone {
+				errs = append(errs, m.removePoolDir(entry.Name()))
+			}
 		}
 		_ = lock.Close()
 	}

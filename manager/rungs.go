@@ -15,6 +15,7 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -53,6 +54,7 @@ type starting struct {
 	phaseBegan time.Time
 	report     smolvm.StartReport
 	started    bool
+	ran        bool // the guest, in the last attempt
 	// touched says that the disk is not as it was when the start began.
 	touched bool
 	// lock is that of the template that is to be made of this start's kind.
@@ -67,6 +69,9 @@ type starting struct {
 func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from *savedGuest, damage error) (_ store.VM, _ *smolvm.StartReport, err error) {
 	s := &starting{m: m, vm: vm, opts: opts, phaseBegan: time.Now()}
 	defer s.close()
+	if vm.State == smolvm.StateError {
+		s.warn(fmt.Errorf("it had failed (%s); it was booted from its disk, which is as after a power cut", vm.Cause))
+	}
 	if err := m.ensureDisk(ctx, vm); err != nil {
 		return vm, nil, fmt.Errorf("start VM %q: %w", vm.ID, err)
 	}
@@ -98,7 +103,7 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from
 		err = s.cold(ctx, from)
 	}
 	if err != nil {
-		return vm, nil, m.failed(ctx, vm, err)
+		return vm, nil, m.failed(ctx, vm, s.ran, err)
 	}
 	s.after()
 	vm, err = m.store.GetVM(ctx, vm.ID)
@@ -259,9 +264,10 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 		opts.Spec.Greeting = &greeting
 	}
 	launched, err := launch(ctx, opts)
-	if err != nil {
+	if s.ran = err == nil || shim.GuestRan(err); err != nil {
 		return err
 	}
+	step.Reached(ctx, "start/ready")
 	phases := s.launchPhases(launched, rung)
 	report := s.report
 	report.Rung, report.Source = rung, source
@@ -289,12 +295,17 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 		})
 	}
 	if err == nil {
+		step.Reached(ctx, "start/written")
 		err = launched.Commit()
 	}
 	if err != nil {
-		launched.Abort(context.WithoutCancel(ctx))
-		return err
+		ctx := context.WithoutCancel(ctx)
+		launched.Abort(ctx)
+		// If the shim has not come to it, so that the next rung can be tried.
+		_, endErr := s.m.store.MarkEnded(ctx, s.vm.ID, opts.Spec.Run, smolvm.StateStopped, err.Error(), time.Now().UTC())
+		return errors.Join(err, endErr)
 	}
+	step.Reached(ctx, "start/confirmed")
 	s.report, s.started = report, true
 	s.phaseBegan = time.Now()
 	return nil

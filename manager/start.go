@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -33,11 +34,15 @@ const (
 	emulationFactor = 4
 )
 
-// Start starts a VM that is created or stopped, and returns when it is ready as its
+// Start starts a VM that does not run, and returns when it is ready as its
 // configuration says. The first start of a VM is a clone of a template of its kind, or
 // a VM from a pool, if there is one; all others boot. [smolvm.VMInfo].Start tells which
-// it was, and what kept it from being a faster one. On failure nothing is left running,
-// the VM is in [smolvm.StateError], and the error quotes the end of its console log.
+// it was, and what kept it from being a faster one. A VM in [smolvm.StateError] boots from
+// its disk, which is as after a power cut; a warning tells so.
+//
+// On failure nothing is left running. If the guest has run, the VM is in
+// [smolvm.StateError], and the error quotes the end of its console log; otherwise the VM is
+// in the state that it was in. [smolvm.VMInfo].Cause tells why in either case.
 //
 // The error matches [smolvm.ErrVMNotFound], [smolvm.ErrInvalidState] or
 // [smolvm.ErrBootTimeout], or is a [*smolvm.NetworkError] or a
@@ -59,10 +64,10 @@ func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, f
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	if vm.State != smolvm.StateCreated && vm.State != smolvm.StateStopped {
+	if vm.State.Alive() {
 		return smolvm.VMInfo{}, stateError("start", vm)
 	}
-	if err := m.requireBackend(ctx, vm.Backend); err != nil {
+	if err := errors.Join(m.requireBackend(ctx, vm.Backend), requireOpenFiles()); err != nil {
 		return smolvm.VMInfo{}, fmt.Errorf("start VM %q: %w", id, err)
 	}
 	if from != nil && damage != nil {
@@ -79,14 +84,32 @@ func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, f
 	return info, nil
 }
 
-// failed writes down a start that did not succeed. A start that the caller gave up
-// leaves the VM as it was.
-func (m *Manager) failed(ctx context.Context, vm store.VM, cause error) error {
+// minOpenFiles is how many files a VM's shim and its VMM must be able to have open: some 40
+// of their own, and two for each connection.
+const minOpenFiles = 256
+
+// requireOpenFiles fails if a VM would run out of files: its VMM would abort in the middle
+// of its work.
+func requireOpenFiles() error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Max >= minOpenFiles {
+		return nil //nolint:nilerr // then nobody knows of a limit
+	}
+	return fmt.Errorf("a process may have only %d files open, and a VM needs %d; raise the limit, as with `ulimit -n 1024`", limit.Max, minOpenFiles)
+}
+
+// failed writes down a start that did not succeed. A start that the caller gave up, or in
+// which the guest did not run, leaves the VM in the state that it was in.
+func (m *Manager) failed(ctx context.Context, vm store.VM, ran bool, cause error) error {
 	err := fmt.Errorf("start VM %q: %w", vm.ID, cause)
 	if ctx.Err() != nil && !errors.Is(cause, smolvm.ErrBootTimeout) {
 		return err
 	}
-	return errors.Join(err, m.store.MarkFailed(context.WithoutCancel(ctx), vm.ID, cause.Error(), time.Now().UTC()))
+	ctx = context.WithoutCancel(ctx)
+	if ran {
+		return errors.Join(err, m.store.MarkFailed(ctx, vm.ID, cause.Error(), time.Now().UTC()))
+	}
+	return errors.Join(err, m.store.MarkNotStarted(ctx, vm.ID, vm.State, "its start failed: "+cause.Error()))
 }
 
 // prepare makes the directories of a start, and the shim's orders.
@@ -281,9 +304,9 @@ func wireNetwork(plan smolvm.NetworkConfig) *wire.Network {
 	}
 }
 
-// warmUpOf is what a VM runs in a cold boot: only in its first, as in a clone.
+// warmUpOf is what a VM runs in a cold boot: only in the first that succeeds, as in a clone.
 func (m *Manager) warmUpOf(vm store.VM) string {
-	if vm.State != smolvm.StateCreated {
+	if vm.Run != "" {
 		return ""
 	}
 	return vm.Config.WarmUp

@@ -207,11 +207,8 @@ func (d *Disks) Root(path string) (string, error) {
 	return chain[len(chain)-1].Path, nil
 }
 
-// Adopt writes down what a disk that has got its name just now is based on.
-func (d *Disks) Adopt(ctx context.Context, path string) error { return d.adopt(ctx, path, path) }
-
-// adopt writes down what a disk is based on that is, or is to be, at name as well.
-func (d *Disks) adopt(ctx context.Context, path, name string) error {
+// Adopt writes down what a disk is based on that is, or is about to be, at name as well.
+func (d *Disks) Adopt(ctx context.Context, path, name string) error {
 	base, err := d.baseOf(path, disk.QCOW2)
 	if err != nil || base.Path == "" {
 		return err
@@ -221,7 +218,7 @@ func (d *Disks) adopt(ctx context.Context, path, name string) error {
 
 // AddLayer makes a disk a layer as well. The lock must be held.
 func (d *Disks) AddLayer(ctx context.Context, path, name string) error {
-	err := d.adopt(ctx, path, d.dir.Layer(name))
+	err := d.Adopt(ctx, path, d.dir.Layer(name))
 	if err == nil {
 		err = os.Link(path, d.dir.Layer(name))
 	}

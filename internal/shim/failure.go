@@ -11,6 +11,8 @@ type failure struct {
 	Message string `json:"message"`
 	// Kind is a key of kinds; empty for an error that is nothing but its message.
 	Kind string `json:"kind,omitempty"`
+	// Ran reports that the guest ran, if the failure is that of a start.
+	Ran bool `json:"ran,omitempty"`
 	// Missing is the prerequisite that the error is about.
 	Missing *smolvm.PrerequisiteError `json:"missing,omitempty"`
 }
@@ -43,13 +45,21 @@ func (f *failure) error() error {
 	if f.Missing != nil {
 		is = f.Missing
 	}
-	return &crossed{message: f.Message, is: is}
+	return &crossed{message: f.Message, is: is, ran: f.Ran}
+}
+
+// GuestRan reports whether a start that failed with err came so far that the guest ran,
+// and may have changed its disk.
+func GuestRan(err error) bool {
+	failed, ok := errors.AsType[*crossed](err)
+	return ok && failed.ran
 }
 
 // crossed is an error of the other process: its words, and what it was.
 type crossed struct {
 	message string
 	is      error // may be nil
+	ran     bool  // see [failure]
 }
 
 func (e *crossed) Error() string { return e.message }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,6 +45,20 @@ func CloseInherited(last int) error {
 		}
 	}
 	return nil
+}
+
+// maxOpenFiles is how many files the shim and its VMM may have open, if the host allows it:
+// two for each connection that the guest or a user has.
+const maxOpenFiles = 1 << 16
+
+// raiseOpenFiles raises the limit of open files as far as it goes. The runtime of Go does so
+// for this process, but would give the VMM the limit that there was before.
+func raiseOpenFiles() {
+	var limit syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) == nil {
+		limit.Cur = min(limit.Max, maxOpenFiles)
+		_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
+	}
 }
 
 // inheritListeners takes over the listeners that the launcher has bound.

@@ -100,7 +100,7 @@ func (s *shim) explain(ctx context.Context, err error) error {
 	if s.instance == nil {
 		return err
 	}
-	if console := tail(s.spec.VMM.ConsolePath, s.consoleStart); console != "" {
+	if console := tail(s.consolePath(), s.consoleStart); console != "" {
 		return fmt.Errorf("%w; the console ends with: %s", err, console)
 	}
 	return fmt.Errorf("%w; the console is empty", err)

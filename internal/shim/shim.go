@@ -33,6 +33,7 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -54,11 +55,13 @@ type shim struct {
 	began   time.Time
 	reports *os.File
 	claimed []io.Closer // of the forwards, if the shim stood by
+	slot    *slotFiles  // nil when the start has been confirmed
 
 	consoleStart int64 // how long the console's log was when this run began
 
 	network  *usernet.Network
 	instance vmm.Instance
+	ran      bool        // the guest's CPUs have run
 	link     *agent.Link // nil without an agent
 	answer   *wire.Answer
 	timeline []wire.Step
@@ -82,6 +85,7 @@ type shim struct {
 // orderly way.
 func Main(ctx context.Context, opts Options) error {
 	limitMemory()
+	raiseOpenFiles()
 	s := &shim{
 		opts:         opts,
 		log:          slog.New(slog.NewTextHandler(os.Stderr, nil)),
@@ -138,7 +142,9 @@ func (s *shim) run(ctx context.Context) error {
 	defer closeAll()
 	if err != nil {
 		closeAll()
-		s.report(report{Failure: newFailure(err)})
+		failed := newFailure(err)
+		failed.Ran = s.ran
+		s.report(report{Failure: failed})
 		return errors.Join(err, s.recordOrphan())
 	}
 	s.report(report{
@@ -352,7 +358,7 @@ func (s *shim) startVMM(ctx context.Context) error {
 	if err != nil {
 		return s.explain(ctx, err)
 	}
-	s.instance = instance
+	s.instance, s.ran = instance, true
 	return nil
 }
 
@@ -382,6 +388,13 @@ func (s *shim) attend(ctx context.Context) {
 		s.stop(Stop{}, "its start was given up")
 		return
 	}
+	step.Reached(ctx, "claim/confirmed")
+	if err := s.takeOver(); err != nil {
+		s.report(report{Failure: newFailure(err)})
+		s.stop(Stop{}, err.Error())
+		return
+	}
+	step.Reached(ctx, "claim/taken over")
 	s.report(report{Committed: true})
 	_ = s.reports.Close()
 	s.active()

@@ -10,8 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -22,13 +24,36 @@ import (
 	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // claim is what a shim that stands by is sent, as a line of JSON. With it come the files
-// that a shim inherits otherwise: its orders, its reports, and the listeners.
+// that a shim inherits otherwise: its orders, its reports, and the listeners; and before
+// the listeners the lock of its slot.
 type claim struct {
 	Spec Spec `json:"spec"`
+	// Dir holds the slot's files, by their names of before.
+	Dir string `json:"dir"`
+	// Names are the paths that files of the slot get when the start is confirmed.
+	Names map[string]string `json:"names,omitempty"`
+
+	// Dismiss has the shim end instead.
+	Dismiss bool `json:"dismiss,omitempty"`
+}
+
+// dismissed is the answer to a dismissal.
+const dismissed = "dismissed\n"
+
+var errDismissed = errors.New("the shim was dismissed")
+
+// slotFiles are the files that a shim has as one that stood by, until the start of the VM
+// that it was claimed for is confirmed. Before that they are where they were, so that a
+// start that is given up has changed nothing of the VM.
+type slotFiles struct {
+	dir   string
+	names map[string]string
+	lock  *os.File
 }
 
 const (
@@ -118,52 +143,137 @@ func (s *shim) awaitClaim(ctx context.Context, listener net.Listener) (bool, err
 		}
 		err = s.takeClaim(unixConn)
 		_ = conn.Close()
-		if err == nil {
+		switch {
+		case err == nil:
+			step.Reached(ctx, "claim/taken")
 			return true, nil
+		case errors.Is(err, errDismissed):
+			return false, nil
 		}
 		s.log.Warn("claim", "error", err)
 	}
 }
 
-// takeClaim makes the claimer the shim's launcher.
-func (s *shim) takeClaim(conn *net.UnixConn) error {
+// takeClaim makes the claimer the shim's launcher. On failure nothing has changed.
+func (s *shim) takeClaim(conn *net.UnixConn) (err error) {
 	_ = conn.SetDeadline(time.Now().Add(claimTime))
 	text, files, err := receive(conn)
+	taken := 0 // of the files
+	defer func() {
+		for _, file := range files[taken:] {
+			_ = file.Close()
+		}
+	}()
 	var c claim
 	if err == nil {
 		err = json.Unmarshal(text, &c)
 	}
-	if err == nil && len(files) != 2+len(c.Spec.Forwards) {
-		err = fmt.Errorf("%d files came with it", len(files))
-	}
-	claimed := []io.Closer{}
-	for i := 2; err == nil && i < len(files); i++ {
-		var listener io.Closer
-		if listener, err = listenerOf(files[i]); err == nil {
-			claimed = append(claimed, listener)
-		}
-		_ = files[i].Close()
-	}
 	if err != nil {
-		for _, file := range files {
-			_ = file.Close()
-		}
 		return err
 	}
-	// What the VMM has open stays the same; only names may have changed.
-	s.spec = c.Spec
+	if c.Dismiss {
+		_, _ = conn.Write([]byte(dismissed))
+		return errDismissed
+	}
+	const own = 3 // orders, reports, lock
+	if len(files) != own+len(c.Spec.Forwards) {
+		return fmt.Errorf("%d files came with it", len(files))
+	}
+	listeners := []io.Closer{}
+	defer func() {
+		if err != nil {
+			for _, listener := range listeners {
+				_ = listener.Close()
+			}
+		}
+	}()
+	for _, file := range files[own:] {
+		listener, err := listenerOf(file)
+		if err != nil {
+			return err
+		}
+		listeners = append(listeners, listener)
+	}
+	if err := s.moveDrives(c.Dir); err != nil {
+		return err
+	}
+	taken = own
+	s.spec, s.slot = c.Spec, &slotFiles{dir: c.Dir, names: c.Names, lock: files[2]}
+	s.began, s.timeline = time.Now(), nil
+	s.reports, s.claimed = files[1], listeners
+	s.committed, s.launcherGone = make(chan struct{}), make(chan struct{})
+	go func() {
+		s.follow(bufio.NewReader(files[0]), s.committed, s.launcherGone)
+		_ = files[0].Close()
+	}()
+	for _, file := range files[own:] {
+		_ = file.Close()
+	}
+	return nil
+}
+
+// moveDrives makes the links to the drives lead to dir, to which their files have been
+// moved: all or none.
+func (s *shim) moveDrives(dir string) error {
+	for n, link := range s.drives.links {
+		if link == "" {
+			continue
+		}
+		if err := s.drives.move(link, filepath.Join(dir, filepath.Base(s.spec.VMM.Drives[n].Path))); err != nil {
+			for back, link := range s.drives.links[:n] {
+				if link != "" {
+					_ = s.drives.move(link, s.spec.VMM.Drives[back].Path)
+				}
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+// takeOver gives the files of the slot their names as the VM's, when the start has been
+// confirmed. Each has its old name until it has the new one, and the VMM's links lead to
+// it at any moment.
+func (s *shim) takeOver() error {
+	if s.slot == nil {
+		return nil
+	}
+	for name, path := range s.slot.names {
+		temp := path + ".claimed"
+		if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("take over %s: %w", name, err)
+		}
+		err := os.Link(filepath.Join(s.slot.dir, name), temp)
+		if err == nil {
+			err = os.Rename(temp, path)
+		}
+		if err != nil {
+			return fmt.Errorf("take over %s: %w", name, err)
+		}
+	}
 	for n, link := range s.drives.links {
 		if link != "" {
-			if err := s.drives.move(link, c.Spec.VMM.Drives[n].Path); err != nil {
-				return err
+			if err := s.drives.move(link, s.spec.VMM.Drives[n].Path); err != nil {
+				return fmt.Errorf("take over a drive: %w", err)
 			}
 		}
 	}
-	s.began, s.timeline = time.Now(), nil
-	s.reports, s.claimed = files[1], claimed
-	s.committed, s.launcherGone = make(chan struct{}), make(chan struct{})
-	go s.follow(bufio.NewReader(files[0]), s.committed, s.launcherGone)
-	return nil
+	err := os.RemoveAll(s.slot.dir)
+	_ = s.slot.lock.Close()
+	s.slot = nil
+	return err
+}
+
+// consolePath is where the console's log is now.
+func (s *shim) consolePath() string {
+	if s.slot != nil {
+		for name, path := range s.slot.names {
+			if path == s.spec.VMM.ConsolePath {
+				return filepath.Join(s.slot.dir, name)
+			}
+		}
+	}
+	return s.spec.VMM.ConsolePath
 }
 
 // wakeUp lets a VM that stood by go on, as what it was claimed for.
@@ -218,11 +328,51 @@ func filesOf(rights []byte) []*os.File {
 	return files
 }
 
-// Claim is [Launch] by a shim that stands by in standbyDir. Its Program and LogPath are
-// not used. The error matches [ErrGone] if the shim is not there any more, or has been
-// claimed by somebody else.
-func Claim(ctx context.Context, standbyDir string, opts LaunchOptions) (*Launched, error) {
+// Slot is what [Claim] needs to know of a shim that stands by.
+type Slot struct {
+	// StandbyDir is the shim's runtime directory.
+	StandbyDir string
+	// Dir holds the slot's files, to which the claimer has moved them.
+	Dir string
+	// Names are the paths that the files get as the VM's, by their names in Dir. The
+	// shim gives them when the start is committed, and removes Dir.
+	Names map[string]string
+	// Lock is a lock of the slot, which the shim shares until then.
+	Lock *os.File
+}
+
+// Dismiss ends a shim that stands by, and returns when it has agreed. The error matches
+// [ErrGone] if none stands by there: it has been claimed, or has ended.
+func Dismiss(ctx context.Context, standbyDir string) error {
 	conn, err := dialUnix(ctx, claimSocket(standbyDir))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	text, err := json.Marshal(claim{Dismiss: true})
+	if err == nil {
+		_, err = conn.Write(append(text, '\n'))
+	}
+	answer := make([]byte, len(dismissed))
+	if err == nil {
+		_, err = io.ReadFull(conn, answer)
+	}
+	if err == nil && string(answer) != dismissed {
+		err = fmt.Errorf("unexpected answer %q", answer)
+	}
+	if err != nil {
+		return fmt.Errorf("dismiss a shim: %w", err)
+	}
+	return nil
+}
+
+// Claim is [Launch] by a shim that stands by. Program and LogPath of the options are not
+// used. The error matches [ErrGone] if the shim is not there any more, or has been
+// claimed by somebody else.
+func Claim(ctx context.Context, slot Slot, opts LaunchOptions) (*Launched, error) {
+	conn, err := dialUnix(ctx, claimSocket(slot.StandbyDir))
 	if err != nil {
 		return nil, err
 	}
@@ -236,10 +386,11 @@ func Claim(ctx context.Context, standbyDir string, opts LaunchOptions) (*Launche
 			_ = file.Close()
 		}
 	}()
-	text, err := json.Marshal(claim{Spec: opts.Spec})
+	text, err := json.Marshal(claim{Spec: opts.Spec, Dir: slot.Dir, Names: slot.Names})
 	if err == nil {
+		files := append([]*os.File{p.ordersRead, p.reportsWrite, slot.Lock}, p.listeners...)
 		var fds []int
-		for _, file := range p.theirs() {
+		for _, file := range files {
 			fds = append(fds, int(file.Fd()))
 		}
 		err = send(conn, append(text, '\n'), unix.UnixRights(fds...))

@@ -175,7 +175,7 @@ type signs struct {
 
 func (s *shim) signsOfLife() (seen signs) {
 	seen.cpu, _ = proc.CPUTime(s.instance.PID()) // none: it is ending
-	if info, err := os.Stat(s.spec.VMM.ConsolePath); err == nil {
+	if info, err := os.Stat(s.consolePath()); err == nil {
 		seen.console, seen.size = info.ModTime(), info.Size()
 	}
 	return seen

@@ -33,13 +33,12 @@ type Identity struct{ BootID, Random, MachineID, HostKey, MAC string }
 // ErrTwin says that another VM has a part of a guest's identity.
 var ErrTwin = errors.New("another VM has the same identity")
 
-// MarkStarted makes a VM that was created or stopped running. The error matches
-// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is in another state, or
-// [ErrTwin].
+// MarkStarted makes a VM running that was not alive. The error matches
+// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is alive, or [ErrTwin].
 func (s *Store) MarkStarted(ctx context.Context, id string, started Started) error {
 	// Durably, and its creation with it: from now on the guest has data.
 	return s.updateDurably(ctx, func(tx *sql.Tx) error {
-		if err := requireState(ctx, tx, id, smolvm.StateCreated, smolvm.StateStopped); err != nil {
+		if err := requireState(ctx, tx, id, smolvm.StateCreated, smolvm.StateStopped, smolvm.StateError); err != nil {
 			return err
 		}
 		_, err := tx.ExecContext(ctx, `UPDATE vms SET state = ?, run = ?, pid = ?, pid_start = ?, shim_pid = ?,
@@ -106,6 +105,18 @@ func (s *Store) MarkEnded(ctx context.Context, id, run string, state smolvm.VMSt
 		return err
 	})
 	return changed && err == nil, err
+}
+
+// MarkNotStarted writes down why a VM is in the state that it was in before a start, which
+// did not come so far as to run it. The error matches [smolvm.ErrVMNotFound].
+func (s *Store) MarkNotStarted(ctx context.Context, id string, state smolvm.VMState, cause string) error {
+	return s.update(ctx, func(tx *sql.Tx) error {
+		if _, err := stateOf(ctx, tx, id); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, "UPDATE vms SET state = ?, cause = ? WHERE id = ?", string(state), cause, id)
+		return err
+	})
 }
 
 // MarkFailed writes down that a start of a VM failed, and why. The error matches

@@ -82,6 +82,20 @@ func TestMarkFailed(t *testing.T) {
 	}
 }
 
+// A start that did not come to run the VM leaves only its cause.
+func TestMarkNotStarted(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	want := mustCreate(t, s, newVM("web"))
+	if err := s.MarkNotStarted(t.Context(), "web", smolvm.StateCreated, "no memory"); err != nil {
+		t.Fatal(err)
+	}
+	want.Cause = "no memory"
+	if diff := cmp.Diff(want, mustGet(t, s, "web"), equalAddrs); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
 func TestStateRules(t *testing.T) {
 	t.Parallel()
 	// mark brings a VM into a state by force.
@@ -97,7 +111,7 @@ func TestStateRules(t *testing.T) {
 		do      func(s *Store, id string) error
 	}{
 		"start": {
-			[]smolvm.VMState{smolvm.StateCreated, smolvm.StateStopped},
+			[]smolvm.VMState{smolvm.StateCreated, smolvm.StateStopped, smolvm.StateError},
 			func(s *Store, id string) error {
 				return s.MarkStarted(t.Context(), id, Started{Run: "r", At: startedAt})
 			},

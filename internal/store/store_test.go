@@ -212,12 +212,13 @@ func TestUnknownVM(t *testing.T) {
 	s := openTemp(t, Options{})
 	ctx := t.Context()
 	calls := map[string]func() error{
-		"GetVM":       func() error { _, err := s.GetVM(ctx, "no"); return err },
-		"DeleteVM":    func() error { return s.DeleteVM(ctx, "no") },
-		"MarkStarted": func() error { return s.MarkStarted(ctx, "no", Started{}) },
-		"MarkFailed":  func() error { return s.MarkFailed(ctx, "no", "why", time.Now()) },
-		"SetState":    func() error { return s.SetState(ctx, "no", smolvm.States(), smolvm.StatePaused) },
-		"MoveSSHPort": func() error { _, err := s.MoveSSHPort(ctx, "no", nil); return err },
+		"GetVM":          func() error { _, err := s.GetVM(ctx, "no"); return err },
+		"DeleteVM":       func() error { return s.DeleteVM(ctx, "no") },
+		"MarkStarted":    func() error { return s.MarkStarted(ctx, "no", Started{}) },
+		"MarkFailed":     func() error { return s.MarkFailed(ctx, "no", "why", time.Now()) },
+		"MarkNotStarted": func() error { return s.MarkNotStarted(ctx, "no", smolvm.StateStopped, "why") },
+		"SetState":       func() error { return s.SetState(ctx, "no", smolvm.States(), smolvm.StatePaused) },
+		"MoveSSHPort":    func() error { _, err := s.MoveSSHPort(ctx, "no", nil); return err },
 		"AddForward": func() error {
 			_, err := s.AddForward(ctx, "no", smolvm.PortForward{HostPort: 80, GuestPort: 80}, nil)
 			return err

@@ -1,0 +1,229 @@
+package manager_test
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/step"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// hostSlack is what a loaded host may add to a time.
+const hostSlack = 3 * time.Second
+
+// A shim and a VMM that hang are ended in time, and nothing of the VM is left (C3, C4). The
+// disk is as after a power cut, and the VM starts from it.
+func TestStopOfHungProcesses(t *testing.T) {
+	m := openReal(t)
+	vm := mustRun(t, m, smolvm.VMConfig{})
+	sh(t, m, vm.ID, "echo kept > /root/file; sync")
+	testenv.Suspend(t, vm.ShimPID)
+	inTime(t, "stop", 2*time.Second, func() error {
+		stopped, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{Timeout: time.Second})
+		if stopped.State != smolvm.StateStopped {
+			t.Errorf("state is %s", stopped.State)
+		}
+		return err
+	})
+	if left := testenv.Processes(m.DataDir()); len(left) > 0 {
+		t.Errorf("processes are left: %q", left)
+	}
+	vm, err := m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, vm.ID, "cat /root/file"); got != "kept" {
+		t.Errorf("the file says %q", got)
+	}
+	testenv.Suspend(t, vm.PID)
+	testenv.Suspend(t, vm.ShimPID)
+	inTime(t, "delete", time.Second, func() error { return m.Delete(t.Context(), vm.ID) })
+	checkNothingLeft(t, testConfig(t, filepath.Dir(m.DataDir())))
+}
+
+func inTime(t *testing.T, what string, limit time.Duration, do func() error) {
+	t.Helper()
+	began := time.Now()
+	if err := do(); err != nil {
+		t.Errorf("%s: %v", what, err)
+	}
+	if took := time.Since(began); took > limit+hostSlack {
+		t.Errorf("%s took %s, want at most %s", what, took, limit)
+	}
+}
+
+// One start that fails, for want of memory or files, leaves a stopped VM as it was, with its
+// data (case 23). One that had failed when it ran starts again from its disk (D5).
+func TestFailedStartKeepsVM(t *testing.T) {
+	m := openReal(t)
+	vm := mustRun(t, m, smolvm.VMConfig{})
+	sh(t, m, vm.ID, "echo precious > /root/file; sync")
+	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	real, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := t.TempDir()
+	script := "#!/bin/sh\nulimit -v 400000\nexec " + real + " \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(bin, "qemu-system-x86_64"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", bin+":"+path)
+	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err == nil || !strings.Contains(err.Error(), "memory") {
+		t.Errorf("a start without memory: %v", err)
+	}
+	t.Setenv("PATH", path)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	few := exec.Command("/bin/sh", "-c", "ulimit -n 24; exec \"$0\" \"$@\"", self, childCommand, m.DataDir(), m.SocketDir(), testenv.Agent(t), vm.ID, "start")
+	if out, err := few.CombinedOutput(); err == nil || !strings.Contains(string(out), "only 24 files open") {
+		t.Errorf("a start with few files: %v, %q", err, out)
+	}
+	got, err := m.Get(t.Context(), vm.ID)
+	if err != nil || got.State != smolvm.StateStopped || !strings.Contains(got.Cause, "its start failed") || !strings.Contains(got.Cause, "memory") {
+		t.Errorf("after that it is %s (%s), %v", got.State, got.Cause, err)
+	}
+	events, err := m.Events(t.Context(), vm.ID, 1)
+	if err != nil || len(events) != 1 || events[0].Action != "start failed" {
+		t.Errorf("the last event is %+v, %v", events, err)
+	}
+	vm, err = m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _ = m.Exec(t.Context(), vm.ID, smolvm.Command{Args: []string{"sh", "-c", "echo c > /proc/sysrq-trigger; sleep 60"}})
+	if err := waitEnd(t, vm); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = m.Get(t.Context(), vm.ID); err != nil || got.State != smolvm.StateError {
+		t.Fatalf("after a panic it is %s, %v", got.State, err)
+	}
+	if _, err := m.Exec(t.Context(), vm.ID, smolvm.Command{Args: []string{"true"}}); err == nil || !strings.Contains(err.Error(), "start it again") {
+		t.Errorf("exec in it: %v", err)
+	}
+	vm, err = m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(vm.Start.Warnings) == 0 || !strings.Contains(vm.Start.Warnings[0], "panic") {
+		t.Errorf("warnings are %q", vm.Start.Warnings)
+	}
+	if got := sh(t, m, vm.ID, "cat /root/file"); got != "precious" {
+		t.Errorf("the file says %q", got)
+	}
+}
+
+// Whoever is killed at whichever point of a claim, no other VM is ended, nothing is left
+// behind, the pool knows how many VMs it has, and the next start succeeds (D1, D2).
+func TestKilledWhileClaiming(t *testing.T) {
+	m := openFast(t)
+	if _, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 1}); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		point string
+		shim  bool // it is the shim that is killed
+	}{
+		{"claim/moved", false}, {"start/ready", false}, {"start/written", false}, {"start/confirmed", false},
+		{"claim/taken", true}, {"claim/confirmed", true}, {"claim/taken over", true},
+	} {
+		t.Run(test.point, func(t *testing.T) {
+			crash := step.CrashEnv + "=" + test.point
+			mustCreate(t, m, smolvm.VMConfig{ID: "victim"})
+			if test.shim {
+				// Shims have the environment of whoever fills the pool.
+				pools, err := m.Pools(t.Context())
+				if err != nil || m.RemovePool(t.Context(), pools[0].ID) != nil {
+					t.Fatal(err)
+				}
+				c := startChild(t, m, "", "pool", crash)
+				c.await(t, "begun")
+				c.await(t, "done")
+				c.kill(t)
+				if _, err := m.Start(t.Context(), "victim", manager.StartOptions{}); err != nil {
+					t.Errorf("start: %v", err)
+				}
+			} else {
+				pool, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 2})
+				if err != nil || pool.Ready != 2 {
+					t.Fatalf("pool is %+v, %v", pool, err)
+				}
+				c := startChild(t, m, "victim", "start", crash)
+				c.await(t, "begun")
+				if c.lines.Scan() {
+					t.Fatalf("the child says %q; it was to be killed", c.lines.Text())
+				}
+				_ = c.cmd.Wait()
+				if pools, err := m.Pools(t.Context()); err != nil || pools[0].Ready != 1 {
+					t.Errorf("pools are %+v, %v; one VM is left", pools, err)
+				}
+				awaitSettled(t, m, "victim")
+			}
+			before, err := m.Get(t.Context(), "victim")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if before.State == smolvm.StateRunning {
+				sh(t, m, "victim", "echo mine > /root/file")
+			}
+			// All that takes slots, fills and empties pools.
+			other := mustRun(t, m, smolvm.VMConfig{ID: "other"})
+			sh(t, m, other.ID, "true")
+			if _, err := m.Reconcile(t.Context()); err != nil {
+				t.Errorf("Reconcile: %v", err)
+			}
+			if pool, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 2}); err != nil || pool.Ready != 2 {
+				t.Errorf("pool is %+v, %v", pool, err)
+			}
+			if left, _ := filepath.Glob(filepath.Join(m.DataDir(), "pool", "*", "*.claimed")); len(left) > 0 {
+				t.Errorf("left behind: %q", left)
+			}
+			after, err := m.Get(t.Context(), "victim")
+			if err != nil || after.State != before.State || after.PID != before.PID {
+				t.Errorf("the VM was %s, and is %s (%s), %v", before.State, after.State, after.Cause, err)
+			}
+			if test.point == "start/confirmed" { // a boot from the disk is one too many for all
+				if _, err := m.Stop(t.Context(), "victim", manager.StopOptions{}); err != nil {
+					t.Error(err)
+				}
+				after.State = smolvm.StateStopped
+			}
+			if after.State != smolvm.StateRunning {
+				if _, err := m.Start(t.Context(), "victim", manager.StartOptions{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want := "none"
+			if before.State == smolvm.StateRunning {
+				want = "mine"
+			}
+			if got := sh(t, m, "victim", "cat /root/file 2>/dev/null || echo none"); got != want {
+				t.Errorf("the file says %q, want %q", got, want)
+			}
+			if err := errors.Join(m.Delete(t.Context(), "victim"), m.Delete(t.Context(), "other")); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	pools, err := m.Pools(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pool := range pools {
+		if err := m.RemovePool(t.Context(), pool.ID); err != nil {
+			t.Error(err)
+		}
+	}
+}
