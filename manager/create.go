@@ -63,6 +63,7 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 		return smolvm.VMInfo{}, err
 	}
 	m.note(ctx, vm.ID, "create", began, "")
+	keepReserve(m.dataDir)
 	info := m.info(vm)
 	info.Timeline = append([]smolvm.Phase{{Name: "check", Duration: checked}}, phases...)
 	return info, nil

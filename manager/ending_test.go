@@ -1,6 +1,7 @@
 package manager_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/step"
@@ -225,5 +228,123 @@ func TestKilledWhileClaiming(t *testing.T) {
 		if err := m.RemovePool(t.Context(), pool.ID); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A guest that fills the host's disk is paused, and says why. With no byte left, every VM can
+// be listed, stopped and removed, and nothing that is asked of it hangs (D6, D7).
+func TestHostDiskFull(t *testing.T) {
+	testenv.RequireQEMU(t)
+	if os.Getuid() != 0 {
+		t.Skip("mounting a small file system takes root")
+	}
+	config := testConfig(t, tempDir(t))
+	config.AgentPath = testenv.Agent(t)
+	if err := os.MkdirAll(config.DataDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", config.DataDir, "tmpfs", 0, "size=160m"); err != nil {
+		t.Skip("mounting is not allowed here: ", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(config.DataDir, unix.MNT_DETACH) })
+	testenv.SeedImages(t, config.DataDir)
+	m := openAt(t, config)
+	mustRun(t, m, smolvm.VMConfig{ID: "greedy"})
+	mustRun(t, m, smolvm.VMConfig{ID: "modest"})
+	filler := filepath.Join(config.DataDir, "filler")
+	if err := os.WriteFile(filler, make([]byte, 100<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	writing := make(chan error, 1)
+	go func() {
+		_, err := m.Exec(ctx, "greedy", smolvm.Command{Args: []string{"sh", "-c", "dd if=/dev/zero of=/big bs=1M count=60 2>/dev/null; sync"}})
+		writing <- err
+	}()
+	halted := awaitState(t, m, "greedy", smolvm.StatePaused)
+	if !strings.Contains(halted.Cause, "disk is full") || !strings.Contains(halted.Cause, halted.DiskPath) {
+		t.Errorf("cause is %q", halted.Cause)
+	}
+	_, err := m.Resume(t.Context(), "greedy")
+	if err == nil || !strings.Contains(err.Error(), "disk is full") {
+		t.Errorf("resume with a full disk: %v", err)
+	}
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Resume(t.Context(), "greedy"); err != nil {
+		t.Errorf("resume when there is room: %v", err)
+	}
+	if err := <-writing; err != nil {
+		t.Errorf("the command that was in the middle of it: %v", err)
+	}
+	if got, err := m.Get(t.Context(), "greedy"); err != nil || got.State != smolvm.StateRunning || got.Cause != "" {
+		t.Errorf("then it is %s (%s), %v", got.State, got.Cause, err)
+	}
+
+	fill(t, filler)
+	go func() { // it hangs until the VM ends
+		_, _ = m.Exec(ctx, "greedy", smolvm.Command{Args: []string{"sh", "-c", "dd if=/dev/zero of=/more bs=1M count=60; sync"}})
+	}()
+	awaitState(t, m, "greedy", smolvm.StatePaused)
+	fill(t, filler+"2") // what was given up meanwhile
+	inTime(t, "exec", time.Second, func() error {
+		_, err := m.Exec(t.Context(), "greedy", smolvm.Command{Args: []string{"true"}})
+		if err == nil || !strings.Contains(err.Error(), "disk is full") {
+			t.Errorf("exec: %v", err)
+		}
+		return nil
+	})
+	// As another process does it.
+	other, err := manager.Open(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = other.Close() }()
+	if vms, err := other.List(t.Context(), manager.ListOptions{}); err != nil || len(vms) != 2 {
+		t.Errorf("list: %+v, %v", vms, err)
+	}
+	inTime(t, "stop of a VM that is halted", 2*time.Second, func() error {
+		_, err := other.Stop(t.Context(), "greedy", manager.StopOptions{})
+		return err
+	})
+	fill(t, filler+"3")
+	inTime(t, "stop", 10*time.Second, func() error {
+		_, err := other.Stop(t.Context(), "modest", manager.StopOptions{})
+		return err
+	})
+	fill(t, filler+"4")
+	for _, id := range []string{"greedy", "modest"} {
+		inTime(t, "delete", time.Second, func() error { return other.Delete(t.Context(), id) })
+	}
+}
+
+// fill writes a file until there is no room for another byte.
+func fill(t *testing.T, path string) {
+	t.Helper()
+	file, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = file.Close() }()
+	for block := make([]byte, 1<<20); len(block) > 0; {
+		if _, err := file.Write(block); err != nil {
+			block = block[:len(block)/2]
+		}
+	}
+}
+
+func awaitState(t *testing.T, m *manager.Manager, id string, state smolvm.VMState) smolvm.VMInfo {
+	t.Helper()
+	for {
+		vm, err := m.Get(t.Context(), id)
+		if err != nil || !vm.State.Alive() {
+			t.Fatalf("VM %s is %s (%s), %v", id, vm.State, vm.Cause, err)
+		}
+		if vm.State == state {
+			return vm
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }

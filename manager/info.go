@@ -168,6 +168,9 @@ func stateError(verb string, vm store.VM) error {
 		next = "stop it first"
 	case smolvm.StatePaused:
 		next = "resume or stop it first"
+		if vm.Cause != "" {
+			next = fmt.Sprintf("%s; resume it when that is mended, or stop it", vm.Cause)
+		}
 	case smolvm.StateError:
 		next = fmt.Sprintf("it failed (%s); start it again, which boots it from its disk, or delete it", vm.Cause)
 	}

@@ -72,7 +72,7 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	state, err := store.Open(ctx, dir.Database(), store.Options{})
+	state, err := store.Open(ctx, dir.Database(), store.Options{MakeRoom: func() bool { return makeRoom(dir.Root()) }})
 	if err != nil {
 		return nil, err
 	}

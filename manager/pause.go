@@ -29,13 +29,23 @@ func (m *Manager) Pause(ctx context.Context, id string) (smolvm.VMInfo, error) {
 	})
 }
 
-// Resume lets a paused VM go on, and sets its clock.
+// Resume lets a paused VM go on, and sets its clock. So does it with a VM that was paused by
+// its VMM, as the host's disk is full; [smolvm.VMInfo].Cause tells. If that is so still, the
+// VM stays paused and the error says why.
 func (m *Manager) Resume(ctx context.Context, id string) (smolvm.VMInfo, error) {
 	return m.hold(ctx, id, "resume", smolvm.StatePaused, func(ctx context.Context, client *shim.Client) error {
 		if err := client.Resume(ctx); err != nil {
 			return err
 		}
-		return m.store.SetState(ctx, id, []smolvm.VMState{smolvm.StatePaused}, smolvm.StateRunning)
+		if err := m.store.SetState(ctx, id, []smolvm.VMState{smolvm.StatePaused}, smolvm.StateRunning); err != nil {
+			return err
+		}
+		// It may have been paused again before that was written.
+		status, err := client.Status(ctx)
+		if err == nil && status.Halt != "" {
+			_, err = m.store.MarkHalted(ctx, id, status.Run, status.Halt)
+		}
+		return err
 	})
 }
 

@@ -52,23 +52,41 @@ func RunShim(ctx context.Context, opts ShimOptions) error {
 		Stdin:    stdin,
 		Backends: opts.Backends,
 		Exited:   recordExit,
+		Halted:   recordHalt,
 	})
 }
 
-// recordExit writes down the end of a VM, in the shim's process. The database is
-// opened for it only now: a shim has no use for it before.
+// recordExit writes down the end of a VM, in the shim's process.
 func recordExit(ctx context.Context, record shim.ExitRecord) error {
+	return withShimManager(ctx, record.HandOver, func(m *Manager) error { return m.recordExit(ctx, record) })
+}
+
+// recordHalt writes down that a VMM has paused its guest, in the shim's process.
+func recordHalt(ctx context.Context, record shim.HaltRecord) error {
+	return withShimManager(ctx, record.HandOver, func(m *Manager) error {
+		began := time.Now()
+		changed, err := m.store.MarkHalted(ctx, record.ID, record.Run, record.Cause)
+		if changed {
+			m.note(ctx, record.ID, "paused", began, record.Cause)
+		}
+		return err
+	})
+}
+
+// withShimManager does something with a Manager in the shim's process. The database is
+// opened for it only now: a shim has no use for it before.
+func withShimManager(ctx context.Context, handOver map[string]string, do func(*Manager) error) error {
 	m, err := Open(ctx, Config{
-		DataDir:   record.HandOver[handOverDataDir],
+		DataDir:   handOver[handOverDataDir],
 		Existing:  true, // it may have been moved or removed meanwhile
-		SocketDir: record.HandOver[handOverSocketDir],
+		SocketDir: handOver[handOverSocketDir],
 		Backend:   "auto",
 	})
 	if err != nil {
 		return err
 	}
 	m.actor = fmt.Sprintf("shim[%d]", os.Getpid())
-	return errors.Join(m.recordExit(ctx, record), m.Close())
+	return errors.Join(do(m), m.Close())
 }
 
 func (m *Manager) recordExit(ctx context.Context, record shim.ExitRecord) error {

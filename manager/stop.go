@@ -109,6 +109,7 @@ func (m *Manager) DeleteWith(ctx context.Context, id string, opts DeleteOptions)
 		return fmt.Errorf("delete VM %q: %w", id, err)
 	}
 	lock.remove()
+	keepReserve(m.dataDir)
 	m.note(ctx, id, "delete", began, "")
 	return nil
 }

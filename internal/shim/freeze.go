@@ -32,6 +32,7 @@ func Freeze(ctx context.Context, opts FreezeOptions) error {
 		log:          slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		began:        time.Now(),
 		launcherGone: make(chan struct{}),
+		halts:        newHalts(),
 		consoleStart: sizeOf(opts.Spec.VMM.ConsolePath),
 	}
 	var u undos

@@ -53,10 +53,13 @@ func (s *shim) startContext(ctx context.Context) (context.Context, context.Cance
 	if s.instance != nil {
 		vmmEnded = s.instance.Done()
 	}
+	halted := s.halts.halted()
 	go func() {
 		select {
 		case <-vmmEnded:
 			cancelCause(errVMMEnded)
+		case <-halted:
+			cancelCause(s.halts.err())
 		case <-s.launcherGone:
 			cancelCause(errGivenUp)
 		case <-outer.Done():

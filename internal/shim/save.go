@@ -71,10 +71,19 @@ func (s *shim) resume(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	halted := s.halts.clear()
+	s.setPaused(false) // before it may be halted again
 	if err := pauser.Resume(ctx); err != nil {
+		s.setPaused(true)
 		return err
 	}
-	s.setPaused(false)
+	if halted {
+		select {
+		case <-s.halts.halted():
+			return s.halts.err()
+		case <-time.After(haltTime):
+		}
+	}
 	if s.link == nil {
 		return nil
 	}

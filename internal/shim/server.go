@@ -60,6 +60,8 @@ type Status struct {
 	// Uptime is the time since the shim was started.
 	Uptime   time.Duration `json:"uptime_ns"`
 	Forwards []Forward     `json:"forwards"`
+	// Halt is why the VMM has paused the guest by itself; empty if it has not.
+	Halt string `json:"halt,omitempty"`
 	// Answer is the agent's, if there is one.
 	Answer *wire.Answer `json:"answer,omitempty"`
 }
@@ -155,6 +157,7 @@ func (s *shim) status() *Status {
 		PID:    os.Getpid(),
 		VMMPID: s.instance.PID(),
 		Uptime: time.Since(s.began),
+		Halt:   s.halts.why(),
 		Forwards: slices.SortedFunc(maps.Keys(s.forwards), func(a, b Forward) int {
 			return cmp.Or(a.Host.Compare(b.Host), cmp.Compare(a.Protocol, b.Protocol))
 		}),
@@ -211,6 +214,10 @@ func (s *shim) connectAgent(conn net.Conn) {
 	if s.link == nil {
 		// Lines before the server's version are for people; see RFC 4253, section 4.2.
 		_, _ = io.WriteString(conn, "This guest has no agent of smolvm.\r\n")
+		return
+	}
+	if err := s.halts.err(); err != nil {
+		_, _ = io.WriteString(conn, err.Error()+".\r\n")
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)

@@ -45,6 +45,9 @@ type Options struct {
 	Backends []vmm.Backend
 	// Exited is called when the VM has ended, to write that down.
 	Exited func(context.Context, ExitRecord) error
+	// Halted is called when the VMM has paused the guest by itself, to write that down.
+	// Nil: nobody wants to know.
+	Halted func(context.Context, HaltRecord) error
 }
 
 // shim is the running shim.
@@ -71,6 +74,7 @@ type shim struct {
 	launcherGone chan struct{} // closed when the launcher's end of the pipe closes
 	idle         *time.Timer   // see active
 	paused       atomic.Bool
+	halts        *halts
 	drives       drives
 	saving       sync.Mutex // held by save
 
@@ -95,6 +99,7 @@ func Main(ctx context.Context, opts Options) error {
 		launcherGone: make(chan struct{}),
 		idle:         time.AfterFunc(time.Hour, releaseMemory),
 		forwards:     map[Forward]io.Closer{},
+		halts:        newHalts(),
 	}
 	orders := bufio.NewReader(opts.Stdin)
 	line, err := orders.ReadBytes('\n')
@@ -359,6 +364,7 @@ func (s *shim) startVMM(ctx context.Context) error {
 		return s.explain(ctx, err)
 	}
 	s.instance, s.ran = instance, true
+	go s.watchHalts(instance)
 	return nil
 }
 
@@ -428,6 +434,8 @@ func (s *shim) awaitEnd(ctx context.Context) {
 		case <-owner:
 			owner = nil
 			stop(Stop{}, "the process that it belongs to ended")
+		case <-s.halts.tell:
+			stops.Go(s.recordHalt)
 		case <-told:
 			told = nil
 			stop(Stop{Grace: stopGrace}, "its shim was told to end")

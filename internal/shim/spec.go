@@ -103,3 +103,11 @@ type ExitRecord struct {
 	// the start.
 	Committed bool `json:"committed"`
 }
+
+// HaltRecord is what a shim reports when the VMM has paused the guest by itself.
+type HaltRecord struct {
+	ID       string            `json:"id"`
+	Run      string            `json:"run"`
+	Cause    string            `json:"cause"`
+	HandOver map[string]string `json:"hand_over,omitempty"`
+}

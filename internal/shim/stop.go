@@ -79,6 +79,7 @@ func (s *shim) note(text string) {
 func (s *shim) shutDown(how Stop) error {
 	ctx, cancel := context.WithTimeout(context.Background(), how.Grace)
 	defer cancel()
+	s.halts.clear()
 	result := make(chan error, 1)
 	go func() { result <- s.askToShutDown(ctx, how) }() // it ends with the VM at the latest
 	select {
@@ -86,6 +87,8 @@ func (s *shim) shutDown(how Stop) error {
 		return err
 	case <-s.instance.Done():
 		return nil
+	case <-s.halts.halted(): // and nobody will make room for it
+		return s.halts.err()
 	case <-ctx.Done():
 	}
 	select {

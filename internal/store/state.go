@@ -153,14 +153,32 @@ func (s *Store) SetConfig(ctx context.Context, id string, config smolvm.VMConfig
 	})
 }
 
-// SetState moves a VM from one of some states to another. The error matches
+// MarkHalted makes a VM paused that its VMM has paused by itself in a run, and writes down
+// why. It reports whether that changed anything; it does not if the VM is not alive in that
+// run any more.
+func (s *Store) MarkHalted(ctx context.Context, id, run, cause string) (bool, error) {
+	var changed bool
+	err := s.update(ctx, func(tx *sql.Tx) error {
+		result, err := tx.ExecContext(ctx, "UPDATE vms SET state = ?, cause = ? WHERE id = ? AND run = ? AND state IN (?, ?)",
+			string(smolvm.StatePaused), cause, id, run, string(smolvm.StateRunning), string(smolvm.StatePaused))
+		if err != nil {
+			return err
+		}
+		n, err := result.RowsAffected()
+		changed = n > 0
+		return err
+	})
+	return changed && err == nil, err
+}
+
+// SetState moves a VM from one of some states to another, in which there is no cause. The error matches
 // [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is in none of them.
 func (s *Store) SetState(ctx context.Context, id string, from []smolvm.VMState, to smolvm.VMState) error {
 	return s.update(ctx, func(tx *sql.Tx) error {
 		if err := requireState(ctx, tx, id, from...); err != nil {
 			return err
 		}
-		_, err := tx.ExecContext(ctx, "UPDATE vms SET state = ? WHERE id = ?", string(to), id)
+		_, err := tx.ExecContext(ctx, "UPDATE vms SET state = ?, cause = NULL WHERE id = ?", string(to), id)
 		return err
 	})
 }

@@ -37,6 +37,9 @@ type Options struct {
 	// Ports are the host ports to choose from for SSH, and for forwards that leave
 	// the choice open. Zero: 2200 to 65535.
 	Ports Range
+	// MakeRoom makes room on a disk that is full, and reports whether there is more now:
+	// what could not be written is tried again then. Nil: there is none to be made.
+	MakeRoom func() bool
 }
 
 func (o Options) withDefaults() Options {
@@ -98,7 +101,7 @@ func open(ctx context.Context, path string, opts Options, steps []string) (*Stor
 	s.read.SetMaxOpenConns(maxReaders)
 	s.read.SetMaxIdleConns(maxReaders)
 	s.write.SetMaxOpenConns(1)
-	if err := s.migrate(ctx, steps); err != nil {
+	if err := s.withRoom(func() error { return s.migrate(ctx, steps) }); err != nil {
 		return nil, errors.Join(s.explain(err), s.Close())
 	}
 	return s, nil
@@ -134,12 +137,27 @@ func (s *Store) Close() error {
 
 // view runs f in a transaction that sees one state of the database throughout.
 func (s *Store) view(ctx context.Context, f func(tx *sql.Tx) error) error {
-	return s.explain(transact(ctx, s.read, &sql.TxOptions{ReadOnly: true}, f))
+	return s.explain(s.withRoom(func() error { return transact(ctx, s.read, &sql.TxOptions{ReadOnly: true}, f) }))
 }
 
 // update runs f in a transaction that no other writer can come between.
 func (s *Store) update(ctx context.Context, f func(tx *sql.Tx) error) error {
-	return s.explain(transact(ctx, s.write, nil, f))
+	return s.explain(s.withRoom(func() error { return transact(ctx, s.write, nil, f) }))
+}
+
+// withRoom does what may need room on the disk, again if it was full and some could be made.
+// Even reading takes a file: the index of the write-ahead log.
+func (s *Store) withRoom(do func() error) error {
+	for {
+		err := do()
+		switch resultCode(err) & 0xff {
+		case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN:
+			if s.opts.MakeRoom != nil && s.opts.MakeRoom() {
+				continue
+			}
+		}
+		return err
+	}
 }
 
 // updateDurably is update of what must survive a power cut once it has returned, with all
@@ -187,6 +205,8 @@ func (s *Store) explain(err error) error {
 			"to begin with an empty one: the VMs' disks are not touched", smolvm.ErrDatabaseCorrupt, s.path, err)
 	case sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM:
 		return fmt.Errorf("state database %s: %w; both the file and its directory must be readable and writable", s.path, err)
+	case sqlite3.SQLITE_FULL:
+		return fmt.Errorf("state database %s: %w; make room on that disk, as by removing VMs", s.path, err)
 	default:
 		return fmt.Errorf("state database %s: %w", s.path, err)
 	}

@@ -264,6 +264,24 @@ type Pauser interface {
 	Resume(ctx context.Context) error
 }
 
+// Halt is why a VMM paused its guest by itself: the host could not do what the guest needs.
+// It goes on by [Pauser]'s Resume, and tries again what failed.
+type Halt struct {
+	// Drive is the number of the drive that could not be used; negative: not known.
+	Drive int
+	// NoSpace reports that the host has no room left for it.
+	NoSpace bool
+	// Detail is the VMM's reason, in words.
+	Detail string
+}
+
+// Halter is an Instance whose VMM may pause the guest by itself.
+type Halter interface {
+	// Halts receives why, whenever that happens. One that was not received when the next
+	// comes is dropped.
+	Halts() <-chan Halt
+}
+
 // Saver is an Instance whose guest can be saved while it runs.
 type Saver interface {
 	// Save saves the guest's memory and the VMM's state as both are at one moment, after

@@ -208,4 +208,6 @@ func (b *builder) nic(nic vmm.NIC, fd int) {
 func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }
 
 // driveID is the name of the node that is a drive's disk when QEMU starts.
-func driveID(index int) string { return "drive" + strconv.Itoa(index) }
+func driveID(index int) string { return driveName + strconv.Itoa(index) }
+
+const driveName = "drive"

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -40,6 +41,7 @@ type instance struct {
 	findRAM func(pid int, size int64, fromFile bool) (*guestRAM, error) // tests have others
 
 	resumed chan struct{} // receives when the guest goes on
+	halts   chan vmm.Halt // receives why QEMU holds the guest
 
 	done chan struct{}
 	exit vmm.Exit // written before done is closed
@@ -49,6 +51,7 @@ var (
 	_ vmm.Instance = (*instance)(nil)
 	_ vmm.Pauser   = (*instance)(nil)
 	_ vmm.Saver    = (*instance)(nil)
+	_ vmm.Halter   = (*instance)(nil)
 )
 
 // PID implements [vmm.Instance].
@@ -91,6 +94,9 @@ func (i *instance) setRunning(ctx context.Context, command string) error {
 	defer unlock()
 	return i.qmp.settle(ctx, request{Execute: command})
 }
+
+// Halts implements [vmm.Halter].
+func (i *instance) Halts() <-chan vmm.Halt { return i.halts }
 
 // Kill implements [vmm.Instance].
 func (i *instance) Kill(ctx context.Context) error {
@@ -136,6 +142,7 @@ func (i *instance) handle(e event) {
 	var data struct {
 		Reason string `json:"reason"`
 		Status string `json:"status"`
+		ioError
 	}
 	if len(e.Data) > 0 && json.Unmarshal(e.Data, &data) != nil {
 		return
@@ -145,6 +152,10 @@ func (i *instance) handle(e event) {
 		i.ending(data.Reason)
 	case "GUEST_PANICKED":
 		i.ending("guest-panic")
+	case "BLOCK_IO_ERROR":
+		if data.Action == "stop" {
+			i.halted(vmm.Halt{Drive: data.drive(), NoSpace: data.NoSpace, Detail: data.Reason})
+		}
 	case "RESUME":
 		select {
 		case i.resumed <- struct{}{}:
@@ -163,6 +174,38 @@ func (i *instance) handle(e event) {
 		default: // nobody has asked for so many
 		}
 	}
+}
+
+// ioError is what the event BLOCK_IO_ERROR tells, beside its reason; see QEMU's
+// qapi/block-core.json.
+type ioError struct {
+	Action  string `json:"action"` // "stop": the guest is held until it is told to go on
+	NoSpace bool   `json:"nospace"`
+	// Names of the drive, of which some may be empty.
+	Device string `json:"device"`
+	Node   string `json:"node-name"`
+	Path   string `json:"qom-path"`
+}
+
+// drive is the number of the drive that an error is of; negative if it is none of ours.
+func (e ioError) drive() int {
+	for _, name := range []string{e.Device, e.Node, e.Path} {
+		_, rest, found := strings.Cut(name, driveName)
+		digits := len(rest) - len(strings.TrimLeft(rest, "0123456789"))
+		if n, err := strconv.Atoi(rest[:digits]); found && err == nil {
+			return n
+		}
+	}
+	return -1
+}
+
+// halted tells that QEMU holds the guest; the latest reason is the one that counts.
+func (i *instance) halted(halt vmm.Halt) {
+	select {
+	case <-i.halts:
+	default:
+	}
+	i.halts <- halt // only this goroutine sends
 }
 
 // ending notes why QEMU ends.

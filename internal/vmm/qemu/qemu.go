@@ -91,6 +91,7 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 	inst := &instance{
 		cfg: cfg, control: control, done: make(chan struct{}), running: make(chan struct{}, 1), findRAM: findRAM,
 		disks: map[int]string{}, migration: make(chan string, maxStates), resumed: make(chan struct{}, 1),
+		halts: make(chan vmm.Halt, 1),
 	}
 	inst.logStart, inst.consoleStart = size(cfg.LogPath), size(cfg.ConsolePath)
 

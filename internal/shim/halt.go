@@ -1,0 +1,124 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// haltTime is how long a guest that was halted and goes on is watched: what halted it
+// before halts it again at once.
+const haltTime = 500 * time.Millisecond
+
+// errHalted is the kind of error of a guest that was halted by its VMM.
+var errHalted = errors.New("the guest can't go on")
+
+// halts is why the VMM has paused the guest by itself, if it has.
+type halts struct {
+	mu    sync.Mutex
+	cause string
+	halt  chan struct{} // closed while it is halted
+	tell  chan struct{} // receives at each halt
+}
+
+func newHalts() *halts { return &halts{halt: make(chan struct{}), tell: make(chan struct{}, 1)} }
+
+// set notes that the guest was halted.
+func (h *halts) set(cause string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.cause = cause
+	if !isClosed(h.halt) {
+		close(h.halt)
+	}
+	select {
+	case h.tell <- struct{}{}:
+	default: // it will be told of this one
+	}
+}
+
+// clear notes that the guest is to go on, and reports whether it had been halted.
+func (h *halts) clear() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	halted := h.cause != ""
+	if h.cause = ""; halted {
+		h.halt = make(chan struct{})
+	}
+	return halted
+}
+
+// halted is closed when the guest is halted, or is already.
+func (h *halts) halted() <-chan struct{} {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.halt
+}
+
+// why is why the guest is halted; empty if it is not.
+func (h *halts) why() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.cause
+}
+
+// err is why the guest is halted; nil if it is not.
+func (h *halts) err() error {
+	if why := h.why(); why != "" {
+		return fmt.Errorf("%w: %s", errHalted, why)
+	}
+	return nil
+}
+
+// watchHalts notes the halts of a VM until it has ended.
+func (s *shim) watchHalts(instance vmm.Instance) {
+	halter, ok := instance.(vmm.Halter)
+	if !ok {
+		return
+	}
+	for {
+		select {
+		case <-instance.Done():
+			return
+		case halt := <-halter.Halts():
+			cause := s.causeOf(halt)
+			s.log.Warn("the VMM paused the guest", "cause", cause)
+			s.paused.Store(true)
+			s.halts.set(cause)
+		}
+	}
+}
+
+// causeOf puts a halt into words.
+func (s *shim) causeOf(halt vmm.Halt) string {
+	path := "a drive"
+	if drives := s.spec.VMM.Drives; halt.Drive >= 0 && halt.Drive < len(drives) {
+		path = drives[halt.Drive].Path
+	}
+	if halt.NoSpace {
+		return "the host's disk is full: " + path
+	}
+	return fmt.Sprintf("the host can't use %s: %s", path, halt.Detail)
+}
+
+// recordHalt writes down that the guest was halted.
+func (s *shim) recordHalt() {
+	why := s.halts.why()
+	if why == "" {
+		return
+	}
+	if s.link != nil {
+		s.link.SetHeld(true) // its connections wait
+	}
+	if s.opts.Halted == nil {
+		return
+	}
+	record := HaltRecord{ID: s.spec.ID, Run: s.spec.Run, Cause: why, HandOver: s.spec.HandOver}
+	if err := s.opts.Halted(context.Background(), record); err != nil {
+		s.log.Error("record that the guest was paused", "error", err)
+	}
+}

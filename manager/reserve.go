@@ -1,0 +1,66 @@
+package manager
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// The reserve is a file that takes room in the data directory, to be given up when its disk
+// is full: VMs can still be listed, stopped and removed then, all of which takes a little
+// room for the database. It is given up in parts, as guests may take what becomes free.
+
+const (
+	reserveName = ".reserve"
+	reserveSize = 8 << 20
+	reservePart = 1 << 20
+	// enoughRoom is how much must be free on a disk to make the reserve there.
+	enoughRoom = 4 * reserveSize
+)
+
+// keepReserve makes the reserve, or makes it whole again, if there is room. That it can't be
+// had is no failure of anything.
+func keepReserve(dataDir string) {
+	path := filepath.Join(dataDir, reserveName)
+	if info, err := os.Stat(path); err == nil && info.Size() >= reserveSize {
+		return
+	}
+	if free, err := freeBytes(dataDir); err != nil || free < enoughRoom {
+		return
+	}
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return
+	}
+	defer func() { _ = file.Close() }()
+	err = unix.Fallocate(int(file.Fd()), 0, 0, reserveSize)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		_, _ = file.Write(make([]byte, reserveSize))
+	}
+}
+
+// makeRoom gives up a part of the reserve if the disk of the data directory is full, and
+// reports whether it has.
+func makeRoom(dataDir string) bool {
+	if free, err := freeBytes(dataDir); err != nil || free >= reservePart {
+		return false // that is not what was missing
+	}
+	file, err := os.OpenFile(filepath.Join(dataDir, reserveName), os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = file.Close() }()
+	info, err := file.Stat()
+	return err == nil && info.Size() > 0 && file.Truncate(max(info.Size()-reservePart, 0)) == nil
+}
+
+// freeBytes is how much room there is on the disk of a directory.
+func freeBytes(dir string) (int64, error) {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(dir, &stat); err != nil {
+		return 0, err
+	}
+	return int64(stat.Bavail) * stat.Bsize, nil
+}
