@@ -14,12 +14,24 @@ import (
 // vmLock is held by whoever changes a VM: one process at a time, and the kernel
 // lets go of it when that process dies. It orders the verbs on one VM; the
 // database alone decides what is true.
-type vmLock struct{ file *os.File }
+type vmLock struct {
+	file  *os.File
+	leave func() // lets the next one of this process have its turn; may be nil
+}
 
 var errLocked = errors.New("VM is being changed by another process")
 
 // lock waits until no other operation is under way on the VM.
-func (m *Manager) lock(ctx context.Context, id string) (*vmLock, error) {
+func (m *Manager) lock(ctx context.Context, id string) (_ *vmLock, err error) {
+	leave, err := m.locks.Enter(ctx, id)
+	if err != nil {
+		return nil, fmt.Errorf("wait for another operation on VM %q: %w", id, err)
+	}
+	defer func() {
+		if err != nil {
+			leave()
+		}
+	}()
 	for {
 		file, err := m.openLock(id)
 		if err != nil {
@@ -29,7 +41,7 @@ func (m *Manager) lock(ctx context.Context, id string) (*vmLock, error) {
 			return nil, fmt.Errorf("wait for another operation on VM %q: %w", id, err)
 		}
 		if isCurrent(file) {
-			return &vmLock{file: file}, nil
+			return &vmLock{file: file, leave: leave}, nil
 		}
 		_ = file.Close() // the VM was deleted meanwhile, and its lock with it
 	}
@@ -58,14 +70,19 @@ func (m *Manager) openLock(id string) (*os.File, error) {
 }
 
 // unlock lets the next one in.
-func (l *vmLock) unlock() { _ = l.file.Close() }
+func (l *vmLock) unlock() {
+	_ = l.file.Close()
+	if l.leave != nil {
+		l.leave()
+	}
+}
 
 // remove unlocks for good: the VM is gone.
 func (l *vmLock) remove() {
 	// While the lock is held, so that nobody can hold the file that is removed
 	// without finding out in isCurrent.
 	_ = os.Remove(l.file.Name())
-	_ = l.file.Close()
+	l.unlock()
 }
 
 // isCurrent says whether the locked file is still the one at its path.

@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/datadir"
+	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -36,6 +37,9 @@ type Manager struct {
 	host   *host.Host
 
 	templates, snapshots *snapshot.Store
+
+	locks  flock.Queue   // those who wait for the lock of a VM
+	starts chan struct{} // has an element for each start under way; see startSlot
 
 	// actor names this process in events.
 	actor string
@@ -94,6 +98,7 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 		actor:     fmt.Sprintf("%s[%d]", filepath.Base(os.Args[0]), os.Getpid()),
 		clients:   map[string]*guestClient{},
 		owned:     map[string]*os.File{},
+		starts:    make(chan struct{}, config.maxStarts()),
 	}
 	if err := m.openPool(ctx); err != nil {
 		return nil, errors.Join(err, m.Close())

@@ -2,6 +2,7 @@ package manager
 
 import (
 	"os"
+	"runtime"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -43,6 +44,10 @@ type Config struct {
 	// Pool, if its Size is not zero, keeps VMs ready as [Manager.SetPool] does. It is
 	// filled in the background, and lasts until [Manager.RemovePool].
 	Pool PoolOptions
+	// MaxStarts is how many VMs of the data directory are started at once; further starts
+	// wait for their turn. A start that takes longer than others do gives its turn up.
+	// Zero: twice the number of CPUs.
+	MaxStarts int
 	// Progress is told how the building of an image goes on; it may be nil.
 	Progress func(Progress)
 }
@@ -68,6 +73,13 @@ func (c Config) templateBytes() int64 {
 		return c.Templates.MaxBytes
 	}
 	return DefaultTemplateBytes
+}
+
+func (c Config) maxStarts() int {
+	if c.MaxStarts > 0 {
+		return c.MaxStarts
+	}
+	return 2 * runtime.NumCPU()
 }
 
 func (c Config) usesTemplates() bool {

@@ -13,8 +13,9 @@ import (
 
 // Reconcile makes what is written down agree with what is so, after processes or
 // the host have died: VMs that are said to be alive but are dead become
-// [smolvm.StateError], and their ids are returned; what is left of VMs that are
-// gone is removed. Every other call does the same for the VMs that it looks at, so
+// [smolvm.StateError]; what is left of VMs that are gone is removed. It returns the ids of
+// the VMs that ran, and became [smolvm.StateError] since the last Reconcile, whoever found
+// that out, and are so still. Every other call does the same for the VMs that it looks at, so
 // nothing depends on Reconcile; it collects what nobody looks at any more.
 func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 	vms, err := m.store.ListVMs(ctx, "")
@@ -30,13 +31,11 @@ func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 			errs = append(errs, m.reclaimOrphan(ctx, vm))
 			continue
 		}
-		settled, err := m.settle(ctx, vm)
-		if err != nil {
-			errs = append(errs, err)
-		} else if settled.State == smolvm.StateError {
-			dead = append(dead, vm.ID)
-		}
+		_, err := m.settle(ctx, vm)
+		errs = append(errs, err)
 	}
+	failed, err := m.store.TakeFailed(ctx)
+	dead, errs = append(dead, failed...), append(errs, err)
 	errs = append(errs, m.reclaim(ctx, known), m.templates.Clean(), m.snapshots.Clean(), m.reconcilePools(ctx), m.reclaimLayers(ctx))
 	return dead, errors.Join(errs...)
 }

@@ -80,6 +80,14 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from
 	}
 	s.report.Backend, s.report.Accelerator = vm.Backend, s.launch.Spec.VMM.Accelerator
 	s.phase("prepare")
+	endTurn, err := m.startTurn(ctx, s.report.Accelerator)
+	if err != nil {
+		return vm, nil, fmt.Errorf("start VM %q: %w", vm.ID, err)
+	}
+	defer endTurn()
+	if time.Since(s.phaseBegan) > time.Millisecond {
+		s.phase("wait for other starts")
+	}
 	if s.listeners, err = m.listen(ctx, &s.vm); err != nil {
 		return vm, nil, err
 	}

@@ -10,10 +10,12 @@ import (
 )
 
 const rmLong = `Remove VMs with all that belongs to them, and print their ids. A VM that runs is
-ended first.`
+ended first, at once; with --timeout its guest is shut down in an orderly way, as by
+stop.`
 
 func (a *app) rmCommand() *cobra.Command {
 	var force, all bool
+	var options manager.DeleteOptions
 	cmd := &cobra.Command{
 		Use:               "rm [flags] ID...",
 		Aliases:           []string{"delete"},
@@ -23,6 +25,7 @@ func (a *app) rmCommand() *cobra.Command {
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "don't mind a VM that is not there")
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "remove all VMs")
+	cmd.Flags().DurationVarP(&options.Timeout, "timeout", "t", 0, "wait at most `DURATION` for a guest that runs to shut down")
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
 		if force && len(args) == 0 {
 			return nil // as with rm: so that `rm -f $ids` works
@@ -36,7 +39,7 @@ func (a *app) rmCommand() *cobra.Command {
 				return err
 			}
 			remove := func(id string) (string, error) {
-				err := m.Delete(cmd.Context(), id)
+				err := m.DeleteWith(cmd.Context(), id, options)
 				if err != nil && (force || all) && errors.Is(err, smolvm.ErrVMNotFound) {
 					return "", nil
 				}

@@ -5,7 +5,10 @@ package flock
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,42 +16,89 @@ import (
 // ErrLocked says that somebody else holds the lock.
 var ErrLocked = errors.New("file is locked by somebody else")
 
+// A lock that is held is tried again at intervals that grow from the first to the last: to
+// wait in the kernel would take a thread, and could not be called off.
+const firstWait, lastWait = 200 * time.Microsecond, 20 * time.Millisecond
+
 // Lock waits until nobody else holds the lock on file, which it then closes when it
-// fails or ctx is done. The lock lasts until the file is closed.
+// fails or ctx is done. The lock lasts until the file is closed. Those who wait get it in no
+// certain order; see [Queue].
 func Lock(ctx context.Context, file *os.File) error {
-	if TryLock(file) == nil {
-		return nil
-	}
-	locked := make(chan error, 1)
-	go func() { locked <- wait(file) }()
-	select {
-	case err := <-locked:
-		if err != nil {
+	for wait := firstWait; ; wait = min(2*wait, lastWait) {
+		err := TryLock(file)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, ErrLocked) {
 			return errors.Join(err, file.Close())
 		}
-		return nil
-	case <-ctx.Done():
-		// The kernel's waiting can't be called off. When the turn comes, it is
-		// passed on at once.
-		go func() { _ = errors.Join(<-locked, file.Close()) }()
-		return context.Cause(ctx)
-	}
-}
-
-func wait(file *os.File) error {
-	for {
-		err := unix.Flock(int(file.Fd()), unix.LOCK_EX)
-		if !errors.Is(err, unix.EINTR) {
-			return err
+		select {
+		case <-ctx.Done():
+			_ = file.Close()
+			return context.Cause(ctx)
+		case <-time.After(wait/2 + rand.N(wait)):
 		}
 	}
 }
 
 // TryLock takes the lock if it is free; otherwise it returns [ErrLocked].
 func TryLock(file *os.File) error {
-	err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return ErrLocked
+	for {
+		err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return ErrLocked
+		}
+		return err
 	}
-	return err
+}
+
+// Queue makes those who wait for a lock in this process get it in the order in which they
+// came, and at once when another of them lets go: only the first of them looks at the file.
+// The zero value is ready to use.
+type Queue struct {
+	mu    sync.Mutex
+	lines map[string]*line
+}
+
+// line is those who hold or wait for the lock of one name.
+type line struct {
+	turn  chan struct{} // has one element while nobody has the turn
+	count int
+}
+
+// Enter waits for the caller's turn among those with the same name. What is returned gives
+// the turn to the next.
+func (q *Queue) Enter(ctx context.Context, name string) (leave func(), err error) {
+	q.mu.Lock()
+	if q.lines == nil {
+		q.lines = map[string]*line{}
+	}
+	l := q.lines[name]
+	if l == nil {
+		l = &line{turn: make(chan struct{}, 1)}
+		l.turn <- struct{}{}
+		q.lines[name] = l
+	}
+	l.count++
+	q.mu.Unlock()
+	left := func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if l.count--; l.count == 0 {
+			delete(q.lines, name)
+		}
+	}
+	select {
+	case <-l.turn: // those who wait on a channel are served in their order
+		return sync.OnceFunc(func() {
+			l.turn <- struct{}{}
+			left()
+		}), nil
+	case <-ctx.Done():
+		left()
+		return nil, context.Cause(ctx)
+	}
 }

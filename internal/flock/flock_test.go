@@ -5,7 +5,11 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 func open(t *testing.T, path string) *os.File {
@@ -43,5 +47,92 @@ func TestLock(t *testing.T) {
 	}
 	if err := <-waiting; err != nil {
 		t.Errorf("after the holder let go: %v", err)
+	}
+}
+
+// Waits that are given up leave neither files nor threads (C6).
+func TestLockGivenUp(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	holder := open(t, path)
+	if err := Lock(t.Context(), holder); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = holder.Close() }()
+	count := func(dir string) int {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	files, threads := count("/proc/self/fd"), count("/proc/self/task")
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	var waits sync.WaitGroup
+	for range 200 {
+		file := open(t, path)
+		waits.Go(func() {
+			if err := Lock(ctx, file); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("a wait that was given up: %v", err)
+			}
+		})
+	}
+	waits.Wait()
+	if now := count("/proc/self/fd"); now != files {
+		t.Errorf("%d files are open, %d were before", now, files)
+	}
+	if now := count("/proc/self/task"); now > threads+20 { // those of Go's runtime
+		t.Errorf("there are %d threads, %d were before", now, threads)
+	}
+}
+
+// Those who wait in a queue get their turn in the order in which they came.
+func TestQueue(t *testing.T) {
+	var q Queue
+	leave, err := q.Enter(t.Context(), "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := q.Enter(t.Context(), "b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other()
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := q.Enter(gone, "a"); !errors.Is(err, context.Canceled) {
+		t.Errorf("a wait that was called off: %v", err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		var q Queue
+		leave, err := q.Enter(t.Context(), "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var order []int
+		var mu sync.Mutex
+		for i := range 10 {
+			go func() {
+				leave, err := q.Enter(t.Context(), "a")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				order = append(order, i)
+				mu.Unlock()
+				leave()
+			}()
+			synctest.Wait()
+		}
+		leave()
+		synctest.Wait()
+		if !slices.IsSorted(order) || len(order) != 10 {
+			t.Errorf("the order was %v", order)
+		}
+	})
+	leave()
+	if len(q.lines) != 0 {
+		t.Errorf("lines are left: %v", q.lines)
 	}
 }

@@ -161,13 +161,13 @@ func TestDatabaseTooNew(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := readFile(t, s.Path())
-	_, err := Open(t.Context(), s.Path(), Options{})
-	if !errors.Is(err, smolvm.ErrDatabaseTooNew) {
-		t.Fatalf("error = %v, want ErrDatabaseTooNew", err)
+	_, tooNew := Open(t.Context(), s.Path(), Options{})
+	if !errors.Is(tooNew, smolvm.ErrDatabaseTooNew) {
+		t.Fatalf("error = %v, want ErrDatabaseTooNew", tooNew)
 	}
 	for _, part := range []string{"version 99", fmt.Sprintf("up to %d", newest(t)), "upgrade smolvm", s.Path()} {
-		if !strings.Contains(err.Error(), part) {
-			t.Errorf("error %q does not say %q", err, part)
+		if !strings.Contains(tooNew.Error(), part) {
+			t.Errorf("error %q does not say %q", tooNew, part)
 		}
 	}
 	if !bytes.Equal(readFile(t, s.Path()), before) {

@@ -42,7 +42,7 @@ func (s *Store) MarkStarted(ctx context.Context, id string, started Started) err
 			return err
 		}
 		_, err := tx.ExecContext(ctx, `UPDATE vms SET state = ?, run = ?, pid = ?, pid_start = ?, shim_pid = ?,
-			shim_start = ?, boot_id = ?, accelerator = ?, cause = NULL, started_at = ?, stopped_at = NULL WHERE id = ?`,
+			shim_start = ?, boot_id = ?, accelerator = ?, cause = NULL, started_at = ?, stopped_at = NULL, failed_at = NULL WHERE id = ?`,
 			string(smolvm.StateRunning), started.Run, started.PID, int64(started.PIDStart), started.ShimPID,
 			int64(started.ShimStart), started.BootID, started.Accelerator, moment{&started.At}, id)
 		if err != nil {
@@ -94,9 +94,13 @@ func (s *Store) Report(ctx context.Context, id string) (*smolvm.StartReport, err
 func (s *Store) MarkEnded(ctx context.Context, id, run string, state smolvm.VMState, cause string, at time.Time) (bool, error) {
 	var changed bool
 	err := s.update(ctx, func(tx *sql.Tx) error {
+		var failed time.Time
+		if state == smolvm.StateError {
+			failed = at
+		}
 		result, err := tx.ExecContext(ctx,
-			"UPDATE vms SET state = ?, cause = ?, stopped_at = ? WHERE id = ? AND run = ? AND state IN (?, ?)",
-			string(state), cause, moment{&at}, id, run, string(smolvm.StateRunning), string(smolvm.StatePaused))
+			"UPDATE vms SET state = ?, cause = ?, stopped_at = ?, failed_at = ? WHERE id = ? AND run = ? AND state IN (?, ?)",
+			string(state), cause, moment{&at}, moment{&failed}, id, run, string(smolvm.StateRunning), string(smolvm.StatePaused))
 		if err != nil {
 			return err
 		}
@@ -105,6 +109,34 @@ func (s *Store) MarkEnded(ctx context.Context, id, run string, state smolvm.VMSt
 		return err
 	})
 	return changed && err == nil, err
+}
+
+// TakeFailed returns the ids of VMs whose run has ended in error since it was last called, and
+// that are in error still, in the order in which they were created.
+func (s *Store) TakeFailed(ctx context.Context) ([]string, error) {
+	const failed = " FROM vms WHERE failed_at IS NOT NULL AND state = ?"
+	var ids []string
+	err := s.update(ctx, func(tx *sql.Tx) error {
+		rows, err := tx.QueryContext(ctx, "SELECT id"+failed+" ORDER BY seq", string(smolvm.StateError))
+		if err != nil {
+			return err
+		}
+		defer func() { _ = rows.Close() }()
+		ids = nil
+		for rows.Next() {
+			var id string
+			if err := rows.Scan(&id); err != nil {
+				return err
+			}
+			ids = append(ids, id)
+		}
+		if err := rows.Err(); err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, "UPDATE vms SET failed_at = NULL WHERE failed_at IS NOT NULL")
+		return err
+	})
+	return ids, err
 }
 
 // MarkNotStarted writes down why a VM is in the state that it was in before a start, which

@@ -82,6 +82,58 @@ func TestMarkFailed(t *testing.T) {
 	}
 }
 
+// What has failed while it ran is told once, unless it was started again meanwhile.
+func TestTakeFailed(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	for _, id := range []string{"b", "a", "stopped", "again"} {
+		mustCreate(t, s, newVM(id))
+		if err := s.MarkStarted(t.Context(), id, Started{Run: id, At: startedAt}); err != nil {
+			t.Fatal(err)
+		}
+		state := smolvm.StateError
+		if id == "stopped" {
+			state = smolvm.StateStopped
+		}
+		if _, err := s.MarkEnded(t.Context(), id, id, state, "why", startedAt); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.MarkStarted(t.Context(), "again", Started{Run: "2", At: startedAt}); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range [][]string{{"b", "a"}, nil} {
+		if got, err := s.TakeFailed(t.Context()); err != nil || !slices.Equal(got, want) {
+			t.Errorf("failed are %q, %v; want %q", got, err, want)
+		}
+	}
+}
+
+// A VM that was paused by its VMM goes on without a cause.
+func TestMarkHalted(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	mustCreate(t, s, newVM("web"))
+	if err := s.MarkStarted(t.Context(), "web", Started{Run: "1", At: startedAt}); err != nil {
+		t.Fatal(err)
+	}
+	if changed, err := s.MarkHalted(t.Context(), "web", "0", "of another run"); err != nil || changed {
+		t.Errorf("of another run: %t, %v", changed, err)
+	}
+	if changed, err := s.MarkHalted(t.Context(), "web", "1", "full"); err != nil || !changed {
+		t.Errorf("of this run: %t, %v", changed, err)
+	}
+	if vm := mustGet(t, s, "web"); vm.State != smolvm.StatePaused || vm.Cause != "full" {
+		t.Errorf("it is %s (%s)", vm.State, vm.Cause)
+	}
+	if err := s.SetState(t.Context(), "web", []smolvm.VMState{smolvm.StatePaused}, smolvm.StateRunning); err != nil {
+		t.Fatal(err)
+	}
+	if vm := mustGet(t, s, "web"); vm.State != smolvm.StateRunning || vm.Cause != "" {
+		t.Errorf("then it is %s (%s)", vm.State, vm.Cause)
+	}
+}
+
 // A start that did not come to run the VM leaves only its cause.
 func TestMarkNotStarted(t *testing.T) {
 	t.Parallel()
