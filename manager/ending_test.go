@@ -71,12 +71,12 @@ func TestFailedStartKeepsVM(t *testing.T) {
 	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	real, err := exec.LookPath("qemu-system-x86_64")
+	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
 		t.Fatal(err)
 	}
 	bin := t.TempDir()
-	script := "#!/bin/sh\nulimit -v 400000\nexec " + real + " \"$@\"\n"
+	script := "#!/bin/sh\nulimit -v 400000\nexec " + qemu + " \"$@\"\n"
 	if err := os.WriteFile(filepath.Join(bin, "qemu-system-x86_64"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}

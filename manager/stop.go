@@ -118,7 +118,7 @@ func (o DeleteOptions) stop() shim.Stop {
 	if o.Timeout <= 0 {
 		return shim.Stop{}
 	}
-	return StopOptions{Timeout: o.Timeout}.stop()
+	return StopOptions(o).stop()
 }
 
 // lockToEnd is lockExisting for a VM that is to be ended. Another operation on it that

@@ -268,6 +268,6 @@ func Suspend(t testing.TB, pid int) {
 		if strings.HasPrefix(rest, "T") {
 			return
 		}
-		time.Sleep(time.Millisecond)
+		<-time.After(time.Millisecond)
 	}
 }
