@@ -19,7 +19,7 @@ import (
 )
 
 // hostSlack is what a loaded host may add to a time.
-const hostSlack = 3 * time.Second
+const hostSlack = 5 * time.Second
 
 // A shim and a VMM that hang are ended in time, and nothing of the VM is left (C3, C4). The
 // disk is as after a power cut, and the VM starts from it.

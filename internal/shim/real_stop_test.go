@@ -18,7 +18,7 @@ func TestRealStopOfHungVMM(t *testing.T) {
 	began := time.Now()
 	f.stop(time.Second)
 	record := f.end(launched)
-	if took := time.Since(began); took > 3*time.Second { // the time and a second, and one for the host
+	if took := time.Since(began); took > 6*time.Second { // the time, a second, and some for a busy host
 		t.Errorf("it took %s", took)
 	}
 	if record.Exit.Reason != vmm.ExitKilled {
@@ -41,7 +41,7 @@ func TestRealStopOfDeafGuest(t *testing.T) {
 	record := f.end(launched)
 	took := time.Since(began)
 	t.Logf("it took %s: %s", took, record.Exit)
-	if took > 8*time.Second || record.Exit.Reason != vmm.ExitKilled {
+	if took > 15*time.Second || record.Exit.Reason != vmm.ExitKilled {
 		t.Errorf("it took %s; exit record is %+v", took, record)
 	}
 }
