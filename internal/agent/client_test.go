@@ -161,7 +161,9 @@ func TestExecInAHeldGuest(t *testing.T) {
 		return err
 	})
 	mustEnd(t, "dial", func(ctx context.Context) error { _, err := client.Dial(ctx, "tcp", "127.0.0.1:1"); return err })
-	mustEnd(t, "copy to", func(ctx context.Context) error { return client.CopyTo(ctx, os.Args[0], t.TempDir(), agent.CopyOptions{}) })
+	mustEnd(t, "copy to", func(ctx context.Context) error {
+		return client.CopyTo(ctx, os.Args[0], t.TempDir(), agent.CopyOptions{})
+	})
 	mustEnd(t, "copy from", func(ctx context.Context) error {
 		return client.CopyFrom(ctx, "/etc/passwd", filepath.Join(t.TempDir(), "x"), agent.CopyOptions{})
 	})

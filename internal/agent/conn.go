@@ -137,12 +137,6 @@ func (c *conn) Close() error {
 	return nil
 }
 
-// cut ends the connection's use of its channel at once, which is closed by whoever has it.
-func (c *conn) cut() {
-	c.closed.Store(true)
-	_, _ = c.read.Close(), c.write.Close()
-}
-
 // LocalAddr implements [net.Conn]. The host's end has no address.
 func (c *conn) LocalAddr() net.Addr { return guestAddr{network: c.addr.network} }
 
