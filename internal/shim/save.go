@@ -157,7 +157,7 @@ func (s *shim) save(ctx context.Context, save *Save) (result Saved, err error) {
 	saved, err = saver.Save(ctx, options)
 	result.Pause, result.Held = saved.Pause, saved.Held
 	if err == nil {
-		s.log.Info("the guest was saved", "held", saved.Pause, "reread", saved.Reread, "mended", saved.Mended)
+		s.log.Info("the guest was saved", "held", saved.Pause, "reread", saved.Reread, "mended", saved.Mended, "early", saved.Early)
 	}
 	return result, err
 }

@@ -314,8 +314,10 @@ type Saved struct {
 	Held bool
 	// Reread is how many pages of memory were read once more while the guest was held, as
 	// the VMM may have missed that the guest wrote to them after they had been saved.
-	// Mended is how many of those it had missed.
+	// Mended is how many of those were not as saved, some of which the VMM did not miss.
 	Reread, Mended int
+	// Early says that they could not be read, and the guest was held for longer instead.
+	Early bool
 	// Switched says that the guest writes to the overlays from now on. That may be so
 	// even if the saving failed in the end.
 	Switched bool

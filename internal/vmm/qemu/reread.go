@@ -133,19 +133,19 @@ func (w *pageWriter) compare(ram *guestRAM, offsets []int64, differs func(offset
 	return n, w.flush()
 }
 
-// mend puts those pages right whose copies are out of date, and returns how many pages it
-// has looked at and how many it has put right. That what is read is the guest's memory is
-// checked on pages whose copies are known to be right.
-func (w *pageWriter) mend(ram *guestRAM, log *pageLog) (reread, mended int, err error) {
-	unsafe := log.unsafe()
-	if mended, err = w.compare(ram, unsafe, w.put); err != nil {
-		return len(unsafe), mended, err
-	}
+// mend puts those pages right whose copies are out of date, and returns how many.
+func (w *pageWriter) mend(ram *guestRAM, unsafe []int64) (mended int, err error) {
+	return w.compare(ram, unsafe, w.put)
+}
+
+// check checks that what is read is the guest's memory, on pages whose copies are known to
+// be right.
+func (w *pageWriter) check(ram *guestRAM, log *pageLog) error {
 	sample := log.sample(func(page int64) bool { return !w.written[page] })
-	_, err = w.compare(ram, sample, func(offset int64, _ []byte) error {
+	_, err := w.compare(ram, sample, func(offset int64, _ []byte) error {
 		return fmt.Errorf("%w: what is there is not what was saved, at %#x", errUnreadable, offset)
 	})
-	return len(unsafe), mended, err
+	return err
 }
 
 // read reads pages of the file. What is a hole is not looked at: that would fill it, in

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"unsafe"
 
@@ -225,14 +224,9 @@ func (p patched) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, error
 // guests are saved as well; it takes longer.
 func TestSaveWithoutRereading(t *testing.T) {
 	testenv.RequireQEMU(t)
-	var finds atomic.Int32
 	for name, find := range map[string]func(int, int64, bool) (*guestRAM, error){
-		"forbidden": func(int, int64, bool) (*guestRAM, error) {
-			finds.Add(1)
-			return nil, errUnreadable
-		},
+		"forbidden": func(int, int64, bool) (*guestRAM, error) { return nil, errUnreadable },
 		"other memory": func(pid int, size int64, fromFile bool) (*guestRAM, error) {
-			finds.Add(1)
 			ram, err := findRAM(pid, size, fromFile)
 			if err == nil {
 				ram.start += 16 << 20
@@ -243,13 +237,8 @@ func TestSaveWithoutRereading(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			vmmtest.SaveBusy(t, patched{New(Options{}), find}, vmmtest.Assets{
-				Kernel: testenv.Kernel(t), Initrd: testenv.Initramfs, Accelerator: vmm.TCG, BusySaves: 2,
+				Kernel: testenv.Kernel(t), Initrd: testenv.Initramfs, Accelerator: vmm.TCG, BusySaves: 2, SavesEarly: true,
 			})
 		})
 	}
-	t.Cleanup(func() {
-		if finds.Load() == 0 {
-			t.Error("nobody has looked for the memory")
-		}
-	})
 }

@@ -33,10 +33,10 @@ const (
 	lookTime = time.Second
 	// cancelTime is how long QEMU may take to give a migration up, on a busy host too.
 	cancelTime = 30 * time.Second
-	// sendBuffer bounds, in bytes, what QEMU can have written that has not been read. The
-	// state of the devices, which comes last, is 190 KB or so: it must be more than fits
-	// in here and in readAhead, see [saving.split].
-	sendBuffer = 32 << 10
+	// sendBuffer bounds, in bytes, what QEMU can have written that has not been read: the
+	// kernel takes twice as much. What comes when the guest is held, with 190 KB of devices,
+	// must be more than fits in there and in readAhead, see [saving.split].
+	sendBuffer = 64 << 10
 )
 
 var (
@@ -85,7 +85,7 @@ func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *gues
 	defer func() { err = errors.Join(err, s.close(err != nil)) }()
 	err = i.migrate(ctx, s)
 	if err == nil {
-		saved.Reread, saved.Mended = s.reread, s.mended
+		saved.Reread, saved.Mended, saved.Early = s.reread, s.mended, i.holdsEarly(s) && !saved.Held
 		saved.Switched, err = i.switchOver(ctx, opts)
 	}
 	if saved.Held {
@@ -134,9 +134,8 @@ func (i *instance) migrate(ctx context.Context, s *saving) error {
 	i.mu.Unlock()
 	err := i.prepareMigration(ctx, capabilities{{"events", true}}, s.theirs)
 	_ = s.theirs.Close() // QEMU has its own by now, and its end of the stream must be the last
-	early := s.ram == nil && i.cfg.Accelerator == vmm.TCG
 	downtime := firstDowntime
-	if early {
+	if i.holdsEarly(s) {
 		downtime = longestDowntime
 	}
 	if err == nil {
@@ -148,7 +147,7 @@ func (i *instance) migrate(ctx context.Context, s *saving) error {
 	if err != nil {
 		return err
 	}
-	if err := i.awaitMigration(ctx, s, downtime); err != nil || !early {
+	if err := i.awaitMigration(ctx, s, downtime); err != nil || !i.holdsEarly(s) {
 		return err
 	}
 	info, err := i.queryMigration(ctx)
@@ -157,6 +156,10 @@ func (i *instance) migrate(ctx context.Context, s *saving) error {
 	}
 	return err
 }
+
+// holdsEarly reports whether the guest is held before QEMU sends anything after its second
+// look, as nothing can be read once more.
+func (i *instance) holdsEarly(s *saving) bool { return s.ram == nil && i.cfg.Accelerator == vmm.TCG }
 
 // awaitMigration returns when the migration has ended, and all of it has been written.
 func (i *instance) awaitMigration(ctx context.Context, s *saving, downtime time.Duration) error {
@@ -365,14 +368,25 @@ func (s *saving) split() error {
 	if s.ram == nil {
 		return s.splitter.split()
 	}
+	memory, log := &s.splitter.memory, &s.splitter.log
 	var written int64 // by QEMU, when the memory had been mended
-	s.splitter.memoryEnds = func() (err error) {
-		if s.reread, s.mended, err = s.splitter.memory.mend(s.ram, &s.splitter.log); err != nil {
+	s.splitter.guestHeld = func() (err error) {
+		unsafe := log.unsafe()
+		if s.reread = len(unsafe); s.reread == 0 {
+			return nil
+		}
+		if s.mended, err = memory.mend(s.ram, unsafe); err != nil {
 			return err
 		}
 		waiting, err := unread(s.stream)
 		written = s.received + int64(waiting)
 		return err
+	}
+	s.splitter.memoryEnds = func() error {
+		if s.reread == 0 {
+			return nil
+		}
+		return memory.check(s.ram, log)
 	}
 	err := s.splitter.split()
 	if err == nil && s.received == written {

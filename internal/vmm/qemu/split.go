@@ -65,9 +65,9 @@ type splitter struct {
 	out    *bufio.Writer
 	memory pageWriter
 	log    pageLog
-	// memoryEnds is called when all of the memory has come, and the devices have not;
-	// it may be nil.
-	memoryEnds func() error
+	// guestHeld is called when the guest is held and all has come that was sent before,
+	// and memoryEnds when all of the memory has come. They may be nil.
+	guestHeld, memoryEnds func() error
 
 	block string // whose pages are being read
 	held  bool   // what is being read was sent while the guest was held
@@ -157,7 +157,13 @@ func (s *splitter) section(mark byte) error {
 			return s.failed()
 		}
 	}
+	// The last part begins when the guest has been held.
 	s.held = mark == markSectionEnd
+	if s.held && s.err == nil && s.guestHeld != nil {
+		if err := s.guestHeld(); err != nil {
+			return err
+		}
+	}
 	for done := false; !done; {
 		var err error
 		if done, err = s.record(); err != nil {

@@ -64,6 +64,9 @@ func saveBusy(vcpus int) func(*kit) {
 				k.Fatal(err)
 			}
 			k.Logf("save %d: held for %v, %d pages reread, %d mended", round, saved.Pause, saved.Reread, saved.Mended)
+			if saved.Early != k.assets.SavesEarly {
+				k.Errorf("save %d: Early = %v", round, saved.Early)
+			}
 			stale, err := differing(g.PID(), opts.Memory)
 			if err != nil {
 				k.Fatal(err)

@@ -28,6 +28,8 @@ type Assets struct {
 	SkipClock string
 	// BusySaves is how often each busy guest is saved. Zero: busy guests are left out.
 	BusySaves int
+	// SavesEarly says that the backend can't read the VMM's memory.
+	SavesEarly bool
 }
 
 // Run runs the suite. Each case starts VMs of its own, on a backend of its own.
