@@ -37,11 +37,15 @@ func (c *Client) Exec(ctx context.Context, command smolvm.Command) (smolvm.ExitS
 	over := make(chan struct{})
 	defer close(over)
 	go feed(call, words, command, over)
-	done := make(chan error, 1)
-	go func() { done <- out.copy(call) }()
+	var copyErr error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		copyErr = out.copy(call)
+	}()
 	select {
-	case err := <-done:
-		return call.status, errors.Join(call.err, err)
+	case <-done:
+		return call.status, errors.Join(call.err, copyErr)
 	case <-ctx.Done():
 	}
 	call.abandon()

@@ -16,7 +16,9 @@ const execLong = `Run a command in a running VM, with our standard streams, and 
 
 The command is run as it is, without a shell; use sh -c 'LINE' for a shell's syntax.
 Signals are passed on to it. A command that is still there 10 seconds after it was
-interrupted, or when it is interrupted again, is ended.`
+interrupted, or when it is interrupted again, is ended, with all that it has started.
+
+Exit status 126 is that of a command that can't be run, 127 of one that is not found.`
 
 const execExample = `  smolvm exec web -- ls -l /
   smolvm exec -t web -- top
@@ -44,7 +46,7 @@ func (f *execFlags) register(cmd *cobra.Command) {
 // registerPlace registers the flags that say where in the guest a command runs.
 func (f *execFlags) registerPlace(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&f.dir, "workdir", "w", "", "run in the directory `DIR` (default: the user's home)")
-	cmd.Flags().StringVarP(&f.user, "user", "u", "", "run as `USER` (default root)")
+	cmd.Flags().StringVarP(&f.user, "user", "u", "", "run as `USER[:GROUP]`, by names or numbers (default root)")
 	complete(cmd, "workdir", words())
 	complete(cmd, "user", words())
 }

@@ -186,6 +186,12 @@ done
 // modules of the default image loaded: a guest without our agent.
 func Initramfs(t testing.TB, script string) string {
 	t.Helper()
+	return InitramfsWith(t, script)
+}
+
+// InitramfsWith is Initramfs with programs of this module, by their packages, in /bin.
+func InitramfsWith(t testing.TB, script string, programs ...string) string {
+	t.Helper()
 	base := Image(t)
 	original, err := os.ReadFile(base.InitrdPath)
 	if err != nil {
@@ -202,11 +208,30 @@ func Initramfs(t testing.TB, script string) string {
 	archive := cpio.NewWriter(out)
 	archive.Dir("bin", 0o755)
 	archive.File("bin/busybox", 0o755, busybox(t, base))
+	for _, program := range programs {
+		archive.File("bin/"+filepath.Base(program), 0o755, build(t, program))
+	}
 	archive.File("init", 0o755, []byte(prologue+script))
 	if err := errors.Join(writeErr, archive.Close(), out.Close()); err != nil {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// build builds a program of this module for a guest.
+func build(t testing.TB, program string) []byte {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "program")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, program)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v\n%s", program, err, out)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
 }
 
 // busybox takes the program out of the default image's root file system.
