@@ -109,6 +109,20 @@ func TestRunInterrupted(t *testing.T) {
 	}
 }
 
+// A command that ends with its VM's time to live is told so (A6).
+func TestRunTTL(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	cmd := h.command("run", "--ttl", "5s", "--", "sleep", "1000")
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 143 || !strings.Contains(stderr.String(), "time to live of 5s is over") {
+		t.Errorf("got %v, %q", err, stderr.String())
+	}
+}
+
 // shimOf opens the shim of the only VM that runs.
 func (h *host) shimOf(t *testing.T) (pidfd int) {
 	t.Helper()
