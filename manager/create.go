@@ -164,12 +164,11 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		config.RootfsFormat = smolvm.DiskFormat(root.Format)
 	}
 	for i, drive := range config.Drives {
-		info, err := disk.Declare(drive.Path, string(drive.Format))
-		if err != nil && !errors.Is(err, disk.ErrNoFileSystem) {
-			// An empty drive is fine: the guest may make a file system on it.
+		found, err := m.usersDrive(drive)
+		if err != nil {
 			bad(fmt.Sprintf("drives[%d].path", i), err)
 		}
-		config.Drives[i].Format = smolvm.DiskFormat(info.Format)
+		config.Drives[i].Format = smolvm.DiskFormat(found.Format)
 	}
 	for i, line := range config.AuthorizedKeys {
 		if _, err := parseAuthorizedKey(line); err != nil {

@@ -238,14 +238,34 @@ func (m *Manager) drives(vm store.VM) ([]vmm.Drive, error) {
 		drives = append(drives, own)
 	}
 	for _, drive := range users {
-		// A file that is qcow2 is looked at again: it may have been another VM's raw one.
-		info, err := disk.Declare(drive.Path, string(drive.Format))
-		if err != nil && !errors.Is(err, disk.ErrNoFileSystem) {
+		found, err := m.usersDrive(drive)
+		if err != nil {
 			return nil, err
 		}
-		drives = append(drives, vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly, Device: info.Device})
+		drives = append(drives, found)
 	}
 	return drives, nil
+}
+
+// usersDrive is a disk that the user names. One that is qcow2 is looked at each time, as it
+// may have been another VM's raw one meanwhile. It may also be the disk of a VM of ours.
+func (m *Manager) usersDrive(drive smolvm.Drive) (vmm.Drive, error) {
+	if drive.Format != smolvm.FormatRaw {
+		ours, err := m.disks.IsOurs(context.Background(), drive.Path)
+		if err != nil {
+			return vmm.Drive{}, err
+		}
+		if ours {
+			own, err := m.ownDrive(drive.Path)
+			own.ReadOnly = drive.ReadOnly
+			return own, err
+		}
+	}
+	info, err := disk.Declare(drive.Path, string(drive.Format))
+	if errors.Is(err, disk.ErrNoFileSystem) {
+		err = nil // an empty drive is fine: the guest may make a file system on it
+	}
+	return vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly, Device: info.Device}, err
 }
 
 // ownDrive is a disk in the data directory, which is qcow2 as we have made it.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/store"
@@ -262,6 +263,9 @@ func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 	if !vm.Config.RetainDisk && vm.DiskPath != vm.Config.RootfsPath {
 		paths = append(paths, vm.DiskPath)
 		leaves = m.disks.Leaves(vm.DiskPath)
+		if err := disk.RemoveLeftovers(vm.DiskPath); err != nil {
+			return err
+		}
 	}
 	for _, path := range paths {
 		if path == "" {

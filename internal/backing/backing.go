@@ -37,6 +37,8 @@ type References interface {
 	RemoveBase(ctx context.Context, path, base string) error
 	// BasedOn returns the disks that are written down as based on a file.
 	BasedOn(ctx context.Context, base string) ([]string, error)
+	// IsBased reports whether a disk is written down as based on any.
+	IsBased(ctx context.Context, path string) (bool, error)
 	// IsDisk reports whether a file is the disk of a VM.
 	IsDisk(ctx context.Context, path string) (bool, error)
 }
@@ -188,6 +190,16 @@ func (d *Disks) Chain(path string) ([]File, error) {
 		chain = append(chain, base)
 		at = base
 	}
+}
+
+// IsOurs reports whether a file is a disk that this data directory has made for a VM: no
+// guest has written its header. It may be retained from a VM that is gone.
+func (d *Disks) IsOurs(ctx context.Context, path string) (bool, error) {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil || dir != d.dir.Disks() || !strings.HasSuffix(path, layerSuffix) {
+		return false, nil //nolint:nilerr // what can't be found is not ours
+	}
+	return d.refs.IsBased(ctx, filepath.Join(dir, filepath.Base(path)))
 }
 
 // List returns the paths of the disks of VMs, retained ones too.

@@ -182,7 +182,7 @@ func TestUnreadableDiskKeepsLayers(t *testing.T) {
 				if err == nil || test.want != nil && !errors.Is(err, test.want) {
 					t.Errorf("Collect: %v, want %v", err, test.want)
 				}
-				if test.want != unix.EMFILE {
+				if !errors.Is(test.want, unix.EMFILE) {
 					b.layers("layer")
 				} else if _, err := os.Lstat(b.dir.Layer("layer")); err != nil {
 					t.Error(err)

@@ -136,7 +136,7 @@ func (c *collection) checkReferences(ctx context.Context, layer string) error {
 		if _, ok := c.candidates[path]; ok {
 			continue // it is needed if that one is
 		}
-		needed := false
+		var needed bool
 		if isGone(path) {
 			// A VM's disk may be elsewhere for a while.
 			needed, err = c.refs.IsDisk(ctx, path)

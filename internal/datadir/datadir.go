@@ -158,7 +158,8 @@ func (d *Dir) prepare() error {
 	return nil
 }
 
-func shortHash(s string, digits int) string {
+// shortHash returns a name of idDigits for a text.
+func shortHash(s string) string {
 	sum := sha256.Sum256([]byte(s))
-	return hex.EncodeToString(sum[:])[:digits]
+	return hex.EncodeToString(sum[:])[:idDigits]
 }

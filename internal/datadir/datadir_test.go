@@ -88,11 +88,11 @@ func TestFormerDirectories(t *testing.T) {
 	work := t.TempDir()
 	at := func(name string) string { return filepath.Join(work, name) }
 	stayed := mustOpen(t, at("stayed"))
-	if n := settle(t, stayed, at("stayed")); n != 0 || stayed.ID() != shortHash(at("stayed"), idDigits) {
+	if n := settle(t, stayed, at("stayed")); n != 0 || stayed.ID() != shortHash(at("stayed")) {
 		t.Errorf("one that stayed where it was forgets %d times, and is %s", n, stayed.ID())
 	}
 	moved := mustOpen(t, at("moved"))
-	if n := settle(t, moved, at("gone")); n != 0 || moved.ID() != shortHash(at("gone"), idDigits) {
+	if n := settle(t, moved, at("gone")); n != 0 || moved.ID() != shortHash(at("gone")) {
 		t.Errorf("one that was renamed forgets %d times, and is %s", n, moved.ID())
 	}
 	copied := mustOpen(t, at("copied"))

@@ -112,7 +112,7 @@ func (d *Dir) Settle(ctx context.Context, a Arrival) (err error) {
 	id, copied := newID(), d.copied
 	if !copied && a.Former != "" {
 		// VMs that run have named their sockets after the path that it had.
-		id = shortHash(a.Former, idDigits)
+		id = shortHash(a.Former)
 		if copied = isOther(a.Former, d.root); copied {
 			id = newID()
 		}

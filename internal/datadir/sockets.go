@@ -45,7 +45,7 @@ func (d *Dir) Runtime(socketDir, id string, nameLength int) string {
 	if len(dir)+1+nameLength <= maxSocketPath {
 		return dir
 	}
-	return filepath.Join(privateTempDir(), shortHash(dir, 16))
+	return filepath.Join(privateTempDir(), shortHash(dir))
 }
 
 // MakeRuntimeParent makes the directory that holds runtime directories. It must belong

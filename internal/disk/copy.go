@@ -37,7 +37,7 @@ func Copy(ctx context.Context, target, source string, size int64) error {
 	if size < info.Size() {
 		return fmt.Errorf("copy disk %s: %d bytes are fewer than the %d that it has", source, size, info.Size())
 	}
-	err = writeFile(target, os.Link, func(out *os.File) error {
+	err = writeFile(target, link, func(out *os.File) error {
 		if unix.IoctlFileClone(int(out.Fd()), int(in.Fd())) != nil {
 			if err := copyData(ctx, out, in, info.Size()); err != nil {
 				return err

@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // Overlay is a disk to be made over another one.
@@ -61,9 +63,9 @@ func CreateOverlay(ctx context.Context, o Overlay) error {
 		return fmt.Errorf("make disk %s: %d bytes are more than the %d that a disk can have", o.Path, o.Size, int64(maxOverlay))
 	}
 	image := emptyOverlay(name, o.BaseFormat, roundUp(o.Size, 512))
-	publish := os.Link // unlike a rename, a link never replaces what is there
+	publish := link // unlike a rename, it never replaces what is there
 	if o.Replace {
-		publish = os.Rename
+		publish = replace
 	}
 	err = writeFile(o.Path, publish, func(out *os.File) error {
 		if _, err := out.Write(image); err != nil || !o.Sync {
@@ -117,22 +119,56 @@ func emptyOverlay(base, baseFormat string, size int64) []byte {
 	return image
 }
 
+// newSuffix ends the name that a file has for the moment before it replaces another.
+const newSuffix = ".new"
+
+// RemoveLeftovers removes what a process that was killed while it replaced a disk has left.
+func RemoveLeftovers(path string) error {
+	if err := os.Remove(path + newSuffix); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// replace gives a file the name of another, which it takes the place of.
+func replace(temp, path string) error {
+	if err := errors.Join(RemoveLeftovers(path), link(temp, path+newSuffix)); err != nil {
+		return err
+	}
+	return os.Rename(path+newSuffix, path)
+}
+
 // writeFile writes a file that gets its name from publish when it is complete, so that it
-// is either whole or not there at all.
+// is either whole or not there at all. Until then it has no name, where the file system
+// knows such files.
 func writeFile(path string, publish func(temp, path string) error, fill func(*os.File) error) (err error) {
-	temp, err := os.CreateTemp(filepath.Dir(path), TempPrefix+"*") // mode 0600
+	dir := filepath.Dir(path)
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		file := os.NewFile(uintptr(fd), path)
+		defer func() { err = errors.Join(err, file.Close()) }()
+		if err := fill(file); err != nil {
+			return err
+		}
+		return publish(fmt.Sprintf("/proc/self/fd/%d", file.Fd()), path)
+	}
+	temp, err := os.CreateTemp(dir, TempPrefix+"*") // mode 0600
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if removeErr := os.Remove(temp.Name()); !errors.Is(removeErr, fs.ErrNotExist) {
-			err = errors.Join(err, removeErr)
-		}
-	}()
+	defer func() { err = errors.Join(err, os.Remove(temp.Name())) }()
 	if err := errors.Join(fill(temp), temp.Close()); err != nil {
 		return err
 	}
 	return publish(temp.Name(), path)
+}
+
+// link gives a file a name that is not taken. Unlike [os.Link] it follows a link to it.
+func link(temp, path string) error {
+	if err := unix.Linkat(unix.AT_FDCWD, temp, unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW); err != nil {
+		return &os.LinkError{Op: "link", Old: temp, New: path, Err: err}
+	}
+	return nil
 }
 
 // TempPrefix begins the names of files that are not complete yet.

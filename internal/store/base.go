@@ -46,6 +46,16 @@ func (s *Store) IsDisk(ctx context.Context, path string) (bool, error) {
 	return count > 0, err
 }
 
+// IsBased reports whether a disk file is written down as based on another, which only those
+// are that this data directory has made.
+func (s *Store) IsBased(ctx context.Context, path string) (bool, error) {
+	var count int
+	err := s.view(ctx, func(tx *sql.Tx) error {
+		return tx.QueryRowContext(ctx, "SELECT count(*) FROM bases WHERE path = ?", file{s.root, &path}).Scan(&count)
+	})
+	return count > 0, err
+}
+
 // FormerRoot returns where the data directory was when its database had absolute paths in
 // it; empty if it never had.
 func (s *Store) FormerRoot(ctx context.Context) (string, error) {

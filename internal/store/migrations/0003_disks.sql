@@ -24,3 +24,7 @@ CREATE TABLE bases (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX bases_by_base ON bases (base);
+
+INSERT INTO bases (path, base)
+    SELECT disk_path, 'images/' || substr(image, 1 + length('sha256:')) || '/rootfs' FROM vms
+    WHERE image IS NOT NULL AND disk_path = 'disks/' || id || '.qcow2';
