@@ -9,6 +9,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/flock"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -29,7 +30,7 @@ func TestSavingLocksNobodyOut(t *testing.T) {
 	}()
 	// The saving has begun when there is an overlay for the VM to get.
 	overlays := func() []string {
-		paths, _ := filepath.Glob(filepath.Join(filepath.Dir(vm.LogPath), "*.overlay"))
+		paths, _ := glob.In(filepath.Dir(vm.LogPath), "*.overlay")
 		return paths
 	}
 	limit := time.After(time.Minute)
