@@ -38,7 +38,9 @@ type Command struct {
 	Signals <-chan string
 }
 
-// Validate checks what no guest could run; the error is a [*ValidationError].
+// Validate checks what no guest could run; the error is a [*ValidationError]. Names of
+// variables are those that a kernel takes, and that people mean: anything but blanks
+// and control characters.
 func (c Command) Validate() error {
 	v := validator{}
 	v.check(len(c.Args) > 0, "args", "is empty; give a command")
@@ -47,7 +49,7 @@ func (c Command) Validate() error {
 	}
 	for i, entry := range c.Env {
 		name, _, found := strings.Cut(entry, "=")
-		v.check(found && name != "", fmt.Sprintf("env[%d]", i), "%q is not NAME=VALUE", entry)
+		v.check(found && name != "" && !strings.ContainsFunc(name, isBlank), fmt.Sprintf("env[%d]", i), "%q is not NAME=VALUE", entry)
 		v.check(!strings.Contains(entry, "\x00"), fmt.Sprintf("env[%d]", i), "has a NUL in it")
 	}
 	v.check(!strings.Contains(c.Dir, "\x00"), "dir", "has a NUL in it")
@@ -57,6 +59,9 @@ func (c Command) Validate() error {
 	}
 	return nil
 }
+
+// isBlank reports whether a character is a blank or a control character of ASCII's.
+func isBlank(r rune) bool { return r <= ' ' || r == 0x7f }
 
 // TTY is the terminal a command runs in.
 type TTY struct {
@@ -81,7 +86,7 @@ type ExitStatus struct {
 	Signal string `json:"signal,omitempty"`
 }
 
-// Success says whether the command ended by itself with exit status 0.
+// Success reports whether the command ended by itself with exit status 0.
 func (s ExitStatus) Success() bool { return s.Code == 0 && s.Signal == "" }
 
 func (s ExitStatus) String() string {

@@ -23,6 +23,11 @@ const (
 	MinMemoryMiB     = 128
 	MaxMemoryMiB     = 16384
 	MaxIDLength      = 64
+	// MaxLabels is how many labels a VM may have; MaxLabelName and MaxLabelValue are
+	// their lengths in bytes.
+	MaxLabels     = 64
+	MaxLabelName  = 63
+	MaxLabelValue = 256
 	// DefaultBootArgs are the kernel arguments of a VM that is made from paths
 	// and names none.
 	DefaultBootArgs = "console=ttyS0 reboot=k panic=1 pci=off"
@@ -79,9 +84,12 @@ const (
 // VMConfig says what a VM is to be. The zero value asks for a VM of the default
 // image with all the defaults.
 type VMConfig struct {
-	// ID names the VM: lower-case letters and digits, with '-' inside, at most
-	// 64. Empty: Create makes one up.
+	// ID names the VM: lower-case letters and digits, with '-' and '_' inside, at
+	// most 64. Empty: Create makes one up.
 	ID string `json:"id,omitempty"`
+	// Labels are names and values of the caller's own, to find VMs by; see
+	// [ValidateLabel]. A fork or a restored VM has those of its origin.
+	Labels map[string]string `json:"labels,omitempty"`
 	// VCPUs is the number of virtual CPUs, 1 to 32. Zero: 2.
 	VCPUs int `json:"vcpus"`
 	// MemoryMiB is the guest's memory, 128 to 16384 MiB. Zero: 512.
@@ -130,7 +138,8 @@ type VMConfig struct {
 
 	// Env is added to the environment of every command.
 	Env map[string]string `json:"env,omitempty"`
-	// Hostname of the guest. Empty: the VM's id.
+	// Hostname of the guest. Empty: the VM's id, with '-' for each '_', which host
+	// names may not have.
 	Hostname string `json:"hostname,omitempty"`
 	// WarmUp is a line of shell that the guest runs, as root, before it is handed out
 	// for the first time. Clones of such a VM have it behind them: an interpreter
@@ -192,12 +201,13 @@ func (f PortForward) String() string {
 }
 
 var (
-	idPattern     = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?$`)
-	envKeyPattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-	loopback      = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	idPattern       = regexp.MustCompile(`^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$`)
+	hostnamePattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?$`)
+	envKeyPattern   = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+	loopback        = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 )
 
-// ValidateID says what is wrong with a VM id; it returns a [*ValidationError].
+// ValidateID reports what is wrong with a VM id; the error is a [*ValidationError].
 func ValidateID(id string) error {
 	if problem := idProblem(id); problem != "" {
 		return &ValidationError{Fields: []FieldError{{Field: "id", Problem: problem}}}
@@ -212,10 +222,13 @@ func idProblem(id string) string {
 	case len(id) > MaxIDLength:
 		return fmt.Sprintf("has %d characters; at most %d are allowed", len(id), MaxIDLength)
 	case !idPattern.MatchString(id):
-		return fmt.Sprintf("%q has illegal characters; use a-z, 0-9, and '-' inside", id)
+		return fmt.Sprintf("%q has illegal characters; use a-z, 0-9, and '-' or '_' inside", id)
 	}
 	return ""
 }
+
+// hostnameOf returns the host name of a VM that names none.
+func hostnameOf(id string) string { return strings.ReplaceAll(id, "_", "-") }
 
 // NewID makes up an id for a VM.
 func NewID() string {
@@ -224,7 +237,7 @@ func NewID() string {
 	return "vm-" + hex.EncodeToString(b[:])
 }
 
-// UsesImage says whether the VM boots an image rather than files of its own.
+// UsesImage reports whether the VM boots an image rather than files of its own.
 func (c VMConfig) UsesImage() bool { return c.KernelPath == "" }
 
 // WithDefaults returns c with every default filled in. Slices and maps are
@@ -249,7 +262,7 @@ func (c VMConfig) WithDefaults() VMConfig {
 		c.SSHHostAddr = loopback
 	}
 	if c.Hostname == "" {
-		c.Hostname = c.ID
+		c.Hostname = hostnameOf(c.ID)
 	}
 	if c.Ready == "" {
 		c.Ready = ReadyStarted
@@ -270,6 +283,7 @@ func (c VMConfig) WithDefaults() VMConfig {
 	}
 	c.AuthorizedKeys = slices.Clone(c.AuthorizedKeys)
 	c.Env = maps.Clone(c.Env)
+	c.Labels = maps.Clone(c.Labels)
 	return c
 }
 
@@ -392,12 +406,22 @@ func (c VMConfig) validateDisks(v *validator) {
 
 func (c VMConfig) validateGuest(v *validator) {
 	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
-		v.check(envKeyPattern.MatchString(key), "env", "%q is not a name of a variable", key)
+		v.check(envKeyPattern.MatchString(key), "env",
+			"%q is not the name of a variable; use letters, digits and '_', not a digit first", key)
 		v.check(!strings.ContainsRune(c.Env[key], 0), "env", "%s has a NUL in its value", key)
 		v.check(utf8.ValidString(c.Env[key]), "env", "the value of %s is not UTF-8, which a VM's configuration has to be; give it to each command instead", key)
 	}
-	v.check(len(c.Hostname) <= MaxIDLength && (c.Hostname == "" || idPattern.MatchString(strings.ToLower(c.Hostname))),
-		"hostname", "%q is not a host name", c.Hostname)
+	// A host name that follows from a bad id is not a second mistake.
+	if c.Hostname != "" && c.Hostname != hostnameOf(c.ID) {
+		v.check(len(c.Hostname) <= MaxIDLength && hostnamePattern.MatchString(c.Hostname), "hostname",
+			"%q is not a host name; use letters, digits, and '-' inside, at most %d", c.Hostname, MaxIDLength)
+	}
+	v.check(len(c.Labels) <= MaxLabels, "labels", "%d are too many; at most %d are allowed", len(c.Labels), MaxLabels)
+	for _, name := range slices.Sorted(maps.Keys(c.Labels)) {
+		if problem := labelProblem(name, c.Labels[name]); problem != "" {
+			v.add("labels", "%s", problem)
+		}
+	}
 	for i, key := range c.AuthorizedKeys {
 		v.check(len(strings.Fields(key)) >= 2 && !strings.ContainsAny(key, "\n\r"),
 			fmt.Sprintf("authorized_keys[%d]", i), "is not one line of OpenSSH's public key format")

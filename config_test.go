@@ -27,6 +27,65 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
+// The host name that follows from an id is one, and a bad id is one mistake.
+func TestHostnameOfID(t *testing.T) {
+	config := smolvm.VMConfig{ID: "a_b__c"}.WithDefaults()
+	if err := config.Validate(); err != nil || config.Hostname != "a-b--c" {
+		t.Errorf("host name %q: %v", config.Hostname, err)
+	}
+	var invalid *smolvm.ValidationError
+	err := smolvm.VMConfig{ID: "Web_1"}.WithDefaults().Validate()
+	if !errors.As(err, &invalid) || len(invalid.Fields) != 1 || invalid.Fields[0].Field != "id" {
+		t.Errorf("a bad id: %v", err)
+	}
+	err = smolvm.VMConfig{ID: "web", Hostname: "web_1"}.WithDefaults().Validate()
+	if !errors.As(err, &invalid) || invalid.Fields[0].Field != "hostname" {
+		t.Errorf("a bad host name: %v", err)
+	}
+}
+
+func TestLabels(t *testing.T) {
+	long := strings.Repeat("a", 64)
+	for label, want := range map[[2]string]bool{
+		{"a", ""}: true, {"A.b_c-9", "any text, äöü"}: true, {"example.com/job", "17"}: true, {long[:63], strings.Repeat("v", 256)}: true,
+		{"", ""}: false, {"a b", ""}: false, {"-a", ""}: false, {"a-", ""}: false, {"/a", ""}: false, {"a/", ""}: false,
+		{"A.com/a", ""}: false, {"a/b/c", ""}: false, {long, ""}: false, {"a", strings.Repeat("v", 257)}: false,
+		{"a", "two\nlines"}: false, {"a", "\x1b[2J"}: false, {"a", "\xff"}: false, {"a\n", ""}: false,
+	} {
+		if err := smolvm.ValidateLabel(label[0], label[1]); (err == nil) != want {
+			t.Errorf("label %q: %v", label, err)
+		}
+	}
+	labels := map[string]string{}
+	for i := range smolvm.MaxLabels + 1 {
+		labels[fmt.Sprint(i)] = ""
+	}
+	if err := (smolvm.VMConfig{ID: "web", Labels: labels}).WithDefaults().Validate(); err == nil {
+		t.Errorf("%d labels are taken", len(labels))
+	}
+}
+
+// Names of variables are as people mean them (A1). What a shell exports of its
+// functions, as in BASH_FUNC_f%%, is a name as well.
+func TestCommandValidate(t *testing.T) {
+	for _, variable := range []string{"A=", "a.b=1", "BASH_FUNC_f%%=() { :; }", "Ä=1", "A=b=c"} {
+		if err := (smolvm.Command{Args: []string{"true"}, Env: []string{variable}}).Validate(); err != nil {
+			t.Errorf("%q: %v", variable, err)
+		}
+	}
+	for _, variable := range []string{"A", "=1", "BAD NAME=1", "BAD\nNAME=1", "A\tB=1", "A=\x00", "A\x00=1"} {
+		var invalid *smolvm.ValidationError
+		if err := (smolvm.Command{Args: []string{"true"}, Env: []string{variable}}).Validate(); !errors.As(err, &invalid) {
+			t.Errorf("%q: %v", variable, err)
+		}
+	}
+	for _, args := range [][]string{nil, {"a\x00b"}} {
+		if err := (smolvm.Command{Args: args}).Validate(); err == nil {
+			t.Errorf("arguments %q are taken", args)
+		}
+	}
+}
+
 // A configuration's defaults must not reach back into the caller's slices.
 func TestDefaultsCopy(t *testing.T) {
 	given := smolvm.VMConfig{ID: "a", PortForwards: []smolvm.PortForward{{GuestPort: 1}}, Drives: []smolvm.Drive{{Path: "d"}}}
@@ -38,8 +97,8 @@ func TestDefaultsCopy(t *testing.T) {
 
 func TestIDs(t *testing.T) {
 	for id, want := range map[string]bool{
-		"a": true, "0": true, "web-1": true, "a--b": true, strings.Repeat("a", 64): true, smolvm.NewID(): true,
-		"": false, "-a": false, "a-": false, "A": false, "a_b": false, "a.b": false, "a/b": false, "..": false,
+		"a": true, "0": true, "web-1": true, "a--b": true, "a_b": true, "a_-b": true, strings.Repeat("a", 64): true, smolvm.NewID(): true,
+		"": false, "-a": false, "a-": false, "A": false, "_a": false, "a_": false, "a.b": false, "a/b": false, "..": false,
 		"ä": false, "a\n": false, strings.Repeat("a", 65): false,
 	} {
 		if err := smolvm.ValidateID(id); (err == nil) != want {
@@ -63,7 +122,8 @@ func TestValidate(t *testing.T) {
 		"disk_size_mib":      func(c *smolvm.VMConfig) { c.DiskSizeMiB = -1 },
 		"drives":             func(c *smolvm.VMConfig) { c.Drives = make([]smolvm.Drive, 26) },
 		"drives[0].path":     func(c *smolvm.VMConfig) { c.Drives = []smolvm.Drive{{}} },
-		"env":                func(c *smolvm.VMConfig) { c.Env = map[string]string{"a-b": ""} },
+		"env":                func(c *smolvm.VMConfig) { c.Env = map[string]string{"a b": ""} },
+		"labels":             func(c *smolvm.VMConfig) { c.Labels = map[string]string{"a b": ""} },
 		"hostname":           func(c *smolvm.VMConfig) { c.Hostname = "a b" },
 		"authorized_keys[0]": func(c *smolvm.VMConfig) { c.AuthorizedKeys = []string{"key"} },
 		"port_forwards[1].host_port": func(c *smolvm.VMConfig) {
@@ -102,7 +162,7 @@ func TestErrorsMatch(t *testing.T) {
 	missing := &smolvm.PrerequisiteError{Backend: "qemu", Findings: []smolvm.Finding{
 		{Name: "qemu", Problem: "not found", Why: "runs the VMs", Fix: "apt-get install qemu"},
 	}}
-	if want := "backend qemu can't run on this host: qemu: not found (runs the VMs); to mend it: apt-get install qemu"; missing.Error() != want {
+	if want := "backend qemu can't run on this host: qemu: not found (runs the VMs); fix: apt-get install qemu"; missing.Error() != want {
 		t.Errorf("got %q, want %q", missing.Error(), want)
 	}
 }

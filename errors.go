@@ -14,38 +14,39 @@ var (
 	// ErrAlreadyExists is the root of all the "name is taken" errors.
 	ErrAlreadyExists = errors.New("already exists")
 
-	// ErrVMNotFound says that no VM has the given id.
+	// ErrVMNotFound reports that no VM has the given id, which may be one that no VM
+	// can have: the error is a [*ValidationError] as well then.
 	ErrVMNotFound = fmt.Errorf("VM %w", ErrNotFound)
-	// ErrVMAlreadyExists says that the id of a new VM is taken.
+	// ErrVMAlreadyExists reports that the id of a new VM is taken.
 	ErrVMAlreadyExists = fmt.Errorf("VM %w", ErrAlreadyExists)
-	// ErrImageNotFound says that no image has the given name or digest.
+	// ErrImageNotFound reports that no image has the given name or digest.
 	ErrImageNotFound = fmt.Errorf("image %w", ErrNotFound)
-	// ErrImageInUse says that an image can't be removed while VMs use it.
+	// ErrImageInUse reports that an image can't be removed while VMs use it.
 	ErrImageInUse = errors.New("image is in use")
-	// ErrTemplateNotFound says that no template has the given id.
+	// ErrTemplateNotFound reports that no template has the given id.
 	ErrTemplateNotFound = fmt.Errorf("template %w", ErrNotFound)
-	// ErrSnapshotNotFound says that no snapshot has the given name.
+	// ErrSnapshotNotFound reports that no snapshot has the given name.
 	ErrSnapshotNotFound = fmt.Errorf("snapshot %w", ErrNotFound)
-	// ErrSnapshotAlreadyExists says that the name of a new snapshot is taken.
+	// ErrSnapshotAlreadyExists reports that the name of a new snapshot is taken.
 	ErrSnapshotAlreadyExists = fmt.Errorf("snapshot %w", ErrAlreadyExists)
-	// ErrPoolNotFound says that there is no such pool.
+	// ErrPoolNotFound reports that there is no such pool.
 	ErrPoolNotFound = fmt.Errorf("pool %w", ErrNotFound)
-	// ErrNotRestored says that a VM can't go on from the memory of a snapshot or of
+	// ErrNotRestored reports that a VM can't go on from the memory of a snapshot or of
 	// another VM.
 	ErrNotRestored = errors.New("the saved memory can't be used")
-	// ErrInvalidState says that the VM's state does not allow the operation.
+	// ErrInvalidState reports that the VM's state does not allow the operation.
 	ErrInvalidState = errors.New("invalid VM state")
-	// ErrBootTimeout says that the guest was not ready in the time given.
+	// ErrBootTimeout reports that the guest was not ready in the time given.
 	ErrBootTimeout = errors.New("boot timed out")
-	// ErrUnsupported says that this VM or backend can't do what was asked:
+	// ErrUnsupported reports that this VM or backend can't do what was asked:
 	// for example Exec in a guest that runs no agent.
 	ErrUnsupported = errors.New("not supported")
-	// ErrPortInUse says that another program or VM holds a host port.
+	// ErrPortInUse reports that another program or VM holds a host port.
 	ErrPortInUse = errors.New("host port is in use")
-	// ErrDatabaseTooNew says that the state database was written by a newer
+	// ErrDatabaseTooNew reports that the state database was written by a newer
 	// release than this program.
 	ErrDatabaseTooNew = errors.New("database is newer than this program")
-	// ErrDatabaseCorrupt says that the state database can't be read.
+	// ErrDatabaseCorrupt reports that the state database can't be read.
 	ErrDatabaseCorrupt = errors.New("database is corrupt")
 )
 
@@ -68,19 +69,15 @@ type ValidationError struct {
 }
 
 func (e *ValidationError) Error() string {
-	var b strings.Builder
-	b.WriteString("invalid configuration")
-	if e.ID != "" {
-		fmt.Fprintf(&b, " of VM %q", e.ID)
-	}
+	fields := make([]string, len(e.Fields))
 	for i, f := range e.Fields {
-		sep := "; "
-		if i == 0 {
-			sep = ": "
-		}
-		b.WriteString(sep + f.String())
+		fields[i] = f.String()
 	}
-	return b.String()
+	problems := strings.Join(fields, "; ")
+	if e.ID == "" {
+		return "invalid " + problems
+	}
+	return fmt.Sprintf("invalid configuration of VM %q: %s", e.ID, problems)
 }
 
 // NetworkError reports that a VM's network could not be set up or changed.
@@ -118,7 +115,7 @@ func (e *PrerequisiteError) Error() string {
 	return b.String()
 }
 
-// Severity says how much a [Finding] matters.
+// Severity is how much a [Finding] matters.
 type Severity string
 
 // Severities, from harmless to fatal.
@@ -132,13 +129,13 @@ const (
 type Finding struct {
 	// Name of what was checked, as in "kvm" or "qemu-system-x86_64".
 	Name string `json:"name"`
-	// Severity says whether it is there.
+	// Severity is how much it matters.
 	Severity Severity `json:"severity"`
 	// Problem says what was found; for a good finding, what is there.
 	Problem string `json:"problem"`
 	// Why says what needs it.
 	Why string `json:"why,omitempty"`
-	// Fix is the exact command that mends it; empty if nothing is to be done.
+	// Fix is the exact command that fixes it; empty if nothing is to be done.
 	Fix string `json:"fix,omitempty"`
 }
 
@@ -148,7 +145,7 @@ func (f Finding) String() string {
 		s += " (" + f.Why + ")"
 	}
 	if f.Fix != "" {
-		s += "; to mend it: " + f.Fix
+		s += "; fix: " + f.Fix
 	}
 	return s
 }

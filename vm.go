@@ -32,7 +32,7 @@ func States() []VMState {
 	return []VMState{StateCreated, StateRunning, StatePaused, StateStopped, StateError}
 }
 
-// Alive says whether a VM in this state has a VMM process.
+// Alive reports whether a VM in this state has a VMM process.
 func (s VMState) Alive() bool { return s == StateRunning || s == StatePaused }
 
 // VMInfo is what is known of a VM.

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/imagetest"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -49,7 +50,7 @@ func TestUnknownAndIllegalIDs(t *testing.T) {
 			}
 			for _, id := range []string{"", "UPPER", "../escape", "a b", "-a", strings.Repeat("a", 65)} {
 				var invalid *smolvm.ValidationError
-				if err := verb(id); !errors.As(err, &invalid) {
+				if err := verb(id); !errors.As(err, &invalid) || !errors.Is(err, smolvm.ErrVMNotFound) {
 					t.Errorf("id %q: %v", id, err)
 				}
 			}
@@ -60,10 +61,10 @@ func TestUnknownAndIllegalIDs(t *testing.T) {
 	}
 }
 
-// Bad configurations are refused with every bad field named, and leave nothing.
 // publicKey is a key that is fine by itself.
 const publicKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDvd9sQY0Yb0nXxM1YVwHUkH8DsUq3cEhTmpbTzGkiMA somebody"
 
+// Bad configurations are refused with every bad field named, and leave nothing.
 func TestCreateBadConfig(t *testing.T) {
 	m := openEmpty(t)
 	dir := t.TempDir()
@@ -72,7 +73,11 @@ func TestCreateBadConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	kernel := filepath.Join(dir, "kernel")
-	if err := os.WriteFile(kernel, append([]byte("\x7fELF"), make([]byte, 100)...), 0o600); err != nil {
+	if err := os.WriteFile(kernel, imagetest.TinyKernel(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	initrd := filepath.Join(dir, "initrd")
+	if err := os.WriteFile(initrd, []byte(imagetest.Initramfs), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	tests := map[string]struct {
@@ -83,12 +88,12 @@ func TestCreateBadConfig(t *testing.T) {
 		"too much":       {smolvm.VMConfig{VCPUs: 33, MemoryMiB: 16385}, []string{"vcpus", "memory_mib"}},
 		"too little":     {smolvm.VMConfig{VCPUs: -1, MemoryMiB: 127}, []string{"vcpus", "memory_mib"}},
 		"missing files":  {smolvm.VMConfig{KernelPath: dir + "/no", RootfsPath: dir + "/nor"}, []string{"kernel_path", "rootfs_path"}},
-		"not a kernel":   {smolvm.VMConfig{KernelPath: text, InitrdPath: text}, []string{"kernel_path"}},
+		"not a kernel":   {smolvm.VMConfig{KernelPath: text, InitrdPath: initrd}, []string{"kernel_path"}},
 		"no file system": {smolvm.VMConfig{KernelPath: kernel, RootfsPath: text}, []string{"rootfs_path"}},
 		"directories":    {smolvm.VMConfig{KernelPath: kernel, InitrdPath: dir, RootfsPath: dir}, []string{"initrd_path", "rootfs_path"}},
-		"drives":         {smolvm.VMConfig{KernelPath: kernel, InitrdPath: text, Drives: []smolvm.Drive{{Path: dir + "/no"}}}, []string{"drives[0].path"}},
+		"drives":         {smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd, Drives: []smolvm.Drive{{Path: dir + "/no"}}}, []string{"drives[0].path"}},
 		"backend":        {smolvm.VMConfig{Backend: "xen"}, []string{"backend"}},
-		"both":           {smolvm.VMConfig{Image: "base", KernelPath: kernel, InitrdPath: text}, []string{"image"}},
+		"both":           {smolvm.VMConfig{Image: "base", KernelPath: kernel, InitrdPath: initrd}, []string{"image"}},
 		"keys": {smolvm.VMConfig{AuthorizedKeys: []string{"ssh-ed25519 nonsense", `command="id" ` + publicKey}},
 			[]string{"authorized_keys[0]", "authorized_keys[1]"}},
 		"ports": {smolvm.VMConfig{PortForwards: []smolvm.PortForward{{HostPort: 70000, GuestPort: 0}}},
@@ -117,7 +122,7 @@ func TestCreateBadConfig(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Run("unreadable", func(t *testing.T) {
 			_ = os.Chmod(kernel, 0)
-			if _, err := m.Create(t.Context(), smolvm.VMConfig{KernelPath: kernel, InitrdPath: text}); err == nil {
+			if _, err := m.Create(t.Context(), smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd}); err == nil {
 				t.Error("a kernel that can't be read is taken")
 			}
 		})

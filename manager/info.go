@@ -29,9 +29,12 @@ func (m *Manager) Get(ctx context.Context, id string) (smolvm.VMInfo, error) {
 	return info, nil
 }
 
-// List returns the VMs in the order in which they were created.
+// List returns the VMs that the options select, in the order in which they were created.
 func (m *Manager) List(ctx context.Context, opts ListOptions) ([]smolvm.VMInfo, error) {
 	// All of them, as a VM that is found dead changes its state.
+	if err := opts.validate(); err != nil {
+		return nil, fmt.Errorf("list VMs: %w", err)
+	}
 	vms, err := m.store.ListVMs(ctx, "")
 	if err != nil {
 		return nil, fmt.Errorf("list VMs: %w", err)
@@ -43,7 +46,7 @@ func (m *Manager) List(ctx context.Context, opts ListOptions) ([]smolvm.VMInfo, 
 		} else if err != nil {
 			return nil, fmt.Errorf("list VMs: %w", err)
 		}
-		if opts.State == "" || opts.State == vm.State {
+		if opts.selects(vm) {
 			infos = append(infos, m.info(vm))
 		}
 	}
@@ -53,7 +56,7 @@ func (m *Manager) List(ctx context.Context, opts ListOptions) ([]smolvm.VMInfo, 
 // lookup reads a VM's row and makes it agree with what is so. It is for those who don't
 // hold the VM's lock.
 func (m *Manager) lookup(ctx context.Context, id string) (store.VM, error) {
-	if err := smolvm.ValidateID(id); err != nil {
+	if err := checkID(id); err != nil {
 		return store.VM{}, err
 	}
 	vm, err := m.store.GetVM(ctx, id)
@@ -70,6 +73,15 @@ func (m *Manager) lookupLocked(ctx context.Context, id string) (store.VM, error)
 		return store.VM{}, err
 	}
 	return m.settleLocked(ctx, vm, killTime)
+}
+
+// checkID returns an error for an id that no VM can have. It matches
+// [smolvm.ErrVMNotFound], as there is no such VM, and is a [*smolvm.ValidationError].
+func checkID(id string) error {
+	if err := smolvm.ValidateID(id); err != nil {
+		return fmt.Errorf("%w: %w", smolvm.ErrVMNotFound, err)
+	}
+	return nil
 }
 
 // settle finds out whether a VM whose row says that it is alive has died without

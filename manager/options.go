@@ -128,10 +128,19 @@ type DeleteOptions struct {
 // SmolVM.
 const DefaultStopTimeout = 10 * time.Second
 
-// ListOptions are the options of [Manager.List].
+// ListOptions are the options of [Manager.List]. A VM is listed if it meets all of
+// them; the zero value lists all VMs.
 type ListOptions struct {
-	// State lists only the VMs in that state. Empty: all.
+	// IDs are ids of VMs, or patterns of them as in [path.Match]: "web-*". A VM meets
+	// one of them. Ids of no VM are no error.
+	IDs []string
+	// State is the VM's state. Empty: any.
 	State smolvm.VMState
+	// Image is the name under which the VM was created, the digest of its image, or
+	// the beginning of that. Empty: any image or none.
+	Image string
+	// Labels are labels that the VM has, with these values.
+	Labels map[string]string
 }
 
 // LogOptions are the options of [Manager.Logs].

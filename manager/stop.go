@@ -144,7 +144,7 @@ func (m *Manager) lockToEnd(ctx context.Context, id string, how shim.Stop) (*vmL
 // lockExisting is lock for a VM that must be there, so that no lock is made for
 // one that is not.
 func (m *Manager) lockExisting(ctx context.Context, id string) (*vmLock, error) {
-	if err := smolvm.ValidateID(id); err != nil {
+	if err := checkID(id); err != nil {
 		return nil, err
 	}
 	if _, err := m.store.GetVM(ctx, id); err != nil {

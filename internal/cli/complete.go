@@ -33,7 +33,7 @@ func (a *app) completionCommand() *cobra.Command {
 			case "fish":
 				return cmd.Root().GenFishCompletion(a.Stdout, true)
 			}
-			return usagef("%q is no shell that is known here; use bash, zsh or fish", args[0])
+			return usagef("unknown shell %q; use bash, zsh or fish", args[0])
 		}),
 	}
 }
@@ -76,6 +76,21 @@ func (a *app) vmIDs(states ...smolvm.VMState) cobra.CompletionFunc {
 			}
 		}
 		return ids, err
+	})
+}
+
+// labels completes to the labels of VMs, as NAME=VALUE.
+func (a *app) labels() cobra.CompletionFunc {
+	return a.completeFrom(func(cmd *cobra.Command, m *manager.Manager, _ []string) ([]string, error) {
+		vms, err := m.List(cmd.Context(), manager.ListOptions{})
+		var labels []string
+		for _, vm := range vms {
+			for name, value := range vm.Config.Labels {
+				labels = append(labels, name+"="+value)
+			}
+		}
+		slices.Sort(labels)
+		return slices.Compact(labels), err
 	})
 }
 

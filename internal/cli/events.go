@@ -34,6 +34,9 @@ func (a *app) eventsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if id != "" && len(events) == 0 {
+				a.errorf("smolvm: no events of %s", printable(id))
+			}
 			if a.json {
 				return printList(a, events)
 			}

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -14,43 +15,86 @@ import (
 	"github.com/smolvm/smolvm/manager"
 )
 
+const lsLong = `List VMs, the oldest first: all of them, or those that meet all that is given. An ID
+may be a pattern, as in 'web-*', which the shell must not expand; an ID of no VM is
+an error.`
+
+const lsExample = `  smolvm ls 'web-*'
+  smolvm ls --state running --label team=blue
+  smolvm rm $(smolvm ls --quiet --label job=17)`
+
+// lsFlags are the flags of ls.
+type lsFlags struct {
+	options manager.ListOptions
+	state   string
+	quiet   bool
+}
+
 func (a *app) lsCommand() *cobra.Command {
-	var state string
-	var quiet bool
+	var flags lsFlags
 	cmd := &cobra.Command{
-		Use:               "ls [flags]",
+		Use:               "ls [flags] [ID...]",
 		Aliases:           []string{"list", "ps"},
 		Short:             "List VMs",
-		Long:              "List all VMs, or those in one state, the oldest first.",
-		Args:              needs(0, 0, "no arguments"),
-		ValidArgsFunction: words(),
+		Long:              lsLong,
+		Example:           lsExample,
+		ValidArgsFunction: a.vmIDs(),
 	}
-	cmd.Flags().StringVar(&state, "state", "", "only VMs in `STATE`: "+strings.Join(stateNames(), ", "))
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print ids only")
-	complete(cmd, "state", words(stateNames()...))
-	cmd.RunE = a.does(func(cmd *cobra.Command, _ []string) error {
-		if state != "" && !slices.Contains(stateNames(), state) {
-			return usagef("--state: %q is no state; use %s", state, strings.Join(stateNames(), ", "))
+	cmd.Flags().StringVar(&flags.state, "state", "", "only VMs in `STATE`: "+strings.Join(stateNames(), ", "))
+	cmd.Flags().StringVar(&flags.options.Image, "image", "", "only VMs of `IMAGE`: a name or a digest")
+	cmd.Flags().FuncP("label", "l", "only VMs with the label `NAME=VALUE` (repeatable)", func(text string) error {
+		if !strings.Contains(text, "=") {
+			return fmt.Errorf("%q has no value; use NAME=VALUE", text)
 		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
-			vms, err := m.List(cmd.Context(), manager.ListOptions{State: smolvm.VMState(state)})
-			switch {
-			case err != nil:
-				return err
-			case a.json:
-				return printList(a, vms)
-			case quiet:
-				for _, vm := range vms {
-					if err := a.println(vm.ID); err != nil {
-						return err
-					}
-				}
-				return nil
-			}
-			return a.print(vmTable(vms, time.Now()))
-		})
+		return addLabel(&flags.options.Labels, text)
+	})
+	cmd.Flags().BoolVarP(&flags.quiet, "quiet", "q", false, "print ids only")
+	complete(cmd, "state", words(stateNames()...))
+	complete(cmd, "image", a.imageNames())
+	complete(cmd, "label", a.labels())
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		if flags.state != "" && !slices.Contains(stateNames(), flags.state) {
+			return usagef("--state: unknown state %q; use %s", flags.state, strings.Join(stateNames(), ", "))
+		}
+		flags.options.State, flags.options.IDs = smolvm.VMState(flags.state), args
+		return a.list(cmd, flags)
 	})
 	return cmd
+}
+
+// list prints the VMs that the flags select. Ids of no VM are errors, in the end.
+func (a *app) list(cmd *cobra.Command, flags lsFlags) error {
+	return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		vms, err := m.List(cmd.Context(), flags.options)
+		if err != nil {
+			return err
+		}
+		var missing []error
+		for _, id := range distinct(flags.options.IDs) {
+			listed := slices.ContainsFunc(vms, func(vm smolvm.VMInfo) bool { return vm.ID == id })
+			if !listed && !strings.ContainsAny(id, `*?[\`) {
+				// It may be one that another flag leaves out.
+				_, err := m.Get(cmd.Context(), id)
+				missing = append(missing, err)
+			}
+		}
+		return errors.Join(a.printVMs(vms, flags.quiet), errors.Join(missing...))
+	})
+}
+
+func (a *app) printVMs(vms []smolvm.VMInfo, quiet bool) error {
+	switch {
+	case a.json:
+		return printList(a, vms)
+	case quiet:
+		for _, vm := range vms {
+			if err := a.println(vm.ID); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return a.print(vmTable(vms, time.Now()))
 }
 
 func vmTable(vms []smolvm.VMInfo, now time.Time) *table {
@@ -73,7 +117,7 @@ func vmTable(vms []smolvm.VMInfo, now time.Time) *table {
 	return t
 }
 
-// boots says what a VM boots.
+// boots returns what a VM boots, in one word.
 func boots(config smolvm.VMConfig) string {
 	if config.UsesImage() {
 		return config.Image

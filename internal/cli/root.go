@@ -45,7 +45,7 @@ func (a *app) rootCommand() *cobra.Command {
 	root.AddGroup(
 		&cobra.Group{ID: groupVM, Title: "VMs:"},
 		&cobra.Group{ID: groupUse, Title: "Work in a VM:"},
-		&cobra.Group{ID: groupImage, Title: "Images and what makes starts fast:"},
+		&cobra.Group{ID: groupImage, Title: "Images, templates and pools:"},
 		&cobra.Group{ID: groupHost, Title: "This host:"},
 	)
 	root.SetHelpCommandGroupID(groupHost)
@@ -75,7 +75,7 @@ func (a *app) requireSubcommand(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return cmd.Help()
 	}
-	err := usagef("%q is no command of %s", args[0], cmd.CommandPath())
+	err := usagef("unknown command %q of %s", args[0], cmd.CommandPath())
 	var names []string
 	for _, sub := range cmd.Commands() {
 		if sub.IsAvailableCommand() {

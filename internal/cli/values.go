@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/manager"
@@ -24,7 +25,7 @@ func parseMebibytes(text string) (int64, error) {
 	}[upper[len(digits):]]
 	n, err := strconv.ParseInt(digits, 10, 64)
 	if !ok || err != nil || n < 0 || n > math.MaxInt64>>20 {
-		return 0, fmt.Errorf("%q is no size; use MiB, or a number with M, G or T", text)
+		return 0, fmt.Errorf("invalid size %q; use a number of MiB, or one with M, G or T", text)
 	}
 	return n << shift, nil
 }
@@ -130,7 +131,7 @@ func cutLast(s string) (before, after string, ok bool) {
 func parsePort(text string, least int) (int, error) {
 	port, err := strconv.ParseUint(text, 10, 16)
 	if err != nil || int(port) < least {
-		return 0, fmt.Errorf("%q is no port; use %d to 65535", text, least)
+		return 0, fmt.Errorf("invalid port %q; use %d to 65535", text, least)
 	}
 	return int(port), nil
 }
@@ -147,7 +148,7 @@ func parseDrive(text string) (smolvm.Drive, error) {
 		case ok && drive.Format == "" && (word == string(smolvm.FormatRaw) || word == string(smolvm.FormatQCOW2)):
 			drive.Format = smolvm.DiskFormat(word)
 		case drive.Path == "":
-			return smolvm.Drive{}, fmt.Errorf("%q is no drive; use PATH[:ro][:FORMAT]", text)
+			return smolvm.Drive{}, fmt.Errorf("invalid drive %q; use PATH[:ro][:FORMAT]", text)
 		default:
 			return drive, nil
 		}
@@ -160,7 +161,10 @@ func parseDrive(text string) (smolvm.Drive, error) {
 func parseEnv(text string) (name, value string, err error) {
 	name, value, ok := strings.Cut(text, "=")
 	if name == "" {
-		return "", "", fmt.Errorf("%q has no name; use NAME=VALUE", text)
+		return "", "", fmt.Errorf("invalid variable %q: it has no name; use NAME=VALUE", text)
+	}
+	if strings.ContainsFunc(name, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }) {
+		return "", "", fmt.Errorf("invalid variable %q: there is a blank or a control character in its name", text)
 	}
 	if ok {
 		return name, value, nil

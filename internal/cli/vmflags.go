@@ -41,6 +41,9 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		return err
 	})
 	flags.FuncP("env", "e", "set a variable for all commands: `NAME[=VALUE]` (repeatable)", f.addEnv)
+	flags.FuncP("label", "l", "attach a label to find the VM by: `NAME[=VALUE]` (repeatable)", func(text string) error {
+		return addLabel(&config.Labels, text)
+	})
 	warmUpFlag(cmd, &config.WarmUp)
 	flags.StringVar(&config.Hostname, "hostname", "", "`NAME` of the guest (default: the id)")
 	flags.DurationVar(&config.TTL, "ttl", 0, "stop the VM when it has run for `DURATION`, as in 90s or 2h")
@@ -59,7 +62,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	complete(cmd, "ready", words(string(smolvm.ReadyAgent), string(smolvm.ReadySSH), string(smolvm.ReadyStarted)))
 	complete(cmd, "rootfs-format", words(string(smolvm.FormatRaw), string(smolvm.FormatQCOW2)))
 	complete(cmd, "disk-mode", words(string(smolvm.DiskIsolated), string(smolvm.DiskShared)))
-	for _, name := range []string{"name", "vcpus", "memory", "disk-size", "publish", "env", "hostname", "ttl", "ssh-addr", "boot-args"} {
+	for _, name := range []string{"name", "vcpus", "memory", "disk-size", "publish", "env", "label", "hostname", "ttl", "ssh-addr", "boot-args"} {
 		complete(cmd, name, words())
 	}
 }
@@ -86,6 +89,19 @@ func (f *vmFlags) addKey(path string) error {
 			f.config.AuthorizedKeys = append(f.config.AuthorizedKeys, line)
 		}
 	}
+	return nil
+}
+
+// addLabel adds a label that is given as NAME=VALUE, or NAME for an empty value.
+func addLabel(labels *map[string]string, text string) error {
+	name, value, _ := strings.Cut(text, "=")
+	if err := smolvm.ValidateLabel(name, value); err != nil {
+		return err
+	}
+	if *labels == nil {
+		*labels = map[string]string{}
+	}
+	(*labels)[name] = value
 	return nil
 }
 

@@ -97,7 +97,7 @@ func (u *unpacker) unpack(vm *VM, options string) error {
 	c := u.config
 	// No two VMs share what a caller may change.
 	c.Drives, c.PortForwards = slices.Clone(c.Drives), slices.Clone(c.PortForwards)
-	c.AuthorizedKeys, c.Env = slices.Clone(c.AuthorizedKeys), maps.Clone(c.Env)
+	c.AuthorizedKeys, c.Env, c.Labels = slices.Clone(c.AuthorizedKeys), maps.Clone(c.Env), maps.Clone(c.Labels)
 	c.ID, c.VCPUs, c.MemoryMiB, c.Image = vm.ID, vm.Config.VCPUs, vm.Config.MemoryMiB, vm.Config.Image
 	c.Backend = cmp.Or(c.Backend, vm.Backend)
 	c.Hostname = cmp.Or(c.Hostname, vm.ID)
