@@ -89,6 +89,8 @@ func TestCreateBadConfig(t *testing.T) {
 		"too little":     {smolvm.VMConfig{VCPUs: -1, MemoryMiB: 127}, []string{"vcpus", "memory_mib"}},
 		"missing files":  {smolvm.VMConfig{KernelPath: dir + "/no", RootfsPath: dir + "/nor"}, []string{"kernel_path", "rootfs_path"}},
 		"not a kernel":   {smolvm.VMConfig{KernelPath: text, InitrdPath: initrd}, []string{"kernel_path"}},
+		"a program":      {smolvm.VMConfig{KernelPath: "/bin/sh", InitrdPath: initrd}, []string{"kernel_path"}},
+		"no initramfs":   {smolvm.VMConfig{KernelPath: kernel, InitrdPath: text}, []string{"initrd_path"}},
 		"no file system": {smolvm.VMConfig{KernelPath: kernel, RootfsPath: text}, []string{"rootfs_path"}},
 		"directories":    {smolvm.VMConfig{KernelPath: kernel, InitrdPath: dir, RootfsPath: dir}, []string{"initrd_path", "rootfs_path"}},
 		"drives":         {smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd, Drives: []smolvm.Drive{{Path: dir + "/no"}}}, []string{"drives[0].path"}},

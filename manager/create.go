@@ -152,7 +152,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		}
 	}
 	if config.InitrdPath != "" {
-		if err := readable(config.InitrdPath); err != nil {
+		if err := m.images.CheckInitramfs(config.InitrdPath); err != nil {
 			bad("initrd_path", err)
 		}
 	}
@@ -179,22 +179,6 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		return vmm.Traits{}, disk.Info{}, invalid
 	}
 	return backend, root, nil
-}
-
-func readable(path string) error {
-	file, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = file.Close() }()
-	info, err := file.Stat()
-	if err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() {
-		return &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
-	}
-	return nil
 }
 
 func checkDiskSize(config smolvm.VMConfig, root disk.Info) error {

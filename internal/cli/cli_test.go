@@ -19,6 +19,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cli"
+	"github.com/smolvm/smolvm/internal/image/imagetest"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/qemu"
@@ -145,14 +146,14 @@ func fetch(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 }
 
-// seal gives a script a data directory and a socket directory of its own, and an ELF
-// file.
+// seal gives a script a data directory and a socket directory of its own, and a file
+// that passes for a kernel.
 func seal(env *testscript.Env) error {
-	program, err := exec.LookPath("smolvm")
-	if err != nil {
+	kernel := filepath.Join(env.WorkDir, ".vmlinux")
+	if err := os.WriteFile(kernel, imagetest.TinyKernel(), 0o600); err != nil {
 		return err
 	}
-	env.Setenv("ELF", program)
+	env.Setenv("ELF", kernel)
 	env.Setenv("SMOLVM_DATA_DIR", dataDir(env))
 	env.Setenv("SMOLVM_BACKEND", "")
 	env.Setenv("SMOLVM_TEMPLATES", "off") // but for scripts that are about them

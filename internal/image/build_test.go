@@ -285,12 +285,17 @@ func TestRecipeRefused(t *testing.T) {
 		change func(*image.Recipe)
 		want   string
 	}{
-		"no name":               {func(r *image.Recipe) { r.Name = "" }, `name "" of an image`},
-		"name":                  {func(r *image.Recipe) { r.Name = "../x" }, `name "../x" of an image`},
-		"no agent":              {func(r *image.Recipe) { r.Agent = "" }, "agent"},
-		"agent":                 {func(r *image.Recipe) { r.Agent = "/no/agent" }, "/no/agent"},
-		"kernel":                {func(r *image.Recipe) { r.Kernel = "/no/kernel" }, "/no/kernel"},
-		"kernel is text":        {func(r *image.Recipe) { r.Kernel = text }, text + ": is not a Linux kernel"},
+		"no name":             {func(r *image.Recipe) { r.Name = "" }, `name "" of an image`},
+		"name":                {func(r *image.Recipe) { r.Name = "../x" }, `name "../x" of an image`},
+		"no agent":            {func(r *image.Recipe) { r.Agent = "" }, "agent"},
+		"agent":               {func(r *image.Recipe) { r.Agent = "/no/agent" }, "/no/agent"},
+		"kernel":              {func(r *image.Recipe) { r.Kernel = "/no/kernel" }, "/no/kernel"},
+		"kernel is text":      {func(r *image.Recipe) { r.Kernel = text }, text + ": is not a Linux kernel"},
+		"kernel is a program": {func(r *image.Recipe) { r.Kernel = "/bin/ls" }, "/bin/ls: is a program, not a kernel"}, // case 29
+		"before all else": {func(r *image.Recipe) {
+			r.Kernel, r.Rootfs = "", text
+			r.Progress = func(p image.Progress) { t.Errorf("it begins to %s", p.Phase) }
+		}, "holds no file system"},
 		"modules, no kernel":    {func(r *image.Recipe) { r.ModulesDir, r.Kernel = work, "" }, "give both"},
 		"root file system":      {func(r *image.Recipe) { r.Rootfs = "/no/rootfs" }, "/no/rootfs"},
 		"rootfs is text":        {func(r *image.Recipe) { r.Rootfs = text }, "holds no file system"},

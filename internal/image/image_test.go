@@ -14,6 +14,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/image/imagetest"
 )
 
 func needTools(t *testing.T, names ...string) {
@@ -66,7 +67,7 @@ func smallRecipe(t *testing.T, dir string) image.Recipe {
 	return image.Recipe{
 		Name:   "small",
 		Agent:  put(t, filepath.Join(dir, "agent"), "#!/bin/sh\n"),
-		Kernel: put(t, filepath.Join(dir, "kernel"), "\x7fELF"+strings.Repeat("\x00", 200)),
+		Kernel: put(t, filepath.Join(dir, "kernel"), string(imagetest.TinyKernel())),
 		Rootfs: filepath.Join(dir, "rootfs"),
 	}
 }

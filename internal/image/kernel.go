@@ -18,19 +18,6 @@ import (
 	"github.com/therootcompany/xz"
 )
 
-// errNotKernel says that a file is not a kernel that we know.
-var errNotKernel = errors.New("is not a Linux kernel: neither ELF nor bzImage (x86-64) nor Image (arm64)")
-
-// isBootable says whether a kernel can be booted as it is by every backend.
-func isBootable(r io.ReaderAt) bool {
-	head := make([]byte, 0x40)
-	if n, _ := r.ReadAt(head, 0); n < len(head) {
-		return false
-	}
-	// See the kernel's Documentation/arch/arm64/booting.rst for the Image's mark.
-	return bytes.HasPrefix(head, []byte(elf.ELFMAG)) || string(head[0x38:0x3c]) == "ARM\x64"
-}
-
 // Offsets in a bzImage; see the kernel's Documentation/arch/x86/boot.rst.
 const (
 	setupSectorsAt  = 0x1f1
@@ -77,7 +64,7 @@ func unpackKernel(w io.Writer, image []byte) error {
 	return nil
 }
 
-// hasSetupHeader says whether a file begins as a bzImage does.
+// hasSetupHeader reports whether a file begins as a bzImage does.
 func hasSetupHeader(image []byte) bool {
 	return len(image) >= payloadLengthAt+4 && string(image[setupMagicAt:setupMagicAt+4]) == setupMagic
 }
@@ -125,48 +112,52 @@ func decompress(data []byte) (io.Reader, error) {
 	return nil, fmt.Errorf("packed in a way that is not known (it begins with % x); gzip, lz4, xz and zstd are", data[:min(len(data), 6)])
 }
 
-// writeKernel writes a kernel in the form in which it is booted.
-func writeKernel(w io.Writer, path string) error {
+// writeKernel writes a kernel in the form in which it is booted. The file is empty.
+func writeKernel(out *os.File, path string) error {
 	file, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = file.Close() }()
-	if isBootable(file) {
-		_, err := io.Copy(w, file)
+	found, err := kernelForm(file)
+	if err != nil {
 		return err
 	}
-	head := make([]byte, payloadLengthAt+4)
-	if n, _ := file.ReadAt(head, 0); !hasSetupHeader(head[:n]) {
-		return errNotKernel // which may be a disk of any size
+	if found != formPacked {
+		_, err := io.Copy(out, file)
+		return err
 	}
 	packed, err := io.ReadAll(io.LimitReader(file, maxKernel))
 	if err != nil {
 		return err
 	}
-	return unpackKernel(w, packed)
+	if err := unpackKernel(out, packed); err != nil {
+		return err
+	}
+	if err := checkELF(out); !errors.Is(err, errNoEntry) {
+		return err
+	}
+	// It has no other entry point than that of the bzImage.
+	if err := out.Truncate(0); err != nil {
+		return err
+	}
+	_, err = out.WriteAt(packed, 0)
+	return err
 }
 
 // Kernel returns a kernel of the user's in the form in which it is booted: itself, or
 // an unpacked copy that is kept for the next time.
 func (s *Store) Kernel(ctx context.Context, path string) (string, error) {
-	if info, err := os.Stat(path); err != nil {
+	found, err := formOf(path)
+	if err != nil {
 		return "", err
-	} else if !info.Mode().IsRegular() {
-		return "", fmt.Errorf("%s: %w", path, errNotKernel)
+	}
+	if found != formPacked {
+		return path, nil
 	}
 	id, err := identify(path)
 	if err != nil {
 		return "", err
-	}
-	file, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	bootable := isBootable(file)
-	_ = file.Close()
-	if bootable {
-		return path, nil
 	}
 	text, err := json.Marshal(id)
 	if err != nil {

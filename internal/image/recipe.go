@@ -67,6 +67,21 @@ func (r Recipe) validate() error {
 			return fmt.Errorf("%s: %w", file.what, err)
 		}
 	}
+	return r.validateFiles()
+}
+
+// validateFiles looks into the files of a recipe, before anything is fetched for them.
+func (r Recipe) validateFiles() error {
+	if r.Kernel != "" {
+		if _, err := formOf(r.Kernel); err != nil {
+			return fmt.Errorf("kernel %w", err)
+		}
+	}
+	if r.Rootfs != "" {
+		if err := checkRootfs(r.Rootfs); err != nil {
+			return fmt.Errorf("root file system: %w", err)
+		}
+	}
 	return nil
 }
 
