@@ -18,7 +18,8 @@ import (
 
 // SSHCommands returns shell commands that log in to the VM by its SSH port. They
 // check the guest's host key against the one that the VM was given, so no client
-// has to be told to trust blindly. The port answers while the VM runs.
+// has to be told to trust blindly; the key of a guest with a kernel of its own is
+// learned at the first login. The port answers while the VM runs.
 func (m *Manager) SSHCommands(ctx context.Context, id string, opts SSHOptions) (SSHCommands, error) {
 	vm, err := m.lookup(ctx, id)
 	if err != nil {
@@ -69,16 +70,14 @@ func (m *Manager) sshArgs(vm store.VM, opts SSHOptions, host string) ([]string, 
 	}
 	args := append([]string{"ssh"}, identityArgs(key)...)
 	args = append(args, "-o", "IdentitiesOnly=yes")
-	if vm.Config.UsesImage() {
-		knownHosts, err := m.writeKnownHosts(vm)
-		if err != nil {
-			return nil, err
-		}
-		args = append(args,
-			"-o", "UserKnownHostsFile="+sshPath(knownHosts),
-			"-o", "HostKeyAlias="+hostKeyAlias(vm.ID),
-			"-o", "StrictHostKeyChecking=yes")
+	knownHosts, checking, err := m.knownHosts(vm)
+	if err != nil {
+		return nil, err
 	}
+	args = append(args,
+		"-o", "UserKnownHostsFile="+sshPath(knownHosts),
+		"-o", "HostKeyAlias="+hostKeyAlias(vm.ID),
+		"-o", "StrictHostKeyChecking="+checking)
 	return append(args, "-p", strconv.Itoa(vm.SSHPort), opts.user()+"@"+host), nil
 }
 
@@ -103,6 +102,24 @@ func dialAddr(addr netip.Addr) netip.Addr {
 
 // hostKeyAlias names the VM in known_hosts; its port may change.
 func hostKeyAlias(id string) string { return "smolvm-" + id }
+
+// knownHosts returns the VM's known_hosts file, and how ssh is to use it. The key of a
+// guest with a kernel of its own is not ours: ssh learns it at the first login, and
+// insists on it from then on. Where no disk keeps it, each start has another.
+func (m *Manager) knownHosts(vm store.VM) (path, checking string, _ error) {
+	if vm.Config.UsesImage() {
+		path, err := m.writeKnownHosts(vm)
+		return path, "yes", err
+	}
+	name := "known_hosts"
+	if vm.DiskPath == "" {
+		name += "-" + vm.Run
+	}
+	if err := os.MkdirAll(m.vmDir(vm.ID), 0o700); err != nil {
+		return "", "", fmt.Errorf("make directory for known_hosts: %w", err)
+	}
+	return filepath.Join(m.vmDir(vm.ID), name), "accept-new", nil
+}
 
 // writeKnownHosts writes the VM's known_hosts file, if it is not there yet. A VM's
 // host key never changes.

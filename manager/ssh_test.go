@@ -1,0 +1,129 @@
+package manager_test
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/imagetest"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// sshServer answers as an SSH server with a new host key that lets everybody in and
+// ends every command with status 0.
+func sshServer(t *testing.T, addr string) (stop func()) {
+	t.Helper()
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := ssh.NewSignerFromKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := &ssh.ServerConfig{NoClientAuth: true}
+	config.AddHostKey(signer)
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			serveSSH(conn, config)
+		}
+	}()
+	return func() {
+		_ = listener.Close()
+		<-done
+	}
+}
+
+// serveSSH serves one connection with one command.
+func serveSSH(conn net.Conn, config *ssh.ServerConfig) {
+	defer func() { _ = conn.Close() }()
+	_, channels, requests, err := ssh.NewServerConn(conn, config)
+	if err != nil {
+		return // the client did not like our key
+	}
+	go ssh.DiscardRequests(requests)
+	for offered := range channels {
+		channel, inner, err := offered.Accept()
+		if err != nil {
+			return
+		}
+		for request := range inner {
+			_ = request.Reply(request.Type == "exec", nil)
+			if request.Type == "exec" {
+				_, _ = channel.SendRequest("exit-status", false, []byte{0, 0, 0, 0})
+				_ = channel.Close()
+			}
+		}
+	}
+}
+
+// The host key of a guest with a kernel of its own is learned at the first login, and
+// insisted on from then on.
+func TestOwnKernelHostKey(t *testing.T) {
+	if _, err := exec.LookPath("ssh"); err != nil {
+		t.Skip("there is no ssh client: ", err)
+	}
+	m := openEmpty(t)
+	dir := t.TempDir()
+	kernel, initrd, rootfs := filepath.Join(dir, "kernel"), filepath.Join(dir, "initrd"), filepath.Join(dir, "rootfs")
+	disk := make([]byte, 1<<20)
+	copy(disk, "hsqs")
+	err := errors.Join(os.WriteFile(kernel, imagetest.TinyKernel(), 0o600),
+		os.WriteFile(initrd, []byte(imagetest.Initramfs), 0o600), os.WriteFile(rootfs, disk, 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm := mustCreate(t, m, smolvm.VMConfig{ID: "own_kernel", KernelPath: kernel, RootfsPath: rootfs})
+	addr := fmt.Sprintf("127.0.0.1:%d", vm.Network.SSHHostPort)
+	login := func() (string, error) {
+		commands, err := m.SSHCommands(t.Context(), vm.ID, manager.SSHOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Not what this host's user has set for ssh.
+		line := strings.Replace(commands.LocalhostPort, "ssh ", "ssh -F none -o BatchMode=yes ", 1)
+		out, err := exec.CommandContext(t.Context(), "sh", "-c", line+" true").CombinedOutput()
+		return string(out), err
+	}
+	stop := sshServer(t, addr)
+	for range 2 {
+		if out, err := login(); err != nil {
+			t.Errorf("log in: %v\n%s", err, out)
+		}
+	}
+	stop()
+	defer sshServer(t, addr)()
+	if out, err := login(); err == nil || !strings.Contains(out, "HOST IDENTIFICATION HAS CHANGED") {
+		t.Errorf("another host key was taken: %v\n%s", err, out)
+	}
+	if err := m.Delete(t.Context(), vm.ID); err != nil {
+		t.Fatal(err)
+	}
+	checkEmpty(t, filepath.Join(m.DataDir(), "vms"))
+
+	diskless := mustCreate(t, m, smolvm.VMConfig{ID: "diskless", KernelPath: kernel, InitrdPath: initrd})
+	commands, err := m.SSHCommands(t.Context(), diskless.ID, manager.SSHOptions{})
+	if err != nil || !strings.Contains(commands.LocalhostPort, "known_hosts-") {
+		t.Errorf("a guest whose key nothing keeps: %q, %v", commands.LocalhostPort, err)
+	}
+}
