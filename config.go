@@ -7,7 +7,6 @@ import (
 	"maps"
 	"net/netip"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -200,12 +199,25 @@ func (f PortForward) String() string {
 	return text
 }
 
-var (
-	idPattern       = regexp.MustCompile(`^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$`)
-	hostnamePattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?$`)
-	envKeyPattern   = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-	loopback        = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
+// Sets of characters that names are made of. Names are checked by hand, as each
+// regular expression costs every start of a program some time.
+const (
+	lowerCase = "abcdefghijklmnopqrstuvwxyz"
+	letters   = lowerCase + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	digits    = "0123456789"
 )
+
+// madeOf reports whether a name begins and ends with characters of one set, and has
+// those and others between.
+func madeOf(name, edges, others string) bool {
+	in := func(set string) func(rune) bool {
+		return func(r rune) bool { return !strings.ContainsRune(set, r) }
+	}
+	return name != "" && !strings.ContainsFunc(name, in(edges+others)) &&
+		!strings.ContainsFunc(name[:1]+name[len(name)-1:], in(edges))
+}
 
 // ValidateID reports what is wrong with a VM id; the error is a [*ValidationError].
 func ValidateID(id string) error {
@@ -221,7 +233,7 @@ func idProblem(id string) string {
 		return "is empty; give the id of a VM"
 	case len(id) > MaxIDLength:
 		return fmt.Sprintf("has %d characters; at most %d are allowed", len(id), MaxIDLength)
-	case !idPattern.MatchString(id):
+	case !madeOf(id, lowerCase+digits, "-_"):
 		return fmt.Sprintf("%q has illegal characters; use a-z, 0-9, and '-' or '_' inside", id)
 	}
 	return ""
@@ -229,6 +241,11 @@ func idProblem(id string) string {
 
 // hostnameOf returns the host name of a VM that names none.
 func hostnameOf(id string) string { return strings.ReplaceAll(id, "_", "-") }
+
+// isVariable reports whether a name is one of a variable as shells have it.
+func isVariable(name string) bool {
+	return madeOf(name, letters+digits+"_", "") && !strings.ContainsAny(name[:1], digits)
+}
 
 // NewID makes up an id for a VM.
 func NewID() string {
@@ -406,14 +423,14 @@ func (c VMConfig) validateDisks(v *validator) {
 
 func (c VMConfig) validateGuest(v *validator) {
 	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
-		v.check(envKeyPattern.MatchString(key), "env",
+		v.check(isVariable(key), "env",
 			"%q is not the name of a variable; use letters, digits and '_', not a digit first", key)
 		v.check(!strings.ContainsRune(c.Env[key], 0), "env", "%s has a NUL in its value", key)
 		v.check(utf8.ValidString(c.Env[key]), "env", "the value of %s is not UTF-8, which a VM's configuration has to be; give it to each command instead", key)
 	}
 	// A host name that follows from a bad id is not a second mistake.
 	if c.Hostname != "" && c.Hostname != hostnameOf(c.ID) {
-		v.check(len(c.Hostname) <= MaxIDLength && hostnamePattern.MatchString(c.Hostname), "hostname",
+		v.check(len(c.Hostname) <= MaxIDLength && madeOf(c.Hostname, letters+digits, "-"), "hostname",
 			"%q is not a host name; use letters, digits, and '-' inside, at most %d", c.Hostname, MaxIDLength)
 	}
 	v.check(len(c.Labels) <= MaxLabels, "labels", "%d are too many; at most %d are allowed", len(c.Labels), MaxLabels)

@@ -22,7 +22,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -44,10 +43,21 @@ const (
 	minAbbreviation = 8
 )
 
-var (
-	namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
-	hexPattern  = regexp.MustCompile(`^[0-9a-f]{64}$`)
-)
+// isName reports whether an image may have a name.
+func isName(name string) bool {
+	return name != "" && len(name) <= maxName && isAlphanumeric(rune(name[0])) &&
+		!strings.ContainsFunc(name, func(r rune) bool { return !isAlphanumeric(r) && !strings.ContainsRune("._-", r) })
+}
+
+// maxName is the longest name of an image, in bytes.
+const maxName = 64
+
+func isAlphanumeric(r rune) bool { return 'a' <= r && r <= 'z' || '0' <= r && r <= '9' }
+
+// isDigest reports whether a name is 64 hexadecimal digits.
+func isDigest(name string) bool {
+	return len(name) == 64 && !strings.ContainsFunc(name, func(r rune) bool { return !strings.ContainsRune("0123456789abcdef", r) })
+}
 
 // imageFiles are the files of an image beside its metadata.
 func imageFiles() []string { return []string{kernelFile, initramfsFile, rootfsFile} }
@@ -130,7 +140,7 @@ func (s *Store) digests(ctx context.Context) ([]string, error) {
 	}
 	var digests []string
 	for _, entry := range entries {
-		if hexPattern.MatchString(entry.Name()) {
+		if isDigest(entry.Name()) {
 			digests = append(digests, digestPrefix+entry.Name())
 		}
 	}
@@ -246,14 +256,14 @@ func (s *Store) names() (map[string][]string, error) {
 
 func (s *Store) readName(name string) (nameRecord, error) {
 	var record nameRecord
-	if !namePattern.MatchString(name) {
+	if !isName(name) {
 		return record, fs.ErrNotExist
 	}
 	text, err := os.ReadFile(filepath.Join(s.dir, namesDir, name))
 	if err == nil {
 		err = json.Unmarshal(text, &record)
 	}
-	if err == nil && !hexPattern.MatchString(strings.TrimPrefix(record.Digest, digestPrefix)) {
+	if err == nil && !isDigest(strings.TrimPrefix(record.Digest, digestPrefix)) {
 		err = fmt.Errorf("name %q of an image points to %q", name, record.Digest)
 	}
 	return record, err

@@ -51,7 +51,7 @@ func (r Recipe) say(phase string, done, total int64) {
 }
 
 func (r Recipe) validate() error {
-	if !namePattern.MatchString(r.Name) {
+	if !isName(r.Name) {
 		return fmt.Errorf("name %q of an image: use a-z, 0-9, and '.', '_', '-' inside, at most 64 characters", r.Name)
 	}
 	if r.ModulesDir != "" && r.Kernel == "" {
