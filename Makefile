@@ -1,5 +1,5 @@
 # The targets of the README. Each works on a fresh checkout.
-.PHONY: help quickstart build test race test-deps lint bench soak clean
+.PHONY: help quickstart build test race test-deps lint vuln fuzz bench soak clean
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -10,6 +10,7 @@ export CGO_ENABLED = 0
 # Where go install puts tools; bin/ is not under version control.
 TOOLS         := $(CURDIR)/bin/tools
 GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
+GOVULNCHECK   := $(TOOLS)/govulncheck-v1.9.0
 EMBEDDED      := internal/agent/embedded
 
 help:
@@ -18,6 +19,8 @@ help:
 	@echo 'make test        run all tests, on real VMs'
 	@echo 'make race        run the tests that need no VM under the race detector'
 	@echo 'make lint        check formatting and run the linters'
+	@echo 'make vuln        look for known vulnerabilities that our code reaches'
+	@echo 'make fuzz        run every fuzz target, FUZZTIME (10s) each'
 	@echo 'make bench       measure against bare QEMU, as ratios within one run'
 	@echo 'make soak        save and restore busy VMs for half an hour, and check what comes of it'
 	@echo 'make clean       remove what was built'
@@ -53,6 +56,19 @@ $(GOLANGCI_LINT):
 	@mkdir -p $(TOOLS)
 	GOBIN=$(TOOLS) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 	@mv $(TOOLS)/golangci-lint $@
+
+vuln: $(GOVULNCHECK)
+	@GO='$(GO)' scripts/vuln.sh $(GOVULNCHECK)
+
+$(GOVULNCHECK):
+	@mkdir -p $(TOOLS)
+	GOBIN=$(TOOLS) $(GO) install golang.org/x/vuln/cmd/govulncheck@v1.9.0
+	@mv $(TOOLS)/govulncheck $@
+
+FUZZTIME ?= 10s
+
+fuzz:
+	@GO='$(GO)' scripts/fuzz.sh $(FUZZTIME)
 
 bench: build test-deps
 	$(GO) run ./bench
