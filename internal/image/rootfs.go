@@ -6,13 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/image/ext4fs"
 )
 
 // rootfsSize is the size of a root file system that is made here, in bytes. It is
@@ -130,8 +132,9 @@ func linkApplets(ctx context.Context, dir string) error {
 type ext4 struct {
 	path, tree string
 	size       int64 // in bytes
-	// owners says whose files of the tree are that are not root's, by user id, which
-	// is the group's as well. Nil: whose they are in the tree.
+	// owners says whose files of the tree are, by user id, which is the group's as
+	// well. All others are whose they are in the tree, or root's if only root can have
+	// files of others.
 	owners map[string]int
 	// seed is where identifiers come from: hexadecimal digits, at least 64.
 	seed string
@@ -173,54 +176,30 @@ func makeExt4(ctx context.Context, e ext4) error {
 	}
 	err = runTool(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-O", ext4Features, "-b", "4096", "-I", "256", "-i", "16384",
 		"-m", "0", "-J", fmt.Sprintf("size=%d", journalSize), "-U", uuid(e.seed[:32]),
-		"-E", "root_owner=0:0,discard,lazy_journal_init=1,hash_seed="+uuid(e.seed[32:64]), "-d", e.tree, e.path)
+		"-E", "root_owner=0:0,discard,lazy_journal_init=1,hash_seed="+uuid(e.seed[32:64]), e.path)
 	if err != nil {
 		return err
 	}
-	if e.owners == nil && os.Getuid() == 0 {
-		return nil
+	if file, err = os.OpenFile(e.path, os.O_RDWR, 0); err != nil {
+		return err
 	}
-	return setOwners(ctx, e)
+	return errors.Join(ext4fs.Fill(ctx, file, e.tree, ext4fs.Options{Owner: e.owner}), file.Close())
+}
+
+// owner returns whose a file is to be.
+func (e ext4) owner(name string, stat *unix.Stat_t) (uid, gid uint32) {
+	if id, ok := e.owners[name]; ok {
+		return uint32(id), uint32(id)
+	}
+	if os.Getuid() != 0 {
+		return 0, 0 // only root can have files of others
+	}
+	return stat.Uid, stat.Gid
 }
 
 // uuid writes 32 hexadecimal digits as mke2fs takes them.
 func uuid(hex string) string {
 	return strings.Join([]string{hex[:8], hex[8:12], hex[12:16], hex[16:20], hex[20:]}, "-")
-}
-
-// setOwners sets the owners in a file system. mke2fs has taken them from the tree,
-// where only root can have files of others.
-func setOwners(ctx context.Context, e ext4) error {
-	owners := map[string]int{}
-	if os.Getuid() != 0 {
-		err := filepath.WalkDir(e.tree, func(path string, _ fs.DirEntry, err error) error {
-			if err != nil {
-				return err
-			}
-			inner, err := filepath.Rel(e.tree, path)
-			owners[inner] = 0
-			return err
-		})
-		if err != nil {
-			return err
-		}
-	}
-	maps.Copy(owners, e.owners)
-	var commands bytes.Buffer
-	for _, name := range slices.Sorted(maps.Keys(owners)) {
-		if strings.ContainsAny(name, "\"\n") {
-			return fmt.Errorf("only root can make an image with a file named %q", name)
-		}
-		for _, field := range []string{"uid", "gid"} {
-			fmt.Fprintf(&commands, "set_inode_field \"/%s\" %s %d\n", strings.TrimPrefix(name, "."), field, owners[name])
-		}
-	}
-	script := e.path + ".debugfs"
-	defer func() { _ = os.Remove(script) }()
-	if err := os.WriteFile(script, commands.Bytes(), 0o600); err != nil {
-		return err
-	}
-	return runTool(ctx, "debugfs", "-w", "-f", script, e.path)
 }
 
 // runTool runs a program of e2fsprogs, which Debian keeps out of users' PATH.
