@@ -71,11 +71,7 @@ func (f *filler) root(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, e := range entries[2:] {
-		if e.kind == kindOf(unix.S_IFDIR) && e.name != lostFound {
-			i.links++
-		}
-	}
+	i.links = 2 + directories(entries)
 	return f.writeDir(i, entries, blocks)
 }
 
@@ -102,8 +98,8 @@ func (f *filler) readDir(number uint32) (*inode, []run, error) {
 
 // children makes all that is in a directory, and returns its entries.
 func (f *filler) children(ctx context.Context, name string, number uint32, entries []entry) ([]entry, error) {
-	parent := number // of the root; others correct it
-	entries = append([]entry{{number, kindOf(unix.S_IFDIR), "."}, {parent, kindOf(unix.S_IFDIR), ".."}}, entries...)
+	// The root is its own parent; others correct that.
+	entries = append([]entry{{number, kindOf(unix.S_IFDIR), "."}, {number, kindOf(unix.S_IFDIR), ".."}}, entries...)
 	list, err := os.ReadDir(filepath.Join(f.tree, name))
 	if err != nil {
 		return nil, err
@@ -140,7 +136,7 @@ func (f *filler) fillLostFound(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	i.links += directories(entries)
+	i.links = 2 + directories(entries)
 	return f.writeDir(i, entries, blocks)
 }
 
@@ -286,8 +282,10 @@ func nextData(file *os.File, at, size int64) (from, to int64, err error) {
 	switch {
 	case errors.Is(err, unix.ENXIO):
 		return size, size, nil
-	case err != nil: // this host's file system knows no holes
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOTSUP): // this file system knows no holes
 		return at, size, nil
+	case err != nil:
+		return 0, 0, err
 	}
 	if to, err = unix.Seek(fd, from, unix.SEEK_HOLE); err != nil {
 		return 0, 0, err
