@@ -185,7 +185,11 @@ func checkRootfs(path string) error {
 	if info.IsDir() {
 		return checkTree(path)
 	}
-	_, err = disk.Probe(path)
+	// It is raw, whatever a guest has written into its disk.
+	_, err = disk.Declare(path, "")
+	if errors.Is(err, disk.ErrUndeclared) {
+		return fmt.Errorf("%s looks like qcow2, and an image is made of a raw disk; `qemu-img convert -O raw %s …` makes one", path, path)
+	}
 	if errors.Is(err, disk.ErrNoFileSystem) && isArchive(path) {
 		return fmt.Errorf("%s: is an archive; unpack it into a directory, as root so that owners are kept, and give that", path)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/glob"
+	"github.com/smolvm/smolvm/internal/image/ext4fs"
 )
 
 // Files of an image.
@@ -344,22 +345,25 @@ func (b *builder) makeRootfs(ctx context.Context, from ingredients) error {
 			return err
 		}
 		b.hash.WriteString(sum + "\n")
-		made := ext4{path: target, size: max(rootfsSize, 2*usage(source)), tree: source, owners: from.owners, seed: sum}
+		size, files, err := measure(source)
+		if err != nil {
+			return err
+		}
+		made := ext4{path: target, size: max(rootfsSize, 2*size), files: files, tree: source, owners: from.owners, seed: sum}
 		if err := makeExt4(ctx, made); err != nil {
 			return err
 		}
-		if made.size = smallSize(usage(source)); made.size > maxSmallSize {
+		if made.size = smallSize(size); made.size > maxSmallSize {
 			return nil
 		}
 		made.path = filepath.Join(b.out, smallFile)
-		return makeExt4(ctx, made)
+		err = makeExt4(ctx, made)
+		if errors.Is(err, ext4fs.ErrNoSpace) { // the host's file system packs files better
+			return os.Remove(made.path)
+		}
+		return err
 	}
-	// An image's root file system is raw, whatever a guest has written into its disk.
-	_, err = disk.Declare(source, "")
-	if errors.Is(err, disk.ErrUndeclared) {
-		return fmt.Errorf("%s looks like qcow2, and an image is made of a raw disk; `qemu-img convert -O raw %s …` makes one", source, source)
-	}
-	if err != nil {
+	if err := checkRootfs(source); err != nil {
 		return err
 	}
 	if err := disk.Copy(ctx, target, source, 0); err != nil {

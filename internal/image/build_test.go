@@ -329,6 +329,24 @@ func twoKernels(t *testing.T) string {
 	return dir
 }
 
+// A tree may have more files than are usual for its size.
+func TestManySmallFiles(t *testing.T) {
+	t.Parallel()
+	work := t.TempDir()
+	recipe := smallRecipe(t, work)
+	for i := range 9000 {
+		put(t, filepath.Join(recipe.Rootfs, "many", fmt.Sprint(i%90), fmt.Sprint(i)), "")
+	}
+	built := build(t, open(t, filepath.Join(work, "store")), recipe)
+	small := filepath.Join(filepath.Dir(built.RootfsPath), "rootfs-small")
+	for _, path := range []string{built.RootfsPath, small} {
+		run(t, "e2fsck", "-fn", path)
+		if got := run(t, "debugfs", "-R", "stat /many/89/8999", path); !strings.Contains(got, "Type: regular") {
+			t.Errorf("the last file: %s", got)
+		}
+	}
+}
+
 // From files alone, nothing of Debian or Ubuntu is needed.
 func TestBuildWithoutApt(t *testing.T) {
 	work := t.TempDir()

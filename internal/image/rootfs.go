@@ -132,6 +132,7 @@ func linkApplets(ctx context.Context, dir string) error {
 type ext4 struct {
 	path, tree string
 	size       int64 // in bytes
+	files      int64 // in the tree, directories too
 	// owners says whose files of the tree are, by user id, which is the group's as
 	// well. All others are whose they are in the tree, or root's if only root can have
 	// files of others.
@@ -157,6 +158,29 @@ const (
 	journalSize = 32
 )
 
+// A file system has an inode for so many bytes, as is usual, but at least a quarter more
+// than its tree needs, and some to start with.
+const (
+	bytesPerInode = 16384
+	inodeSize     = 256
+	spareInodes   = 64
+)
+
+// measure tells how much space a tree takes in a file system, in bytes, with the inodes
+// of its files; and how many files there are.
+func measure(dir string) (bytes, files int64, err error) {
+	err = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		var stat unix.Stat_t
+		if err == nil {
+			err = unix.Lstat(path, &stat)
+		}
+		bytes += stat.Blocks*512 + inodeSize
+		files++
+		return err
+	})
+	return bytes, files, err
+}
+
 // smallSize is the size of a file system for a tree that takes so much, in bytes: with
 // its journal, its tables, and some room to start with.
 func smallSize(tree int64) int64 {
@@ -174,7 +198,9 @@ func makeExt4(ctx context.Context, e ext4) error {
 	if err := errors.Join(file.Truncate(e.size), file.Close()); err != nil {
 		return err
 	}
-	err = runTool(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-O", ext4Features, "-b", "4096", "-I", "256", "-i", "16384",
+	inodes := max(e.size/bytesPerInode, e.files*5/4+spareInodes)
+	err = runTool(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-O", ext4Features, "-b", "4096",
+		"-I", fmt.Sprint(inodeSize), "-N", fmt.Sprint(inodes),
 		"-m", "0", "-J", fmt.Sprintf("size=%d", journalSize), "-U", uuid(e.seed[:32]),
 		"-E", "root_owner=0:0,discard,lazy_journal_init=1,hash_seed="+uuid(e.seed[32:64]), e.path)
 	if err != nil {

@@ -232,7 +232,7 @@ func TestAllocate(t *testing.T) {
 		_, writeErr := file.WriteAt([]byte("overwritten"), int64(r.first)*blockSize)
 		must(t, writeErr)
 	}
-	if _, err := fs.allocate(1); !errors.Is(err, errNoSpace) {
+	if _, err := fs.allocate(1); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("one more than are free: %v", err)
 	}
 	must(t, file.Close())
@@ -295,7 +295,7 @@ func TestFillRefuses(t *testing.T) {
 	for i := range 200 {
 		must(t, os.WriteFile(filepath.Join(many, fmt.Sprint(i)), nil, 0o600))
 	}
-	if err := fill(t, empty(t, 128<<20, "-N", "64"), many, Options{}); !errors.Is(err, errNoInodes) {
+	if err := fill(t, empty(t, 128<<20, "-N", "64"), many, Options{}); !errors.Is(err, ErrNoInodes) {
 		t.Errorf("too many: %v", err)
 	}
 	nothing := filepath.Join(t.TempDir(), "nothing")

@@ -40,9 +40,12 @@ const (
 	blocksUninit = 2 // its bitmap of blocks was never written: all but metadata are free
 )
 
+// What [Fill] fails with.
 var (
-	errNoSpace  = errors.New("the file system is too small for the tree")
-	errNoInodes = errors.New("the tree has too many files for the file system")
+	// ErrNoSpace reports that the tree needs more blocks than there are.
+	ErrNoSpace = errors.New("the file system is too small for the tree")
+	// ErrNoInodes reports that the tree has more files than there are inodes.
+	ErrNoInodes = errors.New("the tree has too many files for the file system")
 )
 
 // fileSystem is a file system that is being filled.
@@ -187,7 +190,7 @@ func (fs *fileSystem) allocate(count uint64) ([]run, error) {
 	var runs []run
 	for count > 0 {
 		if fs.nextBlock >= fs.blocks {
-			return nil, errNoSpace
+			return nil, ErrNoSpace
 		}
 		block := fs.nextBlock
 		fs.nextBlock++
@@ -214,7 +217,7 @@ func (fs *fileSystem) newInode(dir bool) (uint32, error) {
 		number := fs.nextInode
 		index := int((number - 1) / fs.inodesPerGroup)
 		if index >= len(fs.groups) {
-			return 0, errNoInodes
+			return 0, ErrNoInodes
 		}
 		fs.nextInode++
 		g, bit := fs.groups[index], (number-1)%fs.inodesPerGroup
