@@ -447,6 +447,14 @@ func (s *starting) claimSlot(ctx context.Context, candidate slot, lock *os.File)
 	launch.Spec.ReadyTimeout /= fastFraction
 	launch.Spec.WarmUp = ""
 	s.touched = true
+	// Written down first, and sticking, as the disk is a VM's and not there for a while.
+	err := s.m.disks.Adopt(ctx, filepath.Join(dir, slotDisk), s.vm.DiskPath)
+	if err == nil {
+		err = os.Remove(s.vm.DiskPath) // it is empty
+	}
+	if err != nil {
+		return errors.Join(err, s.m.removeSlot(context.WithoutCancel(ctx), candidate, dir))
+	}
 	s.phase("disk")
 	claimed := shim.Slot{
 		StandbyDir: s.m.slotRuntimeDir(dir),
@@ -459,13 +467,9 @@ func (s *starting) claimSlot(ctx context.Context, candidate slot, lock *os.File)
 		},
 		Lock: lock,
 	}
-	// Its base is written down before the file has its name, so that the base stays.
-	err := s.m.disks.Adopt(ctx, filepath.Join(dir, slotDisk), s.vm.DiskPath)
-	if err == nil {
-		err = s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
-			return shim.Claim(ctx, claimed, opts)
-		})
-	}
+	err = s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
+		return shim.Claim(ctx, claimed, opts)
+	})
 	if err != nil {
 		err = errors.Join(err, s.m.removeSlot(context.WithoutCancel(ctx), candidate, dir))
 	}

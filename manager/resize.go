@@ -28,7 +28,7 @@ func (m *Manager) Resize(ctx context.Context, id string, opts ResizeOptions) (sm
 		return smolvm.VMInfo{}, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookup(ctx, id)
+	vm, err := m.lookupLocked(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}

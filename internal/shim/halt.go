@@ -87,7 +87,6 @@ func (s *shim) watchHalts(instance vmm.Instance) {
 		case halt := <-halter.Halts():
 			cause := s.causeOf(halt)
 			s.log.Warn("the VMM paused the guest", "cause", cause)
-			s.paused.Store(true)
 			s.halts.set(cause)
 		}
 	}
@@ -105,15 +104,13 @@ func (s *shim) causeOf(halt vmm.Halt) string {
 	return fmt.Sprintf("the host can't use %s: %s", path, halt.Detail)
 }
 
-// recordHalt writes down that the guest was halted.
-func (s *shim) recordHalt() {
+// noteHalt notes that the guest was halted, and writes it down.
+func (s *shim) noteHalt() {
 	why := s.halts.why()
 	if why == "" {
-		return
+		return // it goes on again
 	}
-	if s.link != nil {
-		s.link.SetHeld(true) // its connections wait
-	}
+	s.setPaused(true)
 	if s.opts.Halted == nil {
 		return
 	}

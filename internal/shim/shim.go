@@ -435,7 +435,7 @@ func (s *shim) awaitEnd(ctx context.Context) {
 			owner = nil
 			stop(Stop{}, "the process that it belongs to ended")
 		case <-s.halts.tell:
-			stops.Go(s.recordHalt)
+			stops.Go(s.noteHalt)
 		case <-told:
 			told = nil
 			stop(Stop{Grace: stopGrace}, "its shim was told to end")

@@ -103,6 +103,7 @@ func (s *shim) shutDown(how Stop) error {
 func (s *shim) askToShutDown(ctx context.Context, how Stop) error {
 	if pauser, ok := s.instance.(vmm.Pauser); ok {
 		_ = pauser.Resume(ctx) // a guest that is paused can't do anything
+		s.setPaused(false)
 	}
 	agentErr := errNoAgent
 	patient := how.Patient

@@ -163,19 +163,21 @@ func (s *Store) withRoom(do func() error) error {
 // updateDurably is update of what must survive a power cut once it has returned, with all
 // that was written before. It takes some milliseconds longer, as a disk is waited for.
 func (s *Store) updateDurably(ctx context.Context, f func(tx *sql.Tx) error) error {
-	conn, err := s.write.Conn(ctx)
-	if err != nil {
-		return s.explain(err)
-	}
-	defer func() { _ = conn.Close() }()
-	// In WAL mode, NORMAL leaves it to the next checkpoint.
-	if _, err := conn.ExecContext(ctx, "PRAGMA synchronous = FULL"); err != nil {
-		return s.explain(err)
-	}
-	err = transact(ctx, conn, nil, f)
-	// If this fails, the connection goes on as it is, which is slower and no worse.
-	_, _ = conn.ExecContext(context.WithoutCancel(ctx), "PRAGMA synchronous = NORMAL")
-	return s.explain(err)
+	return s.explain(s.withRoom(func() error {
+		conn, err := s.write.Conn(ctx)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = conn.Close() }()
+		// In WAL mode, NORMAL leaves it to the next checkpoint.
+		if _, err := conn.ExecContext(ctx, "PRAGMA synchronous = FULL"); err != nil {
+			return err
+		}
+		err = transact(ctx, conn, nil, f)
+		// If this fails, the connection goes on as it is, which is slower and no worse.
+		_, _ = conn.ExecContext(context.WithoutCancel(ctx), "PRAGMA synchronous = NORMAL")
+		return err
+	}))
 }
 
 // beginner is a database, or one connection of it.
