@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -65,7 +66,7 @@ func (m *Manager) startTask(t task, lock *os.File) (reports *os.File, wait func(
 	if err != nil {
 		return nil, nil, err
 	}
-	log, err := os.OpenFile(filepath.Join(m.dir.Cache(), "tasks.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	log, err := ring.Append(filepath.Join(m.dir.Cache(), "tasks.log"), ring.LogBytes)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -36,6 +36,13 @@ type Child struct {
 // in Go may be at any time. So the goroutine that forks keeps its thread to itself
 // until it has reaped the child.
 func Start(cmd *exec.Cmd) (*Child, error) {
+	return StartIn(cmd, func(fork func() error) error { return fork() })
+}
+
+// StartIn is [Start] with within called on the thread that forks, to make of it, while it
+// calls fork, what the child is to inherit. A thread that can't be made again what it was
+// does no harm: nothing else will run on it.
+func StartIn(cmd *exec.Cmd, within func(fork func() error) error) (*Child, error) {
 	attr := &syscall.SysProcAttr{}
 	if cmd.SysProcAttr != nil {
 		*attr = *cmd.SysProcAttr
@@ -48,7 +55,7 @@ func Start(cmd *exec.Cmd) (*Child, error) {
 	go func() {
 		// Never unlocked: the thread ends with the goroutine, after the child.
 		runtime.LockOSThread()
-		if err := cmd.Start(); err != nil {
+		if err := within(cmd.Start); err != nil {
 			started <- err
 			return
 		}

@@ -72,7 +72,7 @@ func (fakeBackend) Start(_ context.Context, cfg vmm.Config) (vmm.Instance, error
 	cmd := exec.Command("/proc/self/exe", append([]string{vmmRole, cfg.ConsolePath}, words...)...)
 	cmd.Stdout = console
 	cmd.ExtraFiles = []*os.File{theirs}
-	i := &fakeInstance{channel: channel, done: make(chan struct{})}
+	i := &fakeInstance{channel: channel, console: cfg.ConsolePath, done: make(chan struct{})}
 	if i.child, err = proc.Start(cmd); err != nil {
 		return nil, err
 	}
@@ -108,6 +108,7 @@ func (i stuckInstance) hang() error {
 type fakeInstance struct {
 	child   *proc.Child
 	channel net.Conn
+	console string
 	killed  atomic.Bool
 	exit    vmm.Exit
 	done    chan struct{}
@@ -117,6 +118,11 @@ func (i *fakeInstance) PID() int              { return i.child.PID() }
 func (i *fakeInstance) Channel() vmm.Channel  { return i.channel }
 func (i *fakeInstance) Done() <-chan struct{} { return i.done }
 func (i *fakeInstance) Exit() vmm.Exit        { return i.exit }
+
+func (i *fakeInstance) ConsoleTail(int) string {
+	text, _ := os.ReadFile(i.console)
+	return string(text)
+}
 
 func (i *fakeInstance) Shutdown(context.Context) error { return i.child.Signal(syscall.SIGUSR1) }
 

@@ -33,7 +33,6 @@ func Freeze(ctx context.Context, opts FreezeOptions) error {
 		began:        time.Now(),
 		launcherGone: make(chan struct{}),
 		halts:        newHalts(),
-		consoleStart: sizeOf(opts.Spec.VMM.ConsolePath),
 	}
 	var u undos
 	defer u.run()

@@ -9,11 +9,11 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/ring"
 )
 
 // LaunchOptions are the options of [Launch].
@@ -143,7 +143,7 @@ func spawn(opts LaunchOptions) (_ *Launched, err error) {
 			_ = file.Close()
 		}
 	}()
-	log, err := os.OpenFile(opts.LogPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	log, err := ring.Append(opts.LogPath, ring.LogBytes)
 	if err != nil {
 		return nil, err
 	}
@@ -282,18 +282,26 @@ func (l *Launched) Abort(ctx context.Context) {
 	}
 }
 
+// How much of the end of a log an error quotes: so many lines, of so many bytes in all.
+const (
+	tailSize  = 4 << 10
+	tailLines = 8
+)
+
 // tail is the end of a log, as one line, without what was there before start.
 func tail(path string, start int64) string {
-	const size, lines = 4096, 8
 	file, err := os.Open(path)
 	if err != nil {
 		return ""
 	}
 	defer func() { _ = file.Close() }()
-	_, _ = file.Seek(max(start, sizeOf(path)-size), io.SeekStart)
-	text, _ := io.ReadAll(io.LimitReader(file, size))
-	found := strings.FieldsFunc(string(text), func(r rune) bool { return r == '\n' || r == '\r' })
-	return strings.Join(found[max(0, len(found)-lines):], "; ")
+	end := sizeOf(path)
+	if start > end {
+		start = 0 // it is another file since
+	}
+	_, _ = file.Seek(max(start, end-tailSize), io.SeekStart)
+	text, _ := io.ReadAll(io.LimitReader(file, tailSize))
+	return ring.LastLines(string(text), tailLines)
 }
 
 func sizeOf(path string) int64 {

@@ -12,6 +12,8 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/ring"
+	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 const (
@@ -103,10 +105,19 @@ func (s *shim) explain(ctx context.Context, err error) error {
 	if s.instance == nil {
 		return err
 	}
-	if console := tail(s.consolePath(), s.consoleStart); console != "" {
+	if console := s.consoleEnd(); console != "" {
 		return fmt.Errorf("%w; the console ends with: %s", err, console)
 	}
 	return fmt.Errorf("%w; the console is empty", err)
+}
+
+// consoleEnd is the end of the guest's console in this run, as one line.
+func (s *shim) consoleEnd() string {
+	keeper, ok := s.instance.(vmm.Consoler)
+	if !ok {
+		return ""
+	}
+	return ring.LastLines(keeper.ConsoleTail(tailSize), tailLines)
 }
 
 func isBroken(err error) bool {

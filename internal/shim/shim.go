@@ -33,6 +33,7 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -59,8 +60,6 @@ type shim struct {
 	reports *os.File
 	claimed []io.Closer // of the forwards, if the shim stood by
 	slot    *slotFiles  // nil when the start has been confirmed
-
-	consoleStart int64 // how long the console's log was when this run began
 
 	network  *usernet.Network
 	instance vmm.Instance
@@ -92,7 +91,7 @@ func Main(ctx context.Context, opts Options) error {
 	raiseOpenFiles()
 	s := &shim{
 		opts:         opts,
-		log:          slog.New(slog.NewTextHandler(os.Stderr, nil)),
+		log:          slog.New(slog.NewTextHandler(ring.Over(os.Stderr, ring.LogBytes), nil)),
 		began:        time.Now(),
 		reports:      os.NewFile(reportsFD, "reports"),
 		committed:    make(chan struct{}),
@@ -112,7 +111,6 @@ func Main(ctx context.Context, opts Options) error {
 	if err := keepInherited(len(s.spec.Forwards)); err != nil {
 		return err
 	}
-	s.consoleStart = sizeOf(s.spec.VMM.ConsolePath)
 	s.drives.dir = drivesDir(s.spec.RuntimeDir)
 	go s.follow(orders, s.committed, s.launcherGone)
 	if s.spec.Standby {

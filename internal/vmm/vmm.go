@@ -131,10 +131,11 @@ type Config struct {
 	// files that were not saved with it.
 	Restore *Restore `json:"restore,omitempty"`
 
-	// ConsolePath is the file to which the guest's serial console is appended.
+	// ConsolePath is the log to which the guest's serial console is appended, and
+	// LogPath that of the VMM's own output; see package ring. Both may be renamed while
+	// the VM runs.
 	ConsolePath string `json:"console_path"`
-	// LogPath is the file to which the VMM's own output is appended.
-	LogPath string `json:"log_path"`
+	LogPath     string `json:"log_path"`
 }
 
 // Drive is one disk. A backend opens the files that are named here, by the formats that
@@ -256,6 +257,13 @@ func (e Exit) String() string {
 		words += ": " + e.Detail
 	}
 	return words
+}
+
+// Consoler is an Instance that keeps the guest's console.
+type Consoler interface {
+	// ConsoleTail returns the end of what the guest has printed in this run, at most n
+	// bytes. It is complete when the VMM has ended.
+	ConsoleTail(n int) string
 }
 
 // Pauser is an Instance that can hold and continue the guest's CPUs.

@@ -23,7 +23,11 @@ const (
 )
 
 // fds are the numbers that inherited files have in the VMM's process.
-type fds struct{ qmp, channel, link, state int }
+type fds struct{ qmp, console, channel, link, state int }
+
+// consoleSet is the number of the console's set of inherited files, by which QEMU's options
+// name them; see -add-fd in qemu(1).
+const consoleSet = 1
 
 // machineFor chooses the machine for a VM.
 func machineFor(cfg vmm.Config, arch string) string {
@@ -63,7 +67,10 @@ func args(cfg vmm.Config, machine string, fd fds) []string {
 
 	b.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", fd.qmp))
 	b.add("-mon", "chardev=qmp,mode=control")
-	b.add("-chardev", "file,id=console,append=on,path="+escape(cfg.ConsolePath))
+	// The console is a pipe. When that is full, QEMU lets the guest's UART wait, and goes
+	// on with all else.
+	b.add("-add-fd", fmt.Sprintf("fd=%d,set=%d", fd.console, consoleSet))
+	b.add("-chardev", fmt.Sprintf("file,id=console,append=on,path=/dev/fdset/%d", consoleSet))
 	b.add("-serial", "chardev:console")
 
 	// A guest that is restored has its kernel in its memory.

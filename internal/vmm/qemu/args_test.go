@@ -126,7 +126,7 @@ func TestArgs(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			got := strings.Join(args(testConfig(test.edit), test.machine, fds{qmp: 3, channel: 4, link: 5, state: 6}), " ")
+			got := strings.Join(args(testConfig(test.edit), test.machine, fds{qmp: 3, console: 8, channel: 4, link: 5, state: 6}), " ")
 			for _, want := range test.want {
 				if !strings.Contains(got, want) {
 					t.Errorf("command line lacks %q:\n%s", want, got)
@@ -143,7 +143,7 @@ func TestArgs(t *testing.T) {
 
 func TestArgsSameTwice(t *testing.T) {
 	cfg := testConfig(func(c *vmm.Config) { c.Channel = true })
-	if a, b := args(cfg, machineQ35, fds{qmp: 3, channel: 4, link: 5}), args(cfg, machineQ35, fds{qmp: 3, channel: 4, link: 5}); !slices.Equal(a, b) {
+	if a, b := args(cfg, machineQ35, fds{qmp: 3, console: 8, channel: 4, link: 5}), args(cfg, machineQ35, fds{qmp: 3, console: 8, channel: 4, link: 5}); !slices.Equal(a, b) {
 		t.Errorf("two command lines of one configuration differ:\n%s\n%s", a, b)
 	}
 }

@@ -12,6 +12,9 @@ import (
 	"github.com/smolvm/smolvm/internal/vmm/vmmtest"
 )
 
+// consoleBytes is little, but more than a boot prints.
+const consoleBytes = 100 << 10
+
 func TestConformance(t *testing.T) {
 	testenv.RequireQEMU(t)
 	tests := []struct {
@@ -35,7 +38,9 @@ func TestConformance(t *testing.T) {
 				t.Skip("needs KVM: ", best.Reason)
 			}
 			vmmtest.Run(t,
-				func(testing.TB) vmm.Backend { return qemu.New(qemu.Options{Machine: test.machine}) },
+				func(testing.TB) vmm.Backend {
+					return qemu.New(qemu.Options{Machine: test.machine, ConsoleBytes: consoleBytes})
+				},
 				vmmtest.Assets{
 					Kernel:      testenv.Kernel(t),
 					Initrd:      testenv.Initramfs,
@@ -43,6 +48,8 @@ func TestConformance(t *testing.T) {
 					BootArgs:    test.bootArgs,
 					SkipClock:   test.skipClock,
 					BusySaves:   busySaves(t, test.machine),
+
+					ConsoleBytes: consoleBytes,
 				})
 		})
 	}

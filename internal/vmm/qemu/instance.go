@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -23,9 +24,8 @@ type instance struct {
 	control *net.UnixConn
 	channel *net.UnixConn
 	qmp     *qmp
-	// Lengths that the log and the console had when the VM started: what is older
-	// is of earlier runs.
-	logStart, consoleStart int64
+	// The guest's console, and QEMU's own output.
+	console, log *log
 
 	mu       sync.Mutex // guards the following
 	shutdown string     // the reason that QEMU gave for its end
@@ -49,6 +49,7 @@ type instance struct {
 
 var (
 	_ vmm.Instance = (*instance)(nil)
+	_ vmm.Consoler = (*instance)(nil)
 	_ vmm.Pauser   = (*instance)(nil)
 	_ vmm.Saver    = (*instance)(nil)
 	_ vmm.Halter   = (*instance)(nil)
@@ -70,6 +71,9 @@ func (i *instance) Done() <-chan struct{} { return i.done }
 
 // Exit implements [vmm.Instance].
 func (i *instance) Exit() vmm.Exit { return i.exit }
+
+// ConsoleTail implements [vmm.Consoler].
+func (i *instance) ConsoleTail(n int) string { return i.console.Tail(n) }
 
 // Shutdown implements [vmm.Instance].
 func (i *instance) Shutdown(ctx context.Context) error {
@@ -221,6 +225,8 @@ func (i *instance) ending(reason string) {
 func (i *instance) watch() {
 	<-i.child.Done()
 	<-i.qmp.done // all events have been handled then
+	i.console.drain()
+	i.log.drain()
 	i.exit = i.classify()
 	_ = i.closeConns()
 	close(i.done)
@@ -231,8 +237,20 @@ func (i *instance) closeConns() error {
 	if i.channel != nil {
 		errs = append(errs, i.channel.Close())
 	}
+	for _, log := range []*log{i.console, i.log} {
+		if log != nil {
+			errs = append(errs, log.Close())
+		}
+	}
 	return errors.Join(errs...)
 }
+
+// How much of the end of the console a panic is looked for in, and of the log the words
+// that QEMU ended with: in bytes.
+const (
+	panicText = 64 << 10
+	lastWords = 4 << 10
+)
 
 func (i *instance) classify() vmm.Exit {
 	i.mu.Lock()
@@ -246,13 +264,13 @@ func (i *instance) classify() vmm.Exit {
 	case i.shutdown == "guest-reset", i.shutdown == "guest-panic":
 		exit.Reason = vmm.ExitReboot
 		// With panic=1 a kernel resets the machine after a panic.
-		if line := panicLine(since(i.cfg.ConsolePath, i.consoleStart)); line != "" || i.shutdown == "guest-panic" {
+		if line := panicLine(i.console.Tail(panicText)); line != "" || i.shutdown == "guest-panic" {
 			exit.Reason, exit.Detail = vmm.ExitPanic, line
 		}
 	default:
 		exit.Reason = vmm.ExitCrashed
 		exit.Detail = "QEMU: " + i.child.Exit()
-		if words := lastLines(since(i.cfg.LogPath, i.logStart), 5); words != "" {
+		if words := ring.LastLines(i.log.Tail(lastWords), 5); words != "" {
 			exit.Detail += ": " + words
 		}
 	}

@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,13 +12,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -25,6 +26,8 @@ import (
 type Options struct {
 	// Machine is QEMU's machine for every VM. Empty: chosen for each.
 	Machine string
+	// ConsoleBytes is the limit of each console. Zero: [ring.ConsoleBytes].
+	ConsoleBytes int64
 }
 
 // Backend implements [vmm.Backend].
@@ -48,7 +51,7 @@ func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, erro
 	if machine == "" {
 		machine = machineFor(cfg, runtime.GOARCH)
 	}
-	inst, err := launch(binary, machine, cfg)
+	inst, err := launch(binary, machine, cfg, cmp.Or(b.opts.ConsoleBytes, ring.ConsoleBytes))
 	if err != nil {
 		return nil, fmt.Errorf("start QEMU for VM %q: %w", cfg.ID, err)
 	}
@@ -76,27 +79,29 @@ func findBinary(asked string) (string, error) {
 	return filepath.Abs(path)
 }
 
-// launch starts QEMU with its three connections.
-func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
-	control, controlFile, err := pair()
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = controlFile.Close() }()
-	log, err := os.OpenFile(cfg.LogPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		return nil, errors.Join(err, control.Close())
-	}
-	defer func() { _ = log.Close() }()
+// launch starts QEMU with its connections and its two logs.
+func launch(binary, machine string, cfg vmm.Config, consoleBytes int64) (_ *instance, err error) {
 	inst := &instance{
-		cfg: cfg, control: control, done: make(chan struct{}), running: make(chan struct{}, 1), findRAM: findRAM,
+		cfg: cfg, done: make(chan struct{}), running: make(chan struct{}, 1), findRAM: findRAM,
 		disks: map[int]string{}, migration: make(chan string, maxStates), resumed: make(chan struct{}, 1),
 		halts: make(chan vmm.Halt, 1),
 	}
-	inst.logStart, inst.consoleStart = size(cfg.LogPath), size(cfg.ConsolePath)
+	var controlFile, consoleFile, logFile *os.File
+	if inst.control, controlFile, err = pair(); err != nil {
+		return nil, err
+	}
+	defer func() { _ = controlFile.Close() }()
+	if inst.console, consoleFile, err = openLog(cfg.ConsolePath, consoleBytes); err != nil {
+		return nil, errors.Join(err, inst.closeConns())
+	}
+	defer func() { _ = consoleFile.Close() }()
+	if inst.log, logFile, err = openLog(cfg.LogPath, ring.LogBytes); err != nil {
+		return nil, errors.Join(err, inst.closeConns())
+	}
+	defer func() { _ = logFile.Close() }()
 
 	// Go gives the nth extra file the number 3+n.
-	files, fd := []*os.File{controlFile}, fds{qmp: 3}
+	files, fd := []*os.File{controlFile, consoleFile}, fds{qmp: 3, console: 4}
 	if cfg.Channel {
 		var file *os.File
 		if inst.channel, file, err = pair(); err != nil {
@@ -118,7 +123,7 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 	}
 	cmd := exec.Command(binary, args(cfg, machine, fd)...) //nolint:noctx // it outlives the call that starts it
 	cmd.ExtraFiles = files
-	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	start := func() error {
 		inst.child, err = proc.Start(cmd)
@@ -130,7 +135,9 @@ func launch(binary, machine string, cfg vmm.Config) (_ *instance, err error) {
 	if err := start(); err != nil {
 		return nil, errors.Join(err, inst.closeConns())
 	}
-	inst.qmp = newQMP(control, inst.handle)
+	inst.qmp = newQMP(inst.control, inst.handle)
+	inst.console.pump()
+	inst.log.pump()
 	go inst.watch()
 	return inst, nil
 }
@@ -207,25 +214,6 @@ func size(path string) int64 {
 		return 0
 	}
 	return info.Size()
-}
-
-// since reads what has been appended to a file, at most the last 64 KiB of it.
-func since(path string, start int64) string {
-	file, err := os.Open(path)
-	if err != nil {
-		return ""
-	}
-	defer func() { _ = file.Close() }()
-	end := size(path)
-	text := make([]byte, min(max(end-start, 0), 64<<10))
-	n, _ := file.ReadAt(text, end-int64(len(text)))
-	return string(text[:n])
-}
-
-// lastLines joins the last lines of a text into one line.
-func lastLines(text string, n int) string {
-	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' })
-	return strings.Join(lines[max(0, len(lines)-n):], "; ")
 }
 
 func now() time.Time { return time.Now().UTC() }

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -67,6 +68,33 @@ func console(k *kit) {
 	}
 	if got := readFile(g.cfg.ConsolePath); !strings.HasPrefix(got, earlier) {
 		k.Errorf("the console's file does not begin with what it held: %.100q", got)
+	}
+}
+
+// consoleFloods: a guest that prints without end takes no more of the disk than the log's
+// limit, does not hold up its VMM, and its last words are not lost.
+func consoleFloods(k *kit) {
+	g := k.boot(nil)
+	g.run("while :; do cat /proc/kallsyms; done >/dev/console &")
+	deadline := time.Now().Add(patience)
+	for turns := 0; turns < 3; { // once for the boot's text, and twice for the flood's
+		if time.Now().After(deadline) {
+			k.Fatalf("the console's log was not turned over; it has %d bytes", len(readFile(g.cfg.ConsolePath)))
+		}
+		before := len(readFile(g.cfg.ConsolePath))
+		g.run("true") // while it floods
+		if len(readFile(g.cfg.ConsolePath)) < before {
+			turns++
+		}
+	}
+	if got := len(readFile(g.cfg.ConsolePath)) + len(readFile(ring.Previous(g.cfg.ConsolePath))); int64(got) > 2*k.assets.ConsoleBytes+4096 {
+		k.Errorf("the console's log has %d bytes", got)
+	}
+	g.tell("exit 1")
+	g.ended(vmm.ExitPanic, "Attempted to kill init!", time.Time{})
+	keeper, ok := g.Instance.(vmm.Consoler)
+	if !ok || !strings.Contains(keeper.ConsoleTail(4096), "\n") {
+		k.Error("the instance does not know the end of the console")
 	}
 }
 

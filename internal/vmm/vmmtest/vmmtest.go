@@ -24,6 +24,8 @@ type Assets struct {
 	Accelerator string
 	// BootArgs are the kernel's arguments, without those of the console.
 	BootArgs string
+	// ConsoleBytes is the limit of a console's log that the backend was told to keep.
+	ConsoleBytes int64
 	// SkipClock says why the guest's clock is not tested. Empty: it is.
 	SkipClock string
 	// BusySaves is how often each busy guest is saved. Zero: busy guests are left out.
@@ -47,6 +49,7 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 
 		{"machine", machine, false},
 		{"console", console, false},
+		{"console floods", consoleFloods, false},
 		{"clock", clock, false},
 		{"channel", channel, false},
 		{"no channel", noChannel, false},
