@@ -59,7 +59,9 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	}
 	ctx, signals := watchSignals(ctx)
 	defer signals.stop()
-	a := &app{Program: p, signals: signals}
+	a := &app{Program: p, signals: signals, Stdout: newOutput(p.Stdout), Stderr: newOutput(p.Stderr)}
+	defer a.Stdout.finish()
+	defer a.Stderr.finish()
 	root := a.rootCommand()
 	root.SetArgs(args)
 	executed, err := root.ExecuteContextC(ctx)
@@ -85,6 +87,10 @@ func (p Program) runShim(ctx context.Context) int {
 // app is one run of the program.
 type app struct {
 	Program
+	// Stdout and Stderr are what everything is printed to, in the place of the program's
+	// streams, which are for commands in guests only.
+	Stdout, Stderr *output
+
 	signals *signals
 	ran     bool // a command's own code has begun
 	makes   bool // the command makes a data directory if there is none

@@ -223,7 +223,7 @@ func TestTableOfGuestText(t *testing.T) {
 	if err := events.write(&b, 0, true); err != nil {
 		t.Fatal(err)
 	}
-	if want := "DETAIL\npanic:\uFFFD[2J not syncing\uFFFD\n"; b.String() != want {
+	if want := "DETAIL\npanic: not syncing\uFFFD\n"; b.String() != want {
 		t.Errorf("table is %q, want %q", b.String(), want)
 	}
 }
@@ -254,7 +254,7 @@ func TestProgressLine(t *testing.T) {
 func TestProgressLog(t *testing.T) {
 	t.Parallel()
 	var b strings.Builder
-	p := newProgress(&b)
+	p := newProgress(outputTo(&b, false))
 	for _, step := range []manager.Progress{{Phase: "download"}, {Phase: "download", Done: 1, Total: 2}, {Phase: "unpack"}} {
 		p.update(step)
 	}

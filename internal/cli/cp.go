@@ -134,7 +134,7 @@ func (a *app) copyOne(ctx context.Context, m *manager.Manager, source, target ma
 
 // warnOfCopy prints what a copy has left out.
 func (a *app) warnOfCopy(warning manager.CopyWarning) {
-	text := printable(warning.String())
+	text := warning.String() // errorf makes it harmless
 	if warning.Failed {
 		a.errorf("smolvm: %s", text)
 		return

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/termsafe"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -58,13 +59,13 @@ func (a *app) printFindings(findings []smolvm.Finding) error {
 		if color {
 			word = paint(word, severityColor(f.Severity))
 		}
-		fmt.Fprintf(&b, "%s%s  %-*s  %s\n", word, padding, width, printable(f.Name), printable(f.Problem))
+		fmt.Fprintf(&b, "%s%s  %-*s  %s\n", word, padding, width, termsafe.Line(f.Name), termsafe.Line(f.Problem))
 		if f.Severity == smolvm.SeverityOK {
 			continue
 		}
 		for _, line := range [][2]string{{"why", f.Why}, {"fix", f.Fix}} {
 			if line[1] != "" {
-				fmt.Fprintf(&b, "%*s%s: %s\n", len(smolvm.SeverityWarning)+2, "", line[0], printable(line[1]))
+				fmt.Fprintf(&b, "%*s%s: %s\n", len(smolvm.SeverityWarning)+2, "", line[0], termsafe.Line(line[1]))
 			}
 		}
 	}

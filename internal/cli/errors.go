@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
-	"unicode"
 
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/termsafe"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -64,7 +65,7 @@ func (a *app) report(ctx context.Context, cmd *cobra.Command, err error) int {
 		// Whoever sent the signal knows; the caller learns it from the status.
 		return statusSignal + int(interrupt.signal)
 	}
-	for line := range strings.Lines(printable(err.Error())) {
+	for line := range strings.Lines(termsafe.Text(err.Error())) {
 		a.errorf("smolvm: %s", strings.TrimRight(line, "\n"))
 	}
 	if hint := a.hint(context.WithoutCancel(ctx), cmd, err); hint != "" {
@@ -80,8 +81,11 @@ func (a *app) report(ctx context.Context, cmd *cobra.Command, err error) int {
 	return statusError
 }
 
+// errorf prints a message on standard error. Most of them quote something that a guest
+// may have written; no line of it can be taken for another message.
 func (a *app) errorf(format string, args ...any) {
-	_, _ = fmt.Fprintf(a.Stderr, format+"\n", args...)
+	text := termsafe.Text(fmt.Sprintf(format, args...))
+	_, _ = io.WriteString(a.Stderr, strings.ReplaceAll(text, "\n", "\n    ")+"\n")
 }
 
 // hint says what to do about an error; empty if there is nothing to say that the
@@ -165,15 +169,4 @@ func editDistance(a, b string) int {
 		}
 	}
 	return row[len(b)]
-}
-
-// printable replaces what could steer a terminal. Errors and causes may quote what a
-// guest has printed.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
-			return r
-		}
-		return '\uFFFD'
-	}, s)
 }

@@ -110,7 +110,7 @@ func (a *app) execute(ctx context.Context, m *manager.Manager, id string, flags 
 	}
 	command.Signals = signals
 	command.Dir, command.User = flags.dir, flags.user
-	command.Stdout, command.Stderr = a.Stdout, a.Stderr
+	command.Stdout, command.Stderr = a.Program.Stdout, a.Program.Stderr
 	if fd, ok := terminal(a.Stdin); !flags.noStdin && (!ok || !background(fd)) {
 		command.Stdin = a.Stdin
 	}

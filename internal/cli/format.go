@@ -1,21 +1,51 @@
 package cli
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"strings"
 	"time"
+	"unicode/utf16"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/termsafe"
 )
 
 // printJSON prints one JSON value on standard output.
 func (a *app) printJSON(value any) error {
-	encoder := json.NewEncoder(a.Stdout)
+	var text bytes.Buffer
+	encoder := json.NewEncoder(&text)
 	encoder.SetIndent("", "  ")
 	encoder.SetEscapeHTML(false)
-	return encoder.Encode(value)
+	if err := encoder.Encode(value); err != nil {
+		return err
+	}
+	_, err := io.WriteString(a.Stdout, escapeJSON(text.String()))
+	return err
 }
+
+// escapeJSON escapes the characters in JSON's strings that a terminal would obey, which
+// changes nothing for whoever decodes it. The encoder escapes ASCII's own.
+func escapeJSON(text string) string {
+	if strings.IndexFunc(text, isUnprintable) < 0 {
+		return text
+	}
+	var b strings.Builder
+	for _, r := range text {
+		if !isUnprintable(r) {
+			b.WriteRune(r)
+			continue
+		}
+		for _, unit := range utf16.Encode([]rune{r}) {
+			fmt.Fprintf(&b, `\u%04x`, unit)
+		}
+	}
+	return b.String()
+}
+
+func isUnprintable(r rune) bool { return r != '\n' && !termsafe.Printable(r) }
 
 // printList prints a list as one JSON array.
 func printList[T any](a *app, list []T) error {
@@ -26,7 +56,7 @@ func printList[T any](a *app, list []T) error {
 }
 
 func (a *app) println(text string) error {
-	_, err := fmt.Fprintln(a.Stdout, text)
+	_, err := fmt.Fprintln(a.Stdout, termsafe.Text(text))
 	return err
 }
 

@@ -10,10 +10,15 @@ import (
 )
 
 const logsLong = `Print the guest's console: what its kernel and its agent have said in all the runs
-of the VM. Output of commands is not in it.`
+of the VM. Output of commands is not in it. Of a console that is longer than 4 MiB the
+beginning is dropped.
+
+On a terminal only text and colours are shown: a guest could make it do other things.
+Elsewhere every byte passes as it is, and with --raw on a terminal too.`
 
 func (a *app) logsCommand() *cobra.Command {
 	var options manager.LogOptions
+	var raw bool
 	cmd := &cobra.Command{
 		Use:               "logs [flags] ID",
 		Short:             "Print a VM's console log",
@@ -23,6 +28,7 @@ func (a *app) logsCommand() *cobra.Command {
 	}
 	cmd.Flags().BoolVarP(&options.Follow, "follow", "f", false, "go on until the VM stops")
 	cmd.Flags().IntVarP(&options.Tail, "tail", "n", 0, "only the last `N` lines")
+	cmd.Flags().BoolVar(&raw, "raw", false, "let the guest's control sequences reach the terminal")
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		if options.Tail < 0 || (options.Tail == 0 && cmd.Flags().Changed("tail")) {
 			return usagef("--tail: give a number from 1 up")
@@ -32,7 +38,11 @@ func (a *app) logsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = io.Copy(a.Stdout, log)
+			var out io.Writer = a.Stdout
+			if raw {
+				out = a.Stdout.raw
+			}
+			_, err = io.Copy(out, log)
 			return errors.Join(err, log.Close())
 		})
 	})

@@ -8,6 +8,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/smolvm/smolvm/internal/termsafe"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -26,11 +27,13 @@ type progress struct {
 // redrawEvery keeps a fast operation from drawing more than anybody can see.
 const redrawEvery = 100 * time.Millisecond
 
-func newProgress(w io.Writer) *progress { return &progress{w: w, width: terminalWidth(w)} }
+// newProgress returns a progress that draws on the stream itself: it moves the cursor.
+func newProgress(o *output) *progress { return &progress{w: o.raw, width: terminalWidth(o)} }
 
 func (p *progress) update(step manager.Progress) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	step.Phase = termsafe.Line(step.Phase)
 	fresh := step.Phase != p.phase
 	p.phase = step.Phase
 	if p.width == 0 {

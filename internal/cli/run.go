@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/termsafe"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -218,7 +219,7 @@ func (s *stopwatch) print(w io.Writer) {
 
 func printPhases(w io.Writer, phases []smolvm.Phase) {
 	for _, phase := range phases {
-		_, _ = fmt.Fprintf(w, "smolvm: %-20s %10s\n", phase.Name, took(phase.Duration))
+		_, _ = fmt.Fprintf(w, "smolvm: %-20s %10s\n", termsafe.Line(phase.Name), took(phase.Duration))
 	}
 }
 

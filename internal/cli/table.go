@@ -4,6 +4,8 @@ import (
 	"io"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/smolvm/smolvm/internal/termsafe"
 )
 
 // Colours of cells, as parameters of the terminal's SGR sequence.
@@ -45,7 +47,7 @@ func (t *table) add(texts ...string) {
 
 func (t *table) addCells(row ...cell) {
 	for i := range row {
-		row[i].text = strings.Join(strings.Fields(printable(row[i].text)), " ")
+		row[i].text = termsafe.Line(row[i].text)
 		if row[i].text == "" {
 			row[i].text = "-"
 		}
