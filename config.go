@@ -27,6 +27,9 @@ const (
 	MaxLabels     = 64
 	MaxLabelName  = 63
 	MaxLabelValue = 256
+	// MinCPULimit is the kernel's own limit: 1 ms in 100 ms.
+	MinCPULimit = 0.01
+	MaxCPULimit = 1024
 	// DefaultBootArgs are the kernel arguments of a VM that is made from paths
 	// and names none.
 	DefaultBootArgs = "console=ttyS0 reboot=k panic=1 pci=off"
@@ -93,6 +96,11 @@ type VMConfig struct {
 	VCPUs int `json:"vcpus"`
 	// MemoryMiB is the guest's memory, 128 to 16384 MiB. Zero: 512.
 	MemoryMiB int `json:"memory_mib"`
+
+	// CPULimit is how many of the host's processors' time the VM may take, as in 0.5,
+	// however many virtual CPUs it has. Zero: as much as there is. A host whose control
+	// groups can't be used can't limit that, and does not start the VM.
+	CPULimit float64 `json:"cpu_limit,omitempty"`
 
 	// Image is the name or digest of the image to boot. Empty: "base", unless
 	// KernelPath is given. It excludes KernelPath, InitrdPath and RootfsPath.
@@ -335,6 +343,8 @@ func (c VMConfig) Validate() error {
 		"%d is out of range; use %d to %d", c.VCPUs, MinVCPUs, MaxVCPUs)
 	v.check(c.MemoryMiB >= MinMemoryMiB && c.MemoryMiB <= MaxMemoryMiB, "memory_mib",
 		"%d MiB is out of range; use %d to %d", c.MemoryMiB, MinMemoryMiB, MaxMemoryMiB)
+	v.check(c.CPULimit == 0 || c.CPULimit >= MinCPULimit && c.CPULimit <= MaxCPULimit, "cpu_limit",
+		"%g is out of range; use %g to %g, or 0 for no limit", c.CPULimit, MinCPULimit, float64(MaxCPULimit))
 	c.validateBoot(&v)
 	c.validateDisks(&v)
 	c.validateGuest(&v)

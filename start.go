@@ -33,9 +33,29 @@ type StartReport struct {
 	// Warnings are what did not go as it should, and did no harm: above all, why a
 	// faster rung could not be had.
 	Warnings []string `json:"warnings,omitempty"`
+	// Limits are what the host lets the VM take.
+	Limits Limits `json:"limits,omitzero"`
 	// Verified names the parts of the guest's identity that were read back from the
 	// guest and found to be what they should be, or such as no other VM has.
 	Verified []string `json:"verified,omitempty"`
+}
+
+// Limits are the ceilings of what a VM's VMM takes of the host. Zero: none.
+type Limits struct {
+	// By is what enforces them: "cgroup v2", "cgroup v1", or "rlimit" where control
+	// groups can't be used.
+	By string `json:"by"`
+	// Group is the control group's directory.
+	Group string `json:"group,omitempty"`
+	// MemoryMiB is that of the guest and what the VMM needs beside it. An rlimit counts
+	// what is reserved, not what is used, so it is larger.
+	MemoryMiB int `json:"memory_mib,omitempty"`
+	// CPUs is how many processors' time it may take; see [VMConfig].CPULimit.
+	CPUs float64 `json:"cpus,omitempty"`
+	// Tasks is how many processes and threads it may have.
+	Tasks int `json:"tasks,omitempty"`
+	// Reason is why no control group is used.
+	Reason string `json:"reason,omitempty"`
 }
 
 // Phase is a part of an operation, and how long it took.

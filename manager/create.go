@@ -11,6 +11,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
+	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -145,6 +146,11 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	backend, err := m.backendOf(config.Backend)
 	if err != nil {
 		bad("backend", err)
+	}
+	if config.CPULimit > 0 {
+		if err := cgroup.Find("/").Why(cgroup.CPU); err != nil {
+			bad("cpu_limit", fmt.Errorf("this host can't limit it: %w; `smolvm doctor` says more", err))
+		}
 	}
 	if config.KernelPath != "" {
 		if _, err := m.images.Kernel(context.Background(), config.KernelPath); err != nil {

@@ -278,7 +278,7 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	step.Reached(ctx, "start/ready")
 	phases := s.launchPhases(launched, rung)
 	report := s.report
-	report.Rung, report.Source = rung, source
+	report.Rung, report.Source, report.Limits = rung, source, launched.Limits
 	report.Timeline = append(report.Timeline[:len(report.Timeline):len(report.Timeline)], phases...)
 	report.Warnings = append(report.Warnings[:len(report.Warnings):len(report.Warnings)], launched.Warnings...)
 	identity := launched.Answer.Identity

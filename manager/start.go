@@ -193,6 +193,7 @@ func (m *Manager) vmmConfig(ctx context.Context, vm store.VM, accelerator string
 		Accelerator: accelerator,
 		VCPUs:       vm.Config.VCPUs,
 		MemoryMiB:   vm.Config.MemoryMiB,
+		CPULimit:    vm.Config.CPULimit,
 		Kernel:      vm.Config.KernelPath,
 		Initrd:      vm.Config.InitrdPath,
 		BootArgs:    vm.Config.BootArgs,

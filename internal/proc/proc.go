@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // Child is a process that was started by [Start]. It is killed by the kernel when
@@ -99,6 +100,15 @@ func (c *Child) Exit() string {
 // Success says whether the child ended by itself with status 0. It may be called
 // only after Done is closed.
 func (c *Child) Success() bool { return c.waitErr == nil && c.state.Success() }
+
+// CPUTime is the processor time that the child has used. It may be called only after Done
+// is closed.
+func (c *Child) CPUTime() time.Duration {
+	if c.state == nil {
+		return 0
+	}
+	return c.state.UserTime() + c.state.SystemTime()
+}
 
 // Signal sends a signal. A child that has ended already is a success.
 func (c *Child) Signal(sig os.Signal) error {

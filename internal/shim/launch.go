@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/ring"
 )
@@ -41,6 +42,8 @@ type Launched struct {
 	Timeline []wire.Step
 	// Warnings are what did not go as it should, and did no harm.
 	Warnings []string
+	// Limits are those of the VMM.
+	Limits smolvm.Limits
 
 	ephemeral bool
 	kill      func()
@@ -61,6 +64,8 @@ type report struct {
 	Answer   *wire.Answer `json:"answer,omitempty"`
 	Timeline []wire.Step  `json:"timeline,omitempty"`
 	Warnings []string     `json:"warnings,omitempty"`
+
+	Limits smolvm.Limits `json:"limits,omitzero"`
 
 	Committed bool `json:"committed,omitempty"`
 }
@@ -125,7 +130,7 @@ func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64
 	if got.Answer != nil {
 		l.Answer = *got.Answer
 	}
-	l.Timeline, l.Warnings = got.Timeline, got.Warnings
+	l.Timeline, l.Warnings, l.Limits = got.Timeline, got.Warnings, got.Limits
 	return nil
 }
 

@@ -2,6 +2,8 @@ package shim
 
 import (
 	"bufio"
+	"context"
+	"fmt"
 	"io"
 	"os"
 	"runtime"
@@ -11,6 +13,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // A shim idles for most of its life, and there is one for each VM, so it is kept
@@ -25,6 +30,67 @@ func limitMemory() {
 	debug.SetGCPercent(20)
 	// Each processor that Go uses has caches of its own.
 	runtime.GOMAXPROCS(min(runtime.NumCPU(), 2))
+	debug.SetMemoryLimit(softMemory)
+	debug.SetMaxStack(maxStack)
+	// It would hold keys. That it can't be set does no harm to anybody but this process.
+	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
+}
+
+// A shim reads what a guest sends, so whatever a guest makes it keep has an end: from
+// softMemory on the garbage collector does all that it can, and at hardMemory the shim dies,
+// and the VM with it. In use, with many connections, it takes some 50 MB.
+const (
+	softMemory = 256 << 20
+	hardMemory = 512 << 20
+	maxStack   = 16 << 20
+)
+
+// boundData makes the kernel refuse this process more than hardMemory, which ends it. It
+// can be undone, as programs that are started inherit it.
+func boundData() { setData(hardMemory) }
+
+// releaseData undoes boundData.
+func releaseData() { setData(unix.RLIM_INFINITY) }
+
+func setData(most uint64) {
+	var now unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_DATA, &now) == nil {
+		_ = unix.Setrlimit(unix.RLIMIT_DATA, &unix.Rlimit{Cur: min(most, now.Max), Max: now.Max}) // lowering it can't fail
+	}
+}
+
+// minFiles is how many files a VM's processes must be allowed to have open. They need some
+// 50, and one for each drive and connection; with too few a VMM fails long after its start.
+const minFiles = 128
+
+// checkFiles fails if this process, and so the VMM, may open too few files. Go has raised
+// the limit as far as it may be.
+func checkFiles() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Max >= minFiles {
+		return nil //nolint:nilerr // then there is none to keep to
+	}
+	return fmt.Errorf("this user's limit of open files is %d, and a VM needs %d: raise it with `ulimit -n`", limit.Max, minFiles)
+}
+
+// limits are those of the VMM.
+func (s *shim) limits() smolvm.Limits {
+	if limiter, ok := s.instance.(vmm.Limiter); ok {
+		return limiter.Limits()
+	}
+	return smolvm.Limits{}
+}
+
+// limitCPUs gives a VM that stood by the limit of the one that it is to be.
+func (s *shim) limitCPUs(ctx context.Context) error {
+	if s.spec.VMM.CPULimit == 0 {
+		return nil
+	}
+	limiter, ok := s.instance.(vmm.Limiter)
+	if !ok {
+		return fmt.Errorf("limit the VM's CPU time: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+	}
+	return limiter.SetCPULimit(ctx, s.spec.VMM.CPULimit)
 }
 
 // quiet is how long nothing must have happened before memory is given back.

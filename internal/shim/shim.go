@@ -158,6 +158,7 @@ func (s *shim) run(ctx context.Context) error {
 		Answer:   s.answer,
 		Timeline: s.timeline,
 		Warnings: s.warnings,
+		Limits:   s.limits(),
 	})
 	s.attend(ctx)
 	closeAll()
@@ -357,7 +358,12 @@ func (s *shim) startVMM(ctx context.Context) error {
 	}
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()
+	if err := checkFiles(); err != nil {
+		return err
+	}
+	releaseData() // the VMM would inherit it
 	instance, err := s.opts.Backends[i].Start(ctx, config)
+	boundData()
 	if err != nil {
 		return s.explain(ctx, err)
 	}

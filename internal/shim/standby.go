@@ -280,6 +280,9 @@ func (s *shim) consolePath() string {
 func (s *shim) wakeUp(ctx context.Context) error {
 	bounded, cancel := s.startContext(ctx)
 	defer cancel()
+	if err := s.limitCPUs(bounded); err != nil {
+		return err
+	}
 	if pauser, ok := s.instance.(vmm.Pauser); ok {
 		if err := pauser.Resume(bounded); err != nil {
 			return s.explain(bounded, err)

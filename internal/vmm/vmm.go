@@ -17,6 +17,8 @@ import (
 	"runtime"
 	"slices"
 	"time"
+
+	"github.com/smolvm/smolvm"
 )
 
 // Accelerators.
@@ -125,6 +127,10 @@ type Config struct {
 	NIC *NIC `json:"nic,omitempty"`
 	// Channel asks for a guest channel; see [Instance].
 	Channel bool `json:"channel"`
+
+	// CPULimit is how many processors' time the VMM may take. Zero: as much as there is.
+	// A backend that can't see to that must not start the VM.
+	CPULimit float64 `json:"cpu_limit,omitempty"`
 
 	// Restore makes the guest go on where a [Saver] saved it, instead of booting.
 	// All else must be as it was then, but for ID, paths, and what is in the drives'
@@ -264,6 +270,15 @@ type Consoler interface {
 	// ConsoleTail returns the end of what the guest has printed in this run, at most n
 	// bytes. It is complete when the VMM has ended.
 	ConsoleTail(n int) string
+}
+
+// Limiter is an Instance whose VMM is bounded in what it takes of the host.
+type Limiter interface {
+	// Limits says what is bounded, and by what.
+	Limits() smolvm.Limits
+	// SetCPULimit changes that of [Config]. The error matches [smolvm.ErrUnsupported] if
+	// this host can't see to it.
+	SetCPULimit(ctx context.Context, cpus float64) error
 }
 
 // Pauser is an Instance that can hold and continue the guest's CPUs.

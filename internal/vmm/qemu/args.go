@@ -117,7 +117,7 @@ func accelArg(accelerator string) string {
 	if accelerator == vmm.KVM {
 		return "kvm"
 	}
-	return "tcg,thread=multi"
+	return fmt.Sprintf("tcg,thread=multi,tb-size=%d", translationMiB)
 }
 
 func cpuArg(machine, accelerator string) string {

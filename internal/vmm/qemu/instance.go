@@ -26,6 +26,7 @@ type instance struct {
 	qmp     *qmp
 	// The guest's console, and QEMU's own output.
 	console, log *log
+	limits       limits
 
 	mu       sync.Mutex // guards the following
 	shutdown string     // the reason that QEMU gave for its end
@@ -50,6 +51,7 @@ type instance struct {
 var (
 	_ vmm.Instance = (*instance)(nil)
 	_ vmm.Consoler = (*instance)(nil)
+	_ vmm.Limiter  = (*instance)(nil)
 	_ vmm.Pauser   = (*instance)(nil)
 	_ vmm.Saver    = (*instance)(nil)
 	_ vmm.Halter   = (*instance)(nil)
@@ -229,6 +231,9 @@ func (i *instance) watch() {
 	i.log.drain()
 	i.exit = i.classify()
 	_ = i.closeConns()
+	i.mu.Lock()
+	i.limits.remove()
+	i.mu.Unlock()
 	close(i.done)
 }
 
@@ -272,6 +277,9 @@ func (i *instance) classify() vmm.Exit {
 		exit.Detail = "QEMU: " + i.child.Exit()
 		if words := ring.LastLines(i.log.Tail(lastWords), 5); words != "" {
 			exit.Detail += ": " + words
+		}
+		if why := i.limits.killed(); why != "" {
+			exit.Detail += ": " + why
 		}
 	}
 	return exit

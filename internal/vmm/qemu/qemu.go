@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -51,7 +51,7 @@ func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, erro
 	if machine == "" {
 		machine = machineFor(cfg, runtime.GOARCH)
 	}
-	inst, err := launch(binary, machine, cfg, cmp.Or(b.opts.ConsoleBytes, ring.ConsoleBytes))
+	inst, err := launch(binary, machine, cfg, cmp.Or(b.opts.ConsoleBytes, ring.ConsoleBytes), cgroup.Find("/"))
 	if err != nil {
 		return nil, fmt.Errorf("start QEMU for VM %q: %w", cfg.ID, err)
 	}
@@ -80,7 +80,7 @@ func findBinary(asked string) (string, error) {
 }
 
 // launch starts QEMU with its connections and its two logs.
-func launch(binary, machine string, cfg vmm.Config, consoleBytes int64) (_ *instance, err error) {
+func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgroup.Site) (_ *instance, err error) {
 	inst := &instance{
 		cfg: cfg, done: make(chan struct{}), running: make(chan struct{}, 1), findRAM: findRAM,
 		disks: map[int]string{}, migration: make(chan string, maxStates), resumed: make(chan struct{}, 1),
@@ -125,14 +125,21 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64) (_ *inst
 	cmd.ExtraFiles = files
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	if inst.limits, err = newLimits(site, cfg); err != nil {
+		return nil, errors.Join(err, inst.closeConns())
+	}
 	start := func() error {
-		inst.child, err = proc.Start(cmd)
+		inst.child, err = inst.limits.start(cmd, cfg)
 		return err
 	}
 	if cfg.Restore != nil {
 		start = withoutHugePages(start)
 	}
 	if err := start(); err != nil {
+		if inst.child != nil {
+			err = errors.Join(err, inst.child.Kill())
+		}
+		inst.limits.remove()
 		return nil, errors.Join(err, inst.closeConns())
 	}
 	inst.qmp = newQMP(inst.control, inst.handle)
