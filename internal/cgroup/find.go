@@ -49,10 +49,12 @@ type v2Place struct {
 	controllers []string
 }
 
-// Reasons why a controller can't be used.
+// ErrNoAccess says that it is this user who may not make groups.
+var ErrNoAccess = errors.New("this user may not make control groups")
+
+// Other reasons why a controller can't be used.
 var (
 	errNone     = errors.New("no control groups are mounted")
-	errNoAccess = errors.New("this user may not make control groups")
 	errReadOnly = errors.New("the control groups are mounted read-only, as in a container")
 	errBusy     = errors.New("the control group that this process is in can't be divided")
 	errMissing  = errors.New("this kernel, or the group that this process is in, does not have it")
@@ -161,7 +163,7 @@ func writable(path string) error {
 	case errors.Is(err, unix.EROFS):
 		return errReadOnly
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-		return errNoAccess
+		return ErrNoAccess
 	default:
 		return fmt.Errorf("%s: %w", path, err)
 	}

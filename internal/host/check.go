@@ -36,7 +36,7 @@ func (h *Host) Check(ctx context.Context, needed Requirements) []smolvm.Finding 
 	for _, program := range commonPrograms() {
 		findings = append(findings, h.checkProgram(ctx, program))
 	}
-	findings = append(findings, h.checkKVM(ctx), h.checkMemory())
+	findings = append(findings, h.checkKVM(ctx), h.checkMemory(), h.checkLimits())
 	if needed.DataDir != "" {
 		findings = append(findings, checkSpace(needed.DataDir))
 	}

@@ -224,7 +224,7 @@ func TestCheckThisHost(t *testing.T) {
 			t.Errorf("finding mends what is well: %+v", finding)
 		}
 	}
-	if got, want := fmt.Sprint(names), "[no-such-vmm mke2fs ssh kvm memory disk space]"; got != want {
+	if got, want := fmt.Sprint(names), "[no-such-vmm mke2fs ssh kvm memory limits disk space]"; got != want {
 		t.Errorf("Check looked at %s, want %s", got, want)
 	}
 }

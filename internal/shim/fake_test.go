@@ -73,6 +73,9 @@ func (fakeBackend) Start(_ context.Context, cfg vmm.Config) (vmm.Instance, error
 	cmd.Stdout = console
 	cmd.ExtraFiles = []*os.File{theirs}
 	i := &fakeInstance{channel: channel, console: cfg.ConsolePath, done: make(chan struct{})}
+	if info, err := console.Stat(); err == nil {
+		i.earlier = int(info.Size())
+	}
 	if i.child, err = proc.Start(cmd); err != nil {
 		return nil, err
 	}
@@ -109,6 +112,7 @@ type fakeInstance struct {
 	child   *proc.Child
 	channel net.Conn
 	console string
+	earlier int // bytes of earlier runs in it
 	killed  atomic.Bool
 	exit    vmm.Exit
 	done    chan struct{}
@@ -121,7 +125,7 @@ func (i *fakeInstance) Exit() vmm.Exit        { return i.exit }
 
 func (i *fakeInstance) ConsoleTail(int) string {
 	text, _ := os.ReadFile(i.console)
-	return string(text)
+	return string(text[min(i.earlier, len(text)):])
 }
 
 func (i *fakeInstance) Shutdown(context.Context) error { return i.child.Signal(syscall.SIGUSR1) }
