@@ -43,6 +43,9 @@ var (
 	ErrUnsupported = errors.New("not supported")
 	// ErrPortInUse reports that another program or VM holds a host port.
 	ErrPortInUse = errors.New("host port is in use")
+	// ErrDiskBudget reports that what VMs keep takes as much of the disk as it may, or
+	// that too little of the disk is free.
+	ErrDiskBudget = errors.New("no room on the disk")
 	// ErrDatabaseTooNew reports that the state database was written by a newer
 	// release than this program.
 	ErrDatabaseTooNew = errors.New("database is newer than this program")

@@ -23,7 +23,7 @@ import (
 //
 // The error matches [smolvm.ErrVMAlreadyExists] if the id is taken, or is a
 // [*smolvm.ValidationError] that names every bad field, or a
-// [*smolvm.NetworkError].
+// [*smolvm.NetworkError], or matches [smolvm.ErrDiskBudget].
 func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VMInfo, error) {
 	began := time.Now()
 	if config.ID == "" {
@@ -38,6 +38,9 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 	// Before an image is built for a VM that can't be made.
 	if _, err := m.store.GetVM(ctx, config.ID); err == nil {
 		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w; choose another id, or delete it first", config.ID, smolvm.ErrVMAlreadyExists)
+	}
+	if err := m.checkRoom(); err != nil {
+		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
 	}
 	var digest string
 	if config.UsesImage() {

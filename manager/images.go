@@ -25,6 +25,9 @@ func (m *Manager) BuildImage(ctx context.Context, opts BuildOptions) (smolvm.Ima
 	if err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
 	}
+	if err := m.checkRoom(); err != nil {
+		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
+	}
 	built, err := m.images.Build(ctx, image.Recipe{
 		Name:       opts.Name,
 		Agent:      agentPath,

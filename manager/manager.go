@@ -30,6 +30,8 @@ type Manager struct {
 	dataDir, socketDir string
 	backend            vmm.Traits
 	config             Config
+	// See [Config]; with the environment and the default filled in.
+	diskBudget, diskReserve int64
 
 	store  *store.Store
 	disks  *backing.Disks
@@ -57,6 +59,10 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 		return nil, err
 	}
 	backend, err := resolveBackend(config.Backend)
+	if err != nil {
+		return nil, err
+	}
+	budget, reserve, err := config.diskLimits()
 	if err != nil {
 		return nil, err
 	}
@@ -99,6 +105,8 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 		clients:   map[string]*guestClient{},
 		owned:     map[string]*os.File{},
 		starts:    make(chan struct{}, config.maxStarts()),
+
+		diskBudget: budget, diskReserve: reserve,
 	}
 	if err := m.openPool(ctx); err != nil {
 		return nil, errors.Join(err, m.Close())

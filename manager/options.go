@@ -41,6 +41,14 @@ type Config struct {
 	AgentPath string
 	// Templates says what is kept to make the next start fast.
 	Templates TemplateConfig
+	// DiskBudget is how many bytes the data directory may take: when it takes more,
+	// nothing is created, started, saved or built. Zero: $SMOLVM_DISK_BUDGET, a size such
+	// as 20G; else no limit.
+	DiskBudget int64
+	// DiskReserve is how many bytes of the data directory's file system are to stay free:
+	// with fewer, the same holds. Zero: $SMOLVM_DISK_RESERVE; else [DefaultDiskReserve], or
+	// a twentieth of a small file system. Negative: none.
+	DiskReserve int64
 	// Pool, if its Size is not zero, keeps VMs ready as [Manager.SetPool] does. It is
 	// filled in the background, and lasts until [Manager.RemovePool].
 	Pool PoolOptions

@@ -343,9 +343,15 @@ func (m *Manager) fillPool(ctx context.Context, id string) error {
 	if err := json.Unmarshal(found.Meta, &meta); err != nil {
 		return err
 	}
+	missing := pool.Size - len(m.slots(id))
+	if missing > 0 {
+		if err := m.checkRoom(); err != nil {
+			return err
+		}
+	}
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(fillers)
-	for range pool.Size - len(m.slots(id)) {
+	for range missing {
 		group.Go(func() error { return m.fillSlot(groupCtx, id, found, meta.Recipe) })
 	}
 	return group.Wait()

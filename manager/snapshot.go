@@ -110,6 +110,9 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 	if !vm.State.Alive() {
 		return nil, meta, stateError("snapshot", vm)
 	}
+	if err := m.checkRoom(); err != nil {
+		return nil, meta, fmt.Errorf("snapshot VM %q: %w", id, err)
+	}
 	if meta, err = m.snapshotMeta(ctx, vm); err != nil {
 		return nil, meta, fmt.Errorf("snapshot VM %q: %w", id, err)
 	}

@@ -67,7 +67,7 @@ func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, f
 	if vm.State.Alive() {
 		return smolvm.VMInfo{}, stateError("start", vm)
 	}
-	if err := errors.Join(m.requireBackend(ctx, vm.Backend), requireOpenFiles()); err != nil {
+	if err := errors.Join(m.requireBackend(ctx, vm.Backend), requireOpenFiles(), m.checkRoom()); err != nil {
 		return smolvm.VMInfo{}, fmt.Errorf("start VM %q: %w", id, err)
 	}
 	if from != nil && damage != nil {

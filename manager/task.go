@@ -22,12 +22,16 @@ import (
 // task is work for a process of its own, which is the program that serves as shim: it
 // goes on when this process is over, and it has the backends.
 type task struct {
-	DataDir   string        `json:"data_dir"`
-	SocketDir string        `json:"socket_dir"`
-	Backend   string        `json:"backend"`
-	Shim      []string      `json:"shim"`
-	MaxBytes  int64         `json:"max_bytes"`
-	Template  *templateTask `json:"template,omitempty"`
+	DataDir   string   `json:"data_dir"`
+	SocketDir string   `json:"socket_dir"`
+	Backend   string   `json:"backend"`
+	Shim      []string `json:"shim"`
+	MaxBytes  int64    `json:"max_bytes"`
+	// Those of [Config].
+	DiskBudget  int64 `json:"disk_budget,omitempty"`
+	DiskReserve int64 `json:"disk_reserve,omitempty"`
+
+	Template *templateTask `json:"template,omitempty"`
 	// Pool is the id of a pool to be filled.
 	Pool string `json:"pool,omitempty"`
 }
@@ -62,6 +66,7 @@ func (m *Manager) startTask(t task, lock *os.File) (reports *os.File, wait func(
 		return nil, nil, err
 	}
 	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend.Name, program, m.config.templateBytes()
+	t.DiskBudget, t.DiskReserve = m.diskBudget, m.diskReserve
 	text, err := json.Marshal(taskOrders{Task: &t})
 	if err != nil {
 		return nil, nil, err
@@ -155,7 +160,7 @@ func (t task) run(ctx context.Context, backends []vmm.Backend) error {
 	}
 	m, err := Open(ctx, Config{
 		DataDir: t.DataDir, SocketDir: t.SocketDir, Backend: t.Backend, ShimCommand: t.Shim,
-		Templates: TemplateConfig{MaxBytes: t.MaxBytes},
+		Templates: TemplateConfig{MaxBytes: t.MaxBytes}, DiskBudget: t.DiskBudget, DiskReserve: t.DiskReserve,
 	})
 	var result taskResult
 	if err == nil {

@@ -71,6 +71,9 @@ type templateMeta struct {
 // held.
 func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMConfig, backends []vmm.Backend) (id string, err error) {
 	began := time.Now()
+	if err := m.checkRoom(); err != nil {
+		return "", err // the next start of its kind tries again
+	}
 	defer func() { m.noteTemplate(r, err) }()
 	if err := m.templates.Clean(); err != nil {
 		return "", err

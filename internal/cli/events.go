@@ -35,7 +35,7 @@ func (a *app) eventsCommand() *cobra.Command {
 				return err
 			}
 			if id != "" && len(events) == 0 {
-				a.errorf("smolvm: no events of %s", printable(id))
+				a.errorf("smolvm: no events of %s", id)
 			}
 			if a.json {
 				return printList(a, events)

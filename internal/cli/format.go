@@ -10,6 +10,7 @@ import (
 	"unicode/utf16"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/size"
 	"github.com/smolvm/smolvm/internal/termsafe"
 )
 
@@ -91,17 +92,7 @@ func took(d time.Duration) string {
 }
 
 // byteSize formats a number of bytes in binary units.
-func byteSize(n int64) string {
-	const units = "KMGT"
-	if n < 1<<10 {
-		return fmt.Sprintf("%d B", n)
-	}
-	value, unit := float64(n)/(1<<10), 0
-	for value >= 1<<10 && unit < len(units)-1 {
-		value, unit = value/(1<<10), unit+1
-	}
-	return fmt.Sprintf("%.1f %ciB", value, units[unit])
-}
+func byteSize(n int64) string { return size.Format(n) }
 
 func mebibytes(n int) string {
 	if n >= 1<<10 && n%(1<<10) == 0 {

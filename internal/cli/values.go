@@ -2,7 +2,6 @@ package cli
 
 import (
 	"fmt"
-	"math"
 	"net/netip"
 	"os"
 	"strconv"
@@ -10,24 +9,14 @@ import (
 	"unicode"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/size"
 	"github.com/smolvm/smolvm/manager"
 )
 
 // parseMebibytes reads a size such as "512", "512M" or "2G", in MiB. Units are
 // binary, however they are written.
 func parseMebibytes(text string) (int64, error) {
-	upper := strings.ToUpper(text)
-	digits := strings.TrimRight(upper, "BIKMGT")
-	shift, ok := map[string]int{
-		"": 0, "M": 0, "MB": 0, "MIB": 0,
-		"G": 10, "GB": 10, "GIB": 10,
-		"T": 20, "TB": 20, "TIB": 20,
-	}[upper[len(digits):]]
-	n, err := strconv.ParseInt(digits, 10, 64)
-	if !ok || err != nil || n < 0 || n > math.MaxInt64>>20 {
-		return 0, fmt.Errorf("invalid size %q; use a number of MiB, or one with M, G or T", text)
-	}
-	return n << shift, nil
+	return size.ParseMebibytes(text)
 }
 
 // maxRange is how many ports one range may have: each costs a listener.
