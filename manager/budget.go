@@ -102,7 +102,7 @@ func diskUsage(dataDir string) (total int64, kinds string, err error) {
 			return nil
 		}
 		if stat.Nlink > 1 {
-			key := file{uint64(stat.Dev), stat.Ino}
+			key := file{stat.Dev, stat.Ino}
 			if seen[key] {
 				return nil
 			}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
@@ -38,13 +37,9 @@ func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 	}
 	failed, err := m.store.TakeFailed(ctx)
 	dead, errs = append(dead, failed...), append(errs, err)
-	errs = append(errs, m.reclaim(ctx, known), m.templates.Clean(), m.snapshots.Clean(), m.reconcilePools(ctx), m.reclaimLayers(ctx), cgroup.Sweep("/", groupAge))
+	errs = append(errs, m.reclaim(ctx, known), m.templates.Clean(), m.snapshots.Clean(), m.reconcilePools(ctx), m.reclaimLayers(ctx), cgroup.Sweep("/", cgroup.IdleAge))
 	return dead, errors.Join(errs...)
 }
-
-// groupAge is how long a control group may be without a process because its VM is only just
-// being started.
-const groupAge = time.Minute
 
 // reclaim removes logs and locks of VMs that have no row. Disks without a row are
 // kept: they were retained on purpose, as a row outlives its VM's own disk.

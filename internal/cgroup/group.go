@@ -367,8 +367,40 @@ func write(path, value string) error {
 	return errors.Join(err, file.Close())
 }
 
-// Sweep removes the groups whose processes have ended without anybody to remove them. A
-// group that is younger than age is left alone: somebody may be about to use it.
+// IdleAge is how long a group may be without a process because one is only just being
+// started in it, which takes some milliseconds.
+const IdleAge = 10 * time.Second
+
+// Tidy removes the groups where this Site makes them whose processes have ended without
+// anybody to remove them.
+func (s Site) Tidy() {
+	parents := map[string]bool{}
+	for _, dir := range s.v1 {
+		parents[filepath.Join(dir, parentName)] = true
+	}
+	for _, place := range s.v2 {
+		parents[filepath.Join(place.dir, parentName)] = true
+	}
+	for parent := range parents {
+		entries, _ := os.ReadDir(parent)
+		for _, entry := range entries {
+			removeIdle(filepath.Join(parent, entry.Name()), entry, IdleAge)
+		}
+	}
+}
+
+// removeIdle removes a group that is older than age and has no process.
+func removeIdle(path string, entry fs.DirEntry, age time.Duration) {
+	if info, err := entry.Info(); err != nil || !info.IsDir() || time.Since(info.ModTime()) <= age {
+		return
+	}
+	_ = unix.Rmdir(path) // one with processes stays: EBUSY
+	_ = unix.Rmdir(filepath.Dir(path))
+}
+
+// Sweep removes the groups whose processes have ended without anybody to remove them,
+// wherever they were made; those that are younger than age are left alone. It looks at all
+// the groups of the host.
 func Sweep(root string, age time.Duration) error {
 	var errs []error
 	for _, m := range readMounts(root) {
@@ -380,10 +412,7 @@ func Sweep(root string, age time.Duration) error {
 			if filepath.Base(filepath.Dir(path)) != parentName {
 				return nil
 			}
-			if info, err := entry.Info(); err == nil && time.Since(info.ModTime()) > age {
-				_ = unix.Rmdir(path) // one with processes stays: EBUSY
-				_ = unix.Rmdir(filepath.Dir(path))
-			}
+			removeIdle(path, entry, age)
 			return fs.SkipDir
 		})
 		errs = append(errs, err)

@@ -3,6 +3,7 @@ package ring_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -282,7 +283,7 @@ func TestReaderFollowsAcrossFiles(t *testing.T) {
 				read <- struct{}{}
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
@@ -324,7 +325,7 @@ func TestReaderLeftBehind(t *testing.T) {
 		got += string(buffer[:n])
 	}
 	time.AfterFunc(10*time.Millisecond, cancel)
-	if _, err := r.Read(buffer); err != context.Canceled { //nolint:errorlint // it is that one
+	if _, err := r.Read(buffer); !errors.Is(err, context.Canceled) {
 		t.Errorf("a reader that was given up returns %v", err)
 	}
 }

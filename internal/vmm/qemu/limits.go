@@ -187,7 +187,7 @@ func (i *instance) Limits() smolvm.Limits {
 func (i *instance) SetCPULimit(_ context.Context, cpus float64) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	err := error(cgroup.ErrUnavailable)
+	err := cgroup.ErrUnavailable
 	if i.limits.group != nil {
 		err = i.limits.group.SetCPUs(cpus, i.child.PID())
 	}

@@ -146,6 +146,7 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 	inst.console.pump()
 	inst.log.pump()
 	go inst.watch()
+	go site.Tidy() // what VMs have left whose shim was killed
 	return inst, nil
 }
 
