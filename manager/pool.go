@@ -453,14 +453,6 @@ func (s *starting) claimSlot(ctx context.Context, candidate slot, lock *os.File)
 	launch.Spec.ReadyTimeout /= fastFraction
 	launch.Spec.WarmUp = ""
 	s.touched = true
-	// Written down first, and sticking, as the disk is a VM's and not there for a while.
-	err := s.m.disks.Adopt(ctx, filepath.Join(dir, slotDisk), s.vm.DiskPath)
-	if err == nil {
-		err = os.Remove(s.vm.DiskPath) // it is empty
-	}
-	if err != nil {
-		return errors.Join(err, s.m.removeSlot(context.WithoutCancel(ctx), candidate, dir))
-	}
 	s.phase("disk")
 	claimed := shim.Slot{
 		StandbyDir: s.m.slotRuntimeDir(dir),
@@ -473,7 +465,20 @@ func (s *starting) claimSlot(ctx context.Context, candidate slot, lock *os.File)
 		},
 		Lock: lock,
 	}
-	err = s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
+	s.confirm = func(ctx context.Context, launched *shim.Launched) error {
+		// No layer is collected while the disk moves, in the middle of a look for its users.
+		unlock, err := s.m.disks.Lock(ctx)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		if err := s.m.disks.Adopt(ctx, filepath.Join(dir, slotDisk), s.vm.DiskPath); err != nil {
+			return err
+		}
+		return launched.Commit()
+	}
+	defer func() { s.confirm = nil }()
+	err := s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
 		return shim.Claim(ctx, claimed, opts)
 	})
 	if err != nil {

@@ -14,10 +14,10 @@ import (
 
 const (
 	reserveName = ".reserve"
-	reserveSize = 8 << 20
-	reservePart = 1 << 20
+	reserveSize = 16 << 20
+	reservePart = 512 << 10 // several times what a change of the database takes
 	// enoughRoom is how much must be free on a disk to make the reserve there.
-	enoughRoom = 4 * reserveSize
+	enoughRoom = 2 * reserveSize
 )
 
 // keepReserve makes the reserve, or makes it whole again, if there is room. That it can't be

@@ -55,6 +55,8 @@ type starting struct {
 	report     smolvm.StartReport
 	started    bool
 	ran        bool // the guest, in the last attempt
+	// confirm commits a start; nil: it is just committed.
+	confirm func(context.Context, *shim.Launched) error
 	// touched says that the disk is not as it was when the start began.
 	touched bool
 	// lock is that of the template that is to be made of this start's kind.
@@ -304,13 +306,17 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	}
 	if err == nil {
 		step.Reached(ctx, "start/written")
-		err = launched.Commit()
+		if s.confirm != nil {
+			err = s.confirm(context.WithoutCancel(ctx), launched)
+		} else {
+			err = launched.Commit()
+		}
 	}
 	if err != nil {
 		ctx := context.WithoutCancel(ctx)
 		launched.Abort(ctx)
 		// If the shim has not come to it, so that the next rung can be tried.
-		_, endErr := s.m.store.MarkEnded(ctx, s.vm.ID, opts.Spec.Run, smolvm.StateStopped, err.Error(), time.Now().UTC())
+		_, endErr := s.m.store.MarkEnded(ctx, s.vm.ID, opts.Spec.Run, s.vm.State, err.Error(), time.Now().UTC())
 		return errors.Join(err, endErr)
 	}
 	step.Reached(ctx, "start/confirmed")

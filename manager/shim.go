@@ -19,6 +19,7 @@ import (
 const (
 	handOverDataDir   = "data_dir"
 	handOverSocketDir = "socket_dir"
+	handOverState     = "state" // of the VM before
 )
 
 // newRun makes a name for one run of a VM, by which the end of that run is told
@@ -92,7 +93,10 @@ func withShimManager(ctx context.Context, handOver map[string]string, do func(*M
 func (m *Manager) recordExit(ctx context.Context, record shim.ExitRecord) error {
 	began := time.Now()
 	state := smolvm.StateError
-	if record.Exit.Clean() {
+	switch before := smolvm.VMState(record.HandOver[handOverState]); {
+	case !record.Committed && before != "":
+		state = before // a start that was not confirmed has not been
+	case record.Exit.Clean():
 		state = smolvm.StateStopped
 	}
 	cause := record.Exit.String()

@@ -152,7 +152,7 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts StartOptions) (
 		WarmUp:       m.warmUpOf(vm),
 		Ephemeral:    vm.Config.Ephemeral,
 		RuntimeDir:   runtimeDir,
-		HandOver:     map[string]string{handOverDataDir: m.dataDir, handOverSocketDir: m.socketDir},
+		HandOver:     map[string]string{handOverDataDir: m.dataDir, handOverSocketDir: m.socketDir, handOverState: string(vm.State)},
 	}
 	if vm.Config.UsesImage() {
 		if spec.Greeting, err = m.greeting(vm, plan); err != nil {
@@ -327,7 +327,7 @@ func wireNetwork(plan smolvm.NetworkConfig) *wire.Network {
 
 // warmUpOf is what a VM runs in a cold boot: only in the first that succeeds, as in a clone.
 func (m *Manager) warmUpOf(vm store.VM) string {
-	if vm.Run != "" {
+	if vm.State != smolvm.StateCreated && vm.Run != "" {
 		return ""
 	}
 	return vm.Config.WarmUp

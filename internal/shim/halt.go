@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -13,6 +16,10 @@ import (
 // haltTime is how long a guest that was halted and goes on is watched: what halted it
 // before halts it again at once.
 const haltTime = 500 * time.Millisecond
+
+// enoughRoom is how much of a drive's file system must be free, in bytes, for a guest that
+// was halted to be able to shut down.
+const enoughRoom = 16 << 20
 
 // errHalted is the kind of error of a guest that was halted by its VMM.
 var errHalted = errors.New("the guest can't go on")
@@ -102,6 +109,17 @@ func (s *shim) causeOf(halt vmm.Halt) string {
 		return "the host's disk is full: " + path
 	}
 	return fmt.Sprintf("the host can't use %s: %s", path, halt.Detail)
+}
+
+// hasRoom reports whether there is room again for what the guest writes.
+func (s *shim) hasRoom() bool {
+	for _, drive := range s.spec.VMM.Drives {
+		var stat unix.Statfs_t
+		if !drive.ReadOnly && unix.Statfs(filepath.Dir(drive.Path), &stat) == nil && int64(stat.Bavail)*stat.Bsize < enoughRoom {
+			return false
+		}
+	}
+	return true
 }
 
 // noteHalt notes that the guest was halted, and writes it down.

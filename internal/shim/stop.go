@@ -79,6 +79,9 @@ func (s *shim) note(text string) {
 func (s *shim) shutDown(how Stop) error {
 	ctx, cancel := context.WithTimeout(context.Background(), how.Grace)
 	defer cancel()
+	if err := s.halts.err(); err != nil && !s.hasRoom() {
+		return err // it would only take what little is left for the others
+	}
 	s.halts.clear()
 	result := make(chan error, 1)
 	go func() { result <- s.askToShutDown(ctx, how) }() // it ends with the VM at the latest
