@@ -46,10 +46,3 @@ func TestMemoryHasAnEnd(t *testing.T) {
 		t.Errorf("it took %d KiB, want at most %d", usage.Maxrss, most)
 	}
 }
-
-func TestCheckFiles(t *testing.T) {
-	t.Parallel()
-	if err := checkFiles(); err != nil {
-		t.Error(err)
-	}
-}

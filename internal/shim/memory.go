@@ -59,20 +59,6 @@ func setData(most uint64) {
 	}
 }
 
-// minFiles is how many files a VM's processes must be allowed to have open. They need some
-// 50, and one for each drive and connection; with too few a VMM fails long after its start.
-const minFiles = 128
-
-// checkFiles fails if this process, and so the VMM, may open too few files. Go has raised
-// the limit as far as it may be.
-func checkFiles() error {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Max >= minFiles {
-		return nil //nolint:nilerr // then there is none to keep to
-	}
-	return fmt.Errorf("this user's limit of open files is %d, and a VM needs %d: raise it with `ulimit -n`", limit.Max, minFiles)
-}
-
 // limits are those of the VMM.
 func (s *shim) limits() smolvm.Limits {
 	if limiter, ok := s.instance.(vmm.Limiter); ok {

@@ -358,9 +358,6 @@ func (s *shim) startVMM(ctx context.Context) error {
 	}
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()
-	if err := checkFiles(); err != nil {
-		return err
-	}
 	releaseData() // the VMM would inherit it
 	instance, err := s.opts.Backends[i].Start(ctx, config)
 	boundData()
