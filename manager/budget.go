@@ -72,7 +72,7 @@ func (m *Manager) checkRoom() error {
 	if m.diskBudget == 0 {
 		return nil
 	}
-	used, kinds, err := diskUsage(m.dataDir)
+	used, kinds, err := m.diskUsage()
 	if err != nil {
 		return fmt.Errorf("find out what is used of the disk budget: %w", err)
 	}
@@ -83,13 +83,13 @@ func (m *Manager) checkRoom() error {
 	return nil
 }
 
-// diskUsage counts the bytes that a data directory takes on disk, holes not counted and
-// files of several names once; and says what takes how much, the largest first.
-func diskUsage(dataDir string) (total int64, kinds string, err error) {
+// diskUsage counts the bytes that the data directory takes on disk, holes not counted and
+// files of several names once; and lists what takes how much, the largest first.
+func (m *Manager) diskUsage() (total int64, kinds string, err error) {
 	type file struct{ device, inode uint64 }
 	seen := map[file]bool{}
 	byKind := map[string]int64{}
-	err = filepath.WalkDir(dataDir, func(path string, entry fs.DirEntry, err error) error {
+	err = filepath.WalkDir(m.dataDir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
 			return ignoreGone(err)
 		}
@@ -109,9 +109,9 @@ func diskUsage(dataDir string) (total int64, kinds string, err error) {
 			seen[key] = true
 		}
 		const blockSize = 512 // of st_blocks, whatever the file system's is; see stat(3type)
-		name, _ := filepath.Rel(dataDir, path)
+		name, _ := filepath.Rel(m.dataDir, path)
 		kind, _, found := strings.Cut(name, string(filepath.Separator))
-		if !found {
+		if !found && strings.HasPrefix(name, filepath.Base(m.dir.Database())) {
 			kind = "database"
 		}
 		byKind[kind] += stat.Blocks * blockSize

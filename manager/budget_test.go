@@ -8,17 +8,14 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
 
 // withoutImage is a VM that needs no image to be created.
 func withoutImage(t *testing.T, id string) smolvm.VMConfig {
 	t.Helper()
-	self, err := os.Executable() // an ELF file, as kernels are
-	if err != nil {
-		t.Fatal(err)
-	}
-	return smolvm.VMConfig{ID: id, KernelPath: self, InitrdPath: self}
+	return smolvm.VMConfig{ID: id, KernelPath: testenv.Kernel(t), InitrdPath: testenv.Initramfs(t, "")}
 }
 
 // Nothing more is made when the data directory takes more than it may, or too little is
@@ -53,7 +50,7 @@ func TestDiskBudget(t *testing.T) {
 		want            []string // nil: there is room
 	}{
 		"no limit":        {0, -1, nil},
-		"enough":          {5 << 20, -1, nil},
+		"enough":          {50 << 20, -1, nil},
 		"too much":        {3 << 20, -1, []string{"disks 3.0 MiB", "3.0 MiB are allowed", "SMOLVM_DISK_BUDGET", "remove VMs"}},
 		"too little free": {0, 1 << 60, []string{"are free", dir, "SMOLVM_DISK_RESERVE"}},
 	} {
@@ -101,7 +98,7 @@ func TestDiskBudget(t *testing.T) {
 func TestDiskLimitsFromEnvironment(t *testing.T) {
 	dir := tempDir(t)
 	for _, test := range []struct{ budget, reserve, want string }{
-		{"lots", "", "$SMOLVM_DISK_BUDGET: \"lots\" is no size"},
+		{"lots", "", "$SMOLVM_DISK_BUDGET: invalid size \"lots\""},
 		{"", "-3", "$SMOLVM_DISK_RESERVE"},
 		{"1T", "1M", ""},
 		{"", "0", ""},
