@@ -1,0 +1,7 @@
+//go:build race
+
+package shim
+
+// raceDetector reports whether the race detector is on, which takes address space and
+// memory of its own.
+const raceDetector = true
