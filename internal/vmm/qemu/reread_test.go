@@ -224,20 +224,40 @@ func (p patched) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, error
 // guests are saved as well; it takes longer.
 func TestSaveWithoutRereading(t *testing.T) {
 	testenv.RequireQEMU(t)
-	for name, find := range map[string]func(int, int64, bool) (*guestRAM, error){
-		"forbidden": func(int, int64, bool) (*guestRAM, error) { return nil, errUnreadable },
-		"other memory": func(pid int, size int64, fromFile bool) (*guestRAM, error) {
-			ram, err := findRAM(pid, size, fromFile)
-			if err == nil {
-				ram.start += 16 << 20
-			}
-			return ram, err
+	for name, test := range map[string]struct {
+		find  func(pid int, size int64, fromFile bool) (*guestRAM, error)
+		check func(vmm.Saved) error
+	}{
+		"forbidden": {
+			func(int, int64, bool) (*guestRAM, error) { return nil, errUnreadable },
+			func(saved vmm.Saved) error {
+				if !saved.Early {
+					return errors.New("the guest was not held early")
+				}
+				return nil
+			},
+		},
+		"other memory": {
+			func(pid int, size int64, fromFile bool) (*guestRAM, error) {
+				ram, err := findRAM(pid, size, fromFile)
+				if err == nil {
+					ram.start += 16 << 20
+				}
+				return ram, err
+			},
+			// It is not looked at if no copy is in doubt, as on an idle host.
+			func(saved vmm.Saved) error {
+				if !saved.Early && saved.Reread > 0 {
+					return errors.New("what is not the guest's memory was taken for it")
+				}
+				return nil
+			},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			vmmtest.SaveBusy(t, patched{New(Options{}), find}, vmmtest.Assets{
-				Kernel: testenv.Kernel(t), Initrd: testenv.Initramfs, Accelerator: vmm.TCG, BusySaves: 2, SavesEarly: true,
+			vmmtest.SaveBusy(t, patched{New(Options{}), test.find}, vmmtest.Assets{
+				Kernel: testenv.Kernel(t), Initrd: testenv.Initramfs, Accelerator: vmm.TCG, BusySaves: 2, CheckSave: test.check,
 			})
 		})
 	}

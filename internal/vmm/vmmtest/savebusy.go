@@ -54,6 +54,10 @@ func saveBusy(vcpus int) func(*kit) {
 		for n := range busyWriters {
 			g.run(fmt.Sprintf(busy, n))
 		}
+		check := k.assets.CheckSave
+		if check == nil {
+			check = notHeldEarly
+		}
 		bad := 0
 		for round := range rounds {
 			g.run("sleep 0.3")
@@ -64,8 +68,8 @@ func saveBusy(vcpus int) func(*kit) {
 				k.Fatal(err)
 			}
 			k.Logf("save %d: held for %v, %d pages reread, %d mended", round, saved.Pause, saved.Reread, saved.Mended)
-			if saved.Early != k.assets.SavesEarly {
-				k.Errorf("save %d: Early = %v", round, saved.Early)
+			if err := check(saved); err != nil {
+				k.Errorf("save %d: %v", round, err)
 			}
 			stale, err := differing(g.PID(), opts.Memory)
 			if err != nil {
@@ -84,6 +88,13 @@ func saveBusy(vcpus int) func(*kit) {
 		}
 		k.Logf("of %d saves of a guest with %d CPUs %d were bad", rounds, vcpus, bad)
 	}
+}
+
+func notHeldEarly(saved vmm.Saved) error {
+	if saved.Early {
+		return errors.New("the guest was held early")
+	}
+	return nil
 }
 
 // ext4 makes a drive with an empty ext4 file system.
