@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -42,11 +43,13 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 			if line[i], err = withFile(word, path); err != nil {
 				return 0, err
 			}
-		case strings.HasPrefix(word, "file,id=console"):
-			line[i] = "file,id=console,append=on,path=" + filepath.Join(b.dir, "bare.log")
 		}
 	}
-	var files []*os.File // 3: QMP, 4: guest channel, 5: network, as in the command line
+	console, err := os.OpenFile(filepath.Join(b.dir, "bare.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	var files []*os.File // 3: QMP, 4: console, 5: guest channel, 6: network, as in the command line
 	var ours []int
 	for _, kind := range []int{unix.SOCK_STREAM, unix.SOCK_STREAM, unix.SOCK_DGRAM} {
 		ends, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
@@ -56,6 +59,7 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 		ours = append(ours, ends[0])
 		files = append(files, os.NewFile(uintptr(ends[1]), "theirs"))
 	}
+	files = slices.Insert(files, 1, console)
 	ourChannel := os.NewFile(uintptr(ours[1]), "channel")
 	channel, err := net.FileConn(ourChannel)
 	if err != nil {
@@ -68,7 +72,11 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 	began := time.Now()
 	cmd := exec.CommandContext(b.ctx, line[0], line[1:]...)
 	cmd.ExtraFiles = files
-	if err := cmd.Start(); err != nil {
+	err = cmd.Start()
+	for _, file := range files {
+		_ = file.Close() // so that the channel ends if QEMU does
+	}
+	if err != nil {
 		return 0, err
 	}
 	_, _, err = agent.Greet(b.ctx, channel, hello)
@@ -76,9 +84,6 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
 	_ = ourChannel.Close()
-	for _, file := range files {
-		_ = file.Close()
-	}
 	for _, fd := range []int{ours[0], ours[2]} {
 		_ = unix.Close(fd)
 	}
