@@ -52,15 +52,11 @@ func (m *Manager) Resume(ctx context.Context, id string) (smolvm.VMInfo, error) 
 // hold holds a VM, or lets it go on. Once that has begun it is not given up.
 func (m *Manager) hold(ctx context.Context, id, verb string, from smolvm.VMState, do func(context.Context, *shim.Client) error) (smolvm.VMInfo, error) {
 	began := time.Now()
-	lock, err := m.lockExisting(ctx, id)
+	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookupLocked(ctx, id)
-	if err != nil {
-		return smolvm.VMInfo{}, err
-	}
 	if vm.State != from {
 		return smolvm.VMInfo{}, stateError(verb, vm)
 	}

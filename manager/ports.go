@@ -20,15 +20,11 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 	if err := forward.Validate(); err != nil {
 		return forward, err
 	}
-	lock, err := m.lockExisting(ctx, id)
+	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return forward, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookupLocked(ctx, id)
-	if err != nil {
-		return forward, err
-	}
 	fail := func(err error) (smolvm.PortForward, error) {
 		return forward, &smolvm.NetworkError{ID: id, Op: "forward " + forward.String(), Err: err}
 	}
@@ -53,15 +49,11 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 func (m *Manager) RemovePortForward(ctx context.Context, id string, forward smolvm.PortForward) error {
 	began := time.Now()
 	forward = forward.WithDefaults()
-	lock, err := m.lockExisting(ctx, id)
+	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer lock.unlock()
-	vm, err := m.lookupLocked(ctx, id)
-	if err != nil {
-		return err
-	}
 	i := slices.IndexFunc(vm.Forwards, func(f smolvm.PortForward) bool {
 		return f.HostPort == forward.HostPort && f.Protocol == forward.Protocol
 	})

@@ -23,15 +23,11 @@ type ResizeOptions struct {
 // [*smolvm.ValidationError].
 func (m *Manager) Resize(ctx context.Context, id string, opts ResizeOptions) (smolvm.VMInfo, error) {
 	began := time.Now()
-	lock, err := m.lockExisting(ctx, id)
+	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookupLocked(ctx, id)
-	if err != nil {
-		return smolvm.VMInfo{}, err
-	}
 	switch {
 	case vm.State.Alive():
 		return smolvm.VMInfo{}, stateError("resize", vm)

@@ -98,15 +98,11 @@ func snapshotError(err error) error {
 
 // save saves a VM into a draft, which is the caller's.
 func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft, meta snapshotMeta, err error) {
-	lock, err := m.lockExisting(ctx, id)
+	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return nil, meta, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookupLocked(ctx, id)
-	if err != nil {
-		return nil, meta, err
-	}
 	if !vm.State.Alive() {
 		return nil, meta, stateError("snapshot", vm)
 	}

@@ -55,15 +55,11 @@ func (m *Manager) Start(ctx context.Context, id string, opts StartOptions) (smol
 // nothing is wrong with it.
 func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
 	began := time.Now()
-	lock, err := m.lockExisting(ctx, id)
+	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
 	defer lock.unlock()
-	vm, err := m.lookupLocked(ctx, id)
-	if err != nil {
-		return smolvm.VMInfo{}, err
-	}
 	if vm.State.Alive() {
 		return smolvm.VMInfo{}, stateError("start", vm)
 	}

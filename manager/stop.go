@@ -166,6 +166,21 @@ func (m *Manager) lockExisting(ctx context.Context, id string) (*vmLock, error) 
 	return lock, nil
 }
 
+// acquire locks a VM that must be there, and reads its row as it is then. The lock is the
+// caller's.
+func (m *Manager) acquire(ctx context.Context, id string) (store.VM, *vmLock, error) {
+	lock, err := m.lockExisting(ctx, id)
+	if err != nil {
+		return store.VM{}, nil, err
+	}
+	vm, err := m.lookupLocked(ctx, id)
+	if err != nil {
+		lock.unlock()
+		return store.VM{}, nil, err
+	}
+	return vm, lock, nil
+}
+
 // endLocked ends a living VM, and returns when its shim is gone and its end is written
 // down.
 func (m *Manager) endLocked(ctx context.Context, vm store.VM, how shim.Stop) (store.VM, error) {
