@@ -85,7 +85,7 @@ func (l *vmLock) remove() {
 	l.unlock()
 }
 
-// isCurrent says whether the locked file is still the one at its path.
+// isCurrent reports whether the locked file is still the one at its path.
 func isCurrent(file *os.File) bool {
 	held, err := file.Stat()
 	if err != nil {
@@ -129,7 +129,7 @@ func (m *Manager) disown(id string) {
 	}
 }
 
-// orphaned says whether the process that created an ephemeral VM is gone.
+// orphaned reports whether the process that created an ephemeral VM is gone.
 func (m *Manager) orphaned(id string) bool {
 	file, err := os.Open(m.dir.Lock(id + ownerSuffix))
 	if err != nil {

@@ -310,7 +310,7 @@ func (m *Manager) templateInfo(found snapshot.Snapshot) (smolvm.Template, error)
 	}, nil
 }
 
-// stale tells whether no start can be a clone of a recipe's template any more, because
+// stale reports whether no start can be a clone of a recipe's template any more, because
 // the host or the program has changed.
 func (m *Manager) stale(r recipe) bool {
 	now, err := m.hardwareOf(r.Hardware.Backend, vmm.Config{Accelerator: r.Hardware.Accelerator})

@@ -106,7 +106,7 @@ func (a *app) hint(ctx context.Context, cmd *cobra.Command, err error) string {
 	case errors.Is(err, smolvm.ErrPortInUse):
 		return "choose another host port, or leave it out to get a free one"
 	case errors.Is(err, smolvm.ErrBootTimeout):
-		return "`--boot-timeout` gives the guest longer; `smolvm doctor` tells whether this host is a slow one"
+		return "`--boot-timeout` gives the guest longer; `smolvm doctor` shows whether this host is a slow one"
 	case errors.Is(err, smolvm.ErrDatabaseTooNew):
 		return "use a newer smolvm, or another --data-dir"
 	}

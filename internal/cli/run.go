@@ -223,7 +223,7 @@ func printPhases(w io.Writer, phases []smolvm.Phase) {
 	}
 }
 
-// showsRung says whether somebody is there to be told how a VM was started, unasked.
+// showsRung reports whether somebody is there to be told how a VM was started, unasked.
 func (a *app) showsRung() bool {
 	_, ok := terminal(a.Stderr)
 	return ok

@@ -168,7 +168,7 @@ func allowColdFlag(cmd *cobra.Command, allow *bool) {
 	cmd.Flags().BoolVar(allow, "allow-cold", false, "if the saved memory can't be used, boot from the disk, with a warning")
 }
 
-// timingsFlag says whether the phases of a start are to be printed.
+// timingsFlag reports whether the phases of a start are to be printed.
 func timingsFlag(cmd *cobra.Command) *bool {
 	return cmd.Flags().Bool("timings", false, "print on standard error how the VM was started and how long each phase took")
 }

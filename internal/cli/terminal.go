@@ -37,20 +37,20 @@ func terminalWidth(stream any) int {
 	return width
 }
 
-// colored says whether a stream may be coloured; see https://no-color.org.
+// colored reports whether a stream may be coloured; see https://no-color.org.
 func colored(stream any) bool {
 	_, ok := terminal(stream)
 	return ok && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
 
-// interactive says whether a person sits before both ends of the program.
+// interactive reports whether a person sits before both ends of the program.
 func (a *app) interactive() bool {
 	_, in := terminal(a.Stdin)
 	_, out := terminal(a.Stdout)
 	return in && out
 }
 
-// background says whether this process is a background job of the terminal fd.
+// background reports whether this process is a background job of the terminal fd.
 // Reading from it would stop us then.
 func background(fd int) bool {
 	group, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP)

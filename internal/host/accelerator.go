@@ -99,7 +99,7 @@ func (h *Host) kvmProblem(ctx context.Context, useKnown bool) error {
 	return problem
 }
 
-// access says whether the device is there and may be used.
+// access reports whether the device is there and may be used.
 func access(device string) error {
 	err := unix.Faccessat(unix.AT_FDCWD, device, unix.R_OK|unix.W_OK, unix.AT_EACCESS)
 	switch {

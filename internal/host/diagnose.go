@@ -89,7 +89,7 @@ func (h *Host) forbiddenKVM() (problem, fix string) {
 		fmt.Sprintf("%s && newgrp %s", h.sudo(fmt.Sprintf("usermod -aG %s %s", group, name)), group)
 }
 
-// inContainer says whether this process runs in a container of one of the usual
+// inContainer reports whether this process runs in a container of one of the usual
 // kinds.
 func (h *Host) inContainer() bool {
 	// Docker, Podman, and what follows systemd's container interface.
@@ -109,7 +109,7 @@ func cpuFlags(cpuinfo string) []string {
 	return nil
 }
 
-// hasMisc says whether /proc/misc, the list of the kernel's odd devices, has one.
+// hasMisc reports whether /proc/misc, the list of the kernel's odd devices, has one.
 // A container sees the host's.
 func hasMisc(misc, device string) bool {
 	for line := range strings.Lines(misc) {
@@ -120,7 +120,7 @@ func hasMisc(misc, device string) bool {
 	return false
 }
 
-// hasMember says whether a user has been added to a group; see group(5).
+// hasMember reports whether a user has been added to a group; see group(5).
 func hasMember(groups, group, name string) bool {
 	for line := range strings.Lines(groups) {
 		fields := strings.Split(strings.TrimSpace(line), ":")

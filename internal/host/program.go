@@ -48,7 +48,7 @@ func commonPrograms() []Program {
 	}
 }
 
-// HasPrograms says whether every program is there that is not optional. It runs
+// HasPrograms reports whether every program is there that is not optional. It runs
 // none of them.
 func HasPrograms(programs []Program) bool {
 	return !slices.ContainsFunc(programs, func(p Program) bool { return !p.Optional && p.find() == "" })

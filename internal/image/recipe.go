@@ -108,7 +108,7 @@ func (r Recipe) key(agentHash string) (string, error) {
 	return hashOf(text), nil
 }
 
-// fileID tells whether a file is the same as before, without reading it.
+// fileID reports whether a file is the same as before, without reading it.
 type fileID struct {
 	Path    string `json:"path"`
 	Size    int64  `json:"size"`
@@ -127,7 +127,7 @@ func identify(path string) (fileID, error) {
 	return fileID{Path: path, Size: info.Size(), ModTime: info.ModTime().UnixNano()}, nil
 }
 
-// identifyAll tells whether a file, or anything in a directory, is the same as
+// identifyAll reports whether a file, or anything in a directory, is the same as
 // before: a directory's own time says nothing of changes within its files.
 func identifyAll(path string) (string, error) {
 	path, err := filepath.EvalSymlinks(path)

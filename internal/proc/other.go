@@ -29,7 +29,7 @@ func StartTime(pid int) (uint64, error) {
 	return start, nil
 }
 
-// Alive says whether the process is there. A zombie is not, nor is another process
+// Alive reports whether the process is there. A zombie is not, nor is another process
 // that has got the same pid.
 func Alive(pid int, start uint64) bool {
 	got, err := StartTime(pid)

@@ -97,7 +97,7 @@ func (c *Child) Exit() string {
 	return c.state.String()
 }
 
-// Success says whether the child ended by itself with status 0. It may be called
+// Success reports whether the child ended by itself with status 0. It may be called
 // only after Done is closed.
 func (c *Child) Success() bool { return c.waitErr == nil && c.state.Success() }
 

@@ -292,7 +292,7 @@ func (s *shim) bringUp(ctx context.Context) error {
 	return s.attempt(ctx)
 }
 
-// mayBeSilent says whether the VM is of the kind that bringUp speaks of.
+// mayBeSilent reports whether the VM is of the kind that bringUp speaks of.
 func (s *shim) mayBeSilent() bool {
 	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Greeting != nil && s.network != nil
 }

@@ -65,7 +65,7 @@ const (
 )
 
 // standBy brings the VM up, takes it through a login and a command, so that its CPUs
-// know the code, holds it, and waits for a claim. It says whether there was one; the
+// know the code, holds it, and waits for a claim. It reports whether there was one; the
 // spec is that of the claim then.
 func (s *shim) standBy(ctx context.Context) (claimed bool, err error) {
 	var u undos

@@ -89,7 +89,7 @@ func (s *Store) Report(ctx context.Context, id string) (*smolvm.StartReport, err
 }
 
 // MarkEnded writes down the end of a run: the VM's new state, stopped or error, and
-// why. It says whether that changed anything. It does not if the VM is not alive
+// why. It reports whether that changed anything. It does not if the VM is not alive
 // any more, or alive in another run, or deleted: the report is late then.
 func (s *Store) MarkEnded(ctx context.Context, id, run string, state smolvm.VMState, cause string, at time.Time) (bool, error) {
 	var changed bool

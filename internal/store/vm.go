@@ -62,7 +62,7 @@ type NewVM struct {
 	Image, Backend, DiskPath, LogPath, MachineID, HostKey string
 	// Base is the file that the disk is to be based on; empty: none.
 	Base string
-	// PortFree says whether no other program has a host port that no VM has. It is
+	// PortFree reports whether no other program has a host port that no VM has. It is
 	// asked about the ports that the store chooses, and must be quick. Nil: all
 	// are free.
 	PortFree PortFree

@@ -246,7 +246,7 @@ type Exit struct {
 	At     time.Time `json:"at"`
 }
 
-// Clean says whether the VM ended in an orderly way.
+// Clean reports whether the VM ended in an orderly way.
 func (e Exit) Clean() bool {
 	return e.Reason == ExitPowerOff || e.Reason == ExitReboot || e.Reason == ExitKilled
 }

@@ -34,7 +34,7 @@ type cgroups struct {
 // cgroup is one control group.
 type cgroup struct {
 	dir    *os.File
-	events *os.File // says whether there are processes in it
+	events *os.File // reports whether there are processes in it
 }
 
 // take returns a group with nothing in it; nil if there are no groups.

@@ -24,7 +24,7 @@ type guestNetwork struct {
 	state wire.Network
 }
 
-// ready says whether there is nothing to be set up.
+// ready reports whether there is nothing to be set up.
 func (n *guestNetwork) ready(want *wire.Network) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -28,7 +28,7 @@ const (
 // resolver answers the guest's DNS questions: with what the host's hosts file says, and
 // with what the host's name servers say, whatever the question and whatever the answer.
 //
-// Of IPv6 addresses it only says whether there is such a name: the guest has no IPv6, and
+// Of IPv6 addresses it only reports whether there is such a name: the guest has no IPv6, and
 // some programs try an IPv6 address and give up. Who asks for signatures gets them all.
 type resolver struct {
 	conf  hostFile[dns.ClientConfig]

@@ -147,7 +147,7 @@ func (f *flow) copy(to, from net.Conn, allowed func() bool) {
 	}
 }
 
-// isTimeout says whether a deadline has passed; the stack's connections say it in
+// isTimeout reports whether a deadline has passed; the stack's connections say it in
 // their own way.
 func isTimeout(err error) bool {
 	timeout, ok := errors.AsType[net.Error](err)

@@ -342,7 +342,7 @@ func FuzzFrames(f *testing.F) {
 	})
 }
 
-// isOutward says whether a frame might make the host send something.
+// isOutward reports whether a frame might make the host send something.
 func isOutward(frame []byte) bool {
 	if len(frame) < ethernetHeader+ipv4MinHeader || binary.BigEndian.Uint16(frame[2*macLength:]) != etherTypeIPv4 {
 		return false

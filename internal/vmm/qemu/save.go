@@ -103,7 +103,7 @@ func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *gues
 }
 
 // lockRunning waits until nobody else saves, holds or continues the guest: what is saved
-// says whether the guest ran, and after that it is to do what it did before.
+// records whether the guest ran, and after that it is to do what it did before.
 func (i *instance) lockRunning(ctx context.Context) (unlock func(), err error) {
 	select {
 	case i.running <- struct{}{}:

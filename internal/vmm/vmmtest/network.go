@@ -100,7 +100,7 @@ func mac(text string) net.HardwareAddr {
 
 func ip(text string) net.IP { return net.ParseIP(text).To4() }
 
-// isARPRequest says whether the guest asks for the host's address; see RFC 826.
+// isARPRequest reports whether the guest asks for the host's address; see RFC 826.
 func isARPRequest(frame []byte) bool {
 	const request, length = 1, 28
 	if etherType(frame) != etherTypeARP || len(frame) < headerLength+length {
@@ -123,7 +123,7 @@ func arpReply() []byte {
 	return append(header, arp...)
 }
 
-// isPing says whether the frame is an echo request to the host.
+// isPing reports whether the frame is an echo request to the host.
 func isPing(frame []byte) bool {
 	const icmp, echoRequest, ipLength = 1, 8, 20
 	if etherType(frame) != etherTypeIPv4 || len(frame) <= headerLength+ipLength {
