@@ -1,5 +1,5 @@
 # The targets of the README. Each works on a fresh checkout.
-.PHONY: help quickstart build test race test-deps lint vuln fuzz bench soak clean
+.PHONY: help quickstart build test compat race test-deps lint vuln fuzz bench soak release-check clean
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -11,18 +11,21 @@ export CGO_ENABLED = 0
 TOOLS         := $(CURDIR)/bin/tools
 GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
 GOVULNCHECK   := $(TOOLS)/govulncheck-v1.9.0
+GORELEASER    := $(TOOLS)/goreleaser-v2.15.1
 EMBEDDED      := internal/agent/embedded
 
 help:
 	@echo 'make quickstart  install what is missing, build, and run a command in a first VM'
 	@echo 'make build       build bin/smolvm and bin/smolvm-agent'
 	@echo 'make test        run all tests, on real VMs'
+	@echo 'make compat      run VMs of the previous build by this one, and the other way round'
 	@echo 'make race        run the tests that need no VM under the race detector'
-	@echo 'make lint        check formatting and run the linters'
+	@echo 'make lint        check formatting and documents, and run the linters'
 	@echo 'make vuln        look for known vulnerabilities that our code reaches'
 	@echo 'make fuzz        run every fuzz target, FUZZTIME (10s) each'
 	@echo 'make bench       measure against bare QEMU, as ratios within one run'
 	@echo 'make soak        save and restore busy VMs for half an hour, and check what comes of it'
+	@echo 'make release-check  build the release twice, and compare the bytes'
 	@echo 'make clean       remove what was built'
 
 quickstart:
@@ -39,6 +42,12 @@ build:
 test: test-deps
 	$(GO) test -p 1 -timeout 25m ./...
 
+# Part of make test. A shallow clone lacks the commit of the previous build; it is fetched
+# from where the clone came from, if that can be reached.
+compat: test-deps
+	@git cat-file -e "$$(cat test/compat/PREVIOUS)" 2>/dev/null || git fetch -q --depth 1 origin "$$(cat test/compat/PREVIOUS)" || true
+	$(GO) test -count=1 -timeout 15m -v ./test/compat
+
 # What needs no VM, under the race detector, which needs a C compiler.
 race:
 	CGO_ENABLED=1 $(GO) test -race -short -timeout 20m ./...
@@ -47,6 +56,7 @@ test-deps:
 	@scripts/install-deps.sh test
 
 lint: $(GOLANGCI_LINT)
+	@scripts/check-docs.sh
 	@test -z "$$(gofmt -l .)" || { echo 'gofmt would change:'; gofmt -l .; exit 1; }
 	$(GO) vet ./...
 	$(GOLANGCI_LINT) run ./...
@@ -76,6 +86,16 @@ bench: build test-deps
 # SOAK is its flags: see bench/soak.go.
 soak: build test-deps
 	$(GO) run ./bench soak $(SOAK)
+
+# The release's bytes must not depend on where and when it is built.
+release-check: $(GORELEASER)
+	@GO='$(GO)' scripts/release-check.sh $(GORELEASER)
+
+$(GORELEASER):
+	@echo 'Building goreleaser (once, some minutes) ...'
+	@mkdir -p $(TOOLS)
+	GOBIN=$(TOOLS) $(GO) install github.com/goreleaser/goreleaser/v2@v2.15.1
+	@mv $(TOOLS)/goreleaser $@
 
 clean:
 	rm -rf bin $(EMBEDDED)/smolvm-agent.gz $(EMBEDDED)/smolvm-agent.sha256
