@@ -238,7 +238,8 @@ func (s *style) number(command, where, name, number string) {
 	case otherMs.MatchString(name):
 		s.bad(where, name, "a duration ends in _ms")
 		isMs = name == "ms"
-	case otherMiB.MatchString(name) && !(strings.HasPrefix(command, "pool") && name == "size"): // a number of VMs
+	case strings.HasPrefix(command, "pool") && name == "size": // a number of VMs
+	case otherMiB.MatchString(name):
 		s.bad(where, name, "a size ends in _bytes or _mib")
 	}
 	if (isMs || isSize) && !integer.MatchString(number) {

@@ -216,8 +216,8 @@ func (u *upgrade) newUses(t *testing.T) {
 // newNotices has a guest power off under the old shim, which may not be able to write
 // that down any more: see COMPATIBILITY.md.
 func (u *upgrade) newNotices(t *testing.T) {
-	u.new.try(t, "exec", "quits", "--", "poweroff", "-f")
-	u.new.run(t, "logs", "--follow", "quits") // until it has ended
+	_, _, _ = u.new.try(t, "exec", "quits", "--", "poweroff", "-f") // which takes the connection with it
+	u.new.run(t, "logs", "--follow", "quits")                       // until it has ended
 	got := u.new.states(t)["quits"]
 	t.Logf("it is %s", got)
 	if got != "stopped" && (u.sameDB || got != "error") {
