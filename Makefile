@@ -81,7 +81,7 @@ fuzz:
 	@GO='$(GO)' scripts/fuzz.sh $(FUZZTIME)
 
 bench: build test-deps
-	$(GO) run ./bench
+	$(GO) run ./bench $(BENCH)
 
 # SOAK is its flags: see bench/soak.go.
 soak: build test-deps

@@ -3,6 +3,7 @@
 // were measured by turns in the same run.
 //
 //	make bench
+//	make bench BENCH="-only starts,list"
 //
 // With the argument soak it saves busy VMs instead, some hundred times:
 //
@@ -12,6 +13,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -38,11 +40,11 @@ const (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	task := run
-	if len(os.Args) > 1 && os.Args[1] == "soak" {
-		task = soak
+	task, args := run, os.Args[1:]
+	if len(args) > 0 && args[0] == "soak" {
+		task, args = soak, args[1:]
 	}
-	err := task(ctx)
+	err := task(ctx, args)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -60,7 +62,13 @@ type bench struct {
 	coldStart, clone time.Duration // medians
 }
 
-func run(ctx context.Context) error {
+// run measures, and prints a table.
+func run(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	only := flags.String("only", "", "measure only these parts, as in starts,list")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
 	program, err := filepath.Abs("bin/smolvm")
 	if err != nil {
 		return err
@@ -71,8 +79,24 @@ func run(ctx context.Context) error {
 	}
 	defer closeAll()
 	b := &bench{ctx: ctx, m: m, dir: dir}
-	for _, step := range []func() error{b.calls, b.cold, b.warm, b.starts, b.pool, b.forks, b.together, b.command(program), b.list} {
-		if err := step(); err != nil {
+	for _, part := range []struct {
+		name    string
+		measure func() error
+	}{
+		{"calls", b.calls},
+		{"cold", b.cold},
+		{"warm", b.warm},
+		{"starts", b.starts},
+		{"pool", b.pool},
+		{"forks", b.forks},
+		{"together", b.together},
+		{"command", b.command(program)},
+		{"list", b.list},
+	} {
+		if *only != "" && !slices.Contains(strings.Split(*only, ","), part.name) {
+			continue
+		}
+		if err := part.measure(); err != nil {
 			return err
 		}
 	}

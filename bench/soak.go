@@ -53,11 +53,12 @@ type soaking struct {
 // soak saves busy VMs with 2 and 4 CPUs again and again, on an idle host and on a loaded
 // one, and checks that every child that is made of them works. What was saved is compared
 // with the guests' memory by a test of package qemu, which is run as part of it.
-func soak(ctx context.Context) error {
+func soak(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("soak", flag.ContinueOnError)
 	saves := flags.Int("saves", 200, "how many forks and snapshots to make")
 	compare := flags.Int("compare", 40, "how many saves to compare with the guest's memory")
-	if err := flags.Parse(os.Args[2:]); err != nil {
+	hosts := flags.String("host", "both", "idle: as it is; loaded: with every CPU kept busy; or both, half of the saves each")
+	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	program, err := filepath.Abs("bin/smolvm")
@@ -70,15 +71,21 @@ func soak(ctx context.Context) error {
 	}
 	defer closeAll()
 	s := &soaking{bench: bench{ctx: ctx, m: m, dir: dir}}
-	for _, loaded := range []bool{false, true} {
+	states, known := map[string][]bool{"idle": {false}, "loaded": {true}, "both": {false, true}}[*hosts]
+	if !known {
+		return fmt.Errorf("-host is %q; it can be idle, loaded or both", *hosts)
+	}
+	cpuCounts := []int{2, 4}
+	runs := len(states) * len(cpuCounts)
+	for _, loaded := range states {
 		stop := func() {}
 		if loaded {
 			stop = load()
 		}
-		for _, cpus := range []int{2, 4} {
+		for _, cpus := range cpuCounts {
 			before, began := *s, time.Now()
-			if err = s.parent(cpus, *saves/4); err == nil {
-				err = s.compare(cpus, *compare/4)
+			if err = s.parent(cpus, *saves/runs); err == nil {
+				err = s.compare(cpus, *compare/runs)
 			}
 			if err != nil {
 				break
