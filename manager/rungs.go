@@ -9,8 +9,10 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -287,6 +289,10 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	if opts.Spec.Greeting != nil {
 		report.Verified, err = verify(*opts.Spec.Greeting, identity, rung != smolvm.RungCold)
 	}
+	if err == nil && rung != smolvm.RungCold && opts.Spec.Greeting != nil {
+		err = s.useGuest(ctx, opts)
+		report.Timeline = append(report.Timeline, smolvm.Phase{Name: "first use", Duration: time.Since(s.phaseBegan) - sum(phases)})
+	}
 	if err == nil {
 		err = s.m.store.MarkStarted(context.WithoutCancel(ctx), s.vm.ID, store.Started{
 			Run:         opts.Spec.Run,
@@ -316,6 +322,7 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 		ctx := context.WithoutCancel(ctx)
 		launched.Abort(ctx)
 		// If the shim has not come to it, so that the next rung can be tried.
+		s.m.forgetClient(s.vm.ID)
 		_, endErr := s.m.store.MarkEnded(ctx, s.vm.ID, opts.Spec.Run, s.vm.State, err.Error(), time.Now().UTC())
 		return errors.Join(err, endErr)
 	}
@@ -323,6 +330,37 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	s.report, s.started = report, true
 	s.phaseBegan = time.Now()
 	return nil
+}
+
+// useGuest returns when a guest that was restored has run a program, so that none is
+// handed out that can't. Meanwhile it logs in: most who start a VM run a command next, and
+// the guest has another CPU for it.
+func (s *starting) useGuest(ctx context.Context, opts shim.LaunchOptions) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, opts.Spec.ReadyTimeout, smolvm.ErrBootTimeout)
+	defer cancel()
+	vm := s.vm
+	vm.Run = opts.Spec.Run
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		_, err := s.m.clientOf(ctx, vm)
+		return err
+	})
+	group.Go(func() error {
+		conn, err := shim.NewClient(opts.Spec.RuntimeDir).DialAgent(ctx)
+		if err != nil {
+			return err
+		}
+		return agent.AwaitProgram(ctx, conn)
+	})
+	return group.Wait()
+}
+
+// sum adds up phases.
+func sum(phases []smolvm.Phase) (total time.Duration) {
+	for _, phase := range phases {
+		total += phase.Duration
+	}
+	return total
 }
 
 // after has made what makes the next start of this kind faster.

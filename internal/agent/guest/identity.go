@@ -24,11 +24,8 @@ func (a *agent) become(greeting wire.Greeting) (identity wire.Identity, warnings
 			warnings = append(warnings, err.Error())
 		}
 	}
-	rehearsed := make(chan error, 1)
-	if a.first {
-		rehearsed <- nil
-	} else {
-		go func() { rehearsed <- a.rehearse() }()
+	if !a.first {
+		a.rehearsal.begin(a.rehearse)
 	}
 	adopted := make(chan error, 1)
 	go func() { adopted <- a.network.adopt(greeting.Network) }()
@@ -44,9 +41,6 @@ func (a *agent) become(greeting wire.Greeting) (identity wire.Identity, warnings
 		return identity, warnings, err
 	}
 	identity = a.identity()
-	if err := <-rehearsed; err != nil {
-		return identity, warnings, err
-	}
 	if a.network.ready(greeting.Network) {
 		return identity, warnings, nil
 	}

@@ -88,6 +88,7 @@ type agent struct {
 	shutdown func(wire.Shutdown)
 
 	first     bool // no greeting has been answered yet
+	rehearsal rehearsal
 	network   guestNetwork
 	listening bool // on the guest's network; used by connect only
 }

@@ -103,7 +103,7 @@ func (a *agent) serveStream(stream net.Conn) {
 	if wire.Read(conn, &control) != nil {
 		return
 	}
-	_ = wire.Write(stream, obey(control))
+	_ = wire.Write(stream, a.obey(control))
 	if control.Shutdown != nil {
 		_ = stream.Close()
 		a.shutdown(*control.Shutdown)
@@ -111,13 +111,15 @@ func (a *agent) serveStream(stream net.Conn) {
 }
 
 // obey does what a control asks for, but for a shutdown, which comes after the answer.
-func obey(control wire.Control) wire.ControlAnswer {
+func (a *agent) obey(control wire.Control) wire.ControlAnswer {
 	var err error
 	switch {
 	case control.Sync:
 		unix.Sync()
 	case control.Clock != nil:
 		err = setClock(*control.Clock)
+	case control.Rehearsed:
+		err = a.rehearsal.wait()
 	}
 	if err != nil {
 		return wire.ControlAnswer{Error: err.Error()}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -33,11 +34,50 @@ func (a *agent) warmUp() {
 // a second.
 const lifeTime = 20 * time.Second
 
-// rehearse runs a program while a guest that was restored takes on its identity, and
-// returns when it has ended: no guest is handed out that can't start programs. Its
-// emulator begins with no translated code and its memory is all to be fetched, so the
-// first program to start pays 50 ms that the kernel's fork, exec and exit need; here
-// another CPU pays them that has nothing to do yet.
+// rehearsal is a first program that runs while the host goes on with other things. The
+// zero value is one that has succeeded.
+type rehearsal struct {
+	mu    sync.Mutex
+	ended chan struct{} // nil: there is none
+	err   error         // to be read when it has ended
+}
+
+// begin starts a rehearsal in place of the last one.
+func (r *rehearsal) begin(run func() error) {
+	ended := make(chan struct{})
+	r.mu.Lock()
+	r.ended, r.err = ended, nil
+	r.mu.Unlock()
+	go func() {
+		err := run()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.ended == ended {
+			r.err = err
+		}
+		close(ended)
+	}()
+}
+
+// wait returns the rehearsal's error when it has ended.
+func (r *rehearsal) wait() error {
+	r.mu.Lock()
+	ended := r.ended
+	r.mu.Unlock()
+	if ended == nil {
+		return nil
+	}
+	<-ended
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.err
+}
+
+// rehearse runs a program in a guest that was restored, and returns when it has ended:
+// the host hands no guest out that can't start programs. Its emulator begins with no
+// translated code and its memory is all to be fetched, so the first program to start pays
+// 50 ms that the kernel's fork, exec and exit need. Another CPU pays them here, while the
+// guest takes on its identity and the host logs in.
 func (a *agent) rehearse() error {
 	noop := &job{argv: []string{"true"}, noStdin: true, stdout: io.Discard, stderr: io.Discard}
 	err := noop.start(a.reaper)
