@@ -275,6 +275,7 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 		greeting.BootID = shim.NewBootID()
 		opts.Spec.Greeting = &greeting
 	}
+	written := s.persistDisk(rung)
 	launched, err := launch(ctx, opts)
 	if s.ran = err == nil || shim.GuestRan(err); err != nil {
 		return err
@@ -292,6 +293,9 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	if err == nil && rung != smolvm.RungCold && opts.Spec.Greeting != nil {
 		err = s.useGuest(ctx, opts)
 		report.Timeline = append(report.Timeline, smolvm.Phase{Name: "first use", Duration: time.Since(s.phaseBegan) - sum(phases)})
+	}
+	if err == nil {
+		err = <-written
 	}
 	if err == nil {
 		err = s.m.store.MarkStarted(context.WithoutCancel(ctx), s.vm.ID, store.Started{
@@ -361,6 +365,18 @@ func sum(phases []smolvm.Phase) (total time.Duration) {
 		total += phase.Duration
 	}
 	return total
+}
+
+// persistDisk has a new disk on stable storage, while the guest starts: a VM that is written
+// down as started must have it after a power cut. That of a VM from a pool is older.
+func (s *starting) persistDisk(rung smolvm.Rung) <-chan error {
+	done := make(chan error, 1)
+	if s.vm.DiskPath == "" || s.vm.State != smolvm.StateCreated || rung == smolvm.RungPool {
+		done <- nil
+		return done
+	}
+	go func() { done <- s.m.disks.Persist(s.vm.DiskPath) }()
+	return done
 }
 
 // after has made what makes the next start of this kind faster.

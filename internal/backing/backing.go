@@ -105,6 +105,18 @@ func (d *Disks) Derive(ctx context.Context, o Overlay) error {
 	return d.Create(ctx, o)
 }
 
+// Persist has a disk, and its name, on stable storage.
+func (d *Disks) Persist(path string) error {
+	file, err := os.Open(path)
+	if err == nil {
+		err = errors.Join(file.Sync(), file.Close(), disk.SyncDir(filepath.Dir(path)))
+	}
+	if err != nil {
+		return fmt.Errorf("write disk out: %w", err)
+	}
+	return nil
+}
+
 // nameOf is the name by which a header has a base.
 func (d *Disks) nameOf(base string) string {
 	name := d.dir.Rel(base)
