@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -73,8 +74,8 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 	return info, nil
 }
 
-// create makes a VM of an image whose disk is to be an overlay of base.
-func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, base string) (store.VM, error) {
+// create makes a VM of an image whose disk is to be made over the disk of a snapshot.
+func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, layer string) (store.VM, error) {
 	began := time.Now()
 	backend, _, err := m.check(&config)
 	if err != nil {
@@ -86,7 +87,7 @@ func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, ba
 	}
 	defer release()
 	config.Backend = backend.Name
-	vm, _, err := m.make(ctx, config, backend, digest, base)
+	vm, _, err := m.make(ctx, config, backend, digest, layer)
 	if err != nil {
 		return store.VM{}, err
 	}
@@ -94,15 +95,14 @@ func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, ba
 	return vm, nil
 }
 
-// make makes the VM's row and its disk: both or neither. Base is what the disk is to be
-// an overlay of; empty: what the configuration says.
-func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, base string) (store.VM, []smolvm.Phase, error) {
+// make makes the VM's row and its disk: both or neither. Layer is as in [store.VM].
+func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, layer string) (store.VM, []smolvm.Phase, error) {
 	began := time.Now()
 	lock, err := m.lock(ctx, config.ID)
 	if err != nil {
 		return store.VM{}, nil, err
 	}
-	vm, err := m.reserve(ctx, config, backend, digest, base)
+	vm, err := m.reserve(ctx, config, backend, digest, layer)
 	if err != nil {
 		if errors.Is(err, smolvm.ErrVMAlreadyExists) {
 			lock.unlock()
@@ -111,12 +111,10 @@ func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.
 		}
 		return store.VM{}, nil, err
 	}
+	step.Reached(ctx, "create/reserved")
 	reserved := time.Now()
-	if base != "" {
-		err = m.rebase(ctx, vm, base, disk.QCOW2)
-	} else {
-		err = m.ensureDisk(ctx, vm)
-	}
+	err = m.ensureDisk(ctx, vm)
+	step.Reached(ctx, "create/disk")
 	if err == nil && config.Ephemeral {
 		err = m.own(vm.ID)
 	}
@@ -202,13 +200,22 @@ func checkDiskSize(config smolvm.VMConfig, root disk.Info) error {
 }
 
 // reserve makes the VM's row with all its leases, in one transaction.
-func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, base string) (store.VM, error) {
+func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, layer string) (store.VM, error) {
 	hostKey, err := newKey("smolvm host " + config.ID)
 	if err != nil {
 		return store.VM{}, err
 	}
 	path := m.diskPath(config, backend)
-	if base == "" && path != "" && path != config.RootfsPath {
+	base := layer
+	switch {
+	case layer != "":
+		// If there is a VM of that id, it is its disk.
+		if _, err := m.store.GetVM(ctx, config.ID); errors.Is(err, smolvm.ErrVMNotFound) {
+			if err := refuseRetained(path); err != nil {
+				return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
+			}
+		}
+	case path != "" && path != config.RootfsPath:
 		if base, _, err = m.usualBase(ctx, config, digest); err != nil {
 			return store.VM{}, err
 		}
@@ -218,6 +225,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 		Image:     digest,
 		Backend:   backend.Name,
 		DiskPath:  path,
+		Layer:     layer,
 		Base:      base,
 		LogPath:   m.dir.Console(config.ID),
 		MachineID: newMachineID(),
@@ -235,6 +243,19 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 	return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
 }
 
+// refuseRetained fails if there is a disk already where one is to be made over the disk of
+// a snapshot: what it holds would be lost, or taken for what the snapshot holds.
+func refuseRetained(path string) error {
+	_, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("find disk: %w", err)
+	}
+	return fmt.Errorf("the disk of an earlier VM of that id was retained: %s; choose another id, or move it away", path)
+}
+
 // diskPath is where the VM's root disk is: its own, or in shared mode the root
 // file system itself. A VM without a root file system has none.
 func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits) string {
@@ -246,7 +267,18 @@ func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits) string {
 	}
 }
 
-// usualBase returns the file that a VM's own disk is based on when it is new.
+// baseOf returns the file that a VM's own disk is based on when it is new.
+func (m *Manager) baseOf(ctx context.Context, vm store.VM) (path, format string, err error) {
+	if vm.Layer == "" {
+		return m.usualBase(ctx, vm.Config, vm.Image)
+	}
+	if _, err := os.Stat(vm.Layer); err != nil {
+		return "", "", fmt.Errorf("the disk of the snapshot that it is restored from is missing: %w; delete the VM, and restore it anew", err)
+	}
+	return vm.Layer, disk.QCOW2, nil
+}
+
+// usualBase returns the root file system of a VM that is not restored from a snapshot.
 func (m *Manager) usualBase(ctx context.Context, config smolvm.VMConfig, digest string) (path, format string, err error) {
 	if digest == "" {
 		return config.RootfsPath, string(config.RootfsFormat), nil
@@ -283,9 +315,12 @@ func (m *Manager) ensureDisk(ctx context.Context, vm store.VM) error {
 	case vm.State != smolvm.StateCreated || vm.DiskPath == vm.Config.RootfsPath:
 		return fmt.Errorf("its disk %s is missing; put it back, or delete the VM", vm.DiskPath)
 	}
-	base, format, err := m.usualBase(ctx, vm.Config, vm.Image)
-	if err != nil {
+	overlay := backing.Overlay{Path: vm.DiskPath, Size: vm.Config.DiskSizeMiB << 20}
+	if overlay.Base, overlay.BaseFormat, err = m.baseOf(ctx, vm); err != nil {
 		return err
 	}
-	return m.disks.Create(ctx, backing.Overlay{Path: vm.DiskPath, Base: base, BaseFormat: format, Size: vm.Config.DiskSizeMiB << 20})
+	if vm.Layer == "" {
+		return m.disks.Create(ctx, overlay)
+	}
+	return m.disks.Derive(ctx, overlay)
 }

@@ -76,6 +76,9 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from
 	if vm.State == smolvm.StateError {
 		s.warn(fmt.Errorf("it had failed (%s); it was booted from its disk, which is as after a power cut", vm.Cause))
 	}
+	if vm.State == smolvm.StateCreated && vm.Layer != "" && from == nil {
+		s.warn(errors.New("it was to go on from a snapshot, or as a fork, and that was cut short; it was booted from the disk of that"))
+	}
 	if err := m.ensureDisk(ctx, vm); err != nil {
 		return vm, nil, fmt.Errorf("start VM %q: %w", vm.ID, err)
 	}
@@ -143,7 +146,8 @@ func (s *starting) warn(err error) { s.report.Warnings = append(s.report.Warning
 // start; that a rung can't be had is none.
 func (s *starting) fast(ctx context.Context) error {
 	config := s.vm.Config
-	if s.opts.Cold || !s.m.config.usesTemplates() || s.vm.State != smolvm.StateCreated || !config.UsesImage() || !disk.Pristine(s.vm.DiskPath) {
+	if s.opts.Cold || !s.m.config.usesTemplates() || s.vm.State != smolvm.StateCreated || !config.UsesImage() ||
+		s.vm.Layer != "" || !disk.Pristine(s.vm.DiskPath) {
 		return nil
 	}
 	r, err := s.m.recipeOf(config, s.vm.Image, s.vm.Backend, s.launch.Spec.VMM)
@@ -213,9 +217,13 @@ func notRestored(why error) error {
 }
 
 func (s *starting) restoreOnce(ctx context.Context, from savedGuest) error {
+	// The disk of a VM that is just being restored is what it is to be.
+	made := !s.touched && s.vm.State == smolvm.StateCreated && s.vm.Layer == from.base && disk.Pristine(s.vm.DiskPath)
 	s.touched = true
-	if err := s.m.rebase(ctx, s.vm, from.base, disk.QCOW2); err != nil {
-		return err
+	if !made {
+		if err := s.m.rebase(ctx, s.vm, from.base, disk.QCOW2); err != nil {
+			return err
+		}
 	}
 	s.phase("disk")
 	launch := s.launch
@@ -250,7 +258,7 @@ func (s *starting) missed(ctx context.Context, rung smolvm.Rung, source string, 
 // cold boots the VM, from a disk as it was before other rungs were tried.
 func (s *starting) cold(ctx context.Context, from *savedGuest) error {
 	if s.touched {
-		base, format, err := s.m.usualBase(ctx, s.vm.Config, s.vm.Image)
+		base, format, err := s.m.baseOf(ctx, s.vm)
 		if from != nil {
 			base, format, err = from.base, disk.QCOW2, nil
 		}

@@ -7,7 +7,7 @@
 //	               id (unique), state
 //	               vcpus, memory_mib, image_name, options: what was asked for
 //	               lease (unique): the index from which addresses follow
-//	               image, disk_path, host_key, ...: decided at creation
+//	               image, disk_path, layer, host_key, ...: decided at creation
 //	               run, pid, shim_pid, cause, ...: the current or last run
 //	   ^
 //	   | vm        deleting a VM deletes its ports

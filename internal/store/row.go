@@ -19,7 +19,7 @@ import (
 
 // vmColumns are the columns of table vms, in the order of [row.fields].
 const vmColumns = `seq, id, state, vcpus, memory_mib, image_name, options,
-	lease, image, backend, disk_path, log_path, machine_id, host_key, created_at,
+	lease, image, backend, disk_path, layer, log_path, machine_id, host_key, created_at,
 	run, pid, pid_start, shim_pid, shim_start, boot_id, accelerator, cause, started_at, stopped_at`
 
 // row is a VM as table vms has it.
@@ -38,7 +38,7 @@ func (r *row) fields() []any {
 		number[int]{&r.Config.MemoryMiB}, text[string]{&r.Config.Image}, text[string]{&r.options},
 
 		number[int]{&r.Lease}, text[string]{&r.Image}, text[string]{&r.Backend}, file{r.root, &r.DiskPath},
-		file{r.root, &r.LogPath}, text[string]{&r.MachineID}, text[string]{&r.HostKey}, moment{&r.CreatedAt},
+		file{r.root, &r.Layer}, file{r.root, &r.LogPath}, text[string]{&r.MachineID}, text[string]{&r.HostKey}, moment{&r.CreatedAt},
 
 		text[string]{&r.Run}, number[int]{&r.PID}, number[uint64]{&r.PIDStart}, number[int]{&r.ShimPID},
 		number[uint64]{&r.ShimStart}, text[string]{&r.BootID}, text[string]{&r.Accelerator}, text[string]{&r.Cause},

@@ -32,6 +32,9 @@ type VM struct {
 	Backend string
 	// DiskPath is the root disk, LogPath keeps the guest's console.
 	DiskPath, LogPath string
+	// Layer is the disk of a snapshot that the VM's own was made over, or is to be. Empty:
+	// that is the root file system of the image, or of the configuration.
+	Layer string
 	// MachineID and HostKey are the guest's identity: its /etc/machine-id, and the
 	// private key of its SSH server in PEM.
 	MachineID, HostKey string
@@ -59,8 +62,9 @@ type NewVM struct {
 	// Config with its defaults filled in.
 	Config smolvm.VMConfig
 	// These are as in [VM].
-	Image, Backend, DiskPath, LogPath, MachineID, HostKey string
-	// Base is the file that the disk is to be based on; empty: none.
+	Image, Backend, DiskPath, Layer, LogPath, MachineID, HostKey string
+	// Base is the file that the disk is to be based on, which is Layer if that is not
+	// empty; empty: none.
 	Base string
 	// PortFree reports whether no other program has a host port that no VM has. It is
 	// asked about the ports that the store chooses, and must be quick. Nil: all
@@ -86,6 +90,7 @@ func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 		Image:     n.Image,
 		Backend:   n.Backend,
 		DiskPath:  n.DiskPath,
+		Layer:     n.Layer,
 		LogPath:   n.LogPath,
 		MachineID: n.MachineID,
 		HostKey:   n.HostKey,
