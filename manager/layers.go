@@ -4,14 +4,20 @@ import (
 	"context"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
-// rebase makes a VM's disk anew, as an overlay of base.
+// rebase makes a VM's disk anew, as an overlay of base. A VM without a disk has none after
+// that either.
 func (m *Manager) rebase(ctx context.Context, vm store.VM, base, format string) error {
+	if vm.DiskPath == "" {
+		return nil
+	}
 	return m.disks.Derive(ctx, backing.Overlay{
 		Path: vm.DiskPath, Base: base, BaseFormat: format, Size: vm.Config.DiskSizeMiB << 20, Replace: true,
+		Sync: vm.State != smolvm.StateCreated, // it takes the place of one with data
 	})
 }
 

@@ -59,7 +59,7 @@ type starting struct {
 	ran        bool // the guest, in the last attempt
 	// confirm commits a start; nil: it is just committed.
 	confirm func(context.Context, *shim.Launched) error
-	// touched says that the disk is not as it was when the start began.
+	// touched says that the disk is not, or may not be, what a boot is to begin with.
 	touched bool
 	// lock is that of the template that is to be made of this start's kind.
 	lock   *os.File
@@ -73,8 +73,12 @@ type starting struct {
 func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from *savedGuest, damage error) (_ store.VM, _ *smolvm.StartReport, err error) {
 	s := &starting{m: m, vm: vm, opts: opts, phaseBegan: time.Now()}
 	defer s.close()
-	if vm.State == smolvm.StateError {
+	s.touched = from != nil && vm.State != smolvm.StateCreated // its own disk is not that of the snapshot
+	if vm.State == smolvm.StateError && from == nil {
 		s.warn(fmt.Errorf("it had failed (%s); it was booted from its disk, which is as after a power cut", vm.Cause))
+	}
+	if from == nil {
+		_ = os.Remove(m.keptDisk(vm.ID)) // of a process that was killed
 	}
 	if vm.State == smolvm.StateCreated && vm.Layer != "" && from == nil {
 		s.warn(errors.New("it was to go on from a snapshot, or as a fork, and that was cut short; it was booted from the disk of that"))

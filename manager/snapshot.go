@@ -27,7 +27,9 @@ type snapshotMeta struct {
 	Config   smolvm.VMConfig `json:"config"`
 	Image    string          `json:"image"`
 	Hardware hardware        `json:"hardware"`
-	// Layer is the name of the disk's layer.
+	// MachineID is the VM's, by which it is told from a later one of the same id.
+	MachineID string `json:"machine_id,omitempty"`
+	// Layer is the name of the disk's layer; empty for a VM without a disk.
 	Layer  string        `json:"layer"`
 	Pause  time.Duration `json:"pause_ns"`
 	Held   bool          `json:"held,omitempty"` // as in [vmm.Saved]
@@ -61,9 +63,12 @@ type SnapshotOptions struct {
 // The VM goes on; how long it was held is told. A snapshot is whole or not there,
 // whatever is killed in the middle of it.
 //
+// A guest without an agent can't be told to write out its file systems, nor, later, that it
+// is another VM: its snapshot can only be restored in place. See [RestoreOptions].
+//
 // The error matches [smolvm.ErrSnapshotAlreadyExists], [smolvm.ErrInvalidState] if the
 // VM does not run, or [smolvm.ErrUnsupported] if it has drives that are written to
-// beside its own disk, or no agent.
+// beside its own disk.
 func (m *Manager) CreateSnapshot(ctx context.Context, id string, opts SnapshotOptions) (smolvm.Snapshot, error) {
 	began := time.Now()
 	name := opts.Name
@@ -130,10 +135,7 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 
 func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, error) {
 	config := vm.Config
-	switch {
-	case !config.UsesImage():
-		return snapshotMeta{}, fmt.Errorf("%w: a guest without an agent can't be given another identity", smolvm.ErrUnsupported)
-	case config.DiskMode != smolvm.DiskIsolated:
+	if config.DiskMode != smolvm.DiskIsolated {
 		return snapshotMeta{}, fmt.Errorf("%w: the disk is shared", smolvm.ErrUnsupported)
 	}
 	for _, drive := range config.Drives {
@@ -149,13 +151,23 @@ func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, 
 	if err != nil {
 		return snapshotMeta{}, err
 	}
-	return snapshotMeta{VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, Layer: "snapshot-" + newRun()}, nil
+	meta := snapshotMeta{VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, MachineID: vm.MachineID}
+	if vm.DiskPath != "" {
+		meta.Layer = "snapshot-" + newRun()
+	}
+	return meta, nil
 }
 
 // saveInto saves a VM. Its disk becomes a layer, of which the VM gets an overlay that
 // has the disk's name from then on. Until that moment the layer is but another name of
 // the disk, so neither can be lost.
 func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Draft, layer string) (saved shim.Saved, err error) {
+	save := shim.Save{Memory: draft.Path(snapshot.MemoryFile), State: draft.Path(snapshot.StateFile)}
+	client := shim.NewClient(m.runtimeDir(vm.ID))
+	if layer == "" {
+		draft.Diskless = true
+		return client.Save(ctx, save)
+	}
 	// The shim gives it the disk's name, or removes it. Its own name is of this saving
 	// only: the shim may still be at that of another process that was killed.
 	overlay := filepath.Join(m.vmDir(vm.ID), layer+backing.OverlaySuffix)
@@ -170,12 +182,8 @@ func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Dra
 	}
 	// The lock of the layers is not held meanwhile: the draft has the layer's file too, and
 	// keeps it.
-	saved, err = shim.NewClient(m.runtimeDir(vm.ID)).Save(ctx, shim.Save{
-		Memory: draft.Path(snapshot.MemoryFile),
-		State:  draft.Path(snapshot.StateFile),
-		Drives: []shim.SavedDrive{{Number: 0, Layer: m.dir.Layer(layer), Overlay: overlay, Path: vm.DiskPath}},
-	})
-	if err != nil {
+	save.Drives = []shim.SavedDrive{{Number: 0, Layer: m.dir.Layer(layer), Overlay: overlay, Path: vm.DiskPath}}
+	if saved, err = client.Save(ctx, save); err != nil {
 		return saved, err
 	}
 	return saved, errors.Join(m.store.AddBase(ctx, vm.DiskPath, m.dir.Layer(layer)), disk.SyncDir(m.DiskDir()))
@@ -244,6 +252,11 @@ type RestoreOptions struct {
 	// ID of the VM. Empty: that of the VM which the snapshot was taken of, if there
 	// is none of that id any more, else a new one.
 	ID string
+	// InPlace has the VM which the snapshot was taken of go back to it, instead of making
+	// another. That VM must not run. It has the CPUs, the memory and the disks of then;
+	// what its disk has held since is lost. Its ports, labels and the rest of its
+	// configuration stay.
+	InPlace bool
 	// Ephemeral as in [smolvm.VMConfig].
 	Ephemeral bool
 	// Start says how to start it. Cold boots from the snapshot's disk.
@@ -256,7 +269,11 @@ type RestoreOptions struct {
 // RestoreSnapshot makes a VM that goes on where a snapshot was taken, with an identity
 // of its own. If the memory can't be used, because it is damaged or the VMM has been
 // upgraded since, the error matches [smolvm.ErrNotRestored], unless the options allow the
-// VM to boot from the snapshot's disk. On failure there is no new VM.
+// VM to boot from the snapshot's disk. On failure there is no new VM, and one that was to
+// be restored in place is as it was.
+//
+// A guest without an agent can't be given another identity: the error matches
+// [smolvm.ErrUnsupported] unless its VM is restored in place. Its clock is not set then.
 func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts RestoreOptions) (smolvm.VMInfo, error) {
 	found, err := m.snapshots.Get(name)
 	if err != nil {
@@ -275,7 +292,14 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts Restore
 		must:      !opts.AllowCold,
 		doubts:    meta.doubts(name),
 	}
+	if !opts.InPlace && !meta.Config.UsesImage() {
+		return smolvm.VMInfo{}, fmt.Errorf("restore snapshot %q: %w: its guest has no agent that could give it another identity, so there would be two VMs of the same address and keys; stop VM %q and restore it in place",
+			name, smolvm.ErrUnsupported, meta.VMID)
+	}
 	damage := m.snapshots.Verify(ctx, found, m.bootID())
+	if opts.InPlace {
+		return m.restoreInPlace(ctx, meta, from, damage, opts)
+	}
 	return m.revive(ctx, meta, from, damage, opts)
 }
 
@@ -322,12 +346,32 @@ func (m *Manager) compatible(ctx context.Context, vm store.VM, saved hardware) e
 	if err != nil {
 		return err
 	}
-	was, _ := json.Marshal(saved)
-	is, _ := json.Marshal(now)
-	if string(was) != string(is) {
-		return fmt.Errorf("it was saved by another VMM or on another host: %s then, %s now", was, is)
+	if what := saved.difference(now); what != "" {
+		return fmt.Errorf("it was saved by another VMM or on another host: %s", what)
 	}
 	return nil
+}
+
+// difference says in what some hardware differs from what there is now; empty: in nothing.
+func (h hardware) difference(now hardware) string {
+	for _, part := range []struct {
+		name    string
+		was, is any
+	}{
+		{"backend", h.Backend, now.Backend},
+		{"accelerator", h.Accelerator, now.Accelerator},
+		{"program of the VMM", h.Program, now.Program},
+		{"layout of the devices", h.Layout, now.Layout},
+		{"CPU", h.CPU, now.CPU},
+		{"number of CPUs", h.VCPUs, now.VCPUs},
+		{"memory in MiB", h.MemoryMiB, now.MemoryMiB},
+		{"disks", fmt.Sprintf("%+v", h.Drives), fmt.Sprintf("%+v", now.Drives)},
+	} {
+		if part.was != part.is {
+			return fmt.Sprintf("its %s was %v, and is %v now", part.name, part.was, part.is)
+		}
+	}
+	return ""
 }
 
 // ForkOptions are the options of [Manager.Fork].
@@ -356,6 +400,9 @@ type Forked struct {
 func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked, error) {
 	began := time.Now()
 	count := max(opts.Count, len(opts.IDs), 1)
+	if vm, err := m.lookup(ctx, id); err == nil && !vm.Config.UsesImage() {
+		return Forked{}, fmt.Errorf("fork VM %q: %w: its guest has no agent that could give a child another identity", id, smolvm.ErrUnsupported)
+	}
 	draft, meta, err := m.save(ctx, id, "fork-"+newRun())
 	if err != nil {
 		return Forked{}, err

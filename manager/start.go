@@ -54,12 +54,17 @@ func (m *Manager) Start(ctx context.Context, id string, opts StartOptions) (smol
 // startFrom is Start of a VM that is to go on from a saved guest, if that is not nil, and
 // nothing is wrong with it.
 func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
-	began := time.Now()
 	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
 	defer lock.unlock()
+	return m.startLocked(ctx, vm, opts, from, damage)
+}
+
+// startLocked is startFrom for the holder of the VM's lock.
+func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
+	began, id := time.Now(), vm.ID
 	if vm.State.Alive() {
 		return smolvm.VMInfo{}, stateError("start", vm)
 	}

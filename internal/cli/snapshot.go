@@ -87,12 +87,18 @@ of its own; what was connected to the other VM is not connected to this one.
 
 If the snapshot's memory can't be used, because it is damaged or QEMU was upgraded
 since, that is an error, and no VM is made. With --allow-cold the VM boots from the
-snapshot's disk then, and a warning says so; with --cold it does in any case.`,
-		Example: "  smolvm snapshot restore ready\n  smolvm snapshot restore --id web-2 ready",
+snapshot's disk then, and a warning says so; with --cold it does in any case.
+
+With --in-place no VM is made: the saved one, which must not run, goes back to the
+snapshot under its own id, and what its disk has held since is lost. If it can't go
+on from there, it stays as it is. A VM with a kernel of its own, whose guest has no
+agent to give it another identity, can be restored in no other way.`,
+		Example: "  smolvm snapshot restore ready\n  smolvm snapshot restore --id web-2 ready\n  smolvm snapshot restore --in-place ready",
 		Args:    needs(1, 1, "the name of a snapshot"),
 	}
 	cmd.Flags().StringVar(&options.ID, "id", "", "`ID` of the VM (default: that of the saved VM if it is gone, else made up)")
 	complete(cmd, "id", words())
+	cmd.Flags().BoolVar(&options.InPlace, "in-place", false, "have the saved VM itself go back to the snapshot")
 	startFlags(cmd, &options.Start)
 	allowColdFlag(cmd, &options.AllowCold)
 	timings := timingsFlag(cmd)

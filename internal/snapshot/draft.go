@@ -17,6 +17,9 @@ import (
 
 // Draft is a snapshot that is being made.
 type Draft struct {
+	// Diskless says that the guest has no disk.
+	Diskless bool
+
 	store *Store
 	name  string
 	dir   string
@@ -69,6 +72,9 @@ func (d *Draft) Commit(ctx context.Context, meta any, bootID string) (Snapshot, 
 	r := record{CreatedAt: time.Now().UTC(), Meta: text}
 	checked := check{BootID: bootID, Files: map[string]stamp{}}
 	for _, name := range []string{MemoryFile, StateFile, DiskFile} {
+		if name == DiskFile && d.Diskless {
+			continue
+		}
 		f := file{Name: name}
 		if f.Sum, err = disk.Sum(ctx, d.Path(name)); err == nil {
 			err = syncFile(d.Path(name))

@@ -28,7 +28,7 @@ import (
 const (
 	MemoryFile = "memory"
 	StateFile  = "state"
-	DiskFile   = "disk.qcow2" // its root disk, as it was
+	DiskFile   = "disk.qcow2" // its root disk, as it was, if it has one
 
 	recordFile  = "snapshot.json"
 	checkedFile = "checked.json"
