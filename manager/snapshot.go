@@ -186,7 +186,7 @@ func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Dra
 	if saved, err = client.Save(ctx, save); err != nil {
 		return saved, err
 	}
-	return saved, errors.Join(m.store.AddBase(ctx, vm.DiskPath, m.dir.Layer(layer)), disk.SyncDir(m.DiskDir()))
+	return saved, errors.Join(m.store.PersistBase(ctx, vm.DiskPath, m.dir.Layer(layer)), disk.SyncDir(m.DiskDir()))
 }
 
 // makeLayer makes a disk a layer and the disk of a draft as well, and an overlay of it.

@@ -19,6 +19,18 @@ func (s *Store) insertBase(ctx context.Context, tx *sql.Tx, path, base string) e
 	return err
 }
 
+// PersistBase is [Store.AddBase] of what must survive a power cut once it has returned, with
+// all that was written before.
+func (s *Store) PersistBase(ctx context.Context, path, base string) error {
+	return s.updateDurably(ctx, func(tx *sql.Tx) error {
+		// A row that is there already may not be on the disk yet: what is not written is not
+		// waited for.
+		_, err := tx.ExecContext(ctx, "INSERT OR REPLACE INTO bases (path, base) VALUES (?, ?)",
+			file{s.root, &path}, file{s.root, &base})
+		return err
+	})
+}
+
 // RemoveBase takes back what [Store.AddBase] has written down.
 func (s *Store) RemoveBase(ctx context.Context, path, base string) error {
 	return s.update(ctx, func(tx *sql.Tx) error {

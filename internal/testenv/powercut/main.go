@@ -119,7 +119,12 @@ func (s site) save(ctx context.Context, id, path string) error {
 	if err != nil {
 		return err
 	}
-	return s.disks.Derive(ctx, backing.Overlay{Path: path, Base: s.dir.Layer("layer-" + id), BaseFormat: disk.QCOW2, Replace: true, Sync: true})
+	layer := s.dir.Layer("layer-" + id)
+	err = s.disks.Derive(ctx, backing.Overlay{Path: path, Base: layer, BaseFormat: disk.QCOW2, Replace: true, Sync: true})
+	if err != nil {
+		return err
+	}
+	return s.state.PersistBase(ctx, path, layer)
 }
 
 // check prints what is not as the lines on standard input say.
