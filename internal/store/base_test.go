@@ -68,12 +68,13 @@ func TestNamesAreRelative(t *testing.T) {
 	s := openTemp(t, Options{})
 	root := filepath.Dir(s.Path())
 	n := newVM("web")
-	n.DiskPath, n.LogPath, n.Base = root+"/disks/web.qcow2", root+"/vms/web/console.log", root+"/images/x/rootfs"
+	n.DiskPath, n.LogPath, n.Layer = root+"/disks/web.qcow2", root+"/vms/web/console.log", root+"/layers/saved.qcow2"
+	n.Base = n.Layer
 	mustCreate(t, s, n)
 	if err := s.AddBase(t.Context(), n.DiskPath, root+"/layers/l.qcow2"); err != nil {
 		t.Fatal(err)
 	}
-	for table, columns := range map[string][]string{"vms": {"disk_path", "log_path"}, "bases": {"path", "base"}} {
+	for table, columns := range map[string][]string{"vms": {"disk_path", "log_path", "layer"}, "bases": {"path", "base"}} {
 		for _, column := range columns {
 			names, err := s.texts(t.Context(), fmt.Sprintf("SELECT %s FROM %s", column, table))
 			if err != nil || len(names) == 0 || slices.ContainsFunc(names, func(name string) bool { return strings.HasPrefix(name, "/") }) {
@@ -82,7 +83,7 @@ func TestNamesAreRelative(t *testing.T) {
 		}
 	}
 	vm, err := s.GetVM(t.Context(), "web")
-	if err != nil || vm.DiskPath != n.DiskPath || vm.LogPath != n.LogPath {
+	if err != nil || vm.DiskPath != n.DiskPath || vm.LogPath != n.LogPath || vm.Layer != n.Layer {
 		t.Errorf("it is read as %+v, %v", vm, err)
 	}
 	users, err := s.BasedOn(t.Context(), n.Base)
