@@ -204,23 +204,41 @@ func selectPorts(ctx context.Context, tx *sql.Tx, vms []VM, bySeq map[int64]int)
 	}
 	defer func() { _ = rows.Close() }()
 	var seq int64
-	var ssh bool
-	var f smolvm.PortForward
-	fields := []any{&seq, &ssh, text[smolvm.Protocol]{&f.Protocol}, address{&f.HostAddr}, number[int]{&f.HostPort}, number[int]{&f.GuestPort}}
+	var p port
+	fields := append([]any{&seq}, p.fields()...)
 	for rows.Next() {
 		if err := rows.Scan(fields...); err != nil {
 			return err
 		}
-		i, ok := bySeq[seq]
-		switch {
-		case !ok: // of a VM that was not asked for
-		case ssh:
-			vms[i].SSHPort, vms[i].Config.SSHHostAddr = f.HostPort, f.HostAddr
-		default:
-			vms[i].Forwards = append(vms[i].Forwards, f)
+		if i, ok := bySeq[seq]; ok { // else it is of a VM that was not asked for
+			p.addTo(&vms[i])
 		}
 	}
 	return rows.Err()
+}
+
+// port is a row of table ports.
+type port struct {
+	ssh     bool
+	forward smolvm.PortForward
+}
+
+// fields are the port's fields: whether its kind is ssh, protocol, host_addr, host_port and
+// guest_port.
+func (p *port) fields() []any {
+	f := &p.forward
+	return []any{&p.ssh, text[smolvm.Protocol]{&f.Protocol}, address{&f.HostAddr}, number[int]{&f.HostPort}, number[int]{&f.GuestPort}}
+}
+
+// addTo gives a VM the port, if there is one.
+func (p *port) addTo(vm *VM) {
+	switch {
+	case p.forward.HostPort == 0:
+	case p.ssh:
+		vm.SSHPort, vm.Config.SSHHostAddr = p.forward.HostPort, p.forward.HostAddr
+	default:
+		vm.Forwards = append(vm.Forwards, p.forward)
+	}
 }
 
 // seqOf returns the number of a VM's row.

@@ -127,6 +127,39 @@ func (s *Store) insertVM(ctx context.Context, tx *sql.Tx, vm VM) (int64, error) 
 	return result.LastInsertId()
 }
 
+// oneVM reads a VM, once for each of its ports. It is one statement: that is a transaction of
+// its own, and a VM is read more often than anything else is done.
+const oneVM = "SELECT v.*, ifnull(kind = 'ssh', false), protocol, host_addr, host_port, guest_port" +
+	" FROM (SELECT " + vmColumns + " FROM vms WHERE id = ?) AS v LEFT JOIN ports ON vm = v.seq ORDER BY ports.seq"
+
+// scanVM reads what [oneVM] finds.
+func (s *Store) scanVM(rows *sql.Rows, id string) (VM, error) {
+	r := row{root: s.root}
+	var p port
+	fields := append(r.fields(), p.fields()...)
+	var addr netip.Addr
+	found := false
+	for rows.Next() {
+		if err := rows.Scan(fields...); err != nil {
+			return VM{}, err
+		}
+		found = true
+		p.addTo(&r.VM)
+		addr = r.Config.SSHHostAddr
+	}
+	switch err := rows.Err(); {
+	case err != nil:
+		return VM{}, err
+	case !found:
+		return VM{}, notFound(id)
+	}
+	if err := new(unpacker).unpack(&r.VM, r.options); err != nil {
+		return VM{}, fmt.Errorf("read options of VM %q: %w", id, err)
+	}
+	r.Config.SSHHostAddr = addr
+	return r.VM, nil
+}
+
 // selectVMs reads VMs with their ports. The clause says which, and in what order;
 // count is how many there may be, if that is known.
 func (s *Store) selectVMs(ctx context.Context, tx *sql.Tx, count int, clause string, args ...any) ([]VM, error) {

@@ -73,18 +73,18 @@ func insertStart(ctx context.Context, tx *sql.Tx, id string, started Started) er
 // Report returns how a VM was last started; nil if it never was.
 func (s *Store) Report(ctx context.Context, id string) (*smolvm.StartReport, error) {
 	var found *smolvm.StartReport
-	err := s.view(ctx, func(tx *sql.Tx) error {
-		var report string
-		err := tx.QueryRowContext(ctx, "SELECT report FROM starts JOIN vms ON vm = seq WHERE id = ?", id).Scan(&report)
-		if errors.Is(err, sql.ErrNoRows) {
-			return nil
+	err := s.query(ctx, "SELECT report FROM starts JOIN vms ON vm = seq WHERE id = ?", func(rows *sql.Rows) error {
+		found = nil
+		if !rows.Next() {
+			return rows.Err()
 		}
-		if err != nil {
+		var report sql.RawBytes
+		if err := rows.Scan(&report); err != nil {
 			return err
 		}
 		found = new(smolvm.StartReport)
-		return json.Unmarshal([]byte(report), found)
-	})
+		return json.Unmarshal(report, found)
+	}, id)
 	return found, err
 }
 

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net/url"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -66,6 +67,9 @@ type Store struct {
 	// write has a single connection: SQLite has one writer at a time, and to queue
 	// here is fairer than SQLite's own busy timeout.
 	write *sql.DB
+
+	mu       sync.Mutex
+	prepared map[string]*sql.Stmt // guarded by mu: statements of read, by their text
 }
 
 // Open opens the database at path, makes it if it is missing, and brings it to the
@@ -90,7 +94,7 @@ func open(ctx context.Context, path string, opts Options, steps []string) (*Stor
 	if err := makeFile(path); err != nil {
 		return nil, fmt.Errorf("open state database: %w", err)
 	}
-	s := &Store{path: path, root: filepath.Dir(path), opts: opts.withDefaults()}
+	s := &Store{path: path, root: filepath.Dir(path), opts: opts.withDefaults(), prepared: map[string]*sql.Stmt{}}
 	// sql.Open only looks at the driver's name: it can't fail here.
 	if s.read, err = sql.Open("sqlite", dsn(path, "deferred", "query_only(1)")); err != nil {
 		return nil, err
@@ -138,6 +142,36 @@ func (s *Store) Close() error {
 // view runs f in a transaction that sees one state of the database throughout.
 func (s *Store) view(ctx context.Context, f func(tx *sql.Tx) error) error {
 	return s.explain(s.withRoom(func() error { return transact(ctx, s.read, &sql.TxOptions{ReadOnly: true}, f) }))
+}
+
+// query reads what a single statement finds, which is a transaction of its own. Statements are
+// prepared once, as that takes longer than running them.
+func (s *Store) query(ctx context.Context, text string, scan func(*sql.Rows) error, args ...any) error {
+	return s.explain(s.withRoom(func() error {
+		statement, err := s.prepare(ctx, text)
+		if err != nil {
+			return err
+		}
+		rows, err := statement.QueryContext(ctx, args...)
+		if err != nil {
+			return err
+		}
+		return errors.Join(scan(rows), rows.Close())
+	}))
+}
+
+// prepare returns a statement of reading. Closing the store closes it.
+func (s *Store) prepare(ctx context.Context, text string) (*sql.Stmt, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if statement := s.prepared[text]; statement != nil {
+		return statement, nil
+	}
+	statement, err := s.read.PrepareContext(ctx, text)
+	if err == nil {
+		s.prepared[text] = statement
+	}
+	return statement, err
 }
 
 // update runs f in a transaction that no other writer can come between.

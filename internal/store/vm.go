@@ -121,17 +121,10 @@ func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 // GetVM reads a VM. The error matches [smolvm.ErrVMNotFound].
 func (s *Store) GetVM(ctx context.Context, id string) (VM, error) {
 	var vm VM
-	err := s.view(ctx, func(tx *sql.Tx) error {
-		vms, err := s.selectVMs(ctx, tx, 1, "WHERE id = ?", id)
-		if err != nil {
-			return err
-		}
-		if len(vms) == 0 {
-			return notFound(id)
-		}
-		vm = vms[0]
-		return nil
-	})
+	err := s.query(ctx, oneVM, func(rows *sql.Rows) (err error) {
+		vm, err = s.scanVM(rows, id)
+		return err
+	}, id)
 	return vm, err
 }
 
