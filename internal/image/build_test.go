@@ -514,3 +514,36 @@ func TestBuildAsAnotherUser(t *testing.T) {
 	run(t, "e2fsck", "-fn", built.RootfsPath)
 	checkOwners(t, built.RootfsPath)
 }
+
+// An agent that is at another place than before, as after the data directory was moved, is
+// hashed once, not with each VM that is made.
+func TestEnsureRemembersAgent(t *testing.T) {
+	t.Parallel()
+	work := t.TempDir()
+	recipe := smallRecipe(t, work)
+	store := open(t, filepath.Join(work, "store"))
+	ensure := func() string {
+		t.Helper()
+		if _, err := store.Ensure(t.Context(), recipe); err != nil {
+			t.Fatal(err)
+		}
+		record, err := os.ReadFile(filepath.Join(work, "store", "names", recipe.Name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(record)
+	}
+	ensure()
+	agent, err := os.ReadFile(recipe.Agent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	recipe.Agent = filepath.Join(work, "elsewhere")
+	if err := os.WriteFile(recipe.Agent, agent, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	recipe.Progress = func(image.Progress) { t.Error("the image was built again") }
+	if record := ensure(); !strings.Contains(record, recipe.Agent) {
+		t.Errorf("it is not written down where the agent is: %s", record)
+	}
+}

@@ -410,12 +410,16 @@ func (s *Store) removeLeftovers() error {
 	return errors.Join(errs...)
 }
 
+func (s *Store) openLock() (*os.File, error) {
+	return os.OpenFile(filepath.Join(s.dir, "build.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+}
+
 // lockBuilds waits for the store's lock, which the kernel frees when its holder dies.
 func (s *Store) lockBuilds(ctx context.Context) (unlock func(), err error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("lock image store: %w", err)
 	}
-	file, err := os.OpenFile(filepath.Join(s.dir, "build.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	file, err := s.openLock()
 	if err != nil {
 		return nil, fmt.Errorf("lock image store: %w", err)
 	}

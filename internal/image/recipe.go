@@ -14,6 +14,7 @@ import (
 	"runtime"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/flock"
 )
 
 // recipeVersion changes whenever the same ingredients make another image.
@@ -200,5 +201,26 @@ func (s *Store) current(recipe Recipe) (smolvm.Image, bool) {
 		return smolvm.Image{}, false
 	}
 	image, err := s.describe(record.Digest)
+	if err == nil && agent != record.Agent {
+		s.rememberAgent(recipe.Name, record, agent)
+	}
 	return image, err == nil
+}
+
+// rememberAgent writes down that the agent of an image is at another place now, or has been
+// touched, so that it need not be hashed each time. While an image is being built it leaves
+// that to a later time.
+func (s *Store) rememberAgent(name string, was nameRecord, agent fileID) {
+	lock, err := s.openLock()
+	if err != nil {
+		return
+	}
+	defer func() { _ = lock.Close() }()
+	if flock.TryLock(lock) != nil {
+		return
+	}
+	if now, err := s.readName(name); err == nil && now == was {
+		now.Agent = agent
+		_ = s.writeName(name, now)
+	}
 }
