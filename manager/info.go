@@ -66,15 +66,6 @@ func (m *Manager) lookup(ctx context.Context, id string) (store.VM, error) {
 	return m.settle(ctx, vm)
 }
 
-// lookupLocked is lookup for the holder of the VM's lock.
-func (m *Manager) lookupLocked(ctx context.Context, id string) (store.VM, error) {
-	vm, err := m.store.GetVM(ctx, id)
-	if err != nil {
-		return store.VM{}, err
-	}
-	return m.settleLocked(ctx, vm, killTime)
-}
-
 // checkID returns an error for an id that no VM can have. It matches
 // [smolvm.ErrVMNotFound], as there is no such VM, and is a [*smolvm.ValidationError].
 func checkID(id string) error {

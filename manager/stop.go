@@ -40,11 +40,11 @@ const (
 func (m *Manager) Stop(ctx context.Context, id string, opts StopOptions) (smolvm.VMInfo, error) {
 	began := time.Now()
 	how := opts.stop()
-	lock, err := m.lockToEnd(ctx, id, how)
+	vm, lock, err := m.lockToEnd(ctx, id, how)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	vm, err := m.lookupLocked(ctx, id)
+	vm, err = m.settleLocked(ctx, vm, killTime)
 	if err != nil || !vm.State.Alive() {
 		lock.unlock()
 		return m.info(vm), err
@@ -86,12 +86,11 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 func (m *Manager) DeleteWith(ctx context.Context, id string, opts DeleteOptions) error {
 	began := time.Now()
 	how := opts.stop()
-	lock, err := m.lockToEnd(ctx, id, how)
+	vm, lock, err := m.lockToEnd(ctx, id, how)
 	if err != nil {
 		return err
 	}
-	vm, err := m.store.GetVM(ctx, id)
-	if err == nil && vm.State.Alive() {
+	if vm.State.Alive() {
 		if vm.Config.RetainDisk && opts.Timeout == 0 {
 			how = StopOptions{}.stop()
 		}
@@ -124,57 +123,57 @@ func (o DeleteOptions) stop() shim.Stop {
 
 // lockToEnd is lockExisting for a VM that is to be ended. Another operation on it that
 // takes too long is cut short: without its VM it fails.
-func (m *Manager) lockToEnd(ctx context.Context, id string, how shim.Stop) (*vmLock, error) {
+func (m *Manager) lockToEnd(ctx context.Context, id string, how shim.Stop) (store.VM, *vmLock, error) {
 	bounded, cancel := context.WithTimeout(ctx, how.Grace+lockTime)
-	lock, err := m.lockExisting(bounded, id)
+	vm, lock, err := m.lockExisting(bounded, id)
 	cancel()
 	if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
-		return lock, err
+		return vm, lock, err
 	}
-	vm, err := m.store.GetVM(ctx, id)
+	vm, err = m.store.GetVM(ctx, id)
 	if err == nil && vm.State.Alive() {
 		err = m.endProcesses(ctx, vm, shim.Stop{})
 	}
 	if err != nil {
-		return nil, err
+		return store.VM{}, nil, err
 	}
 	return m.lockExisting(ctx, id)
 }
 
 // lockExisting is lock for a VM that must be there, so that no lock is made for
-// one that is not.
-func (m *Manager) lockExisting(ctx context.Context, id string) (*vmLock, error) {
+// one that is not. The row is as it is with the lock.
+func (m *Manager) lockExisting(ctx context.Context, id string) (store.VM, *vmLock, error) {
 	if err := checkID(id); err != nil {
-		return nil, err
+		return store.VM{}, nil, err
 	}
 	if _, err := m.store.GetVM(ctx, id); err != nil {
-		return nil, err
+		return store.VM{}, nil, err
 	}
 	lock, err := m.lock(ctx, id)
 	if err != nil {
-		return nil, err
+		return store.VM{}, nil, err
 	}
 	// It may have been deleted while we waited.
-	if _, err := m.store.GetVM(ctx, id); err != nil {
+	vm, err := m.store.GetVM(ctx, id)
+	if err != nil {
 		if errors.Is(err, smolvm.ErrVMNotFound) {
 			lock.remove()
 		} else {
 			lock.unlock()
 		}
-		return nil, err
+		return store.VM{}, nil, err
 	}
-	return lock, nil
+	return vm, lock, nil
 }
 
-// acquire locks a VM that must be there, and reads its row as it is then. The lock is the
-// caller's.
+// acquire locks a VM that must be there, and reads its row as it is then, with its end if it
+// has died. The lock is the caller's.
 func (m *Manager) acquire(ctx context.Context, id string) (store.VM, *vmLock, error) {
-	lock, err := m.lockExisting(ctx, id)
+	vm, lock, err := m.lockExisting(ctx, id)
 	if err != nil {
 		return store.VM{}, nil, err
 	}
-	vm, err := m.lookupLocked(ctx, id)
-	if err != nil {
+	if vm, err = m.settleLocked(ctx, vm, killTime); err != nil {
 		lock.unlock()
 		return store.VM{}, nil, err
 	}

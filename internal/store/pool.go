@@ -156,12 +156,17 @@ func lowestFree(ctx context.Context, tx *sql.Tx, table, column, condition string
 	if err != nil {
 		return 0, err
 	}
-	count := fmt.Sprintf("SELECT count(*) FROM %s WHERE %s AND %s BETWEEN ? AND ?", table, condition, column)
+	// Parsing it takes longer than running it.
+	count, err := tx.PrepareContext(ctx, fmt.Sprintf("SELECT count(*) FROM %s WHERE %s AND %s BETWEEN ? AND ?", table, condition, column))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = count.Close() }()
 	low, high := from, highest+1 // all from low down are taken, and high is free
 	for low < high {
 		middle := low + (high-low)/2
 		var taken int
-		if err := tx.QueryRowContext(ctx, count, low, middle).Scan(&taken); err != nil {
+		if err := count.QueryRowContext(ctx, low, middle).Scan(&taken); err != nil {
 			return 0, err
 		}
 		if taken == middle-low+1 {
