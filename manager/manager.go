@@ -45,6 +45,9 @@ type Manager struct {
 
 	// actor names this process in events.
 	actor string
+	// bootID names the host's present boot, which is that of this process; empty if that
+	// can't be found out.
+	bootID func() string
 
 	mu      sync.Mutex // guards the following
 	clients map[string]*guestClient
@@ -104,6 +107,7 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 		actor:     fmt.Sprintf("%s[%d]", filepath.Base(os.Args[0]), os.Getpid()),
 		clients:   map[string]*guestClient{},
 		owned:     map[string]*os.File{},
+		bootID:    sync.OnceValue(readBootID),
 		starts:    make(chan struct{}, config.maxStarts()),
 
 		diskBudget: budget, diskReserve: reserve,

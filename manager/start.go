@@ -346,7 +346,8 @@ func (m *Manager) shimCommand() ([]string, error) {
 	return []string{path, "shim"}, nil
 }
 
-func (m *Manager) bootID() string {
+// readBootID names the host's present boot; empty if that can't be found out.
+func readBootID() string {
 	id, err := proc.BootID()
 	if err != nil {
 		return "" // then only a start time tells a reused pid from ours
