@@ -35,7 +35,7 @@ type Command struct {
 	// Signals are sent to the command's process group, by the names that SSH
 	// uses: "INT", "TERM", "HUP", ... But "KILL" ends all that the command has
 	// started, in whatever process group or session.
-	Signals <-chan string
+	Signals <-chan Signal
 }
 
 // Validate checks what no guest could run; the error is a [*ValidationError]. Names of

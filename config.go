@@ -1,8 +1,10 @@
 package smolvm
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -156,7 +158,7 @@ type VMConfig struct {
 	// Ready says when Start may return.
 	Ready ReadyCondition `json:"ready,omitempty"`
 	// TTL stops the VM when it has run for so long. Zero: never.
-	TTL time.Duration `json:"ttl_ns,omitempty"`
+	TTL time.Duration `json:"-"` // "ttl_ms"
 	// Ephemeral deletes the VM as soon as it stops, and stops it when the
 	// process that started it ends.
 	Ephemeral bool `json:"ephemeral,omitempty"`
@@ -312,6 +314,37 @@ func (c VMConfig) WithDefaults() VMConfig {
 	return c
 }
 
+// Differences returns the names, as in JSON, of the fields in which two configurations
+// differ, sorted. Both are to have their defaults filled in.
+func (c VMConfig) Differences(other VMConfig) []string {
+	ours, theirs := c.fields(), other.fields()
+	var names []string
+	for _, name := range slices.Sorted(maps.Keys(ours)) {
+		if !bytes.Equal(ours[name], theirs[name]) {
+			names = append(names, name)
+		}
+	}
+	for name := range theirs {
+		if _, ok := ours[name]; !ok {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func (c VMConfig) fields() map[string]json.RawMessage {
+	fields := map[string]json.RawMessage{}
+	text, err := json.Marshal(c)
+	if err == nil {
+		err = json.Unmarshal(text, &fields)
+	}
+	if err != nil {
+		panic(err) // all configurations can be encoded
+	}
+	return fields
+}
+
 // WithDefaults returns f with the protocol and the host address filled in.
 func (f PortForward) WithDefaults() PortForward {
 	if f.Protocol == "" {
@@ -406,7 +439,7 @@ func (c VMConfig) validateBoot(v *validator) {
 	// and a backend adds some of its own.
 	v.check(len(c.BootArgs) <= 1536, "boot_args", "has %d bytes; at most 1536 are allowed", len(c.BootArgs))
 	v.check(!strings.ContainsAny(c.BootArgs, "\n\x00"), "boot_args", "has a line break or NUL in it")
-	v.check(c.TTL >= 0, "ttl_ns", "is negative")
+	v.check(c.TTL >= 0, "ttl_ms", "is negative")
 }
 
 func (c VMConfig) validateDisks(v *validator) {

@@ -117,7 +117,7 @@ func TestValidate(t *testing.T) {
 		"image":              func(c *smolvm.VMConfig) { c.KernelPath, c.RootfsPath = "/k", "/r" },
 		"ready":              func(c *smolvm.VMConfig) { c.Ready = "soon" },
 		"boot_args":          func(c *smolvm.VMConfig) { c.BootArgs = "a\nb" },
-		"ttl_ns":             func(c *smolvm.VMConfig) { c.TTL = -1 },
+		"ttl_ms":             func(c *smolvm.VMConfig) { c.TTL = -1 },
 		"disk_mode":          func(c *smolvm.VMConfig) { c.DiskMode = smolvm.DiskShared },
 		"disk_size_mib":      func(c *smolvm.VMConfig) { c.DiskSizeMiB = -1 },
 		"drives":             func(c *smolvm.VMConfig) { c.Drives = make([]smolvm.Drive, 26) },

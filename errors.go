@@ -43,6 +43,8 @@ var (
 	ErrUnsupported = errors.New("not supported")
 	// ErrPortInUse reports that another program or VM holds a host port.
 	ErrPortInUse = errors.New("host port is in use")
+	// ErrOutputLimit reports that a command wrote more than is kept of its output.
+	ErrOutputLimit = errors.New("too much output")
 	// ErrDiskBudget reports that what VMs keep takes as much of the disk as it may, or
 	// that too little of the disk is free.
 	ErrDiskBudget = errors.New("no room on the disk")
@@ -116,39 +118,4 @@ func (e *PrerequisiteError) Error() string {
 		b.WriteString(sep + f.String())
 	}
 	return b.String()
-}
-
-// Severity is how much a [Finding] matters.
-type Severity string
-
-// Severities, from harmless to fatal.
-const (
-	SeverityOK      Severity = "ok"      // present and working
-	SeverityWarning Severity = "warning" // works, but slower or with less
-	SeverityError   Severity = "error"   // the backend can't work
-)
-
-// Finding is one thing that was checked about the host.
-type Finding struct {
-	// Name of what was checked, as in "kvm" or "qemu-system-x86_64".
-	Name string `json:"name"`
-	// Severity is how much it matters.
-	Severity Severity `json:"severity"`
-	// Problem says what was found; for a good finding, what is there.
-	Problem string `json:"problem"`
-	// Why says what needs it.
-	Why string `json:"why,omitempty"`
-	// Fix is the exact command that fixes it; empty if nothing is to be done.
-	Fix string `json:"fix,omitempty"`
-}
-
-func (f Finding) String() string {
-	s := f.Name + ": " + f.Problem
-	if f.Why != "" {
-		s += " (" + f.Why + ")"
-	}
-	if f.Fix != "" {
-		s += "; fix: " + f.Fix
-	}
-	return s
 }

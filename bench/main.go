@@ -118,13 +118,12 @@ func open(ctx context.Context, program string) (_ *manager.Manager, dir string, 
 		SocketDir:   filepath.Join(dir, "run"),
 		ShimCommand: []string{program, "shim"},
 		AgentPath:   "bin/smolvm-agent",
-		Progress:    func(p manager.Progress) { fmt.Fprintf(os.Stderr, "\r\033[K%s", p.Phase) },
 	})
 	if err != nil {
 		return nil, "", nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	closeAll = func() { _, _ = m.Close(), os.RemoveAll(dir) }
-	if _, err := m.BuildImage(ctx, manager.BuildOptions{}); err != nil {
+	if _, err := m.BuildImage(ctx, smolvm.BuildOptions{Progress: func(p smolvm.Progress) { fmt.Fprintf(os.Stderr, "\r\033[K%s", p.Phase) }}); err != nil {
 		closeAll()
 		return nil, "", nil, err
 	}
@@ -173,7 +172,7 @@ func ratio(a, b time.Duration) string { return fmt.Sprintf("%.3g ×", float64(a)
 func (b *bench) calls() error {
 	var ids []string
 	times, err := repeat(quickRun, func() error {
-		vm, err := b.m.Create(b.ctx, smolvm.VMConfig{})
+		vm, err := b.m.Create(b.ctx, smolvm.VMConfig{}, smolvm.CreateOptions{})
 		ids = append(ids, vm.ID)
 		return err
 	})
@@ -187,7 +186,7 @@ func (b *bench) calls() error {
 	}
 	b.row("`Get`, median", ms(median(times)), "0.3 ms")
 	for _, id := range ids {
-		if err := b.m.Delete(b.ctx, id); err != nil {
+		if err := b.m.Delete(b.ctx, id, smolvm.DeleteOptions{}); err != nil {
 			return err
 		}
 	}
@@ -211,7 +210,7 @@ func (b *bench) cold() error {
 		if err != nil {
 			return err
 		}
-		if err := b.m.Delete(b.ctx, vm.ID); err != nil {
+		if err := b.m.Delete(b.ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 			return err
 		}
 		took, err := b.bare(strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00"))
@@ -227,11 +226,11 @@ func (b *bench) cold() error {
 }
 
 func (b *bench) start() (smolvm.VMInfo, error) {
-	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{})
+	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{}, smolvm.CreateOptions{})
 	if err != nil {
 		return vm, err
 	}
-	return b.m.Start(b.ctx, vm.ID, manager.StartOptions{Cold: true})
+	return b.m.Start(b.ctx, vm.ID, smolvm.StartOptions{Cold: true})
 }
 
 func (b *bench) exec(id string) error {
@@ -280,7 +279,7 @@ func (b *bench) warm() error {
 	b.row("ratio of the two", ratio(median(execs), median(own)), "2.2 ×")
 	b.row("memory of an idle shim (PSS)", megabytes(pss), "16 MB")
 	began := time.Now()
-	if err := b.m.Delete(b.ctx, vm.ID); err != nil {
+	if err := b.m.Delete(b.ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 		return err
 	}
 	b.row("`Delete` of a running VM", ms(time.Since(began)), "")
@@ -331,13 +330,13 @@ func (b *bench) list() error {
 		return err
 	}
 	for range manyVMs {
-		_, err := b.m.Create(b.ctx, smolvm.VMConfig{KernelPath: image.KernelPath, InitrdPath: image.InitrdPath})
+		_, err := b.m.Create(b.ctx, smolvm.VMConfig{KernelPath: image.KernelPath, InitrdPath: image.InitrdPath}, smolvm.CreateOptions{})
 		if err != nil {
 			return err
 		}
 	}
 	times, err := repeat(quickRun/4, func() error {
-		vms, err := b.m.List(b.ctx, manager.ListOptions{})
+		vms, err := b.m.List(b.ctx, smolvm.ListOptions{})
 		if err == nil && len(vms) != manyVMs {
 			err = fmt.Errorf("listed %d VMs", len(vms))
 		}

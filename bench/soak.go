@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const (
@@ -146,12 +145,12 @@ func load() (stop func()) {
 // parent makes a busy VM and saves it so many times.
 func (s *soaking) parent(cpus, saves int) error {
 	config := smolvm.VMConfig{VCPUs: cpus}
-	parent, err := s.m.Create(s.ctx, config)
+	parent, err := s.m.Create(s.ctx, config, smolvm.CreateOptions{})
 	if err != nil {
 		return err
 	}
-	defer func() { _ = s.m.Delete(context.WithoutCancel(s.ctx), parent.ID) }()
-	if _, err := s.m.Start(s.ctx, parent.ID, manager.StartOptions{}); err != nil {
+	defer func() { _ = s.m.Delete(context.WithoutCancel(s.ctx), parent.ID, smolvm.DeleteOptions{}) }()
+	if _, err := s.m.Start(s.ctx, parent.ID, smolvm.StartOptions{}); err != nil {
 		return err
 	}
 	for n := range soakWriters {
@@ -184,7 +183,7 @@ func (s *soaking) parent(cpus, saves int) error {
 }
 
 func (s *soaking) fork(id string, children int) error {
-	forked, err := s.m.Fork(s.ctx, id, manager.ForkOptions{Count: children})
+	forked, err := s.m.Fork(s.ctx, id, smolvm.ForkOptions{Count: children})
 	if err != nil {
 		return err
 	}
@@ -193,7 +192,7 @@ func (s *soaking) fork(id string, children int) error {
 }
 
 func (s *soaking) snapshot(id string, children int) (err error) {
-	taken, err := s.m.CreateSnapshot(s.ctx, id, manager.SnapshotOptions{})
+	taken, err := s.m.CreateSnapshot(s.ctx, id, smolvm.SnapshotOptions{})
 	if err != nil {
 		return err
 	}
@@ -201,7 +200,7 @@ func (s *soaking) snapshot(id string, children int) (err error) {
 	s.holds = append(s.holds, taken.Pause)
 	var restored []smolvm.VMInfo
 	for range children {
-		vm, restoreErr := s.m.RestoreSnapshot(s.ctx, taken.Name, manager.RestoreOptions{})
+		vm, restoreErr := s.m.RestoreSnapshot(s.ctx, taken.Name, smolvm.RestoreOptions{})
 		if restoreErr != nil {
 			err = errors.Join(err, restoreErr)
 			continue
@@ -220,7 +219,7 @@ func (s *soaking) check(children []smolvm.VMInfo) error {
 		if warnings := child.Start.Warnings; len(warnings) > 0 {
 			errs = append(errs, fmt.Errorf("VM %s: %q", child.ID, warnings))
 		}
-		errs = append(errs, s.works(child), s.m.Delete(context.WithoutCancel(s.ctx), child.ID))
+		errs = append(errs, s.works(child), s.m.Delete(context.WithoutCancel(s.ctx), child.ID, smolvm.DeleteOptions{}))
 	}
 	return errors.Join(errs...)
 }

@@ -8,7 +8,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const (
@@ -28,9 +27,9 @@ type starting struct {
 }
 
 // begin creates and starts a VM, and runs its first command.
-func (b *bench) begin(opts manager.StartOptions, rung smolvm.Rung) (starting, error) {
+func (b *bench) begin(opts smolvm.StartOptions, rung smolvm.StartMethod) (starting, error) {
 	began := time.Now()
-	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{})
+	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{}, smolvm.CreateOptions{})
 	if err != nil {
 		return starting{}, err
 	}
@@ -41,8 +40,8 @@ func (b *bench) begin(opts manager.StartOptions, rung smolvm.Rung) (starting, er
 		return starting{}, err
 	}
 	took := time.Since(began)
-	if vm.Start.Rung != rung {
-		return starting{}, fmt.Errorf("VM %s was started by %s, not by %s: %q", vm.ID, vm.Start.Rung, rung, vm.Start.Warnings)
+	if vm.Start.Method != rung {
+		return starting{}, fmt.Errorf("VM %s was started by %s, not by %s: %q", vm.ID, vm.Start.Method, rung, vm.Start.Warnings)
 	}
 	return starting{vm, took}, nil
 }
@@ -50,20 +49,20 @@ func (b *bench) begin(opts manager.StartOptions, rung smolvm.Rung) (starting, er
 // remove deletes a VM and says how long that took.
 func (b *bench) remove(vm smolvm.VMInfo) (time.Duration, error) {
 	began := time.Now()
-	err := b.m.Delete(b.ctx, vm.ID)
+	err := b.m.Delete(b.ctx, vm.ID, smolvm.DeleteOptions{})
 	return time.Since(began), err
 }
 
 // starts measures clones against cold boots of the same VM, by turns.
 func (b *bench) starts() error {
-	if _, err := b.m.BuildTemplate(b.ctx, manager.TemplateOptions{}); err != nil {
+	if _, err := b.m.BuildTemplate(b.ctx, smolvm.TemplateOptions{}); err != nil {
 		return err
 	}
 	var cold, clones, deletes []time.Duration
 	phases := map[string][]time.Duration{}
 	var order []string
 	for range startRuns {
-		booted, err := b.begin(manager.StartOptions{Cold: true}, smolvm.RungCold)
+		booted, err := b.begin(smolvm.StartOptions{Cold: true}, smolvm.StartBoot)
 		if err != nil {
 			return err
 		}
@@ -71,7 +70,7 @@ func (b *bench) starts() error {
 		if _, err := b.remove(booted.vm); err != nil {
 			return err
 		}
-		clone, err := b.begin(manager.StartOptions{}, smolvm.RungClone)
+		clone, err := b.begin(smolvm.StartOptions{}, smolvm.StartClone)
 		if err != nil {
 			return err
 		}
@@ -105,11 +104,11 @@ func (b *bench) starts() error {
 // cloneMemory measures what an idle clone has for itself. Another one runs beside it: what
 // only one process has mapped counts as private, also if it is a file that all clones map.
 func (b *bench) cloneMemory() error {
-	other, err := b.begin(manager.StartOptions{}, smolvm.RungClone)
+	other, err := b.begin(smolvm.StartOptions{}, smolvm.StartClone)
 	if err != nil {
 		return err
 	}
-	clone, err := b.begin(manager.StartOptions{}, smolvm.RungClone)
+	clone, err := b.begin(smolvm.StartOptions{}, smolvm.StartClone)
 	if err != nil {
 		return err
 	}
@@ -139,13 +138,13 @@ func (b *bench) wait(d time.Duration) error {
 
 // pool measures starts that take a VM from a pool.
 func (b *bench) pool() error {
-	pool, err := b.m.SetPool(b.ctx, manager.PoolOptions{Size: poolSize})
+	pool, err := b.m.SetPool(b.ctx, smolvm.PoolOptions{Size: poolSize})
 	if err != nil {
 		return err
 	}
 	var claims []time.Duration
 	for range startRuns {
-		claim, err := b.begin(manager.StartOptions{}, smolvm.RungPool)
+		claim, err := b.begin(smolvm.StartOptions{}, smolvm.StartPool)
 		if err != nil {
 			return err
 		}
@@ -171,14 +170,14 @@ func (b *bench) pool() error {
 
 // forks measures how long a VM is held while it is forked.
 func (b *bench) forks() error {
-	parent, err := b.begin(manager.StartOptions{}, smolvm.RungClone)
+	parent, err := b.begin(smolvm.StartOptions{}, smolvm.StartClone)
 	if err != nil {
 		return err
 	}
 	var pauses, whole []time.Duration
 	for range startRuns {
 		began := time.Now()
-		forked, err := b.m.Fork(b.ctx, parent.vm.ID, manager.ForkOptions{})
+		forked, err := b.m.Fork(b.ctx, parent.vm.ID, smolvm.ForkOptions{})
 		if err != nil {
 			return err
 		}
@@ -202,7 +201,7 @@ func (b *bench) together() error {
 		var group errgroup.Group
 		for i := range clones {
 			group.Go(func() (err error) {
-				clones[i], err = b.begin(manager.StartOptions{}, smolvm.RungClone)
+				clones[i], err = b.begin(smolvm.StartOptions{}, smolvm.StartClone)
 				return err
 			})
 		}

@@ -25,17 +25,17 @@ func TestUnknownAndIllegalIDs(t *testing.T) {
 	ctx := t.Context()
 	verbs := map[string]func(id string) error{
 		"get":    func(id string) error { _, err := m.Get(ctx, id); return err },
-		"start":  func(id string) error { _, err := m.Start(ctx, id, manager.StartOptions{}); return err },
-		"stop":   func(id string) error { _, err := m.Stop(ctx, id, manager.StopOptions{}); return err },
-		"delete": func(id string) error { return m.Delete(ctx, id) },
+		"start":  func(id string) error { _, err := m.Start(ctx, id, smolvm.StartOptions{}); return err },
+		"stop":   func(id string) error { _, err := m.Stop(ctx, id, smolvm.StopOptions{}); return err },
+		"delete": func(id string) error { return m.Delete(ctx, id, smolvm.DeleteOptions{}) },
 		"exec": func(id string) error {
 			_, err := m.Exec(ctx, id, smolvm.Command{Args: []string{"true"}})
 			return err
 		},
-		"logs":  func(id string) error { _, err := m.Logs(ctx, id, manager.LogOptions{}); return err },
+		"logs":  func(id string) error { _, err := m.Logs(ctx, id, smolvm.LogOptions{}); return err },
 		"copy":  func(id string) error { return m.CopyTo(ctx, id, "/etc/hostname", "/tmp") },
 		"dial":  func(id string) error { _, err := m.Dial(ctx, id, "tcp", "127.0.0.1:80"); return err },
-		"ssh":   func(id string) error { _, err := m.SSHCommands(ctx, id, manager.SSHOptions{}); return err },
+		"ssh":   func(id string) error { _, err := m.SSH(ctx, id, smolvm.SSHOptions{}); return err },
 		"ports": func(id string) error { _, err := m.PortForwards(ctx, id); return err },
 		"port": func(id string) error {
 			_, err := m.AddPortForward(ctx, id, smolvm.PortForward{GuestPort: 1})
@@ -107,7 +107,7 @@ func TestCreateBadConfig(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			_, err := m.Create(t.Context(), test.config)
+			_, err := m.Create(t.Context(), test.config, smolvm.CreateOptions{})
 			var invalid *smolvm.ValidationError
 			if !errors.As(err, &invalid) {
 				t.Fatalf("error is %v", err)
@@ -126,12 +126,12 @@ func TestCreateBadConfig(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Run("unreadable", func(t *testing.T) {
 			_ = os.Chmod(kernel, 0)
-			if _, err := m.Create(t.Context(), smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd}); err == nil {
+			if _, err := m.Create(t.Context(), smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd}, smolvm.CreateOptions{}); err == nil {
 				t.Error("a kernel that can't be read is taken")
 			}
 		})
 	}
-	vms, err := m.List(t.Context(), manager.ListOptions{})
+	vms, err := m.List(t.Context(), smolvm.ListOptions{})
 	if err != nil || len(vms) != 0 {
 		t.Errorf("there are VMs: %v, %v", vms, err)
 	}
@@ -202,10 +202,10 @@ func TestDataDirResolution(t *testing.T) {
 func TestSameIDTwice(t *testing.T) {
 	m := openReal(t)
 	mustCreate(t, m, smolvm.VMConfig{ID: "twin"})
-	if _, err := m.Create(t.Context(), smolvm.VMConfig{ID: "twin"}); !errors.Is(err, smolvm.ErrVMAlreadyExists) || !strings.Contains(err.Error(), "twin") {
+	if _, err := m.Create(t.Context(), smolvm.VMConfig{ID: "twin"}, smolvm.CreateOptions{}); !errors.Is(err, smolvm.ErrVMAlreadyExists) || !strings.Contains(err.Error(), "twin") {
 		t.Errorf("second create: %v", err)
 	}
-	if vms, err := m.List(t.Context(), manager.ListOptions{}); err != nil || len(vms) != 1 {
+	if vms, err := m.List(t.Context(), smolvm.ListOptions{}); err != nil || len(vms) != 1 {
 		t.Errorf("there are %d VMs, %v", len(vms), err)
 	}
 }
@@ -219,7 +219,7 @@ func TestConcurrentCreates(t *testing.T) {
 	for i := range n {
 		all.Go(func() {
 			var err error
-			if infos[i], err = m.Create(context.Background(), smolvm.VMConfig{}); err != nil {
+			if infos[i], err = m.Create(context.Background(), smolvm.VMConfig{}, smolvm.CreateOptions{}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -245,7 +245,7 @@ func TestSSHPortTakenMeanwhile(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = taken.Close() }()
-	started, err := m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	started, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +274,7 @@ func TestFailedStarts(t *testing.T) {
 	dead := []string{"/bin/sh", "-c", "echo no luck >&2; exit 1"}
 	tests := map[string]struct {
 		config smolvm.VMConfig
-		opts   manager.StartOptions
+		opts   smolvm.StartOptions
 		before func()
 		want   []string
 		is     error
@@ -286,7 +286,7 @@ func TestFailedStarts(t *testing.T) {
 		},
 		"no agent, no SSH": {
 			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs, Ready: smolvm.ReadySSH},
-			opts:   manager.StartOptions{Timeout: 8 * time.Second},
+			opts:   smolvm.StartOptions{Timeout: 8 * time.Second},
 			want:   []string{"boot timed out", "hanging"}, is: smolvm.ErrBootTimeout, state: smolvm.StateError,
 		},
 		"drive is gone": {
@@ -321,7 +321,7 @@ func TestFailedStarts(t *testing.T) {
 				t.Errorf("processes are left: %q", left)
 			}
 			checkEmpty(t, m.SocketDir())
-			if err := m.Delete(t.Context(), vm.ID); err != nil {
+			if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -334,7 +334,7 @@ func TestFailedStarts(t *testing.T) {
 		}
 		defer func() { _ = broken.Close() }()
 		vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs})
-		if _, err := broken.Start(t.Context(), vm.ID, manager.StartOptions{}); err == nil || !strings.Contains(err.Error(), "no luck") {
+		if _, err := broken.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err == nil || !strings.Contains(err.Error(), "no luck") {
 			t.Errorf("error is %v", err)
 		}
 	})
@@ -347,7 +347,7 @@ func TestQEMUMissingOrBroken(t *testing.T) {
 	vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd})
 	bin := t.TempDir()
 	t.Setenv("PATH", bin)
-	_, err := m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	_, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
 	var missing *smolvm.PrerequisiteError
 	if !errors.As(err, &missing) || !strings.Contains(err.Error(), "qemu-system") {
 		t.Errorf("without QEMU: %v", err)
@@ -359,7 +359,7 @@ func TestQEMUMissingOrBroken(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(bin, "qemu-system-x86_64"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	_, err = m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	_, err = m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
 	if err == nil || !strings.Contains(err.Error(), "out of luck") || !strings.Contains(err.Error(), "exit status 3") {
 		t.Errorf("with a QEMU that dies at once: %v", err)
 	}
@@ -374,7 +374,7 @@ func TestStartCancelled(t *testing.T) {
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	if _, err := m.Start(ctx, vm.ID, manager.StartOptions{}); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("error is %v", err)
 	}
 	if got, err := m.Get(t.Context(), vm.ID); err != nil || got.State != smolvm.StateCreated {
@@ -383,7 +383,7 @@ func TestStartCancelled(t *testing.T) {
 	if left := testenv.Processes(m.DataDir()); len(left) > 0 {
 		t.Errorf("processes are left: %q", left)
 	}
-	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err != nil {
+	if _, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err != nil {
 		t.Errorf("start after one that was given up: %v", err)
 	}
 }
@@ -408,7 +408,7 @@ func TestLongSocketDir(t *testing.T) {
 	if got := sh(t, m, vm.ID, "echo works"); got != "works" {
 		t.Errorf("exec printed %q", got)
 	}
-	if err := m.Delete(t.Context(), vm.ID); err != nil {
+	if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Error(err)
 	}
 	if _, err := os.Stat(filepath.Dir(vm.SocketPath)); !os.IsNotExist(err) {
@@ -427,7 +427,7 @@ func TestCreateDiskFull(t *testing.T) {
 		t.Skip("mounting is not allowed here: ", err)
 	}
 	defer func() { _ = unix.Unmount(m.DiskDir(), 0) }()
-	_, err := m.Create(t.Context(), smolvm.VMConfig{ID: "full"})
+	_, err := m.Create(t.Context(), smolvm.VMConfig{ID: "full"}, smolvm.CreateOptions{})
 	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), `"full"`) {
 		t.Errorf("error is %v", err)
 	}

@@ -9,7 +9,7 @@ import (
 func BenchmarkCreate(b *testing.B) {
 	m := openReal(b)
 	for b.Loop() {
-		if _, err := m.Create(b.Context(), smolvm.VMConfig{}); err != nil {
+		if _, err := m.Create(b.Context(), smolvm.VMConfig{}, smolvm.CreateOptions{}); err != nil {
 			b.Fatal(err)
 		}
 	}

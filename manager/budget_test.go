@@ -33,7 +33,7 @@ func TestDiskBudget(t *testing.T) {
 		return m
 	}
 	free := open(0, -1)
-	if _, err := free.Create(t.Context(), withoutImage(t, "first")); err != nil {
+	if _, err := free.Create(t.Context(), withoutImage(t, "first"), smolvm.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	// Holes don't count, and a file of two names counts once.
@@ -56,15 +56,15 @@ func TestDiskBudget(t *testing.T) {
 	} {
 		m := open(test.budget, test.reserve)
 		id := "vm-" + strings.ReplaceAll(name, " ", "-")
-		_, createErr := m.Create(t.Context(), withoutImage(t, id))
+		_, createErr := m.Create(t.Context(), withoutImage(t, id), smolvm.CreateOptions{})
 		if test.want == nil {
 			if createErr != nil {
 				t.Errorf("%s: Create = %v", name, createErr)
 			}
 			continue
 		}
-		_, startErr := m.Start(t.Context(), "first", manager.StartOptions{})
-		_, buildErr := m.BuildImage(t.Context(), manager.BuildOptions{Name: "x"})
+		_, startErr := m.Start(t.Context(), "first", smolvm.StartOptions{})
+		_, buildErr := m.BuildImage(t.Context(), smolvm.BuildOptions{Name: "x"})
 		for verb, err := range map[string]error{"Create": createErr, "Start": startErr, "BuildImage": buildErr} {
 			if verb == "BuildImage" && err != nil && strings.Contains(err.Error(), "smolvm-agent") {
 				continue // this test's program has no agent
@@ -84,12 +84,12 @@ func TestDiskBudget(t *testing.T) {
 		}
 	}
 	full := open(1, 1<<60)
-	vms, err := full.List(t.Context(), manager.ListOptions{})
+	vms, err := full.List(t.Context(), smolvm.ListOptions{})
 	if err != nil || len(vms) == 0 {
 		t.Errorf("List = %v, %v", vms, err)
 	}
 	for _, vm := range vms {
-		if err := full.Delete(t.Context(), vm.ID); err != nil {
+		if err := full.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 	}
@@ -108,7 +108,7 @@ func TestDiskLimitsFromEnvironment(t *testing.T) {
 		t.Setenv("SMOLVM_DISK_RESERVE", test.reserve)
 		m, err := manager.Open(t.Context(), manager.Config{DataDir: dir, SocketDir: filepath.Join(dir, "run")})
 		if err == nil {
-			_, err = m.Create(t.Context(), withoutImage(t, ""))
+			_, err = m.Create(t.Context(), withoutImage(t, ""), smolvm.CreateOptions{})
 			_ = m.Close()
 		}
 		switch {

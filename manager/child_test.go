@@ -16,27 +16,27 @@ const childCommand = "child"
 // the middle of which it may be killed.
 var childWork = map[string]func(ctx context.Context, m *manager.Manager, id string) error{
 	"snapshot": func(ctx context.Context, m *manager.Manager, id string) error {
-		_, err := m.CreateSnapshot(ctx, id, manager.SnapshotOptions{Name: "taken"})
+		_, err := m.CreateSnapshot(ctx, id, smolvm.SnapshotOptions{Name: "taken"})
 		return err
 	},
 	"fork": func(ctx context.Context, m *manager.Manager, id string) error {
-		_, err := m.Fork(ctx, id, manager.ForkOptions{IDs: []string{"forked"}})
+		_, err := m.Fork(ctx, id, smolvm.ForkOptions{IDs: []string{"forked"}})
 		return err
 	},
 	"restore": func(ctx context.Context, m *manager.Manager, id string) error {
-		_, err := m.RestoreSnapshot(ctx, id, manager.RestoreOptions{ID: "restored"})
+		_, err := m.RestoreSnapshot(ctx, id, smolvm.RestoreOptions{ID: "restored"})
 		return err
 	},
 	"template": func(ctx context.Context, m *manager.Manager, _ string) error {
-		_, err := m.BuildTemplate(ctx, manager.TemplateOptions{})
+		_, err := m.BuildTemplate(ctx, smolvm.TemplateOptions{})
 		return err
 	},
 	"pool": func(ctx context.Context, m *manager.Manager, _ string) error {
-		_, err := m.SetPool(ctx, manager.PoolOptions{Size: 2})
+		_, err := m.SetPool(ctx, smolvm.PoolOptions{Size: 2})
 		return err
 	},
 	"start": func(ctx context.Context, m *manager.Manager, id string) error {
-		_, err := m.Start(ctx, id, manager.StartOptions{})
+		_, err := m.Start(ctx, id, smolvm.StartOptions{})
 		return err
 	},
 }
@@ -67,10 +67,10 @@ func childMain(args []string) int {
 		return 0
 	}
 	config := smolvm.VMConfig{ID: args[3], Ephemeral: args[4] != "lasting"}
-	vm, err := m.Create(ctx, config)
+	vm, err := m.Create(ctx, config, smolvm.CreateOptions{})
 	fmt.Println("created")
 	if err == nil && args[4] != "ephemeral-create-only" {
-		_, err = m.Start(ctx, vm.ID, manager.StartOptions{})
+		_, err = m.Start(ctx, vm.ID, smolvm.StartOptions{})
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

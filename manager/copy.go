@@ -1,7 +1,9 @@
 package manager
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -10,90 +12,16 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/tree"
 )
 
-// CopyPath names a file or a directory of a VM or of this host.
-type CopyPath struct {
-	// VM is the id of the VM. Empty: this host.
-	VM string
-	// Path is any bytes but NUL. In a VM a path that is not absolute is below root's
-	// home directory. A path that ends in "/." stands for the contents of a directory.
-	Path string
-}
-
-func (p CopyPath) String() string {
-	if p.VM == "" {
-		return tree.Display(p.Path)
-	}
-	return fmt.Sprintf("%s of VM %q", tree.Display(p.Path), p.VM)
-}
-
-// CopyOptions says how to copy. The zero value is useful.
-type CopyOptions struct {
-	// IntoDir says that the target must be an existing directory, as it must for
-	// several sources.
-	IntoDir bool
-	// KeepLinks makes the symbolic links in a tree from a guest wherever they lead. By
-	// default those are left out that lead out of the tree, absolute ones too: what
-	// later follows such a link reads or writes a file that the guest has chosen.
-	KeepLinks bool
-	// MaxBytes bounds how long all files from a guest may be together, in bytes. Zero:
-	// any length.
-	MaxBytes int64
-	// MaxFiles bounds how many files, directories and links may come from a guest.
-	// Zero: [DefaultCopyFiles].
-	MaxFiles int64
-	// Warn is called for what is left out or done in another way, by one goroutine at a
-	// time. Of very many files only the first and their number are told. It may be nil.
-	Warn func(CopyWarning)
-}
-
-// DefaultCopyFiles is how many files, directories and links a copy from a guest may
-// have, unless [CopyOptions] says otherwise.
-const DefaultCopyFiles = tree.DefaultMaxEntries
-
-// CopyWarning tells of a file that was left out of a copy, or treated in another way.
-// A guest may have chosen the text: it may hold anything.
-type CopyWarning struct {
-	// File is where it is, on its own side. Its Path is empty in a warning of no file.
-	File CopyPath
-	// Text says what happened.
-	Text string
-	// Failed says that the file should have been copied, and that the copy therefore
-	// ends in an error that matches [ErrCopyIncomplete]. It is not set for what can't
-	// be part of a copy: files that vanish meanwhile, sockets, FIFOs, devices, the
-	// kernel's own file systems, and links that lead out of the tree.
-	Failed bool
-}
-
-func (w CopyWarning) String() string {
-	switch {
-	case w.File.Path == "":
-		return w.Text
-	case w.File.VM == "":
-		return tree.Display(w.File.Path) + ": " + w.Text
-	}
-	return w.File.VM + ":" + tree.Display(w.File.Path) + ": " + w.Text
-}
-
-// The errors of copies; match them by errors.Is. That a path does not exist matches
-// fs.ErrNotExist, on either side.
-var (
-	// ErrCopyIncomplete says that some files could not be read or written. The rest
-	// was copied.
-	ErrCopyIncomplete = agent.ErrIncomplete
-	// ErrCopyLimit says that a guest has sent more than MaxBytes or MaxFiles.
-	ErrCopyLimit = tree.ErrLimit
-)
-
 // CopyTo copies a file or a tree of the host into the guest: [Manager.Copy] with the
 // usual options.
 func (m *Manager) CopyTo(ctx context.Context, id, hostPath, guestPath string) error {
-	return m.Copy(ctx, CopyPath{Path: hostPath}, CopyPath{VM: id, Path: guestPath}, CopyOptions{})
+	return m.Copy(ctx, smolvm.CopyPath{Path: hostPath}, smolvm.CopyPath{VM: id, Path: guestPath}, smolvm.CopyOptions{})
 }
 
 // CopyFrom copies a file or a tree of the guest to the host: [Manager.Copy] with the
 // usual options.
 func (m *Manager) CopyFrom(ctx context.Context, id, guestPath, hostPath string) error {
-	return m.Copy(ctx, CopyPath{VM: id, Path: guestPath}, CopyPath{Path: hostPath}, CopyOptions{})
+	return m.Copy(ctx, smolvm.CopyPath{VM: id, Path: guestPath}, smolvm.CopyPath{Path: hostPath}, smolvm.CopyOptions{})
 }
 
 // Copy copies a file, or a directory with all that is in it, into a VM, out of one, or
@@ -114,14 +42,14 @@ func (m *Manager) CopyFrom(ctx context.Context, id, guestPath, hostPath string) 
 // directory that the target's path names, and one to a FIFO or device), and set-id bits
 // are dropped.
 //
-// What can't be read or written is left out, and the rest is copied; see [CopyOptions].
+// What can't be read or written is left out, and the rest is copied; see [smolvm.CopyOptions].
 // When ctx is done the copy ends at once, and what it has copied by then is left, but
 // for the file that was being written.
-func (m *Manager) Copy(ctx context.Context, from, to CopyPath, opts CopyOptions) error {
+func (m *Manager) Copy(ctx context.Context, from, to smolvm.CopyPath, opts smolvm.CopyOptions) error {
 	if err := checkCopy(from, to); err != nil {
 		return err
 	}
-	options := opts.agent(from.VM, to.VM)
+	options := agentOptions(opts, from.VM, to.VM)
 	var source, target *guestClient
 	var err error
 	if from.VM != "" {
@@ -147,29 +75,53 @@ func (m *Manager) Copy(ctx context.Context, from, to CopyPath, opts CopyOptions)
 	return nil
 }
 
-// GetTree writes a file or a tree of the guest to w, as a tar stream in PAX format. It
-// has what [Manager.Copy] would copy, below the source's name; hard links and owners are
-// not kept. When ctx is done it returns, although a call of w may go on.
-func (m *Manager) GetTree(ctx context.Context, id, guestPath string, w io.Writer, opts CopyOptions) error {
-	from := CopyPath{VM: id, Path: guestPath}
+// GetTree returns a file or a tree of the guest as a tar stream in PAX format. It has what
+// [Manager.Copy] would copy, below the source's name; hard links and owners are not kept.
+// That the path does not exist, or can't be read at all, is an error of the call; what fails
+// later is one of a read, which fails too when ctx is done. The caller closes the stream.
+func (m *Manager) GetTree(ctx context.Context, id, guestPath string, opts smolvm.CopyOptions) (io.ReadCloser, error) {
+	from := smolvm.CopyPath{VM: id, Path: guestPath}
 	if err := checkPath(id, "source", guestPath); err != nil {
-		return err
+		return nil, err
 	}
 	client, err := m.client(ctx, id, "copy from")
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := client.GetTar(ctx, guestPath, w, opts.agent(id, "")); err != nil {
-		return fmt.Errorf("copy %s to a tar stream: %w", from, err)
+	ctx, cancel := context.WithCancel(ctx)
+	read, write := io.Pipe()
+	go func() {
+		err := client.GetTar(ctx, guestPath, write, agentOptions(opts, id, ""))
+		if err != nil {
+			err = fmt.Errorf("copy %s to a tar stream: %w", from, err)
+		}
+		_ = write.CloseWithError(err) // nil is the stream's end
+	}()
+	stream := &treeStream{Reader: bufio.NewReader(read), pipe: read, cancel: cancel}
+	if _, err := stream.Peek(1); err != nil && !errors.Is(err, io.EOF) {
+		return nil, errors.Join(err, stream.Close())
 	}
-	return nil
+	return stream, nil
+}
+
+// treeStream is a tar stream of a copy that goes on meanwhile.
+type treeStream struct {
+	*bufio.Reader
+	pipe   *io.PipeReader
+	cancel context.CancelFunc
+}
+
+// Close gives up what is left of the copy.
+func (s *treeStream) Close() error {
+	s.cancel()
+	return s.pipe.Close()
 }
 
 // PutTree puts what is in a tar stream into a directory of the guest, which must exist.
 // All of it belongs to root; hard links are kept. When ctx is done it returns, although
 // a call of r may go on.
-func (m *Manager) PutTree(ctx context.Context, id, guestPath string, r io.Reader, opts CopyOptions) error {
-	to := CopyPath{VM: id, Path: guestPath}
+func (m *Manager) PutTree(ctx context.Context, id, guestPath string, r io.Reader, opts smolvm.CopyOptions) error {
+	to := smolvm.CopyPath{VM: id, Path: guestPath}
 	if err := checkPath(id, "target", guestPath); err != nil {
 		return err
 	}
@@ -177,13 +129,13 @@ func (m *Manager) PutTree(ctx context.Context, id, guestPath string, r io.Reader
 	if err != nil {
 		return err
 	}
-	if err := client.PutTar(ctx, r, guestPath, opts.agent("", id)); err != nil {
+	if err := client.PutTar(ctx, r, guestPath, agentOptions(opts, "", id)); err != nil {
 		return fmt.Errorf("copy a tar stream to %s: %w", to, err)
 	}
 	return nil
 }
 
-func checkCopy(from, to CopyPath) error {
+func checkCopy(from, to smolvm.CopyPath) error {
 	id := from.VM
 	if id == "" {
 		id = to.VM
@@ -212,9 +164,9 @@ func invalidCopy(id, field, problem string) error {
 	return &smolvm.ValidationError{ID: id, Fields: []smolvm.FieldError{{Field: field, Problem: problem}}}
 }
 
-// agent returns the options of package agent, for a copy between two VMs; an empty id is
+// agentOptions returns the options of package agent, for a copy between two VMs; an empty id is
 // that of this host.
-func (o CopyOptions) agent(from, to string) agent.CopyOptions {
+func agentOptions(o smolvm.CopyOptions, from, to string) agent.CopyOptions {
 	options := agent.CopyOptions{
 		IntoDir:   o.IntoDir,
 		KeepLinks: o.KeepLinks,
@@ -226,7 +178,7 @@ func (o CopyOptions) agent(from, to string) agent.CopyOptions {
 			if side == agent.Target {
 				id = to
 			}
-			o.Warn(CopyWarning{File: CopyPath{VM: id, Path: note.Path}, Text: note.Text, Failed: note.Failed})
+			o.Warn(smolvm.CopyWarning{File: smolvm.CopyPath{VM: id, Path: note.Path}, Text: note.Text, Failed: note.Failed})
 		}
 	}
 	return options

@@ -9,21 +9,20 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/step"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // A VM whose restoring, or forking, was cut short before it ran has the disk of what it was
 // to go on from, whenever that was, and although there is a template of its kind.
 func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 	m := openFast(t)
-	if _, err := m.BuildTemplate(t.Context(), manager.TemplateOptions{}); err != nil {
+	if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	sh(t, m, "vm", "echo kept > /root/file")
 	snapshot := func() {
 		t.Helper()
-		if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "kept"}); err != nil {
+		if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "kept"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -59,17 +58,17 @@ func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			vm, err := m.Start(t.Context(), test.id, manager.StartOptions{})
+			vm, err := m.Start(t.Context(), test.id, smolvm.StartOptions{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			if got := sh(t, m, test.id, "cat /root/file"); got != "kept" {
 				t.Errorf("the file says %q", got)
 			}
-			if report := startReport(t, vm, smolvm.RungCold); !strings.Contains(strings.Join(report.Warnings, "; "), "cut short") {
+			if report := startReport(t, vm, smolvm.StartBoot); !strings.Contains(strings.Join(report.Warnings, "; "), "cut short") {
 				t.Errorf("warnings are %q", report.Warnings)
 			}
-			if err := m.Delete(t.Context(), test.id); err != nil {
+			if err := m.Delete(t.Context(), test.id, smolvm.DeleteOptions{}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -84,7 +83,7 @@ func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 	if err := m.RemoveSnapshot(t.Context(), "kept"); err != nil {
 		t.Error(err)
 	}
-	if err := m.Delete(t.Context(), "vm"); err != nil {
+	if err := m.Delete(t.Context(), "vm", smolvm.DeleteOptions{}); err != nil {
 		t.Error(err)
 	}
 	for _, path := range before {
@@ -92,10 +91,10 @@ func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 			t.Errorf("one that is needed has gone: %v", err)
 		}
 	}
-	if _, err := m.Start(t.Context(), "restored", manager.StartOptions{}); err == nil || !strings.Contains(err.Error(), filepath.Dir(before[0])) {
+	if _, err := m.Start(t.Context(), "restored", smolvm.StartOptions{}); err == nil || !strings.Contains(err.Error(), filepath.Dir(before[0])) {
 		t.Errorf("without the snapshot's disk: %v", err)
 	}
-	if err := m.Delete(t.Context(), "restored"); err != nil {
+	if err := m.Delete(t.Context(), "restored", smolvm.DeleteOptions{}); err != nil {
 		t.Error(err)
 	}
 }
@@ -104,17 +103,17 @@ func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 func TestRestoreBesideRetainedDisk(t *testing.T) {
 	m := openReal(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", RetainDisk: true})
-	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "kept"}); err != nil {
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "kept"}); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.Delete(t.Context(), "vm"); err != nil {
+	if err := m.Delete(t.Context(), "vm", smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	before, err := os.Stat(vm.DiskPath)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.RestoreSnapshot(t.Context(), "kept", manager.RestoreOptions{}); err == nil || !strings.Contains(err.Error(), vm.DiskPath) {
+	if _, err := m.RestoreSnapshot(t.Context(), "kept", smolvm.RestoreOptions{}); err == nil || !strings.Contains(err.Error(), vm.DiskPath) {
 		t.Errorf("restored over a disk: %v", err)
 	}
 	if after, err := os.Stat(vm.DiskPath); err != nil || !os.SameFile(before, after) {

@@ -45,7 +45,7 @@ func TestSavingGivenUp(t *testing.T) {
 	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
 		ctx, cancel := context.WithTimeout(t.Context(), moment)
 		defer cancel()
-		_, err := m.CreateSnapshot(ctx, "vm", manager.SnapshotOptions{Name: "taken"})
+		_, err := m.CreateSnapshot(ctx, "vm", smolvm.SnapshotOptions{Name: "taken"})
 		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("%s: %v", moment, err)
 		}
@@ -60,7 +60,7 @@ func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manag
 	m := openReal(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	began := time.Now()
-	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "whole"}); err != nil {
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "whole"}); err != nil {
 		t.Fatal(err)
 	}
 	whole := time.Since(began)
@@ -87,15 +87,15 @@ func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manag
 		}
 		for _, one := range all {
 			complete++
-			restored, err := m.RestoreSnapshot(t.Context(), one.Name, manager.RestoreOptions{})
+			restored, err := m.RestoreSnapshot(t.Context(), one.Name, smolvm.RestoreOptions{})
 			if err != nil {
 				t.Fatalf("%s: %v", moment, err)
 			}
-			startReport(t, restored, smolvm.RungSnapshot)
+			startReport(t, restored, smolvm.StartSnapshot)
 			if got := sh(t, m, restored.ID, "cat /root/file"); got != word {
 				t.Errorf("%s: the restored file says %q", moment, got)
 			}
-			if err := errors.Join(m.Delete(t.Context(), restored.ID), m.RemoveSnapshot(t.Context(), one.Name)); err != nil {
+			if err := errors.Join(m.Delete(t.Context(), restored.ID, smolvm.DeleteOptions{}), m.RemoveSnapshot(t.Context(), one.Name)); err != nil {
 				t.Error(err)
 			}
 		}
@@ -103,16 +103,16 @@ func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manag
 	}
 	t.Logf("of %d snapshots, %d were complete", parts+2, complete)
 	// It can still be saved, and its disk has all that was ever written.
-	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "last"}); err != nil {
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "last"}); err != nil {
 		t.Error(err)
 	}
 	if err := m.RemoveSnapshot(t.Context(), "last"); err != nil {
 		t.Error(err)
 	}
-	if _, err := m.Stop(t.Context(), "vm", manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(t.Context(), "vm", smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.Start(t.Context(), "vm", manager.StartOptions{}); err != nil {
+	if _, err := m.Start(t.Context(), "vm", smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := strings.Fields(sh(t, m, "vm", "cat /root/all")); len(got) != parts+2 {
@@ -130,7 +130,7 @@ func TestShimKilledWhileSaving(t *testing.T) {
 		sh(t, m, "vm", "echo kept > /root/file; sync")
 		saving := make(chan error, 1)
 		go func() {
-			_, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "taken"})
+			_, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "taken"})
 			saving <- err
 		}()
 		time.Sleep(moment) // the moment at which the plug is pulled
@@ -155,7 +155,7 @@ func TestShimKilledWhileSaving(t *testing.T) {
 		if got := sh(t, m, rescue.ID, "mount /dev/vdb /mnt; cat /mnt/root/file"); got != "kept" {
 			t.Errorf("%s: the disk's file says %q", moment, got)
 		}
-		if err := errors.Join(m.Delete(t.Context(), rescue.ID), m.Delete(t.Context(), "vm")); err != nil {
+		if err := errors.Join(m.Delete(t.Context(), rescue.ID, smolvm.DeleteOptions{}), m.Delete(t.Context(), "vm", smolvm.DeleteOptions{})); err != nil {
 			t.Error(err)
 		}
 		if saveErr == nil {
@@ -172,7 +172,7 @@ func TestKilledWhileRestoring(t *testing.T) {
 	m := openReal(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	sh(t, m, "vm", "echo kept > /root/file")
-	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "kept"}); err != nil {
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "kept"}); err != nil {
 		t.Fatal(err)
 	}
 	for work, from := range map[string]string{"restore": "kept", "fork": "vm"} {
@@ -195,7 +195,7 @@ func TestKilledWhileRestoring(t *testing.T) {
 					t.Errorf("%s, %s: the file says %q", work, moment, got)
 				}
 			}
-			if err := m.Delete(t.Context(), id); err != nil {
+			if err := m.Delete(t.Context(), id, smolvm.DeleteOptions{}); err != nil {
 				t.Errorf("%s, %s: %v", work, moment, err)
 			}
 		}
@@ -240,10 +240,10 @@ func TestKilledWhileMakingTemplates(t *testing.T) {
 		}
 		if len(all) == 1 { // it was finished before it was killed
 			vm := mustRun(t, m, smolvm.VMConfig{})
-			if report := startReport(t, vm, smolvm.RungClone); len(report.Warnings) > 0 {
+			if report := startReport(t, vm, smolvm.StartClone); len(report.Warnings) > 0 {
 				t.Errorf("%s: warnings are %q", moment, report.Warnings)
 			}
-			if err := errors.Join(m.Delete(t.Context(), vm.ID), m.RemoveTemplate(t.Context(), all[0].ID)); err != nil {
+			if err := errors.Join(m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}), m.RemoveTemplate(t.Context(), all[0].ID)); err != nil {
 				t.Error(err)
 			}
 		}
@@ -251,11 +251,11 @@ func TestKilledWhileMakingTemplates(t *testing.T) {
 		checkEmpty(t, filepath.Join(m.DataDir(), "layers"))
 	}
 	pull(t, m, "", "pool", time.Second)
-	pool, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 2})
+	pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 2})
 	if err != nil || pool.Ready != 2 {
 		t.Fatalf("pool is %+v, %v", pool, err)
 	}
-	startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.RungPool)
+	startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.StartPool)
 	if err := m.RemovePool(t.Context(), pool.ID); err != nil {
 		t.Error(err)
 	}

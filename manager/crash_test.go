@@ -90,7 +90,7 @@ func TestKilledWhileStarting(t *testing.T) {
 				t.Fatalf("the VM is %s, %v", vm.State, err)
 			}
 			checkEmpty(t, m.SocketDir())
-			if err := m.Delete(t.Context(), "victim"); err != nil {
+			if err := m.Delete(t.Context(), "victim", smolvm.DeleteOptions{}); err != nil {
 				t.Error(err)
 			}
 		})

@@ -20,12 +20,21 @@ import (
 
 // Create reserves all that a VM needs and makes its disk, but does not start it.
 // If the VM's image is missing and it is the default one, it is built first; see
-// [Config].Progress.
+// [smolvm.CreateOptions].Progress.
 //
 // The error matches [smolvm.ErrVMAlreadyExists] if the id is taken, or is a
 // [*smolvm.ValidationError] that names every bad field, or a
 // [*smolvm.NetworkError], or matches [smolvm.ErrDiskBudget].
-func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VMInfo, error) {
+func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig, opts smolvm.CreateOptions) (smolvm.VMInfo, error) {
+	info, err := m.createNew(ctx, config, opts.Progress)
+	if opts.Reuse && config.ID != "" && errors.Is(err, smolvm.ErrVMAlreadyExists) {
+		return m.reuse(ctx, config)
+	}
+	return info, err
+}
+
+// createNew is Create of a VM that is not there.
+func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progress func(smolvm.Progress)) (smolvm.VMInfo, error) {
 	began := time.Now()
 	if config.ID == "" {
 		config.ID = smolvm.NewID()
@@ -45,7 +54,7 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig) (smolvm.VM
 	}
 	var digest string
 	if config.UsesImage() {
-		image, err := m.ensureImage(ctx, config.Image)
+		image, err := m.ensureImage(ctx, config.Image, progress)
 		if err != nil {
 			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
 		}
@@ -150,7 +159,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	}
 	if config.CPULimit > 0 {
 		if err := cgroup.Find("/").Why(cgroup.CPU); err != nil {
-			bad("cpu_limit", fmt.Errorf("this host can't limit it: %w; `smolvm doctor` says more", err))
+			bad("cpu_limit", fmt.Errorf("this host can't limit it: %w", err))
 		}
 	}
 	if config.KernelPath != "" {

@@ -78,7 +78,7 @@ func TestDataDirectoryIsLinkedCopiedAndRenamed(t *testing.T) {
 	if reconciled, err := c.Reconcile(ctx); err != nil || len(reconciled) != 0 {
 		t.Errorf("reconcile of the copy: %v, %v", reconciled, err)
 	}
-	started, err := c.Start(ctx, "web", manager.StartOptions{})
+	started, err := c.Start(ctx, "web", smolvm.StartOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +88,7 @@ func TestDataDirectoryIsLinkedCopiedAndRenamed(t *testing.T) {
 	if files := openedBelow(t, started.PID, dir); len(files) > 0 {
 		t.Errorf("the copy's VM uses %q of the original", files)
 	}
-	if err := c.Delete(ctx, "web"); err != nil {
+	if err := c.Delete(ctx, "web", smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := sh(t, m, "web", "cat /root/k"); got != "precious" {
@@ -97,7 +97,7 @@ func TestDataDirectoryIsLinkedCopiedAndRenamed(t *testing.T) {
 	if again, err := m.Get(ctx, "web"); err != nil || again.PID != vm.PID {
 		t.Errorf("the original is %+v, %v", again, err)
 	}
-	if _, err := m.Stop(ctx, "web", manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(ctx, "web", smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
 
@@ -106,13 +106,13 @@ func TestDataDirectoryIsLinkedCopiedAndRenamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := openDir(t, config, renamed)
-	if resized, err := r.Resize(ctx, "web", manager.ResizeOptions{DiskSizeMiB: 20 << 10}); err != nil || resized.Config.DiskSizeMiB != 20<<10 {
+	if resized, err := r.Resize(ctx, "web", smolvm.ResizeOptions{DiskSizeMiB: 20 << 10}); err != nil || resized.Config.DiskSizeMiB != 20<<10 {
 		t.Errorf("resize: %+v, %v", resized.Config, err)
 	}
-	if _, err := r.Resize(ctx, "web", manager.ResizeOptions{DiskSizeMiB: 10 << 10}); err == nil || !strings.Contains(err.Error(), "can't be made smaller") {
+	if _, err := r.Resize(ctx, "web", smolvm.ResizeOptions{DiskSizeMiB: 10 << 10}); err == nil || !strings.Contains(err.Error(), "can't be made smaller") {
 		t.Errorf("resize to less: %v", err)
 	}
-	if _, err := r.Start(ctx, "web", manager.StartOptions{}); err != nil {
+	if _, err := r.Start(ctx, "web", smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := sh(t, r, "web", "cat /root/k"); got != "precious" {
@@ -121,10 +121,10 @@ func TestDataDirectoryIsLinkedCopiedAndRenamed(t *testing.T) {
 	if got, err := strconv.Atoi(sh(t, r, "web", "df -m / | awk 'END { print $2 }'")); err != nil || got < 19<<10 || got > 20<<10 {
 		t.Errorf("the file system has %d MiB (%v) after the disk was made one of 20 GiB", got, err)
 	}
-	if _, err := r.Resize(ctx, "web", manager.ResizeOptions{DiskSizeMiB: 30 << 10}); !errors.Is(err, smolvm.ErrInvalidState) {
+	if _, err := r.Resize(ctx, "web", smolvm.ResizeOptions{DiskSizeMiB: 30 << 10}); !errors.Is(err, smolvm.ErrInvalidState) {
 		t.Errorf("resize of a VM that runs: %v", err)
 	}
-	if _, err := r.Stop(ctx, "web", manager.StopOptions{}); err != nil {
+	if _, err := r.Stop(ctx, "web", smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
 
@@ -132,7 +132,7 @@ func TestDataDirectoryIsLinkedCopiedAndRenamed(t *testing.T) {
 	if err := os.Rename(disk, disk+".away"); err != nil {
 		t.Fatal(err)
 	}
-	_, err = r.Start(ctx, "web", manager.StartOptions{})
+	_, err = r.Start(ctx, "web", smolvm.StartOptions{})
 	if err == nil || !strings.Contains(err.Error(), disk+" is missing") {
 		t.Errorf("start without a disk: %v", err)
 	}

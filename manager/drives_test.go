@@ -12,7 +12,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/testenv"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const driveSize = 1 << 20
@@ -97,11 +96,11 @@ func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
 			t.Fatalf("write a header: %v, %v", status, err)
 		}
 	}
-	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	// The same VM goes on with what it has written.
-	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err != nil {
+	if _, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	for i, name := range names {
@@ -117,7 +116,7 @@ func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
 	if got, err := os.ReadFile(secret); err != nil || !strings.HasPrefix(string(got), text) {
 		t.Errorf("the secret is %.30q now, %v", got, err)
 	}
-	if err := m.Delete(t.Context(), vm.ID); err != nil {
+	if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 
@@ -143,7 +142,7 @@ func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
 			_, err := m.Create(t.Context(), smolvm.VMConfig{
 				ID: fmt.Sprintf("root-%d-%s", i, mode), KernelPath: kernel, InitrdPath: initrd, DiskMode: mode,
 				RootfsPath: paths[test.file], RootfsFormat: test.format,
-			})
+			}, smolvm.CreateOptions{})
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%s root %s as %q: %v, want %q", mode, test.file, test.format, err, test.want)
 			}
@@ -151,7 +150,7 @@ func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
 		for _, readOnly := range []bool{false, true} {
 			_, err := m.Create(t.Context(), smolvm.VMConfig{
 				ID: fmt.Sprintf("drive-%d-%v", i, readOnly), Drives: []smolvm.Drive{{Path: paths[test.file], Format: test.format, ReadOnly: readOnly}},
-			})
+			}, smolvm.CreateOptions{})
 			if invalid := (*smolvm.ValidationError)(nil); !errors.As(err, &invalid) || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("drive %s as %q: %v, want %q", test.file, test.format, err, test.want)
 			}
@@ -164,7 +163,7 @@ func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
 func TestSmallDisk(t *testing.T) {
 	m := openReal(t)
 	ctx := t.Context()
-	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 8}); err == nil || !strings.Contains(err.Error(), "use at least") {
+	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 8}, smolvm.CreateOptions{}); err == nil || !strings.Contains(err.Error(), "use at least") {
 		t.Errorf("a disk that is too small: %v", err)
 	}
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "small", DiskSizeMiB: 1 << 10})
@@ -180,13 +179,13 @@ func TestSmallDisk(t *testing.T) {
 		t.Errorf("the file system has %d MiB on a disk of 1 GiB", got)
 	}
 	sh(t, m, vm.ID, "dd if=/dev/zero of=/root/file bs=1M count=300 2>/dev/null; echo kept >/root/k")
-	if _, err := m.Stop(ctx, vm.ID, manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(ctx, vm.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.Resize(ctx, vm.ID, manager.ResizeOptions{DiskSizeMiB: 2 << 10}); err != nil {
+	if _, err := m.Resize(ctx, vm.ID, smolvm.ResizeOptions{DiskSizeMiB: 2 << 10}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.Start(ctx, vm.ID, manager.StartOptions{}); err != nil {
+	if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := size(); got < 1900 || got > 2<<10 {

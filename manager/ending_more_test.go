@@ -11,7 +11,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/flock"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // A VM whose shim has died is left alone by those who only look at it, as long as somebody
@@ -39,7 +38,7 @@ func TestReadersLeaveLockedVMs(t *testing.T) {
 		if _, err := m.Get(t.Context(), "vm"); err != nil {
 			t.Error(err)
 		}
-		if _, err := m.List(t.Context(), manager.ListOptions{}); err != nil {
+		if _, err := m.List(t.Context(), smolvm.ListOptions{}); err != nil {
 			t.Error(err)
 		}
 		if _, err := m.Reconcile(t.Context()); err != nil {
@@ -96,7 +95,7 @@ func TestDeleteWithTimeout(t *testing.T) {
 				}
 			}
 			began := time.Now()
-			if err := m.DeleteWith(t.Context(), vm.ID, manager.DeleteOptions{Timeout: test.timeout}); err != nil {
+			if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{Timeout: test.timeout}); err != nil {
 				t.Fatal(err)
 			}
 			if took := time.Since(began); took < test.atLeast || took > test.atMost+hostSlack {

@@ -29,7 +29,7 @@ func TestStopOfHungProcesses(t *testing.T) {
 	sh(t, m, vm.ID, "echo kept > /root/file; sync")
 	testenv.Suspend(t, vm.ShimPID)
 	inTime(t, "stop", 2*time.Second, func() error {
-		stopped, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{Timeout: time.Second})
+		stopped, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{Timeout: time.Second})
 		if stopped.State != smolvm.StateStopped {
 			t.Errorf("state is %s", stopped.State)
 		}
@@ -38,7 +38,7 @@ func TestStopOfHungProcesses(t *testing.T) {
 	if left := testenv.Processes(m.DataDir()); len(left) > 0 {
 		t.Errorf("processes are left: %q", left)
 	}
-	vm, err := m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	vm, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,7 +47,7 @@ func TestStopOfHungProcesses(t *testing.T) {
 	}
 	testenv.Suspend(t, vm.PID)
 	testenv.Suspend(t, vm.ShimPID)
-	inTime(t, "delete", time.Second, func() error { return m.Delete(t.Context(), vm.ID) })
+	inTime(t, "delete", time.Second, func() error { return m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}) })
 	checkNothingLeft(t, testConfig(t, filepath.Dir(m.DataDir())))
 }
 
@@ -68,7 +68,7 @@ func TestFailedStartKeepsVM(t *testing.T) {
 	m := openReal(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
 	sh(t, m, vm.ID, "echo precious > /root/file; sync")
-	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	qemu, err := exec.LookPath("qemu-system-x86_64")
@@ -82,7 +82,7 @@ func TestFailedStartKeepsVM(t *testing.T) {
 	}
 	path := os.Getenv("PATH")
 	t.Setenv("PATH", bin+":"+path)
-	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err == nil || !strings.Contains(err.Error(), "memory") {
+	if _, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err == nil || !strings.Contains(err.Error(), "memory") {
 		t.Errorf("a start without memory: %v", err)
 	}
 	t.Setenv("PATH", path)
@@ -98,11 +98,11 @@ func TestFailedStartKeepsVM(t *testing.T) {
 	if err != nil || got.State != smolvm.StateStopped || !strings.Contains(got.Cause, "its start failed") || !strings.Contains(got.Cause, "memory") {
 		t.Errorf("after that it is %s (%s), %v", got.State, got.Cause, err)
 	}
-	events, err := m.Events(t.Context(), vm.ID, 1)
+	events, err := m.Events(t.Context(), smolvm.EventOptions{VM: vm.ID, Limit: 1})
 	if err != nil || len(events) != 1 || events[0].Action != "start failed" {
 		t.Errorf("the last event is %+v, %v", events, err)
 	}
-	vm, err = m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	vm, err = m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +116,7 @@ func TestFailedStartKeepsVM(t *testing.T) {
 	if _, err := m.Exec(t.Context(), vm.ID, smolvm.Command{Args: []string{"true"}}); err == nil || !strings.Contains(err.Error(), "start it again") {
 		t.Errorf("exec in it: %v", err)
 	}
-	vm, err = m.Start(t.Context(), vm.ID, manager.StartOptions{})
+	vm, err = m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +132,7 @@ func TestFailedStartKeepsVM(t *testing.T) {
 // behind, the pool knows how many VMs it has, and the next start succeeds (D1, D2).
 func TestKilledWhileClaiming(t *testing.T) {
 	m := openFast(t)
-	if _, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 1}); err != nil {
+	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1}); err != nil {
 		t.Fatal(err)
 	}
 	for _, test := range []struct {
@@ -155,11 +155,11 @@ func TestKilledWhileClaiming(t *testing.T) {
 				c.await(t, "begun")
 				c.await(t, "done")
 				c.kill(t)
-				if _, err := m.Start(t.Context(), "victim", manager.StartOptions{}); err != nil {
+				if _, err := m.Start(t.Context(), "victim", smolvm.StartOptions{}); err != nil {
 					t.Errorf("start: %v", err)
 				}
 			} else {
-				pool, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 2})
+				pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 2})
 				if err != nil || pool.Ready != 2 {
 					t.Fatalf("pool is %+v, %v", pool, err)
 				}
@@ -187,7 +187,7 @@ func TestKilledWhileClaiming(t *testing.T) {
 			if _, err := m.Reconcile(t.Context()); err != nil {
 				t.Errorf("Reconcile: %v", err)
 			}
-			if pool, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 2}); err != nil || pool.Ready != 2 {
+			if pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 2}); err != nil || pool.Ready != 2 {
 				t.Errorf("pool is %+v, %v", pool, err)
 			}
 			if left, _ := filepath.Glob(filepath.Join(m.DataDir(), "pool", "*", "*.claimed")); len(left) > 0 {
@@ -198,13 +198,13 @@ func TestKilledWhileClaiming(t *testing.T) {
 				t.Errorf("the VM was %s, and is %s (%s), %v", before.State, after.State, after.Cause, err)
 			}
 			if test.point == "start/confirmed" { // a boot from the disk is one too many for all
-				if _, err := m.Stop(t.Context(), "victim", manager.StopOptions{}); err != nil {
+				if _, err := m.Stop(t.Context(), "victim", smolvm.StopOptions{}); err != nil {
 					t.Error(err)
 				}
 				after.State = smolvm.StateStopped
 			}
 			if after.State != smolvm.StateRunning {
-				if _, err := m.Start(t.Context(), "victim", manager.StartOptions{}); err != nil {
+				if _, err := m.Start(t.Context(), "victim", smolvm.StartOptions{}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -215,7 +215,7 @@ func TestKilledWhileClaiming(t *testing.T) {
 			if got := sh(t, m, "victim", "cat /root/file 2>/dev/null || echo none"); got != want {
 				t.Errorf("the file says %q, want %q", got, want)
 			}
-			if err := errors.Join(m.Delete(t.Context(), "victim"), m.Delete(t.Context(), "other")); err != nil {
+			if err := errors.Join(m.Delete(t.Context(), "victim", smolvm.DeleteOptions{}), m.Delete(t.Context(), "other", smolvm.DeleteOptions{})); err != nil {
 				t.Error(err)
 			}
 		})
@@ -302,21 +302,21 @@ func TestHostDiskFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = other.Close() }()
-	if vms, err := other.List(t.Context(), manager.ListOptions{}); err != nil || len(vms) != 2 {
+	if vms, err := other.List(t.Context(), smolvm.ListOptions{}); err != nil || len(vms) != 2 {
 		t.Errorf("list: %+v, %v", vms, err)
 	}
 	inTime(t, "stop of a VM that is halted", 2*time.Second, func() error {
-		_, err := other.Stop(t.Context(), "greedy", manager.StopOptions{})
+		_, err := other.Stop(t.Context(), "greedy", smolvm.StopOptions{})
 		return err
 	})
 	fill(t, filler+"3")
 	inTime(t, "stop", 10*time.Second, func() error {
-		_, err := other.Stop(t.Context(), "modest", manager.StopOptions{})
+		_, err := other.Stop(t.Context(), "modest", smolvm.StopOptions{})
 		return err
 	})
 	fill(t, filler+"4")
 	for _, id := range []string{"greedy", "modest"} {
-		inTime(t, "delete", time.Second, func() error { return other.Delete(t.Context(), id) })
+		inTime(t, "delete", time.Second, func() error { return other.Delete(t.Context(), id, smolvm.DeleteOptions{}) })
 	}
 }
 

@@ -29,9 +29,9 @@ func Example() {
 	check(err)
 	defer m.Close() //nolint:errcheck // an example
 
-	vm, err := m.Create(ctx, smolvm.VMConfig{ID: "hello"})
+	vm, err := m.Create(ctx, smolvm.VMConfig{ID: "hello"}, smolvm.CreateOptions{})
 	check(err)
-	_, err = m.Start(ctx, vm.ID, manager.StartOptions{})
+	_, err = m.Start(ctx, vm.ID, smolvm.StartOptions{})
 	check(err)
 	status, err := m.Exec(ctx, vm.ID, smolvm.Command{
 		Args:   []string{"uname", "-sm"},
@@ -39,7 +39,7 @@ func Example() {
 	})
 	check(err)
 	fmt.Println(status)
-	check(m.Delete(ctx, vm.ID))
+	check(m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}))
 }
 
 // With default directories, or with paths of one's own.
@@ -76,30 +76,45 @@ func ExampleManager_Create() {
 		KernelPath: os.Getenv("KERNEL"),
 		InitrdPath: os.Getenv("INITRD"),
 		BootArgs:   "console=ttyS0 reboot=k panic=1 pci=off init=/init",
-	})
+	}, smolvm.CreateOptions{})
 	check(err)
 	fmt.Println("created", vm.ID, "with IP", vm.Network.GuestIP)
 
-	vm, err = m.Start(ctx, vm.ID, manager.StartOptions{Timeout: 30 * time.Second})
+	vm, err = m.Start(ctx, vm.ID, smolvm.StartOptions{Timeout: 30 * time.Second})
 	check(err)
 	fmt.Println("it is", vm.State)
 
-	vm, err = m.Stop(ctx, vm.ID, manager.StopOptions{Timeout: time.Second})
+	vm, err = m.Stop(ctx, vm.ID, smolvm.StopOptions{Timeout: time.Second})
 	check(err)
 	fmt.Println("it is", vm.State)
-	check(m.Delete(ctx, vm.ID))
+	check(m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}))
 }
 
-// Another process's VM.
-func ExampleFromID() {
+// A handle of a VM that another process has made.
+func ExampleManager_VM() {
 	ctx := context.Background()
-	m, err := manager.FromID(ctx, "my-vm", manager.Config{})
+	m, err := manager.Open(ctx, manager.Config{})
 	check(err)
 	defer m.Close() //nolint:errcheck // an example
 
-	vm, err := m.Get(ctx, "my-vm")
+	vm := m.VM("my-vm")
+	info, err := vm.Info(ctx)
 	check(err)
-	fmt.Println(vm.State)
+	out, err := vm.Output(ctx, "uname", "-s")
+	check(err)
+	fmt.Printf("%s, %s", info.State, out)
+}
+
+// One command in a VM of its own.
+func ExampleManager_Run() {
+	ctx := context.Background()
+	m, err := manager.Open(ctx, manager.Config{})
+	check(err)
+	defer m.Close() //nolint:errcheck // an example
+
+	result, err := m.Run(ctx, smolvm.VMConfig{}, smolvm.Command{Args: []string{"sh", "-c", "echo $((6 * 7)); exit 3"}})
+	check(err)
+	fmt.Printf("%s%s\n", result.Stdout, result)
 }
 
 func ExampleManager_List() {
@@ -108,7 +123,7 @@ func ExampleManager_List() {
 	check(err)
 	defer m.Close() //nolint:errcheck // an example
 
-	running, err := m.List(ctx, manager.ListOptions{State: smolvm.StateRunning})
+	running, err := m.List(ctx, smolvm.ListOptions{State: smolvm.StateRunning})
 	check(err)
 	for _, vm := range running {
 		fmt.Println(vm.ID, vm.Network.GuestIP)
@@ -126,18 +141,18 @@ func ExampleManager_Reconcile() {
 	fmt.Println("found", len(dead), "VMs dead")
 }
 
-func ExampleManager_SSHCommands() {
+func ExampleManager_SSH() {
 	ctx := context.Background()
 	m, err := manager.Open(ctx, manager.Config{})
 	check(err)
 	defer m.Close() //nolint:errcheck // an example
 
-	commands, err := m.SSHCommands(ctx, "my-vm", manager.SSHOptions{
+	access, err := m.SSH(ctx, "my-vm", smolvm.SSHOptions{
 		User:    "user",
 		KeyPath: "~/.ssh/id_ed25519",
 	})
 	check(err)
-	fmt.Println("there is a command:", commands.LocalhostPort != "")
+	fmt.Println("there is a command:", access.String() != "")
 }
 
 func ExampleManager_CheckPrerequisites() {
@@ -198,10 +213,11 @@ func TestExamples(t *testing.T) {
 		{"Example", Example, "Linux x86_64\nexit status 0\n"},
 		{"Open", ExampleOpen, "qemu\n"},
 		{"Create", ExampleManager_Create, "created test-vm with IP 10.0.2.15\nit is running\nit is stopped\n"},
-		{"FromID", ExampleFromID, "running\n"},
+		{"VM", ExampleManager_VM, "running, Linux\n"},
+		{"Run", ExampleManager_Run, "42\nexit status 3\n"},
 		{"List", ExampleManager_List, "my-vm 10.0.2.15\n"},
 		{"Reconcile", ExampleManager_Reconcile, "found 0 VMs dead\n"},
-		{"SSHCommands", ExampleManager_SSHCommands, "there is a command: true\n"},
+		{"SSH", ExampleManager_SSH, "there is a command: true\n"},
 		{"CheckPrerequisites", ExampleManager_CheckPrerequisites, "missing: 0\n"},
 		{"Fork", ExampleManager_Fork, "1000\n1000\n"},
 		{"CreateSnapshot", ExampleManager_CreateSnapshot, "loaded\ndb snapshot\n"},
@@ -216,7 +232,7 @@ func TestExamples(t *testing.T) {
 			}
 		})
 	}
-	if err := m.Delete(t.Context(), "my-vm"); err != nil {
+	if err := m.Delete(t.Context(), "my-vm", smolvm.DeleteOptions{}); err != nil {
 		t.Error(err)
 	}
 	if left := testenv.Processes(data); len(left) > 0 {

@@ -22,7 +22,7 @@ import (
 // [smolvm.ErrUnsupported] if no agent is in the guest.
 func (m *Manager) Exec(ctx context.Context, id string, command smolvm.Command) (smolvm.ExitStatus, error) {
 	if err := command.Validate(); err != nil {
-		return smolvm.ExitStatus{}, fmt.Errorf("run a command in VM %q: %w", id, err)
+		return smolvm.ExitStatus{}, vmError("run a command in", id, err)
 	}
 	client, err := m.client(ctx, id, "run a command in")
 	if err != nil {
@@ -30,9 +30,41 @@ func (m *Manager) Exec(ctx context.Context, id string, command smolvm.Command) (
 	}
 	status, err := client.Exec(ctx, command)
 	if err != nil {
-		return status, fmt.Errorf("run %q in VM %q: %w", command.Args[0], id, err)
+		return status, vmError(fmt.Sprintf("run %q in", command.Args[0]), id, err)
 	}
 	return status, nil
+}
+
+// StartProcess starts a command in the guest and returns when it runs. Ctx is of the start
+// only: the process goes on until it ends, is sent [smolvm.SignalKill], or the Manager is
+// closed. A command that can't be started is a process that has ended with status 126 or 127,
+// as with [Manager.Exec], whose errors are those of this call too.
+func (m *Manager) StartProcess(ctx context.Context, id string, command smolvm.Command) (smolvm.Process, error) {
+	if err := command.Validate(); err != nil {
+		return nil, vmError("run a command in", id, err)
+	}
+	client, err := m.client(ctx, id, "run a command in")
+	if err != nil {
+		return nil, err
+	}
+	op := fmt.Sprintf("run %q in", command.Args[0])
+	started, err := client.StartProcess(ctx, command)
+	if err != nil {
+		return nil, vmError(op, id, err)
+	}
+	return &process{Process: started, id: id, op: op}, nil
+}
+
+// process is a process whose errors name its VM.
+type process struct {
+	*agent.Process
+	id, op string
+}
+
+// Wait implements [smolvm.Process].
+func (p *process) Wait(ctx context.Context) (smolvm.ExitStatus, error) {
+	status, err := p.Process.Wait(ctx)
+	return status, vmError(p.op, p.id, err)
 }
 
 // Dial connects to an address as the guest sees it: "tcp" to a host and port, such
@@ -53,7 +85,7 @@ func (m *Manager) Dial(ctx context.Context, id, network, address string) (net.Co
 		}
 		conn, err = client.Dial(ctx, network, address)
 		if err != nil {
-			return nil, fmt.Errorf("connect to %s in VM %q: %w", address, id, err)
+			return nil, vmError("connect to "+address+" in", id, err)
 		}
 		return conn, nil
 	}
@@ -62,7 +94,7 @@ func (m *Manager) Dial(ctx context.Context, id, network, address string) (net.Co
 		conn, err = shim.NewClient(m.runtimeDir(id)).DialGuest(ctx, port)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("connect to %s in VM %q: %w", address, id, err)
+		return nil, vmError("connect to "+address+" in", id, err)
 	}
 	return conn, nil
 }
@@ -115,8 +147,9 @@ func (m *Manager) client(ctx context.Context, id, verb string) (*guestClient, er
 		return nil, err
 	}
 	if !vm.Config.UsesImage() {
-		return nil, fmt.Errorf("%s VM %q: %w: it boots a kernel of its own, without smolvm's agent; log in by SSH, if it has a server (`smolvm ssh %s`)",
-			verb, id, smolvm.ErrUnsupported, id)
+		return nil, &smolvm.Error{Op: verb, Kind: "VM", ID: id,
+			Hint: fmt.Sprintf("log in by SSH, if the guest has a server: `smolvm ssh %s`", id),
+			Err:  fmt.Errorf("%w: it boots a kernel of its own, without smolvm's agent", smolvm.ErrUnsupported)}
 	}
 	return m.clientOf(ctx, vm)
 }
@@ -132,7 +165,7 @@ func (m *Manager) clientOf(ctx context.Context, vm store.VM) (*guestClient, erro
 	}
 	client, err := m.connect(ctx, vm)
 	if err != nil {
-		return nil, fmt.Errorf("connect to the agent of VM %q: %w", vm.ID, err)
+		return nil, vmError("connect to the agent of", vm.ID, err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -108,14 +108,14 @@ func execEnd(t *testing.T, m *manager.Manager, id string) {
 	if n := count(500); n != "3" {
 		t.Errorf("of 3 processes that a command has left %s go on", n)
 	}
-	ways := map[string]func(cancel func(), signals chan<- string){
-		"cancelled": func(cancel func(), _ chan<- string) { cancel() },
-		"killed":    func(_ func(), signals chan<- string) { signals <- "KILL" },
+	ways := map[string]func(cancel func(), signals chan<- smolvm.Signal){
+		"cancelled": func(cancel func(), _ chan<- smolvm.Signal) { cancel() },
+		"killed":    func(_ func(), signals chan<- smolvm.Signal) { signals <- "KILL" },
 	}
 	for name, end := range ways {
 		ctx, cancel := context.WithCancel(t.Context())
 		ready, up := io.Pipe()
-		signals := make(chan string)
+		signals := make(chan smolvm.Signal)
 		ended := make(chan error, 1)
 		go func() {
 			_, err := m.Exec(ctx, id, smolvm.Command{Args: []string{"sh", "-c", fmt.Sprintf(started, 600) + "sleep 6007"}, Stdout: up, Signals: signals})

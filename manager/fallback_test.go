@@ -41,26 +41,26 @@ func TestNoRoomForSavedGuests(t *testing.T) {
 	m := openAt(t, config)
 	const want = "no space left on device"
 	for _, id := range []string{"first", "second"} {
-		report := startReport(t, mustRun(t, m, smolvm.VMConfig{ID: id}), smolvm.RungCold)
+		report := startReport(t, mustRun(t, m, smolvm.VMConfig{ID: id}), smolvm.StartBoot)
 		if told := strings.Contains(strings.Join(report.Warnings, "; "), want); told != (id == "second") {
 			t.Errorf("warnings of the %s are %q", id, report.Warnings)
 		}
 		awaitTemplates(t, m)
 	}
 	sh(t, m, "first", "echo before > /root/file")
-	if _, err := m.CreateSnapshot(t.Context(), "first", manager.SnapshotOptions{}); err == nil || !strings.Contains(err.Error(), want) {
+	if _, err := m.CreateSnapshot(t.Context(), "first", smolvm.SnapshotOptions{}); err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("snapshot: %v", err)
 	}
-	if _, err := m.Fork(t.Context(), "first", manager.ForkOptions{IDs: []string{"child"}}); err == nil || !strings.Contains(err.Error(), want) {
+	if _, err := m.Fork(t.Context(), "first", smolvm.ForkOptions{IDs: []string{"child"}}); err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("fork: %v", err)
 	}
 	if got := sh(t, m, "first", "echo after >> /root/file; sync; cat /root/file"); got != "before\nafter" {
 		t.Errorf("the VM's file says %q", got)
 	}
-	if vms, err := m.List(t.Context(), manager.ListOptions{}); err != nil || len(vms) != 2 {
+	if vms, err := m.List(t.Context(), smolvm.ListOptions{}); err != nil || len(vms) != 2 {
 		t.Errorf("%d VMs are there, %v", len(vms), err)
 	}
-	if removed, err := m.PruneTemplates(t.Context(), 0); err != nil || len(removed) != 0 {
+	if removed, err := m.PruneTemplates(t.Context(), smolvm.PruneTemplateOptions{All: true}); err != nil || len(removed) != 0 {
 		t.Errorf("removed templates %q, %v", removed, err)
 	}
 	for _, dir := range []string{"templates", "snapshots", "layers"} {
@@ -72,29 +72,29 @@ func TestNoRoomForSavedGuests(t *testing.T) {
 // saved, and say why.
 func TestReplacedVMM(t *testing.T) {
 	m := openFast(t)
-	old, err := m.BuildTemplate(t.Context(), manager.TemplateOptions{})
+	old, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	startReport(t, mustRun(t, m, smolvm.VMConfig{ID: "vm"}), smolvm.RungClone)
+	startReport(t, mustRun(t, m, smolvm.VMConfig{ID: "vm"}), smolvm.StartClone)
 	sh(t, m, "vm", "echo kept > /root/file")
-	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "taken"}); err != nil {
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "taken"}); err != nil {
 		t.Fatal(err)
 	}
 	replaceQEMU(t)
 
-	report := startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.RungCold)
+	report := startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.StartBoot)
 	if len(report.Warnings) != 1 || !strings.Contains(report.Warnings[0], old.ID) {
 		t.Errorf("warnings are %q, want one about template %s", report.Warnings, old.ID)
 	}
-	if _, err := m.RestoreSnapshot(t.Context(), "taken", manager.RestoreOptions{}); !errors.Is(err, smolvm.ErrNotRestored) {
+	if _, err := m.RestoreSnapshot(t.Context(), "taken", smolvm.RestoreOptions{}); !errors.Is(err, smolvm.ErrNotRestored) {
 		t.Errorf("restored by another VMM: %v", err)
 	}
-	restored, err := m.RestoreSnapshot(t.Context(), "taken", manager.RestoreOptions{ID: "restored", AllowCold: true})
+	restored, err := m.RestoreSnapshot(t.Context(), "taken", smolvm.RestoreOptions{ID: "restored", AllowCold: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	report = startReport(t, restored, smolvm.RungCold)
+	report = startReport(t, restored, smolvm.StartBoot)
 	if len(report.Warnings) != 1 || !strings.Contains(report.Warnings[0], "another VMM") {
 		t.Errorf("warnings are %q", report.Warnings)
 	}
@@ -102,7 +102,7 @@ func TestReplacedVMM(t *testing.T) {
 		t.Errorf("the file says %q", got)
 	}
 	// The new one has made a template of its own meanwhile, and removed the other.
-	startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.RungClone)
+	startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.StartClone)
 	awaitTemplates(t, m)
 	if all, err := m.Templates(t.Context()); err != nil || len(all) != 1 || all[0].ID == old.ID || all[0].Stale {
 		t.Errorf("templates are %+v, %v", all, err)

@@ -16,7 +16,7 @@ import (
 
 // BuildImage builds an image, unless one of the same recipe is there. Of several
 // processes that build the same image at once, one does the work.
-func (m *Manager) BuildImage(ctx context.Context, opts BuildOptions) (smolvm.Image, error) {
+func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smolvm.Image, error) {
 	began := time.Now()
 	if opts.Name == "" {
 		opts.Name = smolvm.DefaultImage
@@ -35,7 +35,7 @@ func (m *Manager) BuildImage(ctx context.Context, opts BuildOptions) (smolvm.Ima
 		ModulesDir: opts.ModulesDir,
 		Rootfs:     opts.Rootfs,
 		Force:      opts.Force,
-		Progress:   m.imageProgress(),
+		Progress:   imageProgress(opts.Progress),
 	})
 	if err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
@@ -182,7 +182,7 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 
 // ensureImage finds the image of a new VM, and builds it if it is the default one
 // and missing, or made for another agent than ours.
-func (m *Manager) ensureImage(ctx context.Context, ref string) (smolvm.Image, error) {
+func (m *Manager) ensureImage(ctx context.Context, ref string, progress func(smolvm.Progress)) (smolvm.Image, error) {
 	if ref != smolvm.DefaultImage {
 		return m.images.Get(ctx, ref)
 	}
@@ -194,14 +194,15 @@ func (m *Manager) ensureImage(ctx context.Context, ref string) (smolvm.Image, er
 		}
 		return smolvm.Image{}, err
 	}
-	return m.images.Ensure(ctx, image.Recipe{Name: ref, Agent: agentPath, Progress: m.imageProgress()})
+	return m.images.Ensure(ctx, image.Recipe{Name: ref, Agent: agentPath, Progress: imageProgress(progress)})
 }
 
-func (m *Manager) imageProgress() func(image.Progress) {
-	if m.config.Progress == nil {
+// imageProgress returns what the building of an image reports to; nil for nil.
+func imageProgress(progress func(smolvm.Progress)) func(image.Progress) {
+	if progress == nil {
 		return nil
 	}
-	return func(p image.Progress) { m.config.Progress(Progress(p)) }
+	return func(p image.Progress) { progress(smolvm.Progress(p)) }
 }
 
 // agentPath finds the agent program.
@@ -215,7 +216,7 @@ func (m *Manager) agentPath() (string, error) {
 	}
 	path, err = findProgram("smolvm-agent")
 	if err != nil {
-		return "", fmt.Errorf("%w; build it with `make build`, or name it with the AgentPath option", err)
+		return "", &smolvm.Error{Hint: "build it with `make build`, or name it with the AgentPath option", Err: err}
 	}
 	return path, nil
 }

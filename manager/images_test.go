@@ -9,7 +9,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/testenv"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // A disk that belongs to the VM alone, one that is shared, and one that outlives it.
@@ -22,18 +21,18 @@ func TestDisks(t *testing.T) {
 	if got := sh(t, m, vm.ID, "df -m / | awk 'NR==2 {print ($2 > 19000)}'"); got != "1" {
 		t.Errorf("the guest does not see its larger disk: %q", got)
 	}
-	if err := m.Delete(ctx, vm.ID); err != nil {
+	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	var invalid *smolvm.ValidationError
-	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 16}); !errors.As(err, &invalid) || !strings.Contains(err.Error(), "disk_size_mib") {
+	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 16}, smolvm.CreateOptions{}); !errors.As(err, &invalid) || !strings.Contains(err.Error(), "disk_size_mib") {
 		t.Errorf("a disk smaller than its image: %v", err)
 	}
 
 	// Retained over the VM's end.
 	vm = mustRun(t, m, smolvm.VMConfig{ID: "keeper", RetainDisk: true})
 	sh(t, m, vm.ID, "echo precious > /root/file")
-	if err := m.Delete(ctx, vm.ID); err != nil {
+	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(vm.DiskPath); err != nil {
@@ -70,7 +69,7 @@ func TestDrives(t *testing.T) {
 		t.Errorf("the guest sees %q", got)
 	}
 	sh(t, m, vm.ID, "printf written | dd of=/dev/vdb conv=fsync 2>/dev/null; ! dd if=/dev/zero of=/dev/vdc count=1 2>/dev/null")
-	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{drives[0].Path: "written", drives[1].Path: "second"} {
@@ -99,7 +98,7 @@ func TestSharedDisk(t *testing.T) {
 		if got, err := os.ReadFile(path); err != nil || !strings.HasPrefix(string(got), want) {
 			t.Errorf("%s: the disk begins with %q, %v", mode, got[:8], err)
 		}
-		if err := m.Delete(t.Context(), vm.ID); err != nil {
+		if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 		if _, err := os.Stat(path); err != nil {
@@ -116,7 +115,7 @@ func TestImageOfOwnFiles(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(root, "hello"), []byte("from my tree"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	built, err := m.BuildImage(t.Context(), manager.BuildOptions{Name: "mine", Rootfs: root})
+	built, err := m.BuildImage(t.Context(), smolvm.BuildOptions{Name: "mine", Rootfs: root})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,10 +135,10 @@ func TestImageOfOwnFiles(t *testing.T) {
 	if got, err := os.ReadFile(target); err != nil || string(got) != "from my tree" {
 		t.Errorf("the guest's file is %q, %v", got, err)
 	}
-	if err := m.Delete(t.Context(), vm.ID); err != nil {
+	if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Error(err)
 	}
-	if _, err := m.Create(t.Context(), smolvm.VMConfig{Image: "no-such"}); !errors.Is(err, smolvm.ErrImageNotFound) {
+	if _, err := m.Create(t.Context(), smolvm.VMConfig{Image: "no-such"}, smolvm.CreateOptions{}); !errors.Is(err, smolvm.ErrImageNotFound) {
 		t.Errorf("an image that is not there: %v", err)
 	}
 }

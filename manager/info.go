@@ -30,9 +30,9 @@ func (m *Manager) Get(ctx context.Context, id string) (smolvm.VMInfo, error) {
 }
 
 // List returns the VMs that the options select, in the order in which they were created.
-func (m *Manager) List(ctx context.Context, opts ListOptions) ([]smolvm.VMInfo, error) {
+func (m *Manager) List(ctx context.Context, opts smolvm.ListOptions) ([]smolvm.VMInfo, error) {
 	// All of them, as a VM that is found dead changes its state.
-	if err := opts.validate(); err != nil {
+	if err := validateList(opts); err != nil {
 		return nil, fmt.Errorf("list VMs: %w", err)
 	}
 	vms, err := m.store.ListVMs(ctx, "")
@@ -46,7 +46,7 @@ func (m *Manager) List(ctx context.Context, opts ListOptions) ([]smolvm.VMInfo, 
 		} else if err != nil {
 			return nil, fmt.Errorf("list VMs: %w", err)
 		}
-		if opts.selects(vm) {
+		if selects(opts, vm) {
 			infos = append(infos, m.info(vm))
 		}
 	}
@@ -147,8 +147,7 @@ func (m *Manager) info(vm store.VM) smolvm.VMInfo {
 		Image:       vm.Image,
 		Backend:     vm.Backend,
 		Accelerator: vm.Accelerator,
-		DiskPath:    vm.DiskPath,
-		LogPath:     vm.LogPath,
+		HostInfo:    smolvm.HostInfo{DiskPath: vm.DiskPath, LogPath: vm.LogPath},
 		Cause:       vm.Cause,
 		CreatedAt:   vm.CreatedAt,
 		StartedAt:   vm.StartedAt,
@@ -159,6 +158,14 @@ func (m *Manager) info(vm store.VM) smolvm.VMInfo {
 		info.SocketPath = shim.ControlSocket(m.runtimeDir(vm.ID))
 	}
 	return info
+}
+
+// vmError returns an error of an operation on a VM; nil for nil.
+func vmError(op, id string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &smolvm.Error{Op: op, Kind: "VM", ID: id, Err: err}
 }
 
 // stateError says that a verb does not fit the VM's state, and what would.
@@ -177,5 +184,5 @@ func stateError(verb string, vm store.VM) error {
 	case smolvm.StateError:
 		next = fmt.Sprintf("it failed (%s); start it again, which boots it from its disk, or delete it", vm.Cause)
 	}
-	return fmt.Errorf("%s VM %q: %w: it is %s; %s", verb, vm.ID, smolvm.ErrInvalidState, vm.State, next)
+	return vmError(verb, vm.ID, fmt.Errorf("%w: it is %s; %s", smolvm.ErrInvalidState, vm.State, next))
 }

@@ -17,7 +17,7 @@ import (
 
 // restoreInPlace has the VM that a snapshot was taken of go back to it. If it can't go on
 // from there, it is as it was before.
-func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from savedGuest, damage error, opts RestoreOptions) (smolvm.VMInfo, error) {
+func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from savedGuest, damage error, opts smolvm.RestoreOptions) (smolvm.VMInfo, error) {
 	began := time.Now()
 	fail := func(err error) (smolvm.VMInfo, error) {
 		return smolvm.VMInfo{}, fmt.Errorf("restore snapshot %q in place: %w", from.source, err)

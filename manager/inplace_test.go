@@ -24,7 +24,7 @@ func TestRestoreInPlace(t *testing.T) {
 	machine := sh(t, m, "vm", "cat /etc/machine-id; hostname")
 	snapshot := func(name string) {
 		t.Helper()
-		if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: name}); err != nil {
+		if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: name}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -33,26 +33,26 @@ func TestRestoreInPlace(t *testing.T) {
 	sh(t, m, "vm", `cp -a /bin/true /root/true; rm /bin/true; printf '#!/bin/sh\nwhile :; do sleep 1; done\n' > /bin/true; chmod +x /bin/true`)
 	snapshot("bad")
 	sh(t, m, "vm", "cp -a /root/true /bin/true; echo two > /root/file; sync")
-	inPlace := func(name string, opts manager.RestoreOptions) (smolvm.VMInfo, error) {
+	inPlace := func(name string, opts smolvm.RestoreOptions) (smolvm.VMInfo, error) {
 		opts.InPlace = true
 		return m.RestoreSnapshot(t.Context(), name, opts)
 	}
-	if _, err := inPlace("good", manager.RestoreOptions{}); !errors.Is(err, smolvm.ErrInvalidState) {
+	if _, err := inPlace("good", smolvm.RestoreOptions{}); !errors.Is(err, smolvm.ErrInvalidState) {
 		t.Errorf("a VM that runs: %v", err)
 	}
 	stop := func() {
 		t.Helper()
-		if _, err := m.Stop(t.Context(), "vm", manager.StopOptions{}); err != nil {
+		if _, err := m.Stop(t.Context(), "vm", smolvm.StopOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	stop()
-	for _, opts := range []manager.RestoreOptions{{ID: "other"}, {Ephemeral: true}} {
+	for _, opts := range []smolvm.RestoreOptions{{ID: "other"}, {Ephemeral: true}} {
 		if _, err := inPlace("good", opts); !errors.Is(err, smolvm.ErrUnsupported) {
 			t.Errorf("with %+v: %v", opts, err)
 		}
 	}
-	fails := func(name string, opts manager.RestoreOptions) {
+	fails := func(name string, opts smolvm.RestoreOptions) {
 		t.Helper()
 		before, err := os.Stat(vm.DiskPath)
 		if err != nil {
@@ -69,16 +69,16 @@ func TestRestoreInPlace(t *testing.T) {
 			t.Errorf("%s: the VM is %s (%s), %v", name, got.State, got.Cause, err)
 		}
 	}
-	fails("bad", manager.RestoreOptions{Start: manager.StartOptions{Timeout: 8 * time.Second}})
+	fails("bad", smolvm.RestoreOptions{Start: smolvm.StartOptions{Timeout: 8 * time.Second}})
 	// Nothing that its disk needs was taken for unneeded.
 	if _, err := m.Reconcile(t.Context()); err != nil {
 		t.Error(err)
 	}
-	back, err := inPlace("good", manager.RestoreOptions{})
+	back, err := inPlace("good", smolvm.RestoreOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if report := startReport(t, back, smolvm.RungSnapshot); len(report.Warnings) > 0 || len(report.Verified) < 6 {
+	if report := startReport(t, back, smolvm.StartSnapshot); len(report.Warnings) > 0 || len(report.Verified) < 6 {
 		t.Errorf("report is %+v", report)
 	}
 	if back.ID != "vm" || back.Config.Labels["team"] != "blue" || back.Network.SSHHostPort != vm.Network.SSHHostPort {
@@ -93,12 +93,12 @@ func TestRestoreInPlace(t *testing.T) {
 	if err := flipByte(filepath.Join(m.DataDir(), "snapshots", "good", "memory")); err != nil {
 		t.Fatal(err)
 	}
-	fails("good", manager.RestoreOptions{})
-	booted, err := inPlace("good", manager.RestoreOptions{AllowCold: true})
+	fails("good", smolvm.RestoreOptions{})
+	booted, err := inPlace("good", smolvm.RestoreOptions{AllowCold: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if report := startReport(t, booted, smolvm.RungCold); !strings.Contains(strings.Join(report.Warnings, "; "), "damaged") {
+	if report := startReport(t, booted, smolvm.StartBoot); !strings.Contains(strings.Join(report.Warnings, "; "), "damaged") {
 		t.Errorf("warnings are %q", report.Warnings)
 	}
 	if got := sh(t, m, "vm", "cat /root/file"); got != "one" {
@@ -138,7 +138,7 @@ func TestRestoreWithoutAgent(t *testing.T) {
 		t.Run(id, func(t *testing.T) {
 			vm := mustRun(t, m, smolvm.VMConfig{ID: id, KernelPath: kernel, InitrdPath: initrd, RootfsPath: rootfs})
 			awaitTick(t, m, id, func(ticks []int) bool { return len(ticks) > 0 && ticks[len(ticks)-1] >= 3 })
-			taken, err := m.CreateSnapshot(t.Context(), id, manager.SnapshotOptions{Name: "kept"})
+			taken, err := m.CreateSnapshot(t.Context(), id, smolvm.SnapshotOptions{Name: "kept"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -148,21 +148,21 @@ func TestRestoreWithoutAgent(t *testing.T) {
 			saved := awaitTick(t, m, id, func([]int) bool { return true })
 			at := saved[len(saved)-1]
 			awaitTick(t, m, id, func(ticks []int) bool { return ticks[len(ticks)-1] >= at+4 })
-			if _, err := m.Fork(t.Context(), id, manager.ForkOptions{}); !errors.Is(err, smolvm.ErrUnsupported) {
+			if _, err := m.Fork(t.Context(), id, smolvm.ForkOptions{}); !errors.Is(err, smolvm.ErrUnsupported) {
 				t.Errorf("a fork: %v", err)
 			}
-			if _, err := m.Stop(t.Context(), id, manager.StopOptions{}); err != nil {
+			if _, err := m.Stop(t.Context(), id, smolvm.StopOptions{}); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := m.RestoreSnapshot(t.Context(), "kept", manager.RestoreOptions{ID: "twin"}); !errors.Is(err, smolvm.ErrUnsupported) || !strings.Contains(err.Error(), "in place") {
+			if _, err := m.RestoreSnapshot(t.Context(), "kept", smolvm.RestoreOptions{ID: "twin"}); !errors.Is(err, smolvm.ErrUnsupported) || !strings.Contains(err.Error(), "in place") {
 				t.Errorf("as a new VM: %v", err)
 			}
 			before := awaitTick(t, m, id, func([]int) bool { return true })
-			back, err := m.RestoreSnapshot(t.Context(), "kept", manager.RestoreOptions{InPlace: true})
+			back, err := m.RestoreSnapshot(t.Context(), "kept", smolvm.RestoreOptions{InPlace: true})
 			if err != nil {
 				t.Fatal(err)
 			}
-			startReport(t, back, smolvm.RungSnapshot)
+			startReport(t, back, smolvm.StartSnapshot)
 			if back.ID != id || back.Network.GuestIP != vm.Network.GuestIP {
 				t.Errorf("restored: %+v", back)
 			}
@@ -170,16 +170,16 @@ func TestRestoreWithoutAgent(t *testing.T) {
 			if first := ticks[len(before)]; first < 3 || first > at+1 {
 				t.Errorf("it was saved at %d, or little before, and went on at %d", at, first)
 			}
-			if err := errors.Join(m.Delete(t.Context(), id)); err != nil {
+			if err := errors.Join(m.Delete(t.Context(), id, smolvm.DeleteOptions{})); err != nil {
 				t.Fatal(err)
 			}
 			// A later VM of that id has another address, and the guest in the snapshot does not know.
 			mustCreate(t, m, smolvm.VMConfig{ID: "in-between", KernelPath: kernel, InitrdPath: initrd})
 			mustCreate(t, m, smolvm.VMConfig{ID: id, KernelPath: kernel, InitrdPath: initrd, RootfsPath: rootfs})
-			if _, err := m.RestoreSnapshot(t.Context(), "kept", manager.RestoreOptions{InPlace: true}); !errors.Is(err, smolvm.ErrUnsupported) {
+			if _, err := m.RestoreSnapshot(t.Context(), "kept", smolvm.RestoreOptions{InPlace: true}); !errors.Is(err, smolvm.ErrUnsupported) {
 				t.Errorf("into a later VM of its id: %v", err)
 			}
-			if err := errors.Join(m.Delete(t.Context(), id), m.Delete(t.Context(), "in-between"), m.RemoveSnapshot(t.Context(), "kept")); err != nil {
+			if err := errors.Join(m.Delete(t.Context(), id, smolvm.DeleteOptions{}), m.Delete(t.Context(), "in-between", smolvm.DeleteOptions{}), m.RemoveSnapshot(t.Context(), "kept")); err != nil {
 				t.Error(err)
 			}
 		})
@@ -190,7 +190,7 @@ func TestRestoreWithoutAgent(t *testing.T) {
 func awaitTick(t *testing.T, m *manager.Manager, id string, enough func([]int) bool) []int {
 	t.Helper()
 	for {
-		log, err := m.Logs(t.Context(), id, manager.LogOptions{})
+		log, err := m.Logs(t.Context(), id, smolvm.LogOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,7 +16,6 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 func hostAddr(f smolvm.PortForward) string {
@@ -88,7 +87,7 @@ func TestExec(t *testing.T) {
 func TestSignalsReachTheCommand(t *testing.T) {
 	m := openReal(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
-	signals := make(chan string)
+	signals := make(chan smolvm.Signal)
 	ready, write := io.Pipe()
 	go func() {
 		_, _ = ready.Read(make([]byte, 1))
@@ -198,29 +197,30 @@ func TestCopyLargeFile(t *testing.T) {
 	}
 }
 
-// The commands of SSHCommands run as they are, by the stock client, and scp and sftp
+// The commands of SSH run as they are, by the stock client, and scp and sftp
 // understand the guest as well.
-func TestSSHCommands(t *testing.T) {
+func TestSSH(t *testing.T) {
 	m := openReal(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
-	commands, err := m.SSHCommands(t.Context(), vm.ID, manager.SSHOptions{PublicHost: "vm.example.org", User: "user"})
+	access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{PublicHost: "vm.example.org", User: "user"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "ssh -p " + strconv.Itoa(vm.Network.SSHHostPort) + " user@vm.example.org"; commands.Public != want || commands.PrivateIP != "" {
-		t.Errorf("commands are %+v, want public %q", commands, want)
+	if want := "ssh -p " + strconv.Itoa(vm.Network.SSHHostPort) + " user@vm.example.org"; access.Public() != want {
+		t.Errorf("access is %+v, want public %q", access, want)
 	}
 	if _, err := exec.LookPath("ssh"); err != nil {
 		t.Skip("the stock client is not installed: ", err)
 	}
-	out, err := exec.Command("sh", "-c", commands.LocalhostPort+" 'id -un; hostname'").CombinedOutput()
+	out, err := exec.Command("sh", "-c", access.String()+" 'id -un; hostname'").CombinedOutput()
 	if err != nil || string(out) != "user\n"+vm.ID+"\n" {
-		t.Errorf("%s: %v\n%s", commands.LocalhostPort, err, out)
+		t.Errorf("%s: %v\n%s", access.String(), err, out)
 	}
-	args, err := m.SSHArgs(t.Context(), vm.ID, "root")
+	access, err = m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
+	args := access.Args
 	// The same options serve scp, which calls the port -P.
 	options := append(args[1:len(args)-3:len(args)-3], "-P", args[len(args)-2])
 	file := filepath.Join(t.TempDir(), "file")
@@ -236,11 +236,11 @@ func TestSSHCommands(t *testing.T) {
 	}
 	// Another VM's key must be refused.
 	other := mustCreate(t, m, smolvm.VMConfig{ID: "other"})
-	stranger, err := m.SSHCommands(t.Context(), other.ID, manager.SSHOptions{})
+	stranger, err := m.SSH(t.Context(), other.ID, smolvm.SSHOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	line := strings.Replace(stranger.LocalhostPort, "-p "+strconv.Itoa(other.Network.SSHHostPort), "-p "+strconv.Itoa(vm.Network.SSHHostPort), 1)
+	line := strings.Replace(stranger.String(), "-p "+strconv.Itoa(other.Network.SSHHostPort), "-p "+strconv.Itoa(vm.Network.SSHHostPort), 1)
 	if out, err := exec.Command("sh", "-c", line+" true").CombinedOutput(); err == nil || !strings.Contains(string(out), "verification failed") {
 		t.Errorf("the host key of another VM is taken: %v\n%s", err, out)
 	}

@@ -26,18 +26,18 @@ func TestLifecycle(t *testing.T) {
 	if _, err := m.Exec(ctx, vm.ID, smolvm.Command{Args: []string{"true"}}); !errors.Is(err, smolvm.ErrInvalidState) {
 		t.Errorf("exec in a VM that does not run: %v", err)
 	}
-	if stopped, err := m.Stop(ctx, vm.ID, manager.StopOptions{}); err != nil || stopped.State != smolvm.StateCreated {
+	if stopped, err := m.Stop(ctx, vm.ID, smolvm.StopOptions{}); err != nil || stopped.State != smolvm.StateCreated {
 		t.Errorf("stop of a VM that does not run: %v, %v", stopped.State, err)
 	}
 
-	vm, err := m.Start(ctx, vm.ID, manager.StartOptions{})
+	vm, err := m.Start(ctx, vm.ID, smolvm.StartOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if vm.State != smolvm.StateRunning || vm.PID == 0 || vm.ShimPID == 0 || vm.Accelerator == "" || vm.StartedAt.IsZero() {
 		t.Errorf("after start: %+v", vm)
 	}
-	if _, err := m.Start(ctx, vm.ID, manager.StartOptions{}); !errors.Is(err, smolvm.ErrInvalidState) {
+	if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); !errors.Is(err, smolvm.ErrInvalidState) {
 		t.Errorf("second start: %v", err)
 	}
 	for line, want := range map[string]string{
@@ -56,7 +56,7 @@ func TestLifecycle(t *testing.T) {
 	}
 	sh(t, m, vm.ID, "echo kept > /root/file")
 
-	vm, err = m.Stop(ctx, vm.ID, manager.StopOptions{})
+	vm, err = m.Stop(ctx, vm.ID, smolvm.StopOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,19 +67,19 @@ func TestLifecycle(t *testing.T) {
 		t.Errorf("after stop there are processes: %q", left)
 	}
 
-	if _, err := m.Start(ctx, vm.ID, manager.StartOptions{}); err != nil {
+	if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := sh(t, m, vm.ID, "cat /root/file"); got != "kept" {
 		t.Errorf("the disk was not kept over a stop: %q", got)
 	}
-	if err := m.Delete(ctx, vm.ID); err != nil {
+	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := m.Get(ctx, vm.ID); !errors.Is(err, smolvm.ErrVMNotFound) {
 		t.Errorf("get after delete: %v", err)
 	}
-	events, err := m.Events(ctx, vm.ID, 0)
+	events, err := m.Events(ctx, smolvm.EventOptions{VM: vm.ID})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,11 +94,11 @@ func TestLifecycle(t *testing.T) {
 
 // Closing a Manager leaves VMs running; another one, as in another process, takes
 // them over.
-func TestCloseAndFromID(t *testing.T) {
+func TestClose(t *testing.T) {
 	m := openReal(t)
 	config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), Templates: manager.TemplateConfig{Disabled: true}}
 	vm := mustRun(t, m, smolvm.VMConfig{})
-	first, err := manager.FromID(t.Context(), vm.ID, config)
+	first, err := manager.Open(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,9 +112,6 @@ func TestCloseAndFromID(t *testing.T) {
 	}
 	if got, err := m.Get(t.Context(), vm.ID); err != nil || got.State != smolvm.StateRunning {
 		t.Errorf("after another Manager was closed: %v, %v", got.State, err)
-	}
-	if _, err := manager.FromID(t.Context(), "nobody", config); !errors.Is(err, smolvm.ErrVMNotFound) {
-		t.Errorf("FromID of an unknown VM: %v", err)
 	}
 }
 
@@ -141,7 +138,7 @@ func TestGuestEndsByItself(t *testing.T) {
 			if err != nil || got.State != test.state || !strings.Contains(got.Cause, test.cause) {
 				t.Errorf("state %s, cause %q (%v); want %s, %q", got.State, got.Cause, err, test.state, test.cause)
 			}
-			if err := m.Delete(t.Context(), vm.ID); err != nil {
+			if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -171,11 +168,11 @@ func TestOwnInit(t *testing.T) {
 	if want := "init\n50000\n50000\nvm"; got != want {
 		t.Errorf("the guest says %q, want %q", got, want)
 	}
-	stopped, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{})
+	stopped, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{})
 	if err != nil || stopped.State != smolvm.StateStopped || !strings.Contains(stopped.Cause, "powered off") {
 		t.Errorf("stopped: %s, %q, %v", stopped.State, stopped.Cause, err)
 	}
-	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err != nil {
+	if _, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := sh(t, m, vm.ID, "cat /root/file"); got != "kept" {
@@ -222,7 +219,7 @@ func TestKilledProcesses(t *testing.T) {
 			if _, err := os.Stat(vm.SocketPath); !os.IsNotExist(err) {
 				t.Errorf("the socket is still there: %v", err)
 			}
-			if err := m.Delete(t.Context(), vm.ID); err != nil {
+			if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -238,13 +235,13 @@ func TestTTLAndEphemeral(t *testing.T) {
 	if _, err := m.Get(t.Context(), vm.ID); !errors.Is(err, smolvm.ErrVMNotFound) {
 		t.Errorf("an ephemeral VM whose time is over: %v", err)
 	}
-	events, err := m.Events(t.Context(), vm.ID, 0)
+	events, err := m.Events(t.Context(), smolvm.EventOptions{VM: vm.ID})
 	if err != nil || len(events) < 2 || !strings.Contains(events[len(events)-2].Detail, "time to live") {
 		t.Errorf("events %+v, %v", events, err)
 	}
 	// Stopping one deletes it as well.
 	vm = mustRun(t, m, smolvm.VMConfig{Ephemeral: true})
-	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := m.Get(t.Context(), vm.ID); !errors.Is(err, smolvm.ErrVMNotFound) {
@@ -255,7 +252,7 @@ func TestTTLAndEphemeral(t *testing.T) {
 func TestLogs(t *testing.T) {
 	m := openReal(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
-	read := func(opts manager.LogOptions) string {
+	read := func(opts smolvm.LogOptions) string {
 		t.Helper()
 		log, err := m.Logs(t.Context(), vm.ID, opts)
 		if err != nil {
@@ -268,14 +265,14 @@ func TestLogs(t *testing.T) {
 		}
 		return text.String()
 	}
-	if got := read(manager.LogOptions{}); got != "" {
+	if got := read(smolvm.LogOptions{}); got != "" {
 		t.Errorf("the log of a VM that was never started is %q", got)
 	}
-	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err != nil {
+	if _, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	followed := make(chan string, 1)
-	log, err := m.Logs(t.Context(), vm.ID, manager.LogOptions{Follow: true})
+	log, err := m.Logs(t.Context(), vm.ID, smolvm.LogOptions{Follow: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -285,7 +282,7 @@ func TestLogs(t *testing.T) {
 		followed <- text.String()
 	}()
 	sh(t, m, vm.ID, "for i in one two three; do echo line $i > /dev/console; done")
-	if _, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := <-followed; !strings.Contains(got, "line one") || !strings.Contains(got, "line three") {
@@ -294,12 +291,12 @@ func TestLogs(t *testing.T) {
 	if err := log.Close(); err != nil {
 		t.Error(err)
 	}
-	all := read(manager.LogOptions{})
+	all := read(smolvm.LogOptions{})
 	lines := strings.SplitAfter(strings.TrimSuffix(all, "\n"), "\n")
-	if got, want := read(manager.LogOptions{Tail: 2}), strings.Join(lines[len(lines)-2:], ""); strings.TrimSuffix(got, "\n") != want {
+	if got, want := read(smolvm.LogOptions{Tail: 2}), strings.Join(lines[len(lines)-2:], ""); strings.TrimSuffix(got, "\n") != want {
 		t.Errorf("tail is %q, want %q", got, want)
 	}
-	if got := read(manager.LogOptions{Tail: 10000}); got != all {
+	if got := read(smolvm.LogOptions{Tail: 10000}); got != all {
 		t.Errorf("a tail longer than the log is %q", got)
 	}
 }

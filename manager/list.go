@@ -9,8 +9,8 @@ import (
 	"github.com/smolvm/smolvm/internal/store"
 )
 
-// validate checks the patterns of a list.
-func (o ListOptions) validate() error {
+// validateList checks the patterns of a list.
+func validateList(o smolvm.ListOptions) error {
 	for _, pattern := range o.IDs {
 		if _, err := path.Match(pattern, ""); err != nil {
 			return &smolvm.ValidationError{Fields: []smolvm.FieldError{{Field: "pattern", Problem: pattern + ": " + err.Error()}}}
@@ -20,7 +20,7 @@ func (o ListOptions) validate() error {
 }
 
 // selects reports whether a VM is to be listed.
-func (o ListOptions) selects(vm store.VM) bool {
+func selects(o smolvm.ListOptions, vm store.VM) bool {
 	for name, value := range o.Labels {
 		if has, ok := vm.Config.Labels[name]; !ok || has != value {
 			return false

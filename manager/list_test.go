@@ -9,7 +9,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/imagetest"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // VMs are found by ids, patterns, labels and images, and keep their labels (M3).
@@ -30,19 +29,19 @@ func TestListOptions(t *testing.T) {
 		mustCreate(t, m, smolvm.VMConfig{ID: id, KernelPath: kernel, InitrdPath: initrd, Labels: labels})
 	}
 	for name, test := range map[string]struct {
-		options manager.ListOptions
+		options smolvm.ListOptions
 		want    []string
 	}{
-		"all":              {manager.ListOptions{}, []string{"db", "plain", "web-1", "web_2"}},
-		"ids":              {manager.ListOptions{IDs: []string{"db", "nosuch", "plain"}}, []string{"db", "plain"}},
-		"pattern":          {manager.ListOptions{IDs: []string{"web?[12]"}}, []string{"web-1", "web_2"}},
-		"label":            {manager.ListOptions{Labels: map[string]string{"team": "blue"}}, []string{"web-1", "web_2"}},
-		"labels":           {manager.ListOptions{Labels: map[string]string{"team": "blue", "job": "2"}}, []string{"web_2"}},
-		"empty label":      {manager.ListOptions{Labels: map[string]string{"team": ""}}, []string{"db"}},
-		"no such label":    {manager.ListOptions{Labels: map[string]string{"none": ""}}, nil},
-		"image":            {manager.ListOptions{Image: "base"}, nil},
-		"state":            {manager.ListOptions{State: smolvm.StateRunning}, nil},
-		"several of these": {manager.ListOptions{IDs: []string{"web*"}, State: smolvm.StateCreated, Labels: map[string]string{"job": "1"}}, []string{"web-1"}},
+		"all":              {smolvm.ListOptions{}, []string{"db", "plain", "web-1", "web_2"}},
+		"ids":              {smolvm.ListOptions{IDs: []string{"db", "nosuch", "plain"}}, []string{"db", "plain"}},
+		"pattern":          {smolvm.ListOptions{IDs: []string{"web?[12]"}}, []string{"web-1", "web_2"}},
+		"label":            {smolvm.ListOptions{Labels: map[string]string{"team": "blue"}}, []string{"web-1", "web_2"}},
+		"labels":           {smolvm.ListOptions{Labels: map[string]string{"team": "blue", "job": "2"}}, []string{"web_2"}},
+		"empty label":      {smolvm.ListOptions{Labels: map[string]string{"team": ""}}, []string{"db"}},
+		"no such label":    {smolvm.ListOptions{Labels: map[string]string{"none": ""}}, nil},
+		"image":            {smolvm.ListOptions{Image: "base"}, nil},
+		"state":            {smolvm.ListOptions{State: smolvm.StateRunning}, nil},
+		"several of these": {smolvm.ListOptions{IDs: []string{"web*"}, State: smolvm.StateCreated, Labels: map[string]string{"job": "1"}}, []string{"web-1"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			vms, err := m.List(t.Context(), test.options)
@@ -60,7 +59,7 @@ func TestListOptions(t *testing.T) {
 		})
 	}
 	var invalid *smolvm.ValidationError
-	if _, err := m.List(t.Context(), manager.ListOptions{IDs: []string{"["}}); !errors.As(err, &invalid) {
+	if _, err := m.List(t.Context(), smolvm.ListOptions{IDs: []string{"["}}); !errors.As(err, &invalid) {
 		t.Errorf("a bad pattern: %v", err)
 	}
 	// What a caller changes of one VM is not another's.

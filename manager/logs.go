@@ -4,10 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 )
@@ -16,7 +16,7 @@ import (
 // printed in all of the VM's runs, or the end of it: some 4 to 8 MB are kept. What is
 // read is as the guest wrote it, and may hold control sequences for terminals. The caller
 // closes the reader; ctx governs the reading.
-func (m *Manager) Logs(ctx context.Context, id string, opts LogOptions) (io.ReadCloser, error) {
+func (m *Manager) Logs(ctx context.Context, id string, opts smolvm.LogOptions) (io.ReadCloser, error) {
 	vm, err := m.lookup(ctx, id)
 	if err != nil {
 		return nil, err
@@ -38,7 +38,7 @@ func (m *Manager) Logs(ctx context.Context, id string, opts LogOptions) (io.Read
 		if log != nil {
 			_ = log.Close()
 		}
-		return nil, fmt.Errorf("read log of VM %q: %w", id, err)
+		return nil, vmError("read log of", id, err)
 	}
 	return log, nil
 }

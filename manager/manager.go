@@ -23,6 +23,9 @@ import (
 
 const backendEnv = "SMOLVM_BACKEND"
 
+// The contract that the Manager keeps.
+var _ smolvm.Service = (*Manager)(nil)
+
 // Manager manages the VMs of one data directory. It is safe for use by any number
 // of goroutines, beside any number of Managers in other processes.
 type Manager struct {
@@ -112,24 +115,15 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 
 		diskBudget: budget, diskReserve: reserve,
 	}
-	if err := m.openPool(ctx); err != nil {
-		return nil, errors.Join(err, m.Close())
-	}
 	return m, nil
 }
 
-// FromID opens a Manager and checks that it has a VM of that id, to attach to a VM
-// that another process made. The error matches [smolvm.ErrVMNotFound] if it has
-// not.
-func FromID(ctx context.Context, id string, config Config) (*Manager, error) {
-	m, err := Open(ctx, config)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := m.Get(ctx, id); err != nil {
-		return nil, errors.Join(err, m.Close())
-	}
-	return m, nil
+// VM returns a handle of the VM of that id, which need not be there yet.
+func (m *Manager) VM(id string) smolvm.VM { return smolvm.VM{Service: m, ID: id} }
+
+// Run is [smolvm.Run] by this Manager.
+func (m *Manager) Run(ctx context.Context, config smolvm.VMConfig, command smolvm.Command) (smolvm.Result, error) {
+	return smolvm.Run(ctx, m, config, command)
 }
 
 // Close lets go of the database and of connections to guests. VMs go on running.
@@ -164,15 +158,6 @@ func (m *Manager) Backend() string { return m.backend.Name }
 
 // DiskDir is the directory of the VMs' own disks.
 func (m *Manager) DiskDir() string { return m.dir.Disks() }
-
-// Events lists what happened to a VM, or to all VMs if id is empty: the newest
-// limit events, the newest last. Events outlive their VM. A limit of zero is 100.
-func (m *Manager) Events(ctx context.Context, id string, limit int) ([]smolvm.Event, error) {
-	if limit <= 0 {
-		limit = 100
-	}
-	return m.store.Events(ctx, id, limit)
-}
 
 // resolveBackend picks the backend that the option, the environment, or "auto"
 // stand for.

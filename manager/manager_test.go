@@ -109,16 +109,16 @@ func openAt(t testing.TB, config manager.Config) *manager.Manager {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 		defer cancel()
 		awaitTemplates(t, m)
-		vms, err := m.List(ctx, manager.ListOptions{})
+		vms, err := m.List(ctx, smolvm.ListOptions{})
 		if err != nil {
 			t.Errorf("list: %v", err)
 		}
 		for _, vm := range vms {
-			if err := m.Delete(ctx, vm.ID); err != nil {
+			if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 				t.Errorf("delete %s: %v", vm.ID, err)
 			}
 		}
-		if _, err := m.PruneTemplates(ctx, 0); err != nil {
+		if _, err := m.PruneTemplates(ctx, smolvm.PruneTemplateOptions{All: true}); err != nil {
 			t.Errorf("prune templates: %v", err)
 		}
 		checkNothingLeft(t, config)
@@ -157,7 +157,7 @@ func checkEmpty(t testing.TB, dir string) {
 
 func mustCreate(t testing.TB, m *manager.Manager, config smolvm.VMConfig) smolvm.VMInfo {
 	t.Helper()
-	vm, err := m.Create(t.Context(), config)
+	vm, err := m.Create(t.Context(), config, smolvm.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +167,7 @@ func mustCreate(t testing.TB, m *manager.Manager, config smolvm.VMConfig) smolvm
 // mustRun creates and starts a VM.
 func mustRun(t testing.TB, m *manager.Manager, config smolvm.VMConfig) smolvm.VMInfo {
 	t.Helper()
-	vm, err := m.Start(t.Context(), mustCreate(t, m, config).ID, manager.StartOptions{})
+	vm, err := m.Start(t.Context(), mustCreate(t, m, config).ID, smolvm.StartOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

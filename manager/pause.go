@@ -3,7 +3,6 @@ package manager
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -63,7 +62,7 @@ func (m *Manager) hold(ctx context.Context, id, verb string, from smolvm.VMState
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), holdTime)
 	defer cancel()
 	if err := do(ctx, shim.NewClient(m.runtimeDir(id))); err != nil {
-		return smolvm.VMInfo{}, fmt.Errorf("%s VM %q: %w", verb, id, err)
+		return smolvm.VMInfo{}, vmError(verb, id, err)
 	}
 	m.note(ctx, id, verb, began, "")
 	if vm, err = m.store.GetVM(ctx, id); err != nil {

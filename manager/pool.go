@@ -57,18 +57,8 @@ type slot struct {
 	dir string
 }
 
-// PoolOptions say what VMs to keep ready, and how many. Zero values are those of
-// [smolvm.VMConfig].
-type PoolOptions struct {
-	Size        int
-	Image       string
-	VCPUs       int
-	MemoryMiB   int
-	DiskSizeMiB int64
-	WarmUp      string
-}
-
-func (o PoolOptions) config() smolvm.VMConfig {
+// poolConfig returns the configuration of the VMs of a pool.
+func poolConfig(o smolvm.PoolOptions) smolvm.VMConfig {
 	return smolvm.VMConfig{
 		ID: smolvm.NewID(), Image: o.Image, VCPUs: o.VCPUs, MemoryMiB: o.MemoryMiB, DiskSizeMiB: o.DiskSizeMiB, WarmUp: o.WarmUp,
 	}.WithDefaults()
@@ -77,7 +67,7 @@ func (o PoolOptions) config() smolvm.VMConfig {
 // SetPool keeps VMs of some kind ready, until [Manager.RemovePool]: a start of such a VM
 // takes one of them, and has the next one made. It returns when all are ready. Each takes
 // the memory of an idle VM.
-func (m *Manager) SetPool(ctx context.Context, opts PoolOptions) (smolvm.Pool, error) {
+func (m *Manager) SetPool(ctx context.Context, opts smolvm.PoolOptions) (smolvm.Pool, error) {
 	id, err := m.definePool(ctx, opts)
 	if err == nil {
 		_, err = m.runTask(ctx, task{Pool: id}, nil)
@@ -88,29 +78,26 @@ func (m *Manager) SetPool(ctx context.Context, opts PoolOptions) (smolvm.Pool, e
 	return m.poolInfo(ctx, id)
 }
 
-// openPool makes the pool that the configuration wants, and has it filled while the
-// caller goes on.
-func (m *Manager) openPool(ctx context.Context) error {
-	if m.config.Pool.Size == 0 {
-		return nil
-	}
-	id, err := m.definePool(ctx, m.config.Pool)
-	if err == nil && len(m.slots(id)) < m.config.Pool.Size {
+// EnsurePool is [Manager.SetPool] that returns as soon as it is written down what pool there
+// is to be; its VMs are made in the background. [smolvm.Pool].Ready tells how many are there.
+func (m *Manager) EnsurePool(ctx context.Context, opts smolvm.PoolOptions) (smolvm.Pool, error) {
+	id, err := m.definePool(ctx, opts)
+	if err == nil && len(m.slots(id)) < opts.Size {
 		err = m.startTaskAside(task{Pool: id}, nil)
 	}
 	if err != nil {
-		return fmt.Errorf("open pool: %w", err)
+		return smolvm.Pool{}, fmt.Errorf("ensure pool: %w", err)
 	}
-	return nil
+	return m.poolInfo(ctx, id)
 }
 
 // definePool writes down what pool there is to be.
-func (m *Manager) definePool(ctx context.Context, opts PoolOptions) (string, error) {
+func (m *Manager) definePool(ctx context.Context, opts smolvm.PoolOptions) (string, error) {
 	if opts.Size < 1 || opts.Size > maxPool {
 		return "", &smolvm.ValidationError{Fields: []smolvm.FieldError{{Field: "size", Problem: fmt.Sprintf("%d is not between 1 and %d", opts.Size, maxPool)}}}
 	}
-	config := opts.config()
-	r, err := m.recipeFor(ctx, config)
+	config := poolConfig(opts)
+	r, err := m.recipeFor(ctx, config, opts.Progress)
 	if err != nil {
 		return "", err
 	}
@@ -154,7 +141,7 @@ func (m *Manager) poolInfo(ctx context.Context, id string) (smolvm.Pool, error) 
 // [smolvm.ErrPoolNotFound].
 func (m *Manager) RemovePool(ctx context.Context, id string) error {
 	if _, err := m.store.GetPool(ctx, id); err != nil {
-		return fmt.Errorf("%w; `smolvm pool ls` lists them", err)
+		return &smolvm.Error{Op: "remove", Kind: "pool", Hint: "`smolvm pool ls` lists the pools", Err: err}
 	}
 	if err := m.store.DeletePool(ctx, id); err != nil {
 		return err
@@ -329,7 +316,7 @@ func (m *Manager) fillPool(ctx context.Context, id string) error {
 		return err
 	}
 	config := pool.Config
-	template, err := m.BuildTemplate(ctx, TemplateOptions{
+	template, err := m.BuildTemplate(ctx, smolvm.TemplateOptions{
 		Image: config.Image, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
 	})
 	if err != nil {
@@ -390,7 +377,7 @@ func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Sna
 			LogPath:     filepath.Join(dir, "vmm.log"),
 			Restore:     &vmm.Restore{Memory: template.Path(snapshot.MemoryFile), State: template.Path(snapshot.StateFile)},
 		},
-		ReadyTimeout: bootTimeout(StartOptions{}, r.Hardware.Accelerator),
+		ReadyTimeout: bootTimeout(smolvm.StartOptions{}, r.Hardware.Accelerator),
 		Standby:      true,
 		RuntimeDir:   m.slotRuntimeDir(dir),
 	})
@@ -433,7 +420,7 @@ func (s *starting) claim(ctx context.Context) error {
 		if s.started {
 			return nil
 		}
-		if err := s.missed(ctx, smolvm.RungPool, s.recipe.key(), err); err != nil {
+		if err := s.missed(ctx, smolvm.StartPool, s.recipe.key(), err); err != nil {
 			return err
 		}
 	}
@@ -478,7 +465,7 @@ func (s *starting) claimSlot(ctx context.Context, candidate slot, lock *os.File)
 		return launched.Commit()
 	}
 	defer func() { s.confirm = nil }()
-	err := s.attempt(ctx, launch, smolvm.RungPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
+	err := s.attempt(ctx, launch, smolvm.StartPool, s.recipe.key(), func(ctx context.Context, opts shim.LaunchOptions) (*shim.Launched, error) {
 		return shim.Claim(ctx, claimed, opts)
 	})
 	if err != nil {

@@ -58,9 +58,10 @@ func (m *Manager) RemovePortForward(ctx context.Context, id string, forward smol
 		return f.HostPort == forward.HostPort && f.Protocol == forward.Protocol
 	})
 	if i < 0 {
-		return &smolvm.NetworkError{ID: id, Op: "remove port forward",
-			Err: fmt.Errorf("host port %d/%s: %w; `smolvm port ls %s` lists the VM's forwards",
-				forward.HostPort, forward.Protocol, smolvm.ErrNotFound, id)}
+		return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: &smolvm.Error{
+			Hint: fmt.Sprintf("`smolvm port ls %s` lists the VM's forwards", id),
+			Err:  fmt.Errorf("host port %d/%s: %w", forward.HostPort, forward.Protocol, smolvm.ErrNotFound),
+		}}
 	}
 	// The row goes last: as long as the port is held it belongs to this VM.
 	if vm.State.Alive() {

@@ -13,7 +13,6 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // A power cut takes nothing that was reported as done: neither VMs that were started or
@@ -59,7 +58,7 @@ func TestPowerCut(t *testing.T) {
 	if err := waitEnd(t, vm); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.Start(t.Context(), vm.ID, manager.StartOptions{}); err != nil {
+	if _, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer

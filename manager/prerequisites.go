@@ -3,6 +3,7 @@ package manager
 import (
 	"context"
 	"slices"
+	"strings"
 
 	"golang.org/x/crypto/ssh"
 
@@ -22,6 +23,27 @@ func (m *Manager) CheckPrerequisites(ctx context.Context, backend string) ([]smo
 	requirements := requirementsOf(traits)
 	requirements.DataDir = m.dataDir
 	return m.host.Check(ctx, requirements), nil
+}
+
+// Backends lists the backends that are known, the usual one first, and whether each has what
+// it needs of this host.
+func (m *Manager) Backends(ctx context.Context) ([]smolvm.BackendInfo, error) {
+	var backends []smolvm.BackendInfo
+	for _, traits := range vmm.Known() {
+		info := smolvm.BackendInfo{Name: traits.Name, Available: true}
+		findings, err := m.CheckPrerequisites(ctx, traits.Name)
+		if err != nil {
+			return nil, err
+		}
+		for _, finding := range findings {
+			if finding.Severity == smolvm.SeverityError {
+				info.Available = false
+				info.Why = strings.TrimPrefix(info.Why+"; "+finding.String(), "; ")
+			}
+		}
+		backends = append(backends, info)
+	}
+	return backends, nil
 }
 
 // requireBackend fails with a [*smolvm.PrerequisiteError] if the VMM's own program

@@ -9,19 +9,13 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 )
 
-// ResizeOptions are the options of [Manager.Resize].
-type ResizeOptions struct {
-	// DiskSizeMiB is the new size of the VM's own disk, which can't be smaller than it is.
-	DiskSizeMiB int64
-}
-
 // Resize makes the disk of a VM that does not run larger. The guest of an image has its
 // root file system grown at the next start; other guests see the larger disk.
 //
 // The error matches [smolvm.ErrVMNotFound], [smolvm.ErrInvalidState] if the VM runs, or
 // [smolvm.ErrUnsupported] if the VM has no disk of its own, or is a
 // [*smolvm.ValidationError].
-func (m *Manager) Resize(ctx context.Context, id string, opts ResizeOptions) (smolvm.VMInfo, error) {
+func (m *Manager) Resize(ctx context.Context, id string, opts smolvm.ResizeOptions) (smolvm.VMInfo, error) {
 	began := time.Now()
 	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
@@ -41,7 +35,7 @@ func (m *Manager) Resize(ctx context.Context, id string, opts ResizeOptions) (sm
 	}
 	info, err := disk.Inspect(vm.DiskPath, disk.QCOW2)
 	if err != nil {
-		return smolvm.VMInfo{}, fmt.Errorf("resize VM %q: %w", id, err)
+		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
 	if opts.DiskSizeMiB<<20 < info.VirtualSize {
 		return smolvm.VMInfo{}, &smolvm.ValidationError{ID: id, Fields: []smolvm.FieldError{{
@@ -51,10 +45,10 @@ func (m *Manager) Resize(ctx context.Context, id string, opts ResizeOptions) (sm
 		}}}
 	}
 	if err := disk.Grow(vm.DiskPath, opts.DiskSizeMiB<<20); err != nil {
-		return smolvm.VMInfo{}, fmt.Errorf("resize VM %q: %w", id, err)
+		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
 	if err := m.store.SetConfig(ctx, id, config); err != nil {
-		return smolvm.VMInfo{}, fmt.Errorf("resize VM %q: %w", id, err)
+		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
 	vm.Config = config
 	m.note(ctx, id, "resize", began, fmt.Sprintf("disk of %d MiB", opts.DiskSizeMiB))

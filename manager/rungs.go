@@ -31,7 +31,7 @@ const earlyFraction = 16
 
 // savedGuest is one that a VM can go on from.
 type savedGuest struct {
-	rung   smolvm.Rung
+	rung   smolvm.StartMethod
 	source string
 	files  vmm.Restore
 	// base is the disk as it was then.
@@ -49,7 +49,7 @@ type savedGuest struct {
 type starting struct {
 	m         *Manager
 	vm        store.VM
-	opts      StartOptions
+	opts      smolvm.StartOptions
 	launch    shim.LaunchOptions
 	listeners []boundForward
 
@@ -70,7 +70,7 @@ type starting struct {
 // the commit at its end the shim undoes everything if this process dies. From, if not
 // nil, is what the VM is to go on from, unless damage says why it can't: then it boots from
 // the disk.
-func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from *savedGuest, damage error) (_ store.VM, _ *smolvm.StartReport, err error) {
+func (m *Manager) boot(ctx context.Context, vm store.VM, opts smolvm.StartOptions, from *savedGuest, damage error) (_ store.VM, _ *smolvm.StartReport, err error) {
 	s := &starting{m: m, vm: vm, opts: opts, phaseBegan: time.Now()}
 	defer s.close()
 	s.touched = from != nil && vm.State != smolvm.StateCreated // its own disk is not that of the snapshot
@@ -84,7 +84,7 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from
 		s.warn(errors.New("it was to go on from a snapshot, or as a fork, and that was cut short; it was booted from the disk of that"))
 	}
 	if err := m.ensureDisk(ctx, vm); err != nil {
-		return vm, nil, fmt.Errorf("start VM %q: %w", vm.ID, err)
+		return vm, nil, vmError("start", vm.ID, err)
 	}
 	if s.launch, err = m.prepare(ctx, vm, opts); err != nil {
 		return vm, nil, err
@@ -93,7 +93,7 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts StartOptions, from
 	s.phase("prepare")
 	endTurn, err := m.startTurn(ctx, s.report.Accelerator)
 	if err != nil {
-		return vm, nil, fmt.Errorf("start VM %q: %w", vm.ID, err)
+		return vm, nil, vmError("start", vm.ID, err)
 	}
 	defer endTurn()
 	if time.Since(s.phaseBegan) > time.Millisecond {
@@ -181,7 +181,7 @@ func (s *starting) fast(ctx context.Context) error {
 		return nil
 	}
 	err = s.restore(ctx, savedGuest{
-		rung:   smolvm.RungClone,
+		rung:   smolvm.StartClone,
 		source: found.Name,
 		files:  vmm.Restore{Memory: found.Path(snapshot.MemoryFile), State: found.Path(snapshot.StateFile)},
 		base:   s.m.dir.Layer(found.Name),
@@ -247,7 +247,7 @@ func (s *starting) restoreOnce(ctx context.Context, from savedGuest) error {
 
 // missed makes a warning of a rung that could not be had, unless nobody wants the VM any
 // more.
-func (s *starting) missed(ctx context.Context, rung smolvm.Rung, source string, err error) error {
+func (s *starting) missed(ctx context.Context, rung smolvm.StartMethod, source string, err error) error {
 	switch {
 	case err == nil:
 		return nil
@@ -276,11 +276,11 @@ func (s *starting) cold(ctx context.Context, from *savedGuest) error {
 			return err
 		}
 	}
-	return s.attempt(ctx, s.launch, smolvm.RungCold, "", shim.Launch)
+	return s.attempt(ctx, s.launch, smolvm.StartBoot, "", shim.Launch)
 }
 
 // attempt tries one rung, up to the commit.
-func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung smolvm.Rung, source string, launch func(context.Context, shim.LaunchOptions) (*shim.Launched, error)) error {
+func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung smolvm.StartMethod, source string, launch func(context.Context, shim.LaunchOptions) (*shim.Launched, error)) error {
 	opts.Spec.Run = newRun()
 	if opts.Spec.Greeting != nil {
 		greeting := *opts.Spec.Greeting
@@ -295,14 +295,14 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	step.Reached(ctx, "start/ready")
 	phases := s.launchPhases(launched, rung)
 	report := s.report
-	report.Rung, report.Source, report.Limits = rung, source, launched.Limits
+	report.Method, report.Source, report.Limits = rung, source, launched.Limits
 	report.Timeline = append(report.Timeline[:len(report.Timeline):len(report.Timeline)], phases...)
 	report.Warnings = append(report.Warnings[:len(report.Warnings):len(report.Warnings)], launched.Warnings...)
 	identity := launched.Answer.Identity
 	if opts.Spec.Greeting != nil {
-		report.Verified, err = verify(*opts.Spec.Greeting, identity, rung != smolvm.RungCold)
+		report.Verified, err = verify(*opts.Spec.Greeting, identity, rung != smolvm.StartBoot)
 	}
-	if err == nil && rung != smolvm.RungCold && opts.Spec.Greeting != nil {
+	if err == nil && rung != smolvm.StartBoot && opts.Spec.Greeting != nil {
 		err = s.useGuest(ctx, opts)
 		report.Timeline = append(report.Timeline, smolvm.Phase{Name: "first use", Duration: time.Since(s.phaseBegan) - sum(phases)})
 	}
@@ -381,9 +381,9 @@ func sum(phases []smolvm.Phase) (total time.Duration) {
 
 // persistDisk has a new disk on stable storage, while the guest starts: a VM that is written
 // down as started must have it after a power cut. That of a VM from a pool is older.
-func (s *starting) persistDisk(rung smolvm.Rung) <-chan error {
+func (s *starting) persistDisk(rung smolvm.StartMethod) <-chan error {
 	done := make(chan error, 1)
-	if s.vm.DiskPath == "" || s.vm.State != smolvm.StateCreated || rung == smolvm.RungPool {
+	if s.vm.DiskPath == "" || s.vm.State != smolvm.StateCreated || rung == smolvm.StartPool {
 		done <- nil
 		return done
 	}
@@ -395,7 +395,7 @@ func (s *starting) persistDisk(rung smolvm.Rung) <-chan error {
 func (s *starting) after() {
 	var err error
 	switch {
-	case s.report.Rung == smolvm.RungPool:
+	case s.report.Method == smolvm.StartPool:
 		err = s.m.startTaskAside(task{Pool: s.recipe.key()}, nil)
 	case s.lock != nil:
 		config := s.vm.Config
@@ -409,7 +409,7 @@ func (s *starting) after() {
 }
 
 // launchPhases says what the launching of the VM took its time for.
-func (s *starting) launchPhases(launched *shim.Launched, rung smolvm.Rung) []smolvm.Phase {
+func (s *starting) launchPhases(launched *shim.Launched, rung smolvm.StartMethod) []smolvm.Phase {
 	took := time.Since(s.phaseBegan)
 	var phases []smolvm.Phase
 	add := func(name string, duration time.Duration) {
@@ -428,7 +428,7 @@ func (s *starting) launchPhases(launched *shim.Launched, rung smolvm.Rung) []smo
 		}
 		// What happened in the guest meanwhile it tells by its own clock.
 		kernel, identity := guestPhases(launched.Answer.Timeline)
-		if rung != smolvm.RungCold {
+		if rung != smolvm.StartBoot {
 			kernel = 0
 		} else {
 			add("kernel", kernel)

@@ -10,7 +10,6 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // While one VM is saved, however long that takes, the disks of others can be made and
@@ -25,7 +24,7 @@ func TestSavingLocksNobodyOut(t *testing.T) {
 	t.Cleanup(resume)
 	saved := make(chan error, 1)
 	go func() {
-		_, err := m.CreateSnapshot(t.Context(), "web", manager.SnapshotOptions{Name: "ready"})
+		_, err := m.CreateSnapshot(t.Context(), "web", smolvm.SnapshotOptions{Name: "ready"})
 		saved <- err
 	}()
 	// The saving has begun when there is an overlay for the VM to get.
@@ -64,7 +63,7 @@ func TestSavingLocksNobodyOut(t *testing.T) {
 	if err := <-saved; err != nil {
 		t.Fatal(err)
 	}
-	restored, err := m.RestoreSnapshot(t.Context(), "ready", manager.RestoreOptions{ID: "child"})
+	restored, err := m.RestoreSnapshot(t.Context(), "ready", smolvm.RestoreOptions{ID: "child"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -53,23 +53,17 @@ func (meta snapshotMeta) restore(path func(file string) string) vmm.Restore {
 	return vmm.Restore{Memory: path(snapshot.MemoryFile), State: path(snapshot.StateFile), Held: meta.Held}
 }
 
-// SnapshotOptions are the options of [Manager.CreateSnapshot].
-type SnapshotOptions struct {
-	// Name of the snapshot, like a VM's id. Empty: the VM's id and the time.
-	Name string
-}
-
 // CreateSnapshot saves a VM as it is at some moment: its memory, its devices, its disk.
 // The VM goes on; how long it was held is told. A snapshot is whole or not there,
 // whatever is killed in the middle of it.
 //
 // A guest without an agent can't be told to write out its file systems, nor, later, that it
-// is another VM: its snapshot can only be restored in place. See [RestoreOptions].
+// is another VM: its snapshot can only be restored in place. See [smolvm.RestoreOptions].
 //
 // The error matches [smolvm.ErrSnapshotAlreadyExists], [smolvm.ErrInvalidState] if the
 // VM does not run, or [smolvm.ErrUnsupported] if it has drives that are written to
 // beside its own disk.
-func (m *Manager) CreateSnapshot(ctx context.Context, id string, opts SnapshotOptions) (smolvm.Snapshot, error) {
+func (m *Manager) CreateSnapshot(ctx context.Context, id string, opts smolvm.SnapshotOptions) (smolvm.Snapshot, error) {
 	began := time.Now()
 	name := opts.Name
 	if name == "" {
@@ -96,7 +90,8 @@ func snapshotError(err error) error {
 	case errors.Is(err, smolvm.ErrAlreadyExists):
 		return fmt.Errorf("%w: %w; choose another name, or remove it first", smolvm.ErrSnapshotAlreadyExists, err)
 	case errors.Is(err, smolvm.ErrNotFound):
-		return fmt.Errorf("%w: %w; `smolvm snapshot ls` lists them", smolvm.ErrSnapshotNotFound, err)
+		return &smolvm.Error{Code: smolvm.CodeSnapshotNotFound, Hint: "`smolvm snapshot ls` lists the snapshots",
+			Err: fmt.Errorf("%w: %w", smolvm.ErrSnapshotNotFound, err)}
 	}
 	return err
 }
@@ -247,25 +242,6 @@ func (m *Manager) RemoveSnapshot(ctx context.Context, name string) error {
 	return m.reclaimLayers(ctx)
 }
 
-// RestoreOptions are the options of [Manager.RestoreSnapshot].
-type RestoreOptions struct {
-	// ID of the VM. Empty: that of the VM which the snapshot was taken of, if there
-	// is none of that id any more, else a new one.
-	ID string
-	// InPlace has the VM which the snapshot was taken of go back to it, instead of making
-	// another. That VM must not run. It has the CPUs, the memory and the disks of then;
-	// what its disk has held since is lost. Its ports, labels and the rest of its
-	// configuration stay.
-	InPlace bool
-	// Ephemeral as in [smolvm.VMConfig].
-	Ephemeral bool
-	// Start says how to start it. Cold boots from the snapshot's disk.
-	Start StartOptions
-	// AllowCold has the VM boot from the snapshot's disk if its memory can't be used, with
-	// a warning.
-	AllowCold bool
-}
-
 // RestoreSnapshot makes a VM that goes on where a snapshot was taken, with an identity
 // of its own. If the memory can't be used, because it is damaged or the VMM has been
 // upgraded since, the error matches [smolvm.ErrNotRestored], unless the options allow the
@@ -274,7 +250,7 @@ type RestoreOptions struct {
 //
 // A guest without an agent can't be given another identity: the error matches
 // [smolvm.ErrUnsupported] unless its VM is restored in place. Its clock is not set then.
-func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts RestoreOptions) (smolvm.VMInfo, error) {
+func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts smolvm.RestoreOptions) (smolvm.VMInfo, error) {
 	found, err := m.snapshots.Get(name)
 	if err != nil {
 		return smolvm.VMInfo{}, snapshotError(err)
@@ -284,7 +260,7 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts Restore
 		return smolvm.VMInfo{}, fmt.Errorf("snapshot %q: %w", name, err)
 	}
 	from := savedGuest{
-		rung:      smolvm.RungSnapshot,
+		rung:      smolvm.StartSnapshot,
 		source:    name,
 		files:     meta.restore(found.Path),
 		base:      m.dir.Layer(meta.Layer),
@@ -304,7 +280,7 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts Restore
 }
 
 // revive makes a VM of a saved one. Damage is why its memory can't be used, if not nil.
-func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from savedGuest, damage error, opts RestoreOptions) (smolvm.VMInfo, error) {
+func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from savedGuest, damage error, opts smolvm.RestoreOptions) (smolvm.VMInfo, error) {
 	config := meta.Config
 	config.ID = opts.ID
 	if config.ID == "" {
@@ -331,7 +307,7 @@ func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from savedGuest
 	}
 	info, err := m.startFrom(ctx, vm.ID, opts.Start, &from, damage)
 	if err != nil {
-		return smolvm.VMInfo{}, errors.Join(err, m.Delete(context.WithoutCancel(ctx), vm.ID))
+		return smolvm.VMInfo{}, errors.Join(err, m.Delete(context.WithoutCancel(ctx), vm.ID, smolvm.DeleteOptions{}))
 	}
 	return info, nil
 }
@@ -374,53 +350,33 @@ func (h hardware) difference(now hardware) string {
 	return ""
 }
 
-// ForkOptions are the options of [Manager.Fork].
-type ForkOptions struct {
-	// Count is how many children to make. Zero: one.
-	Count int
-	// IDs of the children. Those that are not given are made up.
-	IDs []string
-	// Start says how to start them. Cold boots them from the disk as it is now.
-	Start StartOptions
-	// AllowCold has a child boot from the disk if it can't go on where the parent is, with
-	// a warning.
-	AllowCold bool
-}
-
-// Forked is what came of a fork.
-type Forked struct {
-	// Pause is how long the parent was held, in nanoseconds in JSON.
-	Pause    time.Duration   `json:"pause_ns"`
-	Children []smolvm.VMInfo `json:"children"`
-}
-
 // Fork makes children of a running VM: each goes on where the parent is, with an
 // identity of its own. The parent goes on too. It is all or nothing: if one of them can't
 // go on there, the error matches [smolvm.ErrNotRestored], and there are none.
-func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked, error) {
+func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) (smolvm.Forked, error) {
 	began := time.Now()
 	count := max(opts.Count, len(opts.IDs), 1)
 	if vm, err := m.lookup(ctx, id); err == nil && !vm.Config.UsesImage() {
-		return Forked{}, fmt.Errorf("fork VM %q: %w: its guest has no agent that could give a child another identity", id, smolvm.ErrUnsupported)
+		return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w: its guest has no agent that could give a child another identity", id, smolvm.ErrUnsupported)
 	}
 	draft, meta, err := m.save(ctx, id, "fork-"+newRun())
 	if err != nil {
-		return Forked{}, err
+		return smolvm.Forked{}, err
 	}
 	// The children have its memory mapped, and its disk is a layer.
 	defer func() { _ = draft.Discard() }()
 	from := savedGuest{
-		rung:      smolvm.RungSnapshot,
+		rung:      smolvm.StartSnapshot,
 		source:    id,
 		files:     meta.restore(draft.Path),
 		base:      m.dir.Layer(meta.Layer),
 		inSession: true,
 		must:      !opts.AllowCold,
 	}
-	forked := Forked{Pause: meta.Pause, Children: make([]smolvm.VMInfo, count)}
+	forked := smolvm.Forked{Pause: meta.Pause, Children: make([]smolvm.VMInfo, count)}
 	group, groupCtx := errgroup.WithContext(ctx)
 	for i := range count {
-		restore := RestoreOptions{ID: smolvm.NewID(), Start: opts.Start}
+		restore := smolvm.RestoreOptions{ID: smolvm.NewID(), Start: opts.Start}
 		if i < len(opts.IDs) {
 			restore.ID = opts.IDs[i]
 		}
@@ -432,10 +388,10 @@ func (m *Manager) Fork(ctx context.Context, id string, opts ForkOptions) (Forked
 	if err := group.Wait(); err != nil {
 		for _, child := range forked.Children {
 			if child.ID != "" {
-				err = errors.Join(err, m.Delete(context.WithoutCancel(ctx), child.ID))
+				err = errors.Join(err, m.Delete(context.WithoutCancel(ctx), child.ID, smolvm.DeleteOptions{}))
 			}
 		}
-		return Forked{}, fmt.Errorf("fork VM %q: %w", id, errors.Join(err, m.reclaimLayers(context.WithoutCancel(ctx))))
+		return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w", id, errors.Join(err, m.reclaimLayers(context.WithoutCancel(ctx))))
 	}
 	m.note(ctx, id, "fork", began, fmt.Sprintf("%d", count))
 	return forked, nil

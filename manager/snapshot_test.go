@@ -44,7 +44,7 @@ func TestPause(t *testing.T) {
 	if _, err := m.Pause(t.Context(), vm.ID); err != nil {
 		t.Fatal(err)
 	}
-	stopped, err := m.Stop(t.Context(), vm.ID, manager.StopOptions{})
+	stopped, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{})
 	if err != nil || stopped.State != smolvm.StateStopped || !strings.Contains(stopped.Cause, "powered off") {
 		t.Errorf("stopping a paused VM: %s, %q, %v", stopped.State, stopped.Cause, err)
 	}
@@ -56,11 +56,11 @@ func TestForkOfGuestThatHangs(t *testing.T) {
 	mustRun(t, m, smolvm.VMConfig{ID: "parent"})
 	// To the agent this is as if programs got stuck in the kernel.
 	sh(t, m, "parent", `rm /bin/true; printf '#!/bin/sh\nwhile :; do sleep 1; done\n' > /bin/true; chmod +x /bin/true`)
-	options := manager.ForkOptions{Count: 2, Start: manager.StartOptions{Timeout: 8 * time.Second}}
+	options := smolvm.ForkOptions{Count: 2, Start: smolvm.StartOptions{Timeout: 8 * time.Second}}
 	if forked, err := m.Fork(t.Context(), "parent", options); !errors.Is(err, smolvm.ErrNotRestored) {
 		t.Errorf("forked %+v, %v, want %v", forked, err, smolvm.ErrNotRestored)
 	}
-	if vms, err := m.List(t.Context(), manager.ListOptions{}); err != nil || len(vms) != 1 {
+	if vms, err := m.List(t.Context(), smolvm.ListOptions{}); err != nil || len(vms) != 1 {
 		t.Errorf("%d VMs are there, %v", len(vms), err)
 	}
 	if got := sh(t, m, "parent", "echo awake"); got != "awake" {
@@ -72,16 +72,16 @@ func TestForkOfGuestThatHangs(t *testing.T) {
 func TestSnapshotOfOlderProgram(t *testing.T) {
 	m := openReal(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
-	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "old"}); err != nil {
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "old"}); err != nil {
 		t.Fatal(err)
 	}
 	restore := func(id, want string) {
 		t.Helper()
-		vm, err := m.RestoreSnapshot(t.Context(), "old", manager.RestoreOptions{ID: id})
+		vm, err := m.RestoreSnapshot(t.Context(), "old", smolvm.RestoreOptions{ID: id})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if warnings := strings.Join(startReport(t, vm, smolvm.RungSnapshot).Warnings, "; "); (want == "") != (warnings == "") || !strings.Contains(warnings, want) {
+		if warnings := strings.Join(startReport(t, vm, smolvm.StartSnapshot).Warnings, "; "); (want == "") != (warnings == "") || !strings.Contains(warnings, want) {
 			t.Errorf("warnings of VM %s are %q", id, warnings)
 		}
 	}
@@ -113,7 +113,7 @@ func TestFork(t *testing.T) {
 	m := openReal(t)
 	parent := mustRun(t, m, smolvm.VMConfig{ID: "parent", PortForwards: []smolvm.PortForward{{GuestPort: 80}}})
 	sh(t, m, "parent", "echo before > /root/file; "+counter)
-	forked, err := m.Fork(t.Context(), "parent", manager.ForkOptions{Count: 2, IDs: []string{"child"}})
+	forked, err := m.Fork(t.Context(), "parent", smolvm.ForkOptions{Count: 2, IDs: []string{"child"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +124,7 @@ func TestFork(t *testing.T) {
 	seen := map[string]string{}
 	for _, vm := range append(forked.Children, parent) {
 		if vm.ID != "parent" {
-			report := startReport(t, vm, smolvm.RungSnapshot)
+			report := startReport(t, vm, smolvm.StartSnapshot)
 			if len(report.Warnings) > 0 || len(report.Verified) < 6 {
 				t.Errorf("report of VM %s is %+v", vm.ID, report)
 			}
@@ -147,7 +147,7 @@ func TestFork(t *testing.T) {
 	if got := sh(t, m, "parent", "cat /root/file"); got != "after" {
 		t.Errorf("the parent's file says %q", got)
 	}
-	again, err := m.Fork(t.Context(), "parent", manager.ForkOptions{})
+	again, err := m.Fork(t.Context(), "parent", smolvm.ForkOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,17 +156,17 @@ func TestFork(t *testing.T) {
 	}
 	// The chain of disks holds for cold boots too.
 	for _, id := range []string{"child", "parent"} {
-		if _, err := m.Stop(t.Context(), id, manager.StopOptions{}); err != nil {
+		if _, err := m.Stop(t.Context(), id, smolvm.StopOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := m.Start(t.Context(), id, manager.StartOptions{}); err != nil {
+		if _, err := m.Start(t.Context(), id, smolvm.StartOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if got := sh(t, m, "parent", "cat /root/file") + sh(t, m, "child", "cat /root/file"); got != "afterown" {
 		t.Errorf("after a restart the files say %q", got)
 	}
-	if _, err := m.Fork(t.Context(), "parent", manager.ForkOptions{IDs: []string{"a", "child"}}); !errors.Is(err, smolvm.ErrVMAlreadyExists) {
+	if _, err := m.Fork(t.Context(), "parent", smolvm.ForkOptions{IDs: []string{"a", "child"}}); !errors.Is(err, smolvm.ErrVMAlreadyExists) {
 		t.Errorf("a fork under an id that is taken: %v", err)
 	}
 	if _, err := m.Get(t.Context(), "a"); !errors.Is(err, smolvm.ErrVMNotFound) {
@@ -178,46 +178,46 @@ func TestSnapshot(t *testing.T) {
 	m := openReal(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm", Env: map[string]string{"WORD": "kept"}})
 	sh(t, m, "vm", "echo one > /root/file; "+counter)
-	taken, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "one"})
+	taken, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "one"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if taken.Name != "one" || taken.VMID != "vm" || taken.Pause <= 0 || !taken.Synced || taken.Size == 0 {
 		t.Errorf("snapshot is %+v", taken)
 	}
-	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "one"}); !errors.Is(err, smolvm.ErrSnapshotAlreadyExists) {
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "one"}); !errors.Is(err, smolvm.ErrSnapshotAlreadyExists) {
 		t.Errorf("a name that is taken: %v", err)
 	}
 	sh(t, m, "vm", "echo two > /root/file")
 	if _, err := m.Pause(t.Context(), "vm"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.CreateSnapshot(t.Context(), "vm", manager.SnapshotOptions{Name: "two"}); err != nil {
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "two"}); err != nil {
 		t.Fatal(err)
 	}
 	if vm, err := m.Get(t.Context(), "vm"); err != nil || vm.State != smolvm.StatePaused {
 		t.Errorf("a paused VM is %s after a snapshot, %v", vm.State, err)
 	}
 
-	beside, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{})
+	beside, err := m.RestoreSnapshot(t.Context(), "one", smolvm.RestoreOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	startReport(t, beside, smolvm.RungSnapshot)
+	startReport(t, beside, smolvm.StartSnapshot)
 	if beside.ID == "vm" || sh(t, m, beside.ID, "cat /root/file; echo $WORD; hostname") != "one\nkept\n"+beside.ID {
 		t.Errorf("restored: %+v", beside)
 	}
-	if _, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{ID: "vm"}); !errors.Is(err, smolvm.ErrVMAlreadyExists) {
+	if _, err := m.RestoreSnapshot(t.Context(), "one", smolvm.RestoreOptions{ID: "vm"}); !errors.Is(err, smolvm.ErrVMAlreadyExists) {
 		t.Errorf("restored over a VM: %v", err)
 	}
-	if err := m.Delete(t.Context(), "vm"); err != nil {
+	if err := m.Delete(t.Context(), "vm", smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	same, err := m.RestoreSnapshot(t.Context(), "two", manager.RestoreOptions{})
+	same, err := m.RestoreSnapshot(t.Context(), "two", smolvm.RestoreOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	startReport(t, same, smolvm.RungSnapshot)
+	startReport(t, same, smolvm.StartSnapshot)
 	if got := sh(t, m, "vm", "cat /root/file"); same.ID != "vm" || got != "two" {
 		t.Errorf("restored as %s: %q", same.ID, got)
 	}
@@ -230,17 +230,17 @@ func TestSnapshot(t *testing.T) {
 	if err := flipByte(filepath.Join(m.DataDir(), "snapshots", "one", "memory")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{ID: "booted"}); !errors.Is(err, smolvm.ErrNotRestored) {
+	if _, err := m.RestoreSnapshot(t.Context(), "one", smolvm.RestoreOptions{ID: "booted"}); !errors.Is(err, smolvm.ErrNotRestored) {
 		t.Errorf("memory that is damaged: %v", err)
 	}
 	if _, err := m.Get(t.Context(), "booted"); !errors.Is(err, smolvm.ErrVMNotFound) {
 		t.Errorf("memory that is damaged leaves a VM: %v", err)
 	}
-	booted, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{ID: "booted", AllowCold: true})
+	booted, err := m.RestoreSnapshot(t.Context(), "one", smolvm.RestoreOptions{ID: "booted", AllowCold: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	report := startReport(t, booted, smolvm.RungCold)
+	report := startReport(t, booted, smolvm.StartBoot)
 	if len(report.Warnings) != 1 || !strings.Contains(report.Warnings[0], "damaged") {
 		t.Errorf("warnings are %q", report.Warnings)
 	}
@@ -256,7 +256,7 @@ func TestSnapshot(t *testing.T) {
 	if err := m.RemoveSnapshot(t.Context(), "one"); !errors.Is(err, smolvm.ErrSnapshotNotFound) {
 		t.Errorf("removing what is not there: %v", err)
 	}
-	if _, err := m.RestoreSnapshot(t.Context(), "one", manager.RestoreOptions{}); !errors.Is(err, smolvm.ErrSnapshotNotFound) {
+	if _, err := m.RestoreSnapshot(t.Context(), "one", smolvm.RestoreOptions{}); !errors.Is(err, smolvm.ErrSnapshotNotFound) {
 		t.Errorf("restoring what is not there: %v", err)
 	}
 	if got := sh(t, m, beside.ID, "cat /root/file"); got != "one" {
@@ -276,32 +276,33 @@ func TestSnapshotRefusals(t *testing.T) {
 	for id, want := range map[string]error{
 		"drive": smolvm.ErrUnsupported, "still": smolvm.ErrInvalidState, "nobody": smolvm.ErrVMNotFound,
 	} {
-		if _, err := m.CreateSnapshot(t.Context(), id, manager.SnapshotOptions{}); !errors.Is(err, want) {
+		if _, err := m.CreateSnapshot(t.Context(), id, smolvm.SnapshotOptions{}); !errors.Is(err, want) {
 			t.Errorf("snapshot of VM %q: %v, want %v", id, err, want)
 		}
-		if _, err := m.Fork(t.Context(), id, manager.ForkOptions{}); !errors.Is(err, want) {
+		if _, err := m.Fork(t.Context(), id, smolvm.ForkOptions{}); !errors.Is(err, want) {
 			t.Errorf("fork of VM %q: %v, want %v", id, err, want)
 		}
 	}
-	if _, err := m.CreateSnapshot(t.Context(), "drive", manager.SnapshotOptions{Name: "../x"}); err == nil {
+	if _, err := m.CreateSnapshot(t.Context(), "drive", smolvm.SnapshotOptions{Name: "../x"}); err == nil {
 		t.Error("a snapshot may be called ../x")
 	}
 	checkEmpty(t, filepath.Join(m.DataDir(), "snapshots"))
 }
 
-// A Manager can be opened with a pool, and fills it while its user goes on.
-func TestOpenWithPool(t *testing.T) {
+// EnsurePool fills a pool while its caller goes on.
+func TestEnsurePool(t *testing.T) {
 	testenv.RequireQEMU(t)
 	config := testConfig(t, tempDir(t))
 	config.AgentPath = testenv.Agent(t)
 	config.Templates = manager.TemplateConfig{}
-	config.Pool = manager.PoolOptions{Size: -1}
 	testenv.SeedImages(t, config.DataDir)
-	if _, err := manager.Open(t.Context(), config); err == nil {
-		t.Error("a Manager was opened with a pool of -1 VMs")
-	}
-	config.Pool.Size = 1
 	m := openAt(t, config)
+	if _, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: -1}); err == nil {
+		t.Error("there is a pool of -1 VMs")
+	}
+	if pool, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: 1}); err != nil || pool.Size != 1 {
+		t.Fatalf("pool is %+v, %v", pool, err)
+	}
 	pools, err := m.Pools(t.Context())
 	if err != nil || len(pools) != 1 || pools[0].Size != 1 {
 		t.Fatalf("pools are %+v, %v", pools, err)
@@ -312,12 +313,10 @@ func TestOpenWithPool(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	again, err := manager.Open(t.Context(), config) // finds it full
-	if err != nil {
-		t.Fatal(err)
+	if pool, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: 1}); err != nil || pool.Ready != 1 {
+		t.Errorf("a pool that is full: %+v, %v", pool, err)
 	}
-	defer func() { _ = again.Close() }()
-	startReport(t, mustRun(t, again, smolvm.VMConfig{}), smolvm.RungPool)
+	startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.StartPool)
 	if err := m.RemovePool(t.Context(), pools[0].ID); err != nil {
 		t.Error(err)
 	}
@@ -326,17 +325,17 @@ func TestOpenWithPool(t *testing.T) {
 // A pool's VMs take on the identity of those that claim them.
 func TestPool(t *testing.T) {
 	m := openFast(t)
-	if _, err := m.SetPool(t.Context(), manager.PoolOptions{}); err == nil {
+	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{}); err == nil {
 		t.Error("a pool of no VMs was made")
 	}
-	pool, err := m.SetPool(t.Context(), manager.PoolOptions{Size: 2})
+	pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 2})
 	if err != nil || pool.Ready != 2 {
 		t.Fatalf("pool is %+v, %v", pool, err)
 	}
 	var vms []smolvm.VMInfo
 	for _, id := range []string{"a", "b"} {
 		vm := mustRun(t, m, smolvm.VMConfig{ID: id})
-		startReport(t, vm, smolvm.RungPool)
+		startReport(t, vm, smolvm.StartPool)
 		vms = append(vms, vm)
 	}
 	seen := map[string]string{}
@@ -351,7 +350,7 @@ func TestPool(t *testing.T) {
 	}
 	// It is a VM like any other: it can be saved, stopped, and started again.
 	sh(t, m, "a", "echo mine > /root/file")
-	forked, err := m.Fork(t.Context(), "a", manager.ForkOptions{})
+	forked, err := m.Fork(t.Context(), "a", smolvm.ForkOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -359,17 +358,17 @@ func TestPool(t *testing.T) {
 		t.Errorf("a fork of it says %q", got)
 	}
 	sh(t, m, "a", "echo more >> /root/file; sync")
-	if _, err := m.Stop(t.Context(), "a", manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(t.Context(), "a", smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.Start(t.Context(), "a", manager.StartOptions{}); err != nil {
+	if _, err := m.Start(t.Context(), "a", smolvm.StartOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := sh(t, m, "a", "cat /root/file"); got != "mine\nmore" {
 		t.Errorf("after a restart the file says %q", got)
 	}
 	// What was taken is made again.
-	if pool, err = m.SetPool(t.Context(), manager.PoolOptions{Size: 2}); err != nil || pool.Ready != 2 {
+	if pool, err = m.SetPool(t.Context(), smolvm.PoolOptions{Size: 2}); err != nil || pool.Ready != 2 {
 		t.Errorf("pool is %+v, %v", pool, err)
 	}
 	if err := m.RemovePool(t.Context(), pool.ID); err != nil {

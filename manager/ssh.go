@@ -12,55 +12,37 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
-// SSHCommands returns shell commands that log in to the VM by its SSH port. They
-// check the guest's host key against the one that the VM was given, so no client
-// has to be told to trust blindly; the key of a guest with a kernel of its own is
+// SSH returns the argument vectors by which the stock ssh client logs in to the VM, by its
+// SSH port. They check the guest's host key against the one that the VM was given, so no
+// client has to be told to trust blindly; the key of a guest with a kernel of its own is
 // learned at the first login. The port answers while the VM runs.
-func (m *Manager) SSHCommands(ctx context.Context, id string, opts SSHOptions) (SSHCommands, error) {
+func (m *Manager) SSH(ctx context.Context, id string, opts smolvm.SSHOptions) (smolvm.SSHAccess, error) {
 	vm, err := m.lookup(ctx, id)
 	if err != nil {
-		return SSHCommands{}, err
+		return smolvm.SSHAccess{}, err
 	}
-	local, err := m.sshArgs(vm, opts, dialAddr(vm.Config.SSHHostAddr).String())
+	args, err := m.sshArgs(vm, opts, dialAddr(vm.Config.SSHHostAddr).String())
 	if err != nil {
-		return SSHCommands{}, fmt.Errorf("SSH commands of VM %q: %w", id, err)
+		return smolvm.SSHAccess{}, fmt.Errorf("SSH arguments of VM %q: %w", id, err)
 	}
-	commands := SSHCommands{LocalhostPort: shellLine(local)}
+	access := smolvm.SSHAccess{Args: args}
 	if opts.PublicHost != "" {
 		// The key file and the known_hosts file are on this host, so what another
 		// host runs names neither, but for a key that the caller has named.
-		public := []string{"ssh"}
+		access.PublicArgs = []string{"ssh"}
 		if opts.KeyPath != "" {
-			public = append(public, identityArgs(expandHome(opts.KeyPath))...)
+			access.PublicArgs = append(access.PublicArgs, identityArgs(expandHome(opts.KeyPath))...)
 		}
-		public = append(public, "-p", strconv.Itoa(vm.SSHPort), opts.user()+"@"+opts.PublicHost)
-		commands.Public = shellLine(public)
+		access.PublicArgs = append(access.PublicArgs, "-p", strconv.Itoa(vm.SSHPort), sshUser(opts)+"@"+opts.PublicHost)
 	}
-	return commands, nil
+	return access, nil
 }
 
-// SSHArgs is the argument vector of the stock ssh client that logs in to the VM,
-// to which a command may be appended.
-func (m *Manager) SSHArgs(ctx context.Context, id, user string) ([]string, error) {
-	vm, err := m.lookup(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	if !vm.State.Alive() {
-		return nil, stateError("log in to", vm)
-	}
-	args, err := m.sshArgs(vm, SSHOptions{User: user}, dialAddr(vm.Config.SSHHostAddr).String())
-	if err != nil {
-		return nil, fmt.Errorf("SSH arguments of VM %q: %w", id, err)
-	}
-	return args, nil
-}
-
-func (m *Manager) sshArgs(vm store.VM, opts SSHOptions, host string) ([]string, error) {
+func (m *Manager) sshArgs(vm store.VM, opts smolvm.SSHOptions, host string) ([]string, error) {
 	key := expandHome(opts.KeyPath)
 	if key == "" {
 		if _, err := m.clientSigner(); err != nil { // makes the key, if need be
@@ -78,10 +60,10 @@ func (m *Manager) sshArgs(vm store.VM, opts SSHOptions, host string) ([]string, 
 		"-o", "UserKnownHostsFile="+sshPath(knownHosts),
 		"-o", "HostKeyAlias="+hostKeyAlias(vm.ID),
 		"-o", "StrictHostKeyChecking="+checking)
-	return append(args, "-p", strconv.Itoa(vm.SSHPort), opts.user()+"@"+host), nil
+	return append(args, "-p", strconv.Itoa(vm.SSHPort), sshUser(opts)+"@"+host), nil
 }
 
-func (o SSHOptions) user() string {
+func sshUser(o smolvm.SSHOptions) string {
 	if o.User == "" {
 		return "root"
 	}
@@ -177,12 +159,4 @@ func sshPath(path string) string {
 		return path
 	}
 	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(path) + `"`
-}
-
-func shellLine(args []string) string {
-	quoted := make([]string, len(args))
-	for i, arg := range args {
-		quoted[i] = wire.Quote(arg)
-	}
-	return strings.Join(quoted, " ")
 }

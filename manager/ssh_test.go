@@ -16,7 +16,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/imagetest"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // sshServer answers as an SSH server with a new host key that lets everybody in and
@@ -96,12 +95,12 @@ func TestOwnKernelHostKey(t *testing.T) {
 	vm := mustCreate(t, m, smolvm.VMConfig{ID: "own_kernel", KernelPath: kernel, RootfsPath: rootfs})
 	addr := fmt.Sprintf("127.0.0.1:%d", vm.Network.SSHHostPort)
 	login := func() (string, error) {
-		commands, err := m.SSHCommands(t.Context(), vm.ID, manager.SSHOptions{})
+		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		// Not what this host's user has set for ssh.
-		line := strings.Replace(commands.LocalhostPort, "ssh ", "ssh -F none -o BatchMode=yes ", 1)
+		line := strings.Replace(access.String(), "ssh ", "ssh -F none -o BatchMode=yes ", 1)
 		out, err := exec.CommandContext(t.Context(), "sh", "-c", line+" true").CombinedOutput()
 		return string(out), err
 	}
@@ -116,14 +115,14 @@ func TestOwnKernelHostKey(t *testing.T) {
 	if out, err := login(); err == nil || !strings.Contains(out, "HOST IDENTIFICATION HAS CHANGED") {
 		t.Errorf("another host key was taken: %v\n%s", err, out)
 	}
-	if err := m.Delete(t.Context(), vm.ID); err != nil {
+	if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	checkEmpty(t, filepath.Join(m.DataDir(), "vms"))
 
 	diskless := mustCreate(t, m, smolvm.VMConfig{ID: "diskless", KernelPath: kernel, InitrdPath: initrd})
-	commands, err := m.SSHCommands(t.Context(), diskless.ID, manager.SSHOptions{})
-	if err != nil || !strings.Contains(commands.LocalhostPort, "known_hosts-") {
-		t.Errorf("a guest whose key nothing keeps: %q, %v", commands.LocalhostPort, err)
+	access, err := m.SSH(t.Context(), diskless.ID, smolvm.SSHOptions{})
+	if err != nil || !strings.Contains(access.String(), "known_hosts-") {
+		t.Errorf("a guest whose key nothing keeps: %q, %v", access.String(), err)
 	}
 }

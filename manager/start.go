@@ -47,13 +47,13 @@ const (
 // The error matches [smolvm.ErrVMNotFound], [smolvm.ErrInvalidState] or
 // [smolvm.ErrBootTimeout], or is a [*smolvm.NetworkError] or a
 // [*smolvm.PrerequisiteError].
-func (m *Manager) Start(ctx context.Context, id string, opts StartOptions) (smolvm.VMInfo, error) {
+func (m *Manager) Start(ctx context.Context, id string, opts smolvm.StartOptions) (smolvm.VMInfo, error) {
 	return m.startFrom(ctx, id, opts, nil, nil)
 }
 
 // startFrom is Start of a VM that is to go on from a saved guest, if that is not nil, and
 // nothing is wrong with it.
-func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
+func (m *Manager) startFrom(ctx context.Context, id string, opts smolvm.StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
 	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
@@ -63,13 +63,13 @@ func (m *Manager) startFrom(ctx context.Context, id string, opts StartOptions, f
 }
 
 // startLocked is startFrom for the holder of the VM's lock.
-func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
+func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts smolvm.StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
 	began, id := time.Now(), vm.ID
 	if vm.State.Alive() {
 		return smolvm.VMInfo{}, stateError("start", vm)
 	}
 	if err := errors.Join(m.requireBackend(ctx, vm.Backend), requireOpenFiles(), m.checkRoom()); err != nil {
-		return smolvm.VMInfo{}, fmt.Errorf("start VM %q: %w", id, err)
+		return smolvm.VMInfo{}, vmError("start", id, err)
 	}
 	if from != nil && damage != nil {
 		damage = fmt.Errorf("%s %s: %w", from.rung, from.source, damage)
@@ -79,9 +79,9 @@ func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts StartOption
 		m.note(ctx, id, "start failed", began, err.Error())
 		return smolvm.VMInfo{}, err
 	}
-	m.note(ctx, id, "start", began, string(report.Rung)+", "+vm.Accelerator)
+	m.note(ctx, id, "start", began, string(report.Method)+", "+vm.Accelerator)
 	info := m.info(vm)
-	info.Start, info.Timeline = report, report.Timeline
+	info.Start = report
 	return info, nil
 }
 
@@ -96,13 +96,14 @@ func requireOpenFiles() error {
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Max >= minOpenFiles {
 		return nil //nolint:nilerr // then nobody knows of a limit
 	}
-	return fmt.Errorf("a process may have only %d files open, and a VM needs %d; raise the limit, as with `ulimit -n 1024`", limit.Max, minOpenFiles)
+	return &smolvm.Error{Hint: "raise the limit, as with `ulimit -n 1024`",
+		Err: fmt.Errorf("a process may have only %d files open, and a VM needs %d", limit.Max, minOpenFiles)}
 }
 
 // failed writes down a start that did not succeed. A start that the caller gave up, or in
 // which the guest did not run, leaves the VM in the state that it was in.
 func (m *Manager) failed(ctx context.Context, vm store.VM, ran bool, cause error) error {
-	err := fmt.Errorf("start VM %q: %w", vm.ID, cause)
+	err := vmError("start", vm.ID, cause)
 	if ctx.Err() != nil && !errors.Is(cause, smolvm.ErrBootTimeout) {
 		return err
 	}
@@ -114,26 +115,26 @@ func (m *Manager) failed(ctx context.Context, vm store.VM, ran bool, cause error
 }
 
 // prepare makes the directories of a start, and the shim's orders.
-func (m *Manager) prepare(ctx context.Context, vm store.VM, opts StartOptions) (shim.LaunchOptions, error) {
+func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOptions) (shim.LaunchOptions, error) {
 	command, err := m.shimCommand()
 	if err != nil {
-		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
 	dir := m.vmDir(vm.ID)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
 	if err := removeAll(dir, "*"+backing.OverlaySuffix); err != nil { // of a run that died while it was saved
-		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
 	runtimeDir := m.runtimeDir(vm.ID)
 	if err := datadir.MakeRuntimeParent(runtimeDir); err != nil {
-		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
 	accelerator := m.host.Accelerator(ctx)
 	machine, err := m.vmmConfig(ctx, vm, accelerator.Name)
 	if err != nil {
-		return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
 	plan := network.User(vm.Lease)
 	spec := shim.Spec{
@@ -157,7 +158,7 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts StartOptions) (
 	}
 	if vm.Config.UsesImage() {
 		if spec.Greeting, err = m.greeting(vm, plan); err != nil {
-			return shim.LaunchOptions{}, fmt.Errorf("start VM %q: %w", vm.ID, err)
+			return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 		}
 	}
 	return shim.LaunchOptions{
@@ -176,14 +177,14 @@ func removeAll(dir, pattern string) error {
 	return err
 }
 
-func bootTimeout(opts StartOptions, accelerator string) time.Duration {
+func bootTimeout(opts smolvm.StartOptions, accelerator string) time.Duration {
 	switch {
 	case opts.Timeout != 0:
 		return opts.Timeout
 	case accelerator == vmm.KVM:
-		return DefaultBootTimeout
+		return smolvm.DefaultBootTimeout
 	default:
-		return emulationFactor * DefaultBootTimeout
+		return emulationFactor * smolvm.DefaultBootTimeout
 	}
 }
 

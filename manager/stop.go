@@ -37,9 +37,9 @@ const (
 // the VMM, all within the timeout. Stopping a VM that does not run does nothing and
 // is no error. Stopping an ephemeral VM also deletes it; Stop then returns its final
 // state.
-func (m *Manager) Stop(ctx context.Context, id string, opts StopOptions) (smolvm.VMInfo, error) {
+func (m *Manager) Stop(ctx context.Context, id string, opts smolvm.StopOptions) (smolvm.VMInfo, error) {
 	began := time.Now()
-	how := opts.stop()
+	how := stopOf(opts)
 	vm, lock, err := m.lockToEnd(ctx, id, how)
 	if err != nil {
 		return smolvm.VMInfo{}, err
@@ -65,12 +65,13 @@ func (m *Manager) Stop(ctx context.Context, id string, opts StopOptions) (smolvm
 	return m.info(vm), nil
 }
 
-func (o StopOptions) stop() shim.Stop {
+// stopOf returns what a shim is told of the options of a stop.
+func stopOf(o smolvm.StopOptions) shim.Stop {
 	switch {
-	case o.Timeout == 0:
-		return shim.Stop{Grace: DefaultStopTimeout}
-	case o.Timeout < 0:
+	case o.Kill || o.Timeout < 0:
 		return shim.Stop{}
+	case o.Timeout == 0:
+		return shim.Stop{Grace: smolvm.DefaultStopTimeout}
 	}
 	return shim.Stop{Grace: o.Timeout, Patient: true}
 }
@@ -78,21 +79,16 @@ func (o StopOptions) stop() shim.Stop {
 // Delete stops a VM and removes all that belongs to it: disk, logs, leases. With
 // RetainDisk the disk stays, and the VM is shut down in an orderly way first;
 // otherwise nothing of it is worth the wait.
-func (m *Manager) Delete(ctx context.Context, id string) error {
-	return m.DeleteWith(ctx, id, DeleteOptions{})
-}
-
-// DeleteWith is [Manager.Delete] with options.
-func (m *Manager) DeleteWith(ctx context.Context, id string, opts DeleteOptions) error {
+func (m *Manager) Delete(ctx context.Context, id string, opts smolvm.DeleteOptions) error {
 	began := time.Now()
-	how := opts.stop()
+	how := deletionOf(opts)
 	vm, lock, err := m.lockToEnd(ctx, id, how)
 	if err != nil {
 		return err
 	}
 	if vm.State.Alive() {
 		if vm.Config.RetainDisk && opts.Timeout == 0 {
-			how = StopOptions{}.stop()
+			how = stopOf(smolvm.StopOptions{})
 		}
 		// That is not written down: the row goes, and on a full disk there is no room
 		// for it before the files are gone.
@@ -114,11 +110,12 @@ func (m *Manager) DeleteWith(ctx context.Context, id string, opts DeleteOptions)
 	return nil
 }
 
-func (o DeleteOptions) stop() shim.Stop {
+// deletionOf returns what a shim is told of the options of a deletion.
+func deletionOf(o smolvm.DeleteOptions) shim.Stop {
 	if o.Timeout <= 0 {
 		return shim.Stop{}
 	}
-	return StopOptions(o).stop()
+	return stopOf(smolvm.StopOptions{Timeout: o.Timeout})
 }
 
 // lockToEnd is lockExisting for a VM that is to be ended. Another operation on it that

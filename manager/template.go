@@ -212,26 +212,14 @@ func (m *Manager) awaitTemplate(ctx context.Context, r recipe) (found snapshot.S
 	return found, nil, append(warnings, more...), err
 }
 
-// TemplateOptions say which VM a template is to be made of. Zero values are those of
-// [smolvm.VMConfig].
-type TemplateOptions struct {
-	Image       string
-	VCPUs       int
-	MemoryMiB   int
-	DiskSizeMiB int64
-	WarmUp      string
-	// Force makes another one even if there is one.
-	Force bool
-}
-
 // BuildTemplate makes the template of VMs of some kind, and returns it. It need not be
 // called: the first start of a kind has it made. If there is one it is returned.
-func (m *Manager) BuildTemplate(ctx context.Context, opts TemplateOptions) (smolvm.Template, error) {
+func (m *Manager) BuildTemplate(ctx context.Context, opts smolvm.TemplateOptions) (smolvm.Template, error) {
 	config := smolvm.VMConfig{
 		ID: smolvm.NewID(), Image: opts.Image, VCPUs: opts.VCPUs, MemoryMiB: opts.MemoryMiB,
 		DiskSizeMiB: opts.DiskSizeMiB, WarmUp: opts.WarmUp,
 	}.WithDefaults()
-	r, err := m.recipeFor(ctx, config)
+	r, err := m.recipeFor(ctx, config, opts.Progress)
 	if err != nil {
 		return smolvm.Template{}, fmt.Errorf("build template: %w", err)
 	}
@@ -260,7 +248,7 @@ func (m *Manager) BuildTemplate(ctx context.Context, opts TemplateOptions) (smol
 }
 
 // recipeFor is the recipe of the template for VMs of a configuration.
-func (m *Manager) recipeFor(ctx context.Context, config smolvm.VMConfig) (recipe, error) {
+func (m *Manager) recipeFor(ctx context.Context, config smolvm.VMConfig, progress func(smolvm.Progress)) (recipe, error) {
 	backend, _, err := m.check(&config)
 	if err != nil {
 		return recipe{}, err
@@ -268,7 +256,7 @@ func (m *Manager) recipeFor(ctx context.Context, config smolvm.VMConfig) (recipe
 	if err := m.requireBackend(ctx, backend.Name); err != nil {
 		return recipe{}, err
 	}
-	image, err := m.ensureImage(ctx, config.Image)
+	image, err := m.ensureImage(ctx, config.Image, progress)
 	if err != nil {
 		return recipe{}, err
 	}
@@ -322,15 +310,22 @@ func (m *Manager) stale(r recipe) bool {
 func (m *Manager) RemoveTemplate(ctx context.Context, id string) error {
 	err := m.templates.Remove(id)
 	if errors.Is(err, smolvm.ErrNotFound) {
-		return fmt.Errorf("%w: %q; `smolvm template ls` lists them", smolvm.ErrTemplateNotFound, id)
+		return &smolvm.Error{Hint: "`smolvm template ls` lists the templates", Err: fmt.Errorf("%w: %q", smolvm.ErrTemplateNotFound, id)}
 	}
 	return errors.Join(err, m.reclaimLayers(ctx))
 }
 
 // PruneTemplates removes the templates that no VM will be cloned from any more, and of
-// the rest the least recently used until they take at most so many bytes. It returns
-// the ids of those that it has removed.
-func (m *Manager) PruneTemplates(ctx context.Context, maxBytes int64) ([]string, error) {
+// the rest the least recently used until they take at most as much as the options say. It
+// returns the ids of those that it has removed.
+func (m *Manager) PruneTemplates(ctx context.Context, opts smolvm.PruneTemplateOptions) ([]string, error) {
+	maxBytes := opts.MaxBytes
+	switch {
+	case opts.All:
+		maxBytes = 0
+	case maxBytes <= 0:
+		maxBytes = smolvm.DefaultTemplateBytes
+	}
 	removed := []string{}
 	all, err := m.Templates(ctx)
 	if err != nil {
@@ -362,6 +357,6 @@ func (m *Manager) pruneTemplates(ctx context.Context, maxBytes int64, spare stri
 		m.templates.Used(found)
 		maxBytes = max(maxBytes, found.Size)
 	}
-	_, err := m.PruneTemplates(ctx, maxBytes)
+	_, err := m.PruneTemplates(ctx, smolvm.PruneTemplateOptions{MaxBytes: maxBytes})
 	return err
 }

@@ -146,7 +146,7 @@ func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMCo
 			ConsolePath: draft.Path("console.log"),
 			LogPath:     draft.Path("vmm.log"),
 		},
-		ReadyTimeout: bootTimeout(StartOptions{}, r.Hardware.Accelerator),
+		ReadyTimeout: bootTimeout(smolvm.StartOptions{}, r.Hardware.Accelerator),
 	})
 }
 

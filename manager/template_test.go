@@ -49,13 +49,13 @@ func awaitTemplates(t testing.TB, m *manager.Manager) {
 	}
 }
 
-func startReport(t testing.TB, vm smolvm.VMInfo, rung smolvm.Rung) *smolvm.StartReport {
+func startReport(t testing.TB, vm smolvm.VMInfo, rung smolvm.StartMethod) *smolvm.StartReport {
 	t.Helper()
 	if vm.Start == nil {
 		t.Fatalf("VM %s has no report of its start", vm.ID)
 	}
-	if vm.Start.Rung != rung {
-		t.Fatalf("VM %s was started by %s, want %s; warnings %q", vm.ID, vm.Start.Rung, rung, vm.Start.Warnings)
+	if vm.Start.Method != rung {
+		t.Fatalf("VM %s was started by %s, want %s; warnings %q", vm.ID, vm.Start.Method, rung, vm.Start.Warnings)
 	}
 	return vm.Start
 }
@@ -83,7 +83,7 @@ func hasCorrectClock(t testing.TB, m *manager.Manager, id string) {
 func TestClones(t *testing.T) {
 	m := openFast(t)
 	first := mustRun(t, m, smolvm.VMConfig{ID: "first"})
-	report := startReport(t, first, smolvm.RungCold)
+	report := startReport(t, first, smolvm.StartBoot)
 	if len(report.Timeline) == 0 || report.Accelerator == "" || report.Backend != "qemu" {
 		t.Errorf("report is %+v", report)
 	}
@@ -94,9 +94,9 @@ func TestClones(t *testing.T) {
 	var running sync.WaitGroup
 	for i := range vms {
 		running.Go(func() {
-			vm, err := m.Create(t.Context(), smolvm.VMConfig{ID: fmt.Sprintf("clone-%d", i)})
+			vm, err := m.Create(t.Context(), smolvm.VMConfig{ID: fmt.Sprintf("clone-%d", i)}, smolvm.CreateOptions{})
 			if err == nil {
-				vms[i], err = m.Start(t.Context(), vm.ID, manager.StartOptions{})
+				vms[i], err = m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
 			}
 			errs[i] = err
 		})
@@ -112,7 +112,7 @@ func TestClones(t *testing.T) {
 	seen := map[string]string{}
 	for _, vm := range append(vms, first) {
 		if vm.ID != "first" {
-			report := startReport(t, vm, smolvm.RungClone)
+			report := startReport(t, vm, smolvm.StartClone)
 			want := []string{"hostname", "machine-id", "SSH host key", "boot id", "MAC", "random numbers"}
 			if report.Source != templates[0].ID || !slices.Equal(report.Verified, want) || len(report.Warnings) > 0 {
 				t.Errorf("report of VM %s is %+v", vm.ID, report)
@@ -123,11 +123,11 @@ func TestClones(t *testing.T) {
 		if len(lines) != 6 || lines[0] != vm.ID || lines[3] != vm.Network.GuestMAC {
 			t.Errorf("identity of VM %s is %q", vm.ID, lines)
 		}
-		commands, err := m.SSHCommands(t.Context(), vm.ID, manager.SSHOptions{})
+		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, line := range append(lines, commands.LocalhostPort) {
+		for _, line := range append(lines, access.String()) {
 			if other := seen[line]; other != "" {
 				t.Errorf("VMs %s and %s have %q in common", vm.ID, other, line)
 			}
@@ -135,23 +135,23 @@ func TestClones(t *testing.T) {
 		}
 	}
 	got, err := m.Get(t.Context(), "clone-0")
-	if err != nil || got.Start == nil || got.Start.Rung != smolvm.RungClone {
+	if err != nil || got.Start == nil || got.Start.Method != smolvm.StartClone {
 		t.Errorf("what was written down of the start is %+v, %v", got.Start, err)
 	}
 	// A clone's disk is its own, and stays when it is started again, from its disk.
 	sh(t, m, "clone-0", "echo mine > /root/file")
 	sh(t, m, "clone-1", "test ! -e /root/file")
-	if _, err := m.Stop(t.Context(), "clone-0", manager.StopOptions{}); err != nil {
+	if _, err := m.Stop(t.Context(), "clone-0", smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := m.RemoveTemplate(t.Context(), templates[0].ID); err != nil {
 		t.Fatal(err)
 	}
-	again, err := m.Start(t.Context(), "clone-0", manager.StartOptions{})
+	again, err := m.Start(t.Context(), "clone-0", smolvm.StartOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	startReport(t, again, smolvm.RungCold)
+	startReport(t, again, smolvm.StartBoot)
 	if got := sh(t, m, "clone-0", "cat /root/file"); got != "mine" {
 		t.Errorf("the file says %q", got)
 	}
@@ -163,16 +163,16 @@ func TestClones(t *testing.T) {
 func TestCold(t *testing.T) {
 	m := openFast(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
-	vm, err := m.Start(t.Context(), vm.ID, manager.StartOptions{Cold: true})
+	vm, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{Cold: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	startReport(t, vm, smolvm.RungCold)
+	startReport(t, vm, smolvm.StartBoot)
 	drive := filepath.Join(tempDir(t), "drive")
 	if err := os.WriteFile(drive, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	report := startReport(t, mustRun(t, m, smolvm.VMConfig{Drives: []smolvm.Drive{{Path: drive}}}), smolvm.RungCold)
+	report := startReport(t, mustRun(t, m, smolvm.VMConfig{Drives: []smolvm.Drive{{Path: drive}}}), smolvm.StartBoot)
 	if len(report.Warnings) > 0 {
 		t.Errorf("warnings are %q", report.Warnings)
 	}
@@ -211,7 +211,7 @@ func TestDamagedTemplate(t *testing.T) {
 		}, "snapshot"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			template, err := m.BuildTemplate(t.Context(), manager.TemplateOptions{})
+			template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -219,14 +219,14 @@ func TestDamagedTemplate(t *testing.T) {
 				t.Fatal(err)
 			}
 			vm := mustRun(t, m, smolvm.VMConfig{})
-			report := startReport(t, vm, smolvm.RungCold)
+			report := startReport(t, vm, smolvm.StartBoot)
 			if len(report.Warnings) != 1 || !strings.Contains(report.Warnings[0], test.word) {
 				t.Errorf("warnings are %q, want one with %q", report.Warnings, test.word)
 			}
 			if got := sh(t, m, vm.ID, "echo works"); got != "works" {
 				t.Errorf("the VM says %q", got)
 			}
-			startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.RungClone)
+			startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.StartClone)
 		})
 	}
 }
@@ -255,7 +255,7 @@ func flipByte(path string) error {
 // A state that verifies but that the VMM can't load falls back as well.
 func TestUnloadableTemplate(t *testing.T) {
 	m := openFast(t)
-	template, err := m.BuildTemplate(t.Context(), manager.TemplateOptions{})
+	template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -268,7 +268,7 @@ func TestUnloadableTemplate(t *testing.T) {
 		t.Fatal(err)
 	}
 	vm := mustRun(t, m, smolvm.VMConfig{})
-	report := startReport(t, vm, smolvm.RungCold)
+	report := startReport(t, vm, smolvm.StartBoot)
 	if len(report.Warnings) == 0 {
 		t.Error("there is no warning")
 	}
@@ -280,14 +280,14 @@ func TestUnloadableTemplate(t *testing.T) {
 func TestWarmUp(t *testing.T) {
 	m := openFast(t)
 	config := smolvm.VMConfig{WarmUp: "echo warm > /run/warm; (sleep 1000 >/dev/null 2>&1 &)"}
-	for _, rung := range []smolvm.Rung{smolvm.RungCold, smolvm.RungClone} {
+	for _, rung := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
 		vm := mustRun(t, m, config)
 		startReport(t, vm, rung)
 		if got := sh(t, m, vm.ID, "cat /run/warm; pidof sleep | wc -w"); got != "warm\n1" {
 			t.Errorf("by %s the guest says %q", rung, got)
 		}
 	}
-	_, err := m.BuildTemplate(t.Context(), manager.TemplateOptions{WarmUp: "echo nothing doing >&2; exit 3"})
+	_, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{WarmUp: "echo nothing doing >&2; exit 3"})
 	if err == nil || !strings.Contains(err.Error(), "nothing doing") {
 		t.Errorf("a warm-up that fails: %v", err)
 	}
@@ -302,29 +302,29 @@ func TestPruneTemplates(t *testing.T) {
 	m := openFast(t)
 	var ids []string
 	for _, memory := range []int{192, 256} {
-		template, err := m.BuildTemplate(t.Context(), manager.TemplateOptions{MemoryMiB: memory})
+		template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{MemoryMiB: memory})
 		if err != nil {
 			t.Fatal(err)
 		}
 		ids = append(ids, template.ID)
-		again, err := m.BuildTemplate(t.Context(), manager.TemplateOptions{MemoryMiB: memory})
+		again, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{MemoryMiB: memory})
 		if err != nil || again.ID != template.ID {
 			t.Errorf("built again it is %s, %v; want %s", again.ID, err, template.ID)
 		}
 	}
-	startReport(t, mustRun(t, m, smolvm.VMConfig{MemoryMiB: 192}), smolvm.RungClone)
+	startReport(t, mustRun(t, m, smolvm.VMConfig{MemoryMiB: 192}), smolvm.StartClone)
 	templates, err := m.Templates(t.Context())
 	if err != nil || len(templates) != 2 {
 		t.Fatalf("templates are %+v, %v", templates, err)
 	}
-	removed, err := m.PruneTemplates(t.Context(), templates[0].Size+templates[1].Size-1)
+	removed, err := m.PruneTemplates(t.Context(), smolvm.PruneTemplateOptions{MaxBytes: templates[0].Size + templates[1].Size - 1})
 	if err != nil || !slices.Equal(removed, ids[1:]) {
 		t.Errorf("removed %q, %v; want %q", removed, err, ids[1:])
 	}
 	if err := m.RemoveTemplate(t.Context(), "nothing"); !errors.Is(err, smolvm.ErrTemplateNotFound) {
 		t.Errorf("removing what is not there: %v", err)
 	}
-	if removed, err := m.PruneTemplates(t.Context(), 0); err != nil || len(removed) != 1 {
+	if removed, err := m.PruneTemplates(t.Context(), smolvm.PruneTemplateOptions{All: true}); err != nil || len(removed) != 1 {
 		t.Errorf("removed %q, %v", removed, err)
 	}
 }

@@ -49,12 +49,12 @@ func run(ctx context.Context, config manager.Config, source, result string) erro
 	defer func() { _ = m.Close() }()
 
 	// Ephemeral: the VM goes when this program does, even if it is killed.
-	vm, err := m.Create(ctx, smolvm.VMConfig{Ephemeral: true})
+	vm, err := m.Create(ctx, smolvm.VMConfig{Ephemeral: true}, smolvm.CreateOptions{})
 	if err != nil {
 		return err
 	}
-	defer func() { _ = m.Delete(context.WithoutCancel(ctx), vm.ID) }()
-	if _, err := m.Start(ctx, vm.ID, manager.StartOptions{}); err != nil {
+	defer func() { _ = m.Delete(context.WithoutCancel(ctx), vm.ID, smolvm.DeleteOptions{}) }()
+	if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); err != nil {
 		return err
 	}
 

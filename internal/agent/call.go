@@ -26,6 +26,8 @@ type call struct {
 	over   chan struct{}
 	status smolvm.ExitStatus
 	err    error
+	// pid gets the process id of a command, once, if it was asked for.
+	pid chan int
 
 	ended sync.Once
 }
@@ -43,7 +45,7 @@ func mustJSON(request any) []byte {
 // first, the channel is closed when it opens.
 func (c *Client) open(ctx context.Context, kind string, payload []byte) (*call, error) {
 	c.begin()
-	k := &call{client: c, over: make(chan struct{})}
+	k := &call{client: c, over: make(chan struct{}), pid: make(chan int, 1)}
 	opened := make(chan error, 1)
 	go func() {
 		channel, requests, err := c.client.OpenChannel(kind, payload)
@@ -114,12 +116,25 @@ func (k *call) follow(requests <-chan *ssh.Request) {
 				k.status = *status
 			}
 		}
+		k.notePID(request)
 		if request.WantReply {
 			_ = request.Reply(false, nil)
 		}
 	}
 	close(k.over)
 	k.end()
+}
+
+// notePID passes on a process id that the guest tells; the first only.
+func (k *call) notePID(request *ssh.Request) {
+	var message struct{ PID uint32 }
+	if request.Type != wire.PIDRequest || ssh.Unmarshal(request.Payload, &message) != nil {
+		return
+	}
+	select {
+	case k.pid <- int(message.PID):
+	default:
+	}
 }
 
 // parseStatus reads how a command ended; nil if the request says nothing about that.

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/tree"
 	"github.com/smolvm/smolvm/internal/agent/treetar"
 	"github.com/smolvm/smolvm/internal/agent/wire"
@@ -42,7 +43,7 @@ const maxNotes = 20
 
 // ErrIncomplete is matched by the error of a copy that has left out what it could not
 // read or write, and copied the rest.
-var ErrIncomplete = errors.New("the rest was copied")
+var ErrIncomplete = smolvm.ErrCopyIncomplete
 
 // notes passes notes on and counts them.
 type notes struct {

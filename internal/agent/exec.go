@@ -22,40 +22,69 @@ const exitNotRun = 126
 // that it has started is killed, and Exec returns whatever the guest does, or the
 // command's reader and writers do.
 func (c *Client) Exec(ctx context.Context, command smolvm.Command) (smolvm.ExitStatus, error) {
-	payload, words := execRequest(command).Pack()
-	out := newOutputs(command)
-	if len(words) > wire.MaxWords {
-		// As the agent says it of what the guest's kernel does not take.
-		_, err := fmt.Fprintf(out.stderr, "smolvm: %s: argument list too long\n", command.Args[0])
-		return smolvm.ExitStatus{Code: exitNotRun}, err
-	}
-	call, err := c.open(ctx, wire.ExecChannel, payload)
+	r, err := c.run(ctx, command)
 	if err != nil {
 		return smolvm.ExitStatus{}, err
 	}
+	return r.wait(ctx)
+}
+
+// running is a command that was sent to a guest.
+type running struct {
+	call *call // nil: the command was refused before it was sent
+	out  outputs
+	// over is closed when nobody waits for the command any more.
+	over chan struct{}
+	// copied is closed when all the output has been copied and the command is over; copyErr
+	// is what came of it.
+	copied  chan struct{}
+	copyErr error
+	refused smolvm.ExitStatus
+}
+
+// run sends a command to the guest. The caller waits for it.
+func (c *Client) run(ctx context.Context, command smolvm.Command) (*running, error) {
+	payload, words := execRequest(command).Pack()
+	r := &running{out: newOutputs(command), over: make(chan struct{}), copied: make(chan struct{})}
+	if len(words) > wire.MaxWords {
+		// As the agent says it of what the guest's kernel does not take.
+		_, r.copyErr = fmt.Fprintf(r.out.stderr, "smolvm: %s: argument list too long\n", command.Args[0])
+		r.refused = smolvm.ExitStatus{Code: exitNotRun}
+		return r, nil
+	}
+	call, err := c.open(ctx, wire.ExecChannel, payload)
+	if err != nil {
+		return nil, err
+	}
 	call.kills = true
-	over := make(chan struct{})
-	defer close(over)
-	go feed(call, words, command, over)
-	var copyErr error
-	done := make(chan struct{})
+	r.call = call
+	go feed(call, words, command, r.over)
 	go func() {
-		defer close(done)
-		copyErr = out.copy(call)
+		defer close(r.copied)
+		r.copyErr = r.out.copy(call)
 	}()
+	return r, nil
+}
+
+// wait returns how the command ended. When ctx is done it kills the command.
+func (r *running) wait(ctx context.Context) (smolvm.ExitStatus, error) {
+	defer close(r.over)
+	if r.call == nil {
+		return r.refused, r.copyErr
+	}
 	select {
-	case <-done:
-		return call.status, errors.Join(call.err, copyErr)
+	case <-r.copied:
+		return r.call.status, errors.Join(r.call.err, r.copyErr)
 	case <-ctx.Done():
 	}
-	call.abandon()
+	r.call.abandon()
 	var status smolvm.ExitStatus
 	select {
-	case <-done:
-		status = call.status
+	case <-r.copied:
+		status = r.call.status
 	case <-time.After(answerTime):
 	}
-	out.seal()
+	r.out.seal()
 	return status, context.Cause(ctx)
 }
 
@@ -195,19 +224,20 @@ func forwardRequests(channel ssh.Channel, command smolvm.Command, over <-chan st
 				signals = nil
 				continue
 			}
-			payload := ssh.Marshal(struct{ Name string }{name})
+			payload := ssh.Marshal(struct{ Name string }{string(name)})
 			_, _ = channel.SendRequest("signal", false, payload)
 		case size, ok := <-resizes:
 			if !ok {
 				resizes = nil
 				continue
 			}
-			payload := ssh.Marshal(struct{ Columns, Rows, Width, Height uint32 }{
-				uint32(size.Columns), uint32(size.Rows), 0, 0,
-			})
-			_, _ = channel.SendRequest("window-change", false, payload)
+			_, _ = channel.SendRequest("window-change", false, resizePayload(size))
 		case <-over:
 			return
 		}
 	}
+}
+
+func resizePayload(size smolvm.WindowSize) []byte {
+	return ssh.Marshal(struct{ Columns, Rows, Width, Height uint32 }{uint32(size.Columns), uint32(size.Rows), 0, 0})
 }

@@ -22,6 +22,7 @@ import (
 	"io"
 	"os"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -115,9 +116,6 @@ func (a *app) open(ctx context.Context) (*manager.Manager, error) {
 		Backend:     a.backend,
 		ShimCommand: []string{self, shimName},
 	}
-	if a.progress != nil {
-		config.Progress = a.progress.update
-	}
 	m, err := manager.Open(ctx, config)
 	var noted interface{ Note() string } = m
 	if err != nil && !errors.As(err, &noted) {
@@ -143,8 +141,8 @@ func (a *app) openNothing(ctx context.Context) (m *manager.Manager, remove func(
 	return m, func() error { return os.RemoveAll(dir) }, nil
 }
 
-// withManager calls f with a Manager that is closed afterwards.
-func (a *app) withManager(ctx context.Context, f func(*manager.Manager) error) error {
+// withManager calls f with a Service, that of a Manager which is closed afterwards.
+func (a *app) withManager(ctx context.Context, f func(smolvm.Service) error) error {
 	remove := func() error { return nil }
 	m, err := a.open(ctx)
 	if errors.Is(err, manager.ErrNoDataDir) {

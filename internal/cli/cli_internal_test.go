@@ -11,7 +11,6 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 func TestParseMebibytes(t *testing.T) {
@@ -230,9 +229,9 @@ func TestTableOfGuestText(t *testing.T) {
 
 func TestProgressLine(t *testing.T) {
 	t.Parallel()
-	half := manager.Progress{Phase: "download kernel", Done: 5 << 20, Total: 10 << 20}
+	half := smolvm.Progress{Phase: "download kernel", Done: 5 << 20, Total: 10 << 20}
 	tests := []struct {
-		step  manager.Progress
+		step  smolvm.Progress
 		width int
 		want  string
 	}{
@@ -240,8 +239,8 @@ func TestProgressLine(t *testing.T) {
 		{half, 40, "download kernel 5.0 MiB of 10.0 MiB"},
 		{half, 30, "download … 5.0 MiB of 10.0 MiB"},
 		{half, 10, "… 5.0 MiB…"},
-		{manager.Progress{Phase: "unpack kernel"}, 80, "unpack kernel ..."},
-		{manager.Progress{Phase: "copy", Done: 100}, 80, "copy 100 B"},
+		{smolvm.Progress{Phase: "unpack kernel"}, 80, "unpack kernel ..."},
+		{smolvm.Progress{Phase: "copy", Done: 100}, 80, "copy 100 B"},
 	}
 	for _, test := range tests {
 		if got := progressLine(test.step, test.width); got != test.want {
@@ -255,7 +254,7 @@ func TestProgressLog(t *testing.T) {
 	t.Parallel()
 	var b strings.Builder
 	p := newProgress(outputTo(&b, false))
-	for _, step := range []manager.Progress{{Phase: "download"}, {Phase: "download", Done: 1, Total: 2}, {Phase: "unpack"}} {
+	for _, step := range []smolvm.Progress{{Phase: "download"}, {Phase: "download", Done: 1, Total: 2}, {Phase: "unpack"}} {
 		p.update(step)
 	}
 	p.finish()

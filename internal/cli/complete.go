@@ -6,7 +6,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const completionLong = `Print a script that completes smolvm's commands, flags, VMs and images on Tab.
@@ -67,8 +66,8 @@ func first(function cobra.CompletionFunc) cobra.CompletionFunc {
 // vmIDs completes to the ids of VMs in one of the states; none given: in any. Ids
 // that are there already are left out.
 func (a *app) vmIDs(states ...smolvm.VMState) cobra.CompletionFunc {
-	return a.completeFrom(func(cmd *cobra.Command, m *manager.Manager, args []string) ([]string, error) {
-		vms, err := m.List(cmd.Context(), manager.ListOptions{})
+	return a.completeFrom(func(cmd *cobra.Command, m smolvm.Service, args []string) ([]string, error) {
+		vms, err := m.List(cmd.Context(), smolvm.ListOptions{})
 		var ids []string
 		for _, vm := range vms {
 			if (len(states) == 0 || slices.Contains(states, vm.State)) && !slices.Contains(args, vm.ID) {
@@ -81,8 +80,8 @@ func (a *app) vmIDs(states ...smolvm.VMState) cobra.CompletionFunc {
 
 // labels completes to the labels of VMs, as NAME=VALUE.
 func (a *app) labels() cobra.CompletionFunc {
-	return a.completeFrom(func(cmd *cobra.Command, m *manager.Manager, _ []string) ([]string, error) {
-		vms, err := m.List(cmd.Context(), manager.ListOptions{})
+	return a.completeFrom(func(cmd *cobra.Command, m smolvm.Service, _ []string) ([]string, error) {
+		vms, err := m.List(cmd.Context(), smolvm.ListOptions{})
 		var labels []string
 		for _, vm := range vms {
 			for name, value := range vm.Config.Labels {
@@ -96,7 +95,7 @@ func (a *app) labels() cobra.CompletionFunc {
 
 // imageNames completes to the names of images, and digests of those without.
 func (a *app) imageNames() cobra.CompletionFunc {
-	return a.completeFrom(func(cmd *cobra.Command, m *manager.Manager, args []string) ([]string, error) {
+	return a.completeFrom(func(cmd *cobra.Command, m smolvm.Service, args []string) ([]string, error) {
 		images, err := m.Images(cmd.Context())
 		var names []string
 		for _, image := range images {
@@ -114,10 +113,10 @@ func (a *app) imageNames() cobra.CompletionFunc {
 	})
 }
 
-func (a *app) completeFrom(list func(*cobra.Command, *manager.Manager, []string) ([]string, error)) cobra.CompletionFunc {
+func (a *app) completeFrom(list func(*cobra.Command, smolvm.Service, []string) ([]string, error)) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 		var found []string
-		err := a.withManager(cmd.Context(), func(m *manager.Manager) (err error) {
+		err := a.withManager(cmd.Context(), func(m smolvm.Service) (err error) {
 			found, err = list(cmd, m, args)
 			return err
 		})

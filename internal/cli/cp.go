@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const cpLong = `Copy files and directories, with all in them, into a VM, out of one, or between two.
@@ -46,7 +46,7 @@ const cpExample = `  smolvm cp main.py web:/srv/
 const copyStream = "-"
 
 func (a *app) cpCommand() *cobra.Command {
-	var opts manager.CopyOptions
+	var opts smolvm.CopyOptions
 	cmd := &cobra.Command{
 		Use:               "cp SRC... ID:DST | cp ID:SRC... DST",
 		Short:             "Copy files into a VM, out of one, or between two",
@@ -61,7 +61,7 @@ func (a *app) cpCommand() *cobra.Command {
 			}
 			opts.IntoDir = len(sources) > 1
 			opts.Warn = a.warnOfCopy
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				var errs []error
 				for _, source := range sources {
 					if cmd.Context().Err() != nil {
@@ -94,8 +94,8 @@ func (a *app) cpCommand() *cobra.Command {
 }
 
 // copyPlan reads the arguments of cp.
-func copyPlan(args []string) (sources []manager.CopyPath, target manager.CopyPath, err error) {
-	paths := make([]manager.CopyPath, len(args))
+func copyPlan(args []string) (sources []smolvm.CopyPath, target smolvm.CopyPath, err error) {
+	paths := make([]smolvm.CopyPath, len(args))
 	for i, arg := range args {
 		paths[i] = parseCopyArg(arg)
 		switch {
@@ -120,20 +120,25 @@ func copyPlan(args []string) (sources []manager.CopyPath, target manager.CopyPat
 	return sources, target, nil
 }
 
-func isCopyStream(path manager.CopyPath) bool { return path.VM == "" && path.Path == copyStream }
+func isCopyStream(path smolvm.CopyPath) bool { return path.VM == "" && path.Path == copyStream }
 
-func (a *app) copyOne(ctx context.Context, m *manager.Manager, source, target manager.CopyPath, opts manager.CopyOptions) error {
+func (a *app) copyOne(ctx context.Context, m smolvm.Service, source, target smolvm.CopyPath, opts smolvm.CopyOptions) error {
 	switch {
 	case isCopyStream(source):
 		return m.PutTree(ctx, target.VM, target.Path, a.Stdin, opts)
 	case isCopyStream(target):
-		return m.GetTree(ctx, source.VM, source.Path, a.Stdout, opts)
+		stream, err := m.GetTree(ctx, source.VM, source.Path, opts)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(a.Stdout, stream)
+		return errors.Join(err, stream.Close())
 	}
 	return m.Copy(ctx, source, target, opts)
 }
 
 // warnOfCopy prints what a copy has left out.
-func (a *app) warnOfCopy(warning manager.CopyWarning) {
+func (a *app) warnOfCopy(warning smolvm.CopyWarning) {
 	text := warning.String() // errorf makes it harmless
 	if warning.Failed {
 		a.errorf("smolvm: %s", text)

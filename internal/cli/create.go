@@ -4,7 +4,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const createLong = `Create a VM, without starting it, and print its id.
@@ -39,8 +38,8 @@ func (a *app) createCommand() *cobra.Command {
 		}
 		config := flags.resolve(a, image)
 		config.RetainDisk = retain
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
-			vm, err := m.Create(cmd.Context(), config)
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+			vm, err := m.Create(cmd.Context(), config, smolvm.CreateOptions{Progress: a.progress.report()})
 			if err != nil {
 				return err
 			}

@@ -9,7 +9,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/termsafe"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const doctorLong = `Check what this host can do and what it lacks, and print the command that mends each
@@ -23,7 +22,7 @@ func (a *app) doctorCommand() *cobra.Command {
 		Args:              needs(0, 0, "no arguments"),
 		ValidArgsFunction: words(),
 		RunE: a.does(func(cmd *cobra.Command, _ []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				findings, err := m.CheckPrerequisites(cmd.Context(), a.backend)
 				if err != nil {
 					return err

@@ -11,7 +11,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/termsafe"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // usageError is a command line that makes no sense.
@@ -99,6 +98,8 @@ func (a *app) hint(ctx context.Context, cmd *cobra.Command, err error) string {
 		return hinted.hint
 	case errors.As(err, &usage):
 		return fmt.Sprintf("`%s --help` shows how it is used", cmd.CommandPath())
+	case smolvm.HintOf(err) != "":
+		return smolvm.HintOf(err)
 	case errors.Is(err, smolvm.ErrVMNotFound):
 		return a.nearestVM(ctx, cmd.Flags().Args())
 	case errors.As(err, &prerequisite):
@@ -121,7 +122,7 @@ func (a *app) nearestVM(ctx context.Context, args []string) string {
 		return list
 	}
 	defer func() { _ = m.Close() }()
-	vms, err := m.List(ctx, manager.ListOptions{})
+	vms, err := m.List(ctx, smolvm.ListOptions{})
 	if err != nil {
 		return list
 	}

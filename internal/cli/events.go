@@ -5,7 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/smolvm/smolvm/manager"
+	"github.com/smolvm/smolvm"
 )
 
 const eventsLong = `List what happened to a VM, or to all VMs: the newest events, the newest last. Events
@@ -29,8 +29,8 @@ func (a *app) eventsCommand() *cobra.Command {
 		if len(args) > 0 {
 			id = args[0]
 		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
-			events, err := m.Events(cmd.Context(), id, limit)
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+			events, err := m.Events(cmd.Context(), smolvm.EventOptions{VM: id, Limit: limit})
 			if err != nil {
 				return err
 			}

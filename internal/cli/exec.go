@@ -9,7 +9,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const execLong = `Run a command in a running VM, with our standard streams, and exit with its status.
@@ -76,7 +75,7 @@ func (a *app) execCommand() *cobra.Command {
 		if len(command) == 0 {
 			return withHint(usagef("give a command"), "`smolvm shell %s` opens a shell", id)
 		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			return a.execute(cmd.Context(), m, id, flags, smolvm.Command{Args: command, Env: env})
 		})
 	})
@@ -100,7 +99,7 @@ func splitID(args []string) (id string, command []string, err error) {
 
 // execute runs a command in a guest, connected to our streams. A status other than 0
 // is returned as an [*exitError].
-func (a *app) execute(ctx context.Context, m *manager.Manager, id string, flags execFlags, command smolvm.Command) error {
+func (a *app) execute(ctx context.Context, m smolvm.Service, id string, flags execFlags, command smolvm.Command) error {
 	ctx, signals, release := a.signals.passOn(ctx)
 	defer release()
 	if flags.timeout > 0 {

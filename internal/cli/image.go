@@ -7,7 +7,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 func (a *app) imageCommand() *cobra.Command {
@@ -35,7 +34,7 @@ func (a *app) imageLsCommand() *cobra.Command {
 	}
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print digests only")
 	cmd.RunE = a.does(func(cmd *cobra.Command, _ []string) error {
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			images, err := m.Images(cmd.Context())
 			switch {
 			case err != nil:
@@ -67,7 +66,7 @@ distribution's kernel, fetched by the host's package manager, and a small busybo
 system. What is there already is used again.`
 
 func (a *app) imageBuildCommand() *cobra.Command {
-	var options manager.BuildOptions
+	var options smolvm.BuildOptions
 	var quiet bool
 	cmd := &cobra.Command{
 		Use:               "build [flags] [NAME]",
@@ -90,8 +89,9 @@ func (a *app) imageBuildCommand() *cobra.Command {
 		}
 		if !quiet {
 			a.progress = newProgress(a.Stderr)
+			options.Progress = a.progress.report()
 		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			image, err := m.BuildImage(cmd.Context(), options)
 			if err != nil {
 				return err
@@ -110,7 +110,7 @@ func (a *app) imageInspectCommand() *cobra.Command {
 		Args:              needs(1, anyNumber, "names or digests of images"),
 		ValidArgsFunction: a.imageNames(),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(ref string) (smolvm.Image, error) {
 					return m.Image(cmd.Context(), ref)
 				}, func(image smolvm.Image) error { return a.printJSON(image) })
@@ -127,7 +127,7 @@ func (a *app) imageRmCommand() *cobra.Command {
 		Args:              needs(1, anyNumber, "names or digests of images"),
 		ValidArgsFunction: a.imageNames(),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(ref string) (string, error) {
 					return ref, m.RemoveImage(cmd.Context(), ref)
 				}, a.println)
@@ -143,7 +143,7 @@ func (a *app) imagePruneCommand() *cobra.Command {
 		Args:              needs(0, 0, "no arguments"),
 		ValidArgsFunction: words(),
 		RunE: a.does(func(cmd *cobra.Command, _ []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				images, err := m.PruneImages(cmd.Context())
 				if err != nil {
 					return err

@@ -4,7 +4,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const inspectLong = `Print all that is known of VMs as JSON: one object for each id, one after the other,
@@ -13,7 +12,7 @@ so that ` + "`smolvm inspect web | jq .state`" + ` works.`
 // inspected is what inspect prints of a VM.
 type inspected struct {
 	smolvm.VMInfo
-	SSH manager.SSHCommands `json:"ssh"`
+	SSH smolvm.SSHAccess `json:"ssh"`
 }
 
 func (a *app) inspectCommand() *cobra.Command {
@@ -24,13 +23,13 @@ func (a *app) inspectCommand() *cobra.Command {
 		Args:              needs(1, anyNumber, "the ids of VMs"),
 		ValidArgsFunction: a.vmIDs(),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(id string) (inspected, error) {
 					vm, err := m.Get(cmd.Context(), id)
 					if err != nil {
 						return inspected{}, err
 					}
-					ssh, err := m.SSHCommands(cmd.Context(), id, manager.SSHOptions{})
+					ssh, err := m.SSH(cmd.Context(), id, smolvm.SSHOptions{})
 					return inspected{vm, ssh}, err
 				}, func(vm inspected) error { return a.printJSON(vm) })
 			})

@@ -6,7 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/smolvm/smolvm/manager"
+	"github.com/smolvm/smolvm"
 )
 
 const logsLong = `Print the guest's console: what its kernel and its agent have said in all the runs
@@ -17,7 +17,7 @@ On a terminal only text and colours are shown: a guest could make it do other th
 Elsewhere every byte passes as it is, and with --raw on a terminal too.`
 
 func (a *app) logsCommand() *cobra.Command {
-	var options manager.LogOptions
+	var options smolvm.LogOptions
 	var raw bool
 	cmd := &cobra.Command{
 		Use:               "logs [flags] ID",
@@ -33,7 +33,7 @@ func (a *app) logsCommand() *cobra.Command {
 		if options.Tail < 0 || (options.Tail == 0 && cmd.Flags().Changed("tail")) {
 			return usagef("--tail: give a number from 1 up")
 		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			log, err := m.Logs(cmd.Context(), args[0], options)
 			if err != nil {
 				return err

@@ -12,7 +12,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const lsLong = `List VMs, the oldest first: all of them, or those that meet all that is given. An ID
@@ -25,7 +24,7 @@ const lsExample = `  smolvm ls 'web-*'
 
 // lsFlags are the flags of ls.
 type lsFlags struct {
-	options manager.ListOptions
+	options smolvm.ListOptions
 	state   string
 	quiet   bool
 }
@@ -64,7 +63,7 @@ func (a *app) lsCommand() *cobra.Command {
 
 // list prints the VMs that the flags select. Ids of no VM are errors, in the end.
 func (a *app) list(cmd *cobra.Command, flags lsFlags) error {
-	return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+	return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 		vms, err := m.List(cmd.Context(), flags.options)
 		if err != nil {
 			return err

@@ -19,7 +19,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/termsafe"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // hostile is what a guest may have written wherever it is quoted.
@@ -51,7 +50,7 @@ func TestPrintedTextIsHarmless(t *testing.T) {
 			return nil
 		},
 		"warning of a start": func(a *app, text string) error {
-			a.tellStart(smolvm.VMInfo{ID: "web", Start: &smolvm.StartReport{Rung: "cold boot", Source: text, Warnings: []string{text}}}, true)
+			a.tellStart(smolvm.VMInfo{ID: "web", Start: &smolvm.StartReport{Method: smolvm.StartBoot, Source: text, Warnings: []string{text}}}, true)
 			return nil
 		},
 		"phases": func(a *app, text string) error {
@@ -79,7 +78,7 @@ func TestPrintedTextIsHarmless(t *testing.T) {
 		},
 		"progress": func(a *app, text string) error {
 			for _, p := range []*progress{newProgress(a.Stderr), {w: a.Stderr.raw, width: 60}} {
-				p.update(manager.Progress{Phase: "get " + text, Done: 1, Total: 2})
+				p.update(smolvm.Progress{Phase: "get " + text, Done: 1, Total: 2})
 				p.finish()
 			}
 			return nil

@@ -6,7 +6,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const poolLong = `A pool keeps VMs of some kind ready: booted, taken through a first command, and held.
@@ -39,12 +38,13 @@ func (a *app) poolSetCommand() *cobra.Command {
 		if err != nil {
 			return usagef("%q is no number of VMs", args[0])
 		}
-		options := manager.PoolOptions{Size: size, VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp}
+		options := smolvm.PoolOptions{Size: size, VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp}
 		if len(args) > 1 {
 			options.Image = args[1]
 		}
 		a.progress = newProgress(a.Stderr)
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		options.Progress = a.progress.report()
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			pool, err := m.SetPool(cmd.Context(), options)
 			a.progress.finish()
 			if err != nil {
@@ -69,7 +69,7 @@ func (a *app) poolLsCommand() *cobra.Command {
 		Args: needs(0, 0, "no arguments"), ValidArgsFunction: words(),
 	}
 	cmd.RunE = a.does(func(cmd *cobra.Command, _ []string) error {
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			pools, err := m.Pools(cmd.Context())
 			if err != nil {
 				return err
@@ -92,7 +92,7 @@ func (a *app) poolRmCommand() *cobra.Command {
 		Use: "rm ID...", Aliases: []string{"delete"}, Short: "End pools, and the VMs in them that nobody has taken",
 		Args: needs(1, anyNumber, "the ids of pools"),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(id string) (string, error) { return id, m.RemovePool(cmd.Context(), id) }, a.println)
 			})
 		}),

@@ -9,7 +9,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 func (a *app) portCommand() *cobra.Command {
@@ -48,7 +47,7 @@ alone is not.`,
 				}
 				forwards = append(forwards, parsed...)
 			}
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				for _, forward := range forwards {
 					added, err := m.AddPortForward(cmd.Context(), args[0], forward)
 					if err != nil {
@@ -94,7 +93,7 @@ is tcp. All forwards of a range of host ports are removed by HOSTPORT-HOSTPORT.`
 					removed = append(removed, smolvm.PortForward{HostPort: port, Protocol: protocol})
 				}
 			}
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				var errs []error
 				for _, forward := range removed {
 					errs = append(errs, m.RemovePortForward(cmd.Context(), args[0], forward))
@@ -113,7 +112,7 @@ func (a *app) portLsCommand() *cobra.Command {
 		Args:              withID,
 		ValidArgsFunction: first(a.vmIDs()),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				forwards, err := m.PortForwards(cmd.Context(), args[0])
 				if err != nil {
 					return err
@@ -144,7 +143,7 @@ func hostAddress(f smolvm.PortForward) string {
 
 // hostPorts completes to the host ports that a VM forwards.
 func (a *app) hostPorts(id string) cobra.CompletionFunc {
-	return a.completeFrom(func(cmd *cobra.Command, m *manager.Manager, args []string) ([]string, error) {
+	return a.completeFrom(func(cmd *cobra.Command, m smolvm.Service, args []string) ([]string, error) {
 		forwards, err := m.PortForwards(cmd.Context(), id)
 		var found []string
 		for _, f := range forwards {

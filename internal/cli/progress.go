@@ -8,8 +8,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/termsafe"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // progress shows how a long operation goes on: on a terminal in one line that
@@ -30,7 +30,7 @@ const redrawEvery = 100 * time.Millisecond
 // newProgress returns a progress that draws on the stream itself: it moves the cursor.
 func newProgress(o *output) *progress { return &progress{w: o.raw, width: terminalWidth(o)} }
 
-func (p *progress) update(step manager.Progress) {
+func (p *progress) update(step smolvm.Progress) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	step.Phase = termsafe.Line(step.Phase)
@@ -51,6 +51,14 @@ func (p *progress) update(step manager.Progress) {
 	_, _ = fmt.Fprintf(p.w, "\r\x1b[K%s", progressLine(step, p.width-1))
 }
 
+// report returns what a call reports its progress to; nil for a progress that shows nothing.
+func (p *progress) report() func(smolvm.Progress) {
+	if p == nil {
+		return nil
+	}
+	return p.update
+}
+
 // finish takes the line off the terminal.
 func (p *progress) finish() {
 	if p == nil {
@@ -66,7 +74,7 @@ func (p *progress) finish() {
 }
 
 // progressLine draws a step in at most width characters.
-func progressLine(step manager.Progress, width int) string {
+func progressLine(step smolvm.Progress, width int) string {
 	line := step.Phase + " ..."
 	switch {
 	case step.Total > 0:
@@ -82,7 +90,7 @@ func progressLine(step manager.Progress, width int) string {
 	return truncate(line, max(width, 1))
 }
 
-func progressBar(step manager.Progress, length int) string {
+func progressBar(step smolvm.Progress, length int) string {
 	full := int(min(step.Done, step.Total) * int64(length) / step.Total)
 	return "[" + strings.Repeat("#", full) + strings.Repeat("-", length-full) + "]"
 }

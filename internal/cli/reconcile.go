@@ -3,7 +3,7 @@ package cli
 import (
 	"github.com/spf13/cobra"
 
-	"github.com/smolvm/smolvm/manager"
+	"github.com/smolvm/smolvm"
 )
 
 const reconcileLong = `Make what is written down agree with what is so, after a crash: VMs that are said to
@@ -19,7 +19,7 @@ func (a *app) reconcileCommand() *cobra.Command {
 		Args:              needs(0, 0, "no arguments"),
 		ValidArgsFunction: words(),
 		RunE: a.does(func(cmd *cobra.Command, _ []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				dead, err := m.Reconcile(cmd.Context())
 				if err != nil {
 					return err

@@ -6,17 +6,16 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 func (a *app) resizeCommand() *cobra.Command {
-	var options manager.ResizeOptions
+	var options smolvm.ResizeOptions
 	cmd := a.eachVMCommand(&cobra.Command{
 		Use:   "resize --disk-size SIZE ID...",
 		Short: "Make the disks of stopped VMs larger",
 		Long: `Make the disks of VMs that don't run larger, and print their ids. A guest made from an
 image has its root file system grown when it is started the next time.`,
-	}, func(m *manager.Manager, ctx context.Context, id string) (smolvm.VMInfo, error) {
+	}, func(m smolvm.Service, ctx context.Context, id string) (smolvm.VMInfo, error) {
 		return m.Resize(ctx, id, options)
 	}, smolvm.StateCreated, smolvm.StateStopped)
 	cmd.Flags().Func("disk-size", "new `SIZE` of the disk: MiB, or as in 20G", func(text string) (err error) {

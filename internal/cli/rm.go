@@ -6,7 +6,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const rmLong = `Remove VMs with all that belongs to them, and print their ids. A VM that runs is
@@ -15,7 +14,7 @@ stop.`
 
 func (a *app) rmCommand() *cobra.Command {
 	var force, all bool
-	var options manager.DeleteOptions
+	var options smolvm.DeleteOptions
 	cmd := &cobra.Command{
 		Use:               "rm [flags] ID...",
 		Aliases:           []string{"delete"},
@@ -33,13 +32,13 @@ func (a *app) rmCommand() *cobra.Command {
 		return idsOrAll(&all)(cmd, args)
 	}
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			ids, err := selectVMs(cmd, m, args, all, func(smolvm.VMState) bool { return true })
 			if err != nil {
 				return err
 			}
 			remove := func(id string) (string, error) {
-				err := m.DeleteWith(cmd.Context(), id, options)
+				err := m.Delete(cmd.Context(), id, options)
 				if err != nil && (force || all) && errors.Is(err, smolvm.ErrVMNotFound) {
 					return "", nil
 				}

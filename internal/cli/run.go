@@ -12,7 +12,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/termsafe"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const runLong = `Run a command in a new VM, with our standard streams, and exit with its status. The
@@ -39,7 +38,7 @@ const runExample = `  smolvm run -- uname -a
 type runFlags struct {
 	vm       vmFlags
 	exec     execFlags
-	start    manager.StartOptions
+	start    smolvm.StartOptions
 	keep, rm bool
 	timings  bool
 }
@@ -70,7 +69,7 @@ func (a *app) runCommand() *cobra.Command {
 		if len(command) > 0 && !config.UsesImage() {
 			return usagef("a VM with a kernel of its own has no agent to run %q; give an image instead of --kernel, or no command", command[0])
 		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			err := a.run(cmd.Context(), m, config, &flags, command)
 			if errors.Is(err, smolvm.ErrImageNotFound) && image != "" {
 				err = withHint(err, "to run %q in the default image, write `smolvm run -- %s`",
@@ -97,12 +96,12 @@ func splitImage(args []string, dash int) (image string, command []string, err er
 }
 
 // run makes a VM, runs a command in it, and removes it.
-func (a *app) run(ctx context.Context, m *manager.Manager, config smolvm.VMConfig, flags *runFlags, command []string) (err error) {
+func (a *app) run(ctx context.Context, m smolvm.Service, config smolvm.VMConfig, flags *runFlags, command []string) (err error) {
 	times := startStopwatch()
 	if flags.timings {
 		defer times.print(a.Stderr)
 	}
-	vm, err := m.Create(ctx, config)
+	vm, err := m.Create(ctx, config, smolvm.CreateOptions{Progress: a.progress.report()})
 	a.progress.finish()
 	times.lap("create", vm.Timeline...)
 	if err != nil {
@@ -119,11 +118,11 @@ func (a *app) run(ctx context.Context, m *manager.Manager, config smolvm.VMConfi
 		}
 	}()
 	started, err := m.Start(ctx, vm.ID, flags.start)
-	times.lap("start", started.Timeline...)
+	times.lap("start", startTimeline(started)...)
 	if err != nil {
 		return err
 	}
-	a.tellStart(started, flags.timings || a.showsRung())
+	a.tellStart(started, flags.timings || a.showsMethod())
 	keep = flags.keep
 	if keep {
 		a.errorf("smolvm: VM %s is kept running; `smolvm rm %s` removes it", vm.ID, vm.ID)
@@ -145,8 +144,8 @@ func (a *app) run(ctx context.Context, m *manager.Manager, config smolvm.VMConfi
 }
 
 // console prints a VM's console until the VM ends.
-func (a *app) console(ctx context.Context, m *manager.Manager, id string) error {
-	log, err := m.Logs(ctx, id, manager.LogOptions{Follow: true})
+func (a *app) console(ctx context.Context, m smolvm.Service, id string) error {
+	log, err := m.Logs(ctx, id, smolvm.LogOptions{Follow: true})
 	if err != nil {
 		return err
 	}
@@ -156,10 +155,10 @@ func (a *app) console(ctx context.Context, m *manager.Manager, id string) error 
 
 // remove removes the VM at the end of a run, interrupted or not. If its guest has
 // powered off it is gone already.
-func remove(ctx context.Context, m *manager.Manager, id string) error {
+func remove(ctx context.Context, m smolvm.Service, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTimeout)
 	defer cancel()
-	err := m.Delete(ctx, id)
+	err := m.Delete(ctx, id, smolvm.DeleteOptions{})
 	if errors.Is(err, smolvm.ErrVMNotFound) {
 		return nil
 	}
@@ -171,8 +170,8 @@ const ttlOver = "its time to live is over"
 
 // tellTTL tells why a command did not end by itself, if that was the end of the VM's
 // time. The events of a VM are there when it is not.
-func (a *app) tellTTL(ctx context.Context, m *manager.Manager, id string, ttl time.Duration) {
-	events, err := m.Events(context.WithoutCancel(ctx), id, 0)
+func (a *app) tellTTL(ctx context.Context, m smolvm.Service, id string, ttl time.Duration) {
+	events, err := m.Events(context.WithoutCancel(ctx), smolvm.EventOptions{VM: id})
 	if err != nil {
 		return
 	}
@@ -223,8 +222,8 @@ func printPhases(w io.Writer, phases []smolvm.Phase) {
 	}
 }
 
-// showsRung reports whether somebody is there to be told how a VM was started, unasked.
-func (a *app) showsRung() bool {
+// showsMethod reports whether somebody is there to be told how a VM was started, unasked.
+func (a *app) showsMethod() bool {
 	_, ok := terminal(a.Stderr)
 	return ok
 }

@@ -4,7 +4,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const shellLong = `Open a login shell in a running VM. Without a terminal the shell reads its commands
@@ -22,7 +21,7 @@ func (a *app) shellCommand() *cobra.Command {
 	flags.registerPlace(cmd)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		flags.tty = a.interactive()
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			return a.execute(cmd.Context(), m, args[0], flags, smolvm.Command{Args: loginShell()})
 		})
 	})

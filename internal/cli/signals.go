@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/smolvm/smolvm/manager"
+	"github.com/smolvm/smolvm"
 )
 
 // interruptError says that a signal ended what was being done.
@@ -75,13 +75,13 @@ func (s *signals) stop() {
 // passOn passes signals on to a command in a guest, by the names that it returns,
 // until release is called. A command that does not end within a grace period after a
 // signal that asks it to, or when it is asked again, is ended by the context.
-func (s *signals) passOn(ctx context.Context) (_ context.Context, names <-chan string, release func()) {
+func (s *signals) passOn(ctx context.Context) (_ context.Context, names <-chan smolvm.Signal, release func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	passed := make(chan string, 8)
+	passed := make(chan smolvm.Signal, 8)
 	var deadline *time.Timer
 	forward := func(sig unix.Signal) {
 		select {
-		case passed <- strings.TrimPrefix(unix.SignalName(sig), "SIG"):
+		case passed <- smolvm.Signal(strings.TrimPrefix(unix.SignalName(sig), "SIG")):
 		default: // the command does not take them; the grace period still runs
 		}
 		switch {
@@ -89,7 +89,7 @@ func (s *signals) passOn(ctx context.Context) (_ context.Context, names <-chan s
 		case deadline != nil:
 			cancel(&interruptError{sig})
 		default:
-			deadline = time.AfterFunc(manager.DefaultStopTimeout, func() { cancel(&interruptError{sig}) })
+			deadline = time.AfterFunc(smolvm.DefaultStopTimeout, func() { cancel(&interruptError{sig}) })
 		}
 	}
 	s.mu.Lock()

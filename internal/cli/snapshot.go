@@ -7,7 +7,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const snapshotLong = `A snapshot is a VM as it was at some moment: memory, devices and disk. Any number of
@@ -23,7 +22,7 @@ func (a *app) snapshotCommand() *cobra.Command {
 }
 
 func (a *app) snapshotCreateCommand() *cobra.Command {
-	var options manager.SnapshotOptions
+	var options smolvm.SnapshotOptions
 	cmd := &cobra.Command{
 		Use:   "create [flags] ID",
 		Short: "Save a running VM, and print the snapshot's name",
@@ -36,7 +35,7 @@ for some hundredths of a second at the end, longer if it changes much of its mem
 	cmd.Flags().StringVar(&options.Name, "name", "", "`NAME` of the snapshot (default: the VM's id and the time)")
 	complete(cmd, "name", words())
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			snapshot, err := m.CreateSnapshot(cmd.Context(), args[0], options)
 			if err != nil {
 				return err
@@ -57,7 +56,7 @@ func (a *app) snapshotLsCommand() *cobra.Command {
 		Args: needs(0, 0, "no arguments"), ValidArgsFunction: words(),
 	}
 	cmd.RunE = a.does(func(cmd *cobra.Command, _ []string) error {
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			snapshots, err := m.Snapshots(cmd.Context())
 			if err != nil {
 				return err
@@ -78,7 +77,7 @@ func (a *app) snapshotLsCommand() *cobra.Command {
 }
 
 func (a *app) snapshotRestoreCommand() *cobra.Command {
-	var options manager.RestoreOptions
+	var options smolvm.RestoreOptions
 	cmd := &cobra.Command{
 		Use:   "restore [flags] NAME",
 		Short: "Make a VM that goes on from a snapshot, and print its id",
@@ -103,7 +102,7 @@ agent to give it another identity, can be restored in no other way.`,
 	allowColdFlag(cmd, &options.AllowCold)
 	timings := timingsFlag(cmd)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			vm, err := m.RestoreSnapshot(cmd.Context(), args[0], options)
 			if err != nil {
 				return err
@@ -119,7 +118,7 @@ func (a *app) snapshotRmCommand() *cobra.Command {
 		Use: "rm NAME...", Aliases: []string{"delete"}, Short: "Remove snapshots", Long: "Remove snapshots. VMs that were restored from them go on.",
 		Args: needs(1, anyNumber, "the names of snapshots"),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(name string) (string, error) { return name, m.RemoveSnapshot(cmd.Context(), name) }, a.println)
 			})
 		}),
@@ -127,7 +126,7 @@ func (a *app) snapshotRmCommand() *cobra.Command {
 }
 
 func (a *app) forkCommand() *cobra.Command {
-	var options manager.ForkOptions
+	var options smolvm.ForkOptions
 	cmd := &cobra.Command{
 		Use:   "fork [flags] ID",
 		Short: "Make copies of a running VM, and print their ids",
@@ -149,7 +148,7 @@ held for some hundredths of a second. If one of them can't go on there, none is 
 		if options.Count < 1 {
 			return usagef("%d copies can't be made; give a number from 1 up", options.Count)
 		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			forked, err := m.Fork(cmd.Context(), args[0], options)
 			if err != nil {
 				return err
@@ -179,11 +178,19 @@ func timingsFlag(cmd *cobra.Command) *bool {
 	return cmd.Flags().Bool("timings", false, "print on standard error how the VM was started and how long each phase took")
 }
 
+// startTimeline returns the phases of a VM's last start.
+func startTimeline(vm smolvm.VMInfo) []smolvm.Phase {
+	if vm.Start == nil {
+		return nil
+	}
+	return vm.Start.Timeline
+}
+
 // printStarted prints what a command has started.
 func (a *app) printStarted(vm smolvm.VMInfo, timings bool) error {
 	a.tellStart(vm, timings)
 	if timings {
-		printPhases(a.Stderr, vm.Timeline)
+		printPhases(a.Stderr, startTimeline(vm))
 	}
 	return a.printVM(vm)
 }

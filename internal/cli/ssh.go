@@ -10,7 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const sshLong = `Log in to a VM by the ssh client of this host, or run a command by it. The VM's host
@@ -21,7 +20,7 @@ It works with all that ssh can do; ` + "`smolvm shell`" + ` and ` + "`smolvm exe
 With --print the command line is printed instead, to be used elsewhere.`
 
 func (a *app) sshCommand() *cobra.Command {
-	var options manager.SSHOptions
+	var options smolvm.SSHOptions
 	var show bool
 	cmd := &cobra.Command{
 		Use:               "ssh [flags] ID [--] [COMMAND...]",
@@ -53,26 +52,35 @@ func (a *app) sshCommand() *cobra.Command {
 	return cmd
 }
 
-func (a *app) printSSH(cmd *cobra.Command, id string, options manager.SSHOptions) error {
-	return a.withManager(cmd.Context(), func(m *manager.Manager) error {
-		commands, err := m.SSHCommands(cmd.Context(), id, options)
+func (a *app) printSSH(cmd *cobra.Command, id string, options smolvm.SSHOptions) error {
+	return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+		access, err := m.SSH(cmd.Context(), id, options)
 		switch {
 		case err != nil:
 			return err
 		case a.json:
-			return a.printJSON(commands)
+			return a.printJSON(access)
 		case options.PublicHost != "":
-			return a.println(commands.Public)
+			return a.println(access.Public())
 		}
-		return a.println(commands.LocalhostPort)
+		return a.println(access.String())
 	})
 }
 
 // execSSH puts ssh in the place of this process, which has no further use.
 func (a *app) execSSH(cmd *cobra.Command, id, user string, command []string) error {
 	var argv []string
-	err := a.withManager(cmd.Context(), func(m *manager.Manager) (err error) {
-		argv, err = m.SSHArgs(cmd.Context(), id, user)
+	err := a.withManager(cmd.Context(), func(m smolvm.Service) (err error) {
+		vm, err := m.Get(cmd.Context(), id)
+		if err != nil {
+			return err
+		}
+		if !vm.State.Alive() {
+			return &smolvm.Error{Op: "log in to", Kind: "VM", ID: id,
+				Err: fmt.Errorf("%w: it is %s; start it first", smolvm.ErrInvalidState, vm.State)}
+		}
+		access, err := m.SSH(cmd.Context(), id, smolvm.SSHOptions{User: user})
+		argv = access.Args
 		return err
 	})
 	if err != nil {

@@ -4,14 +4,13 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const startLong = `Start VMs that are created or stopped, wait until they are ready, and print their
 ids. A VM of an image is ready when commands can be run in it.`
 
 func (a *app) startCommand() *cobra.Command {
-	var options manager.StartOptions
+	var options smolvm.StartOptions
 	var timings *bool
 	cmd := &cobra.Command{
 		Use:               "start [flags] ID...",
@@ -20,7 +19,7 @@ func (a *app) startCommand() *cobra.Command {
 		Args:              needs(1, anyNumber, "the ids of VMs"),
 		ValidArgsFunction: a.vmIDs(smolvm.StateCreated, smolvm.StateStopped),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(id string) (smolvm.VMInfo, error) {
 					return m.Start(cmd.Context(), id, options)
 				}, func(vm smolvm.VMInfo) error { return a.printStarted(vm, *timings) })
@@ -33,7 +32,7 @@ func (a *app) startCommand() *cobra.Command {
 }
 
 // startFlags are the flags that say how to start a VM.
-func startFlags(cmd *cobra.Command, options *manager.StartOptions) {
+func startFlags(cmd *cobra.Command, options *smolvm.StartOptions) {
 	cmd.Flags().DurationVar(&options.Timeout, "boot-timeout", 0,
 		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization)")
 	cmd.Flags().BoolVar(&options.Cold, "cold", false, "boot from the beginning, and have no template made")

@@ -6,7 +6,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const stopLong = `Shut VMs down and print their ids. A guest that has not shut down in the time given
@@ -23,18 +22,18 @@ func (a *app) stopCommand() *cobra.Command {
 		Long:              stopLong,
 		ValidArgsFunction: a.vmIDs(smolvm.StateRunning, smolvm.StatePaused),
 	}
-	cmd.Flags().DurationVarP(&timeout, "timeout", "t", manager.DefaultStopTimeout, "wait at most `DURATION` for the guest; 0 ends it at once")
+	cmd.Flags().DurationVarP(&timeout, "timeout", "t", smolvm.DefaultStopTimeout, "wait at most `DURATION` for the guest; 0 ends it at once")
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "stop all VMs that run")
 	cmd.Args = idsOrAll(&all)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		var options manager.StopOptions
+		var options smolvm.StopOptions
 		switch {
 		case timeout <= 0:
-			options.Timeout = -1
+			options.Kill = true
 		case cmd.Flags().Changed("timeout"):
 			options.Timeout = timeout
 		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			ids, err := selectVMs(cmd, m, args, all, smolvm.VMState.Alive)
 			if err != nil {
 				return err
@@ -58,11 +57,11 @@ func idsOrAll(all *bool) cobra.PositionalArgs {
 }
 
 // selectVMs returns the ids given, or those of all VMs whose state fits.
-func selectVMs(cmd *cobra.Command, m *manager.Manager, ids []string, all bool, fits func(smolvm.VMState) bool) ([]string, error) {
+func selectVMs(cmd *cobra.Command, m smolvm.Service, ids []string, all bool, fits func(smolvm.VMState) bool) ([]string, error) {
 	if !all {
 		return ids, nil
 	}
-	vms, err := m.List(cmd.Context(), manager.ListOptions{})
+	vms, err := m.List(cmd.Context(), smolvm.ListOptions{})
 	if err != nil {
 		return nil, err
 	}

@@ -1,14 +1,12 @@
 package cli
 
 import (
-	"cmp"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/manager"
 )
 
 const templateLong = `A template is a frozen VM that others are cloned from, so that they start in a
@@ -31,7 +29,7 @@ func (a *app) templateLsCommand() *cobra.Command {
 		Args: needs(0, 0, "no arguments"), ValidArgsFunction: words(),
 	}
 	cmd.RunE = a.does(func(cmd *cobra.Command, _ []string) error {
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			templates, err := m.Templates(cmd.Context())
 			if err != nil {
 				return err
@@ -99,12 +97,13 @@ func (a *app) templateBuildCommand() *cobra.Command {
 	kind.register(cmd)
 	cmd.Flags().BoolVar(&force, "force", false, "make another one even if there is one")
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		options := manager.TemplateOptions{VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp, Force: force}
+		options := smolvm.TemplateOptions{VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp, Force: force}
 		if len(args) > 0 {
 			options.Image = args[0]
 		}
 		a.progress = newProgress(a.Stderr)
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+		options.Progress = a.progress.report()
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			template, err := m.BuildTemplate(cmd.Context(), options)
 			a.progress.finish()
 			if err != nil {
@@ -124,7 +123,7 @@ func (a *app) templateRmCommand() *cobra.Command {
 		Use: "rm ID...", Aliases: []string{"delete"}, Short: "Remove templates", Long: "Remove templates. VMs that were cloned from them go on.",
 		Args: needs(1, anyNumber, "the ids of templates"),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
-			return a.withManager(cmd.Context(), func(m *manager.Manager) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(id string) (string, error) { return id, m.RemoveTemplate(cmd.Context(), id) }, a.println)
 			})
 		}),
@@ -148,12 +147,8 @@ recently used until they take no more than --keep together.`,
 		return err
 	})
 	cmd.RunE = a.does(func(cmd *cobra.Command, _ []string) error {
-		limit := cmp.Or(keep, manager.DefaultTemplateBytes)
-		if all {
-			limit = 0
-		}
-		return a.withManager(cmd.Context(), func(m *manager.Manager) error {
-			removed, err := m.PruneTemplates(cmd.Context(), limit)
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+			removed, err := m.PruneTemplates(cmd.Context(), smolvm.PruneTemplateOptions{MaxBytes: keep, All: all})
 			if err != nil {
 				return err
 			}
@@ -191,5 +186,5 @@ func (a *app) tellStart(vm smolvm.VMInfo, timings bool) {
 	if vm.Start.Source != "" {
 		source = " of " + vm.Start.Source
 	}
-	a.errorf("smolvm: VM %s: %s%s, on %s (%s)", vm.ID, vm.Start.Rung, source, vm.Start.Backend, vm.Start.Accelerator)
+	a.errorf("smolvm: VM %s: %s%s, on %s (%s)", vm.ID, vm.Start.Method, source, vm.Start.Backend, vm.Start.Accelerator)
 }

@@ -10,7 +10,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/size"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // parseMebibytes reads a size such as "512", "512M" or "2G", in MiB. Units are
@@ -167,10 +166,10 @@ func parseEnv(text string) (name, value string, err error) {
 
 // parseCopyArg reads an argument of cp: ID:PATH is a path in a guest, all else one of
 // the host. A host's path with a colon in it can be written as ./PATH.
-func parseCopyArg(text string) manager.CopyPath {
+func parseCopyArg(text string) smolvm.CopyPath {
 	before, after, ok := strings.Cut(text, ":")
 	if !ok || strings.ContainsAny(before, "/.") || before == "" {
-		return manager.CopyPath{Path: text}
+		return smolvm.CopyPath{Path: text}
 	}
-	return manager.CopyPath{VM: before, Path: after}
+	return smolvm.CopyPath{VM: before, Path: after}
 }

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/glob"
 )
 
@@ -35,8 +36,8 @@ const killDelay = 5 * time.Second
 func newAPT(dir string) (*apt, error) {
 	for _, program := range []string{"apt-get", "apt-cache", "dpkg-deb"} {
 		if _, err := exec.LookPath(program); err != nil {
-			return nil, fmt.Errorf("the default image is made from packages of Debian or Ubuntu, and %s is not on this host; "+
-				"build an image from files with `smolvm image build --kernel … --rootfs …`", program)
+			return nil, &smolvm.Error{Hint: "build an image from files with `smolvm image build --kernel … --rootfs …`",
+				Err: fmt.Errorf("the default image is made from packages of Debian or Ubuntu, and %s is not on this host", program)}
 		}
 	}
 	for _, name := range []string{"lists/partial", "cache/archives/partial"} {

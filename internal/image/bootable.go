@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 )
 
@@ -188,7 +189,8 @@ func checkRootfs(path string) error {
 	// It is raw, whatever a guest has written into its disk.
 	_, err = disk.Declare(path, "")
 	if errors.Is(err, disk.ErrUndeclared) {
-		return fmt.Errorf("%s looks like qcow2, and an image is made of a raw disk; `qemu-img convert -O raw %s …` makes one", path, path)
+		return &smolvm.Error{Hint: fmt.Sprintf("`qemu-img convert -O raw %s …` makes one", path),
+			Err: fmt.Errorf("%s looks like qcow2, and an image is made of a raw disk", path)}
 	}
 	if errors.Is(err, disk.ErrNoFileSystem) && isArchive(path) {
 		return fmt.Errorf("%s: is an archive; unpack it into a directory, as root so that owners are kept, and give that", path)

@@ -148,7 +148,8 @@ func (s *Store) digests(ctx context.Context) ([]string, error) {
 }
 
 func notFound(ref string) error {
-	return fmt.Errorf("%q: %w; `smolvm image ls` lists those that are there, `smolvm image build` builds the default one", ref, smolvm.ErrImageNotFound)
+	return &smolvm.Error{Hint: "`smolvm image ls` lists the images, `smolvm image build` builds the default one",
+		Err: fmt.Errorf("%q: %w", ref, smolvm.ErrImageNotFound)}
 }
 
 func (s *Store) imageDir(digest string) string {

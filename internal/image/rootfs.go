@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
 )
 
@@ -253,5 +254,5 @@ func findTool(name string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("%s is missing: install e2fsprogs (`smolvm doctor` says how)", name)
+	return "", &smolvm.Error{Hint: "`smolvm doctor` says how to install it", Err: fmt.Errorf("%s is missing: install e2fsprogs", name)}
 }

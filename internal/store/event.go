@@ -45,6 +45,31 @@ func (s *Store) Events(ctx context.Context, vmID string, limit int) ([]smolvm.Ev
 	if limit > 0 {
 		query, args = query+" LIMIT ?", append(args, limit)
 	}
+	events, err := s.selectEvents(ctx, query, args...)
+	slices.Reverse(events)
+	return events, err
+}
+
+// EventsAfter reads the oldest events, at most limit, whose id is larger than one, of a VM or
+// of all if the id is empty; the newest last.
+func (s *Store) EventsAfter(ctx context.Context, vmID string, after int64, limit int) ([]smolvm.Event, error) {
+	query, args := "SELECT id, vm_id, actor, action, at, duration_ns, detail FROM events WHERE id > ?", []any{after}
+	if vmID != "" {
+		query, args = query+" AND vm_id = ?", append(args, vmID)
+	}
+	return s.selectEvents(ctx, query+" ORDER BY id LIMIT ?", append(args, limit)...)
+}
+
+// LastEvent returns the id of the newest event; zero if there is none.
+func (s *Store) LastEvent(ctx context.Context) (int64, error) {
+	var last int64
+	err := s.view(ctx, func(tx *sql.Tx) error {
+		return tx.QueryRowContext(ctx, "SELECT coalesce(max(id), 0) FROM events").Scan(&last)
+	})
+	return last, err
+}
+
+func (s *Store) selectEvents(ctx context.Context, query string, args ...any) ([]smolvm.Event, error) {
 	var events []smolvm.Event
 	err := s.view(ctx, func(tx *sql.Tx) error {
 		rows, err := tx.QueryContext(ctx, query, args...)
@@ -61,6 +86,5 @@ func (s *Store) Events(ctx context.Context, vmID string, limit int) ([]smolvm.Ev
 		}
 		return rows.Err()
 	})
-	slices.Reverse(events)
 	return events, err
 }

@@ -11,7 +11,7 @@ import (
 )
 
 var report = smolvm.StartReport{
-	Rung: smolvm.RungClone, Source: "0123", Backend: "qemu", Accelerator: "tcg",
+	Method: smolvm.StartClone, Source: "0123", Backend: "qemu", Accelerator: "tcg",
 	Timeline: []smolvm.Phase{{Name: "vmm", Duration: 40 * time.Millisecond}},
 	Warnings: []string{"slow"},
 }

@@ -121,6 +121,9 @@ func (l login) run(channel ssh.Channel, requests <-chan *ssh.Request, command *j
 	defer cancel()
 	go func() {
 		for request := range requests {
+			if request.Type == wire.PIDRequest {
+				reportPID(channel, command.pid)
+			}
 			ok := command.request(request)
 			if request.WantReply {
 				_ = request.Reply(ok, nil)
@@ -151,6 +154,8 @@ func (j *job) request(request *ssh.Request) bool {
 			j.signal(number == unix.SIGKILL, number)
 		}
 		return number != 0
+	case wire.PIDRequest:
+		return true // it was reported before
 	case "eow@openssh.com":
 		j.breakPipe()
 		return true
@@ -172,6 +177,10 @@ func reportFailure(channel ssh.Channel, err error) {
 		code = exitNotFound
 	}
 	reportCode(channel, code)
+}
+
+func reportPID(channel ssh.Channel, pid int) {
+	_, _ = channel.SendRequest(wire.PIDRequest, false, ssh.Marshal(struct{ PID uint32 }{uint32(pid)}))
 }
 
 func reportCode(channel ssh.Channel, code uint32) {

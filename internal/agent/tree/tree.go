@@ -29,6 +29,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm"
 )
 
 // Kind is what an [Entry] is.
@@ -58,7 +60,7 @@ const (
 
 // DefaultMaxEntries is how many entries and notes a stream may have, unless
 // [Limits] says otherwise.
-const DefaultMaxEntries = 10_000_000
+const DefaultMaxEntries = smolvm.DefaultCopyFiles
 
 // Entry is the beginning of a file, a directory or a link.
 type Entry struct {
@@ -115,7 +117,7 @@ type Limits struct {
 }
 
 // ErrLimit is matched by the error of a copy that went beyond a limit.
-var ErrLimit = errors.New("more than is allowed")
+var ErrLimit = smolvm.ErrCopyLimit
 
 // ErrEmptyPath is matched by the error of a copy from or to a path that is empty.
 var ErrEmptyPath = errors.New("empty path")

@@ -39,7 +39,6 @@ import (
 	"io"
 	"math"
 	"net/netip"
-	"strings"
 	"time"
 )
 
@@ -68,6 +67,10 @@ const (
 	// has started, others are for its process group. A command that can't be started
 	// is reported on stderr with exit status 127 (not found) or 126.
 	ExecChannel = "exec@smolvm"
+	// PIDRequest is a request on such a channel by which the host asks for the process id
+	// of the command. The agent sends a request of the same name with the id, a uint32,
+	// before it replies; an older one refuses the request.
+	PIDRequest = "pid@smolvm"
 )
 
 // Greeting is the host's first message: who the guest is to be.
@@ -270,16 +273,4 @@ type byteReader struct {
 func (b *byteReader) ReadByte() (byte, error) {
 	_, err := io.ReadFull(b.r, b.buf[:])
 	return b.buf[0], err
-}
-
-// Quote quotes a word for a POSIX shell.
-func Quote(word string) string {
-	if word != "" && !strings.ContainsFunc(word, needsQuote) {
-		return word
-	}
-	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
-}
-
-func needsQuote(r rune) bool {
-	return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%_+=:,./-", r)
 }

@@ -78,14 +78,6 @@ func FuzzRead(f *testing.F) {
 	})
 }
 
-func TestQuote(t *testing.T) {
-	for word, want := range map[string]string{"": "''", "plain-1.0": "plain-1.0", "a b": "'a b'", "it's": `'it'\''s'`, "$x": "'$x'"} {
-		if got := Quote(word); got != want {
-			t.Errorf("Quote(%q) = %s, want %s", word, got, want)
-		}
-	}
-}
-
 func TestSignals(t *testing.T) {
 	for _, name := range []string{"HUP", "INT", "KILL", "TERM", "WINCH"} {
 		if got := SignalName(SignalNumber(name)); got != name {

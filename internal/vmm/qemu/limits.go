@@ -66,7 +66,7 @@ func newLimits(site cgroup.Site, cfg vmm.Config) (limits, error) {
 	})
 	if err != nil {
 		if cfg.CPULimit > 0 {
-			return limits{}, fmt.Errorf("limit the VM to %g CPUs: %w: %w; `smolvm doctor` says more", cfg.CPULimit, smolvm.ErrUnsupported, err)
+			return limits{}, &smolvm.Error{Hint: "`smolvm doctor` says more", Err: fmt.Errorf("limit the VM to %g CPUs: %w: %w", cfg.CPULimit, smolvm.ErrUnsupported, err)}
 		}
 		return withoutGroup(cfg, err), nil
 	}
@@ -192,7 +192,7 @@ func (i *instance) SetCPULimit(_ context.Context, cpus float64) error {
 		err = i.limits.group.SetCPUs(cpus, i.child.PID())
 	}
 	if err != nil {
-		return fmt.Errorf("limit the VM to %g CPUs: %w: %w; `smolvm doctor` says more", cpus, smolvm.ErrUnsupported, err)
+		return &smolvm.Error{Hint: "`smolvm doctor` says more", Err: fmt.Errorf("limit the VM to %g CPUs: %w: %w", cpus, smolvm.ErrUnsupported, err)}
 	}
 	i.limits.report.CPUs = cpus
 	return nil
