@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/errcode"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -48,8 +49,8 @@ type taskOrders struct {
 
 // taskResult is what it reports.
 type taskResult struct {
-	ID    string `json:"id,omitempty"`
-	Error string `json:"error,omitempty"`
+	ID    string           `json:"id,omitempty"`
+	Error *errcode.Failure `json:"error,omitempty"`
 }
 
 // Files that a task inherits: where it reports to, and a lock that it holds as long as
@@ -122,8 +123,8 @@ func (m *Manager) runTask(ctx context.Context, t task, lock *os.File) (id string
 	if waitErr := wait(); err == nil {
 		err = waitErr
 	}
-	if json.Unmarshal(text, &result) == nil && result.Error != "" {
-		return "", errors.New(result.Error)
+	if json.Unmarshal(text, &result) == nil && result.Error != nil {
+		return "", result.Error.Err()
 	}
 	return result.ID, err
 }
@@ -173,9 +174,7 @@ func (t task) run(ctx context.Context, backends []vmm.Backend) error {
 		}
 		err = errors.Join(err, m.Close())
 	}
-	if err != nil {
-		result.Error = err.Error()
-	}
+	result.Error = errcode.Of(err)
 	if text, err := json.Marshal(result); err == nil {
 		_, _ = os.NewFile(taskReportsFD, "reports").Write(text) // to nobody, most of the time
 	}
