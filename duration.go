@@ -1,6 +1,7 @@
 package smolvm
 
 import (
+	"bytes"
 	"encoding/json"
 	"math"
 	"time"
@@ -25,6 +26,16 @@ func (d *milliseconds) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
+// encode encodes a value as it is: whether characters of HTML are escaped is for the encoder
+// to decide that calls the method which calls this.
+func encode(value any) ([]byte, error) {
+	var text bytes.Buffer
+	encoder := json.NewEncoder(&text)
+	encoder.SetEscapeHTML(false)
+	err := encoder.Encode(value)
+	return text.Bytes(), err
+}
+
 // Each type below has the fields of a public one and none of its methods, so that it is
 // encoded field by field; the field for the duration stands beside it.
 type (
@@ -43,7 +54,7 @@ type configJSON struct {
 
 // MarshalJSON implements [json.Marshaler]; TTL is "ttl_ms".
 func (c VMConfig) MarshalJSON() ([]byte, error) {
-	return json.Marshal(configJSON{plainConfig(c), milliseconds(c.TTL)})
+	return encode(configJSON{plainConfig(c), milliseconds(c.TTL)})
 }
 
 // UnmarshalJSON implements [json.Unmarshaler]. It also reads "ttl_ns", which earlier
@@ -57,7 +68,7 @@ func (c *VMConfig) UnmarshalJSON(text []byte) error {
 		return err
 	}
 	*c = VMConfig(j.plainConfig)
-	if c.TTL = time.Duration(j.configJSON.TTL); c.TTL == 0 {
+	if c.TTL = time.Duration(j.TTL); c.TTL == 0 {
 		c.TTL = j.TTLNanoseconds
 	}
 	return nil
@@ -70,7 +81,7 @@ type eventJSON struct {
 
 // MarshalJSON implements [json.Marshaler]; Duration is "duration_ms".
 func (e Event) MarshalJSON() ([]byte, error) {
-	return json.Marshal(eventJSON{plainEvent(e), milliseconds(e.Duration)})
+	return encode(eventJSON{plainEvent(e), milliseconds(e.Duration)})
 }
 
 // UnmarshalJSON implements [json.Unmarshaler].
@@ -91,7 +102,7 @@ type snapshotJSON struct {
 
 // MarshalJSON implements [json.Marshaler]; Pause is "pause_ms".
 func (s Snapshot) MarshalJSON() ([]byte, error) {
-	return json.Marshal(snapshotJSON{plainSnapshot(s), milliseconds(s.Pause)})
+	return encode(snapshotJSON{plainSnapshot(s), milliseconds(s.Pause)})
 }
 
 // UnmarshalJSON implements [json.Unmarshaler].
@@ -112,7 +123,7 @@ type forkedJSON struct {
 
 // MarshalJSON implements [json.Marshaler]; Pause is "pause_ms".
 func (f Forked) MarshalJSON() ([]byte, error) {
-	return json.Marshal(forkedJSON{plainForked(f), milliseconds(f.Pause)})
+	return encode(forkedJSON{plainForked(f), milliseconds(f.Pause)})
 }
 
 // UnmarshalJSON implements [json.Unmarshaler].
@@ -133,7 +144,7 @@ type phaseJSON struct {
 
 // MarshalJSON implements [json.Marshaler]; Duration is "duration_ms".
 func (p Phase) MarshalJSON() ([]byte, error) {
-	return json.Marshal(phaseJSON{plainPhase(p), milliseconds(p.Duration)})
+	return encode(phaseJSON{plainPhase(p), milliseconds(p.Duration)})
 }
 
 // UnmarshalJSON implements [json.Unmarshaler]. It also reads "ms", which earlier versions
@@ -147,7 +158,7 @@ func (p *Phase) UnmarshalJSON(text []byte) error {
 		return err
 	}
 	*p = Phase(j.plainPhase)
-	p.Duration = time.Duration(j.phaseJSON.Duration + j.Old)
+	p.Duration = time.Duration(j.Duration + j.Old)
 	return nil
 }
 

@@ -34,6 +34,6 @@ type WatchOptions struct {
 	// VM is the id of the VM whose events are wanted. Empty: all events.
 	VM string
 	// After is the id of the last event that the caller has seen: those since then are
-	// yielded first. Zero: only what happens from now on.
+	// yielded first. Zero: only what happens from now on. Negative: all that are kept.
 	After int64
 }

@@ -1,9 +1,6 @@
 package smolvm
 
-import (
-	"encoding/json"
-	"strings"
-)
+import "strings"
 
 // SSHOptions are the options of [Hosts.SSH].
 type SSHOptions struct {
@@ -42,7 +39,7 @@ type sshJSON struct {
 // MarshalJSON implements [json.Marshaler]: "localhost_port" and "public" are lines for a
 // shell.
 func (a SSHAccess) MarshalJSON() ([]byte, error) {
-	return json.Marshal(sshJSON{LocalhostPort: a.String(), Public: a.Public()})
+	return encode(sshJSON{LocalhostPort: a.String(), Public: a.Public()})
 }
 
 // shellLine quotes arguments for a POSIX shell.

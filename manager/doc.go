@@ -5,13 +5,14 @@
 //	if err != nil { ... }
 //	defer m.Close() // VMs go on running
 //
-//	vm, err := m.Create(ctx, smolvm.VMConfig{ID: "web"})
-//	vm, err = m.Start(ctx, vm.ID, manager.StartOptions{})
-//	status, err := m.Exec(ctx, vm.ID, smolvm.Command{
-//		Args:   []string{"uname", "-a"},
-//		Stdout: os.Stdout,
-//	})
-//	err = m.Delete(ctx, vm.ID)
+//	info, err := m.Create(ctx, smolvm.VMConfig{ID: "web"}, smolvm.CreateOptions{})
+//	vm := m.VM(info.ID)
+//	_, err = vm.Start(ctx, smolvm.StartOptions{})
+//	out, err := vm.Output(ctx, "uname", "-a")
+//	err = vm.Delete(ctx, smolvm.DeleteOptions{})
+//
+// [Manager] implements [smolvm.Service]; the package comment of smolvm says what options,
+// errors and contexts mean, and which calls wait for each other.
 //
 // # State
 //
@@ -29,13 +30,6 @@
 //
 // # Errors
 //
-// Errors match the sentinels of package smolvm by errors.Is, and
-// [*smolvm.ValidationError], [*smolvm.NetworkError] and
-// [*smolvm.PrerequisiteError] by errors.As. A call that fails leaves nothing
-// behind but, for a VM that could not be started, its console log.
-//
-// # Contexts
-//
-// A context bounds the call that it is given to. It never bounds the life of a
-// VM.
+// A call that fails leaves nothing behind but, for a VM that could not be started, its
+// console log.
 package manager

@@ -49,7 +49,7 @@ func TestReadersLeaveLockedVMs(t *testing.T) {
 	if _, err := os.Stat(runtime); err != nil {
 		t.Errorf("its sockets were removed while it was locked: %v", err)
 	}
-	events, err := m.Events(t.Context(), "vm", 1)
+	events, err := m.Events(t.Context(), smolvm.EventOptions{VM: "vm", Limit: 1})
 	if err != nil || len(events) != 1 || events[0].Action != "start" {
 		t.Errorf("the last event is %+v, %v", events, err)
 	}

@@ -49,19 +49,20 @@ func run(ctx context.Context, config manager.Config, source, result string) erro
 	defer func() { _ = m.Close() }()
 
 	// Ephemeral: the VM goes when this program does, even if it is killed.
-	vm, err := m.Create(ctx, smolvm.VMConfig{Ephemeral: true}, smolvm.CreateOptions{})
+	info, err := m.Create(ctx, smolvm.VMConfig{Ephemeral: true}, smolvm.CreateOptions{})
 	if err != nil {
 		return err
 	}
-	defer func() { _ = m.Delete(context.WithoutCancel(ctx), vm.ID, smolvm.DeleteOptions{}) }()
-	if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); err != nil {
+	vm := m.VM(info.ID)
+	defer func() { _ = vm.Delete(context.WithoutCancel(ctx), smolvm.DeleteOptions{}) }()
+	if _, err := vm.Start(ctx, smolvm.StartOptions{}); err != nil {
 		return err
 	}
 
-	if err := m.CopyTo(ctx, vm.ID, source, "/tmp/source"); err != nil {
+	if err := vm.CopyTo(ctx, source, "/tmp/source"); err != nil {
 		return err
 	}
-	status, err := m.Exec(ctx, vm.ID, smolvm.Command{
+	status, err := vm.Exec(ctx, smolvm.Command{
 		Args:   []string{"sh", "-euc", pipeline},
 		Dir:    "/tmp/source",
 		Stdout: os.Stdout,
@@ -73,5 +74,5 @@ func run(ctx context.Context, config manager.Config, source, result string) erro
 	if !status.Success() {
 		return fmt.Errorf("the pipeline ended with %s", status)
 	}
-	return m.CopyFrom(ctx, vm.ID, "/tmp/result", result)
+	return vm.CopyFrom(ctx, "/tmp/result", result)
 }

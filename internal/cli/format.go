@@ -15,10 +15,15 @@ import (
 )
 
 // printJSON prints one JSON value on standard output.
-func (a *app) printJSON(value any) error {
+func (a *app) printJSON(value any) error { return a.encodeJSON(value, "  ") }
+
+// printJSONLine prints one JSON value on a line of its own.
+func (a *app) printJSONLine(value any) error { return a.encodeJSON(value, "") }
+
+func (a *app) encodeJSON(value any, indent string) error {
 	var text bytes.Buffer
 	encoder := json.NewEncoder(&text)
-	encoder.SetIndent("", "  ")
+	encoder.SetIndent("", indent)
 	encoder.SetEscapeHTML(false)
 	if err := encoder.Encode(value); err != nil {
 		return err

@@ -131,7 +131,7 @@ func TestGet(t *testing.T) {
 		t.Errorf("Get differs from what Build returned (%v):\n%s", err, diff)
 	}
 	for _, ref := range []string{"", "no", "sha256:", old.Digest[7:14], "sha256:" + strings.Repeat("0", 64), "../small", "names", "*", strings.Repeat("[0-9]", 8)} {
-		if _, err := store.Get(ctx, ref); !errors.Is(err, smolvm.ErrImageNotFound) || !strings.Contains(err.Error(), "smolvm image") {
+		if _, err := store.Get(ctx, ref); !errors.Is(err, smolvm.ErrImageNotFound) || !strings.Contains(smolvm.HintOf(err), "smolvm image") {
 			t.Errorf("Get %q: error is %v", ref, err)
 		}
 	}
