@@ -157,8 +157,10 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	if err != nil {
 		bad("backend", err)
 	}
+	var hint string
 	if config.CPULimit > 0 {
 		if err := cgroup.Find("/").Why(cgroup.CPU); err != nil {
+			hint = "`smolvm doctor` says what bounds VMs on this host"
 			bad("cpu_limit", fmt.Errorf("this host can't limit it: %w", err))
 		}
 	}
@@ -192,7 +194,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		}
 	}
 	if len(invalid.Fields) > 0 {
-		return vmm.Traits{}, disk.Info{}, invalid
+		return vmm.Traits{}, disk.Info{}, &smolvm.Error{Hint: hint, Err: invalid}
 	}
 	return backend, root, nil
 }
