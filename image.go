@@ -24,7 +24,7 @@ type Image struct {
 	// Source tells in words what the image was made from.
 	Source string `json:"source"`
 	// Size is the space the image takes on disk, in bytes.
-	Size int64 `json:"size"`
+	Size int64 `json:"size_bytes"`
 	// CreatedAt is when it was built, in UTC.
 	CreatedAt time.Time `json:"created_at"`
 }

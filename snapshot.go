@@ -18,7 +18,7 @@ type Snapshot struct {
 	// the disk alone is in order too.
 	Synced bool `json:"synced"`
 	// Size is what it takes on disk, in bytes.
-	Size      int64     `json:"size"`
+	Size      int64     `json:"size_bytes"`
 	CreatedAt time.Time `json:"created_at"`
 }
 

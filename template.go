@@ -17,7 +17,7 @@ type Template struct {
 	// smolvm is another one since.
 	Stale bool `json:"stale,omitempty"`
 	// Size is what it takes on disk, in bytes.
-	Size      int64     `json:"size"`
+	Size      int64     `json:"size_bytes"`
 	CreatedAt time.Time `json:"created_at"`
 	UsedAt    time.Time `json:"used_at"`
 }

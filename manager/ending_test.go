@@ -99,7 +99,7 @@ func TestFailedStartKeepsVM(t *testing.T) {
 		t.Errorf("after that it is %s (%s), %v", got.State, got.Cause, err)
 	}
 	events, err := m.Events(t.Context(), smolvm.EventOptions{VM: vm.ID, Limit: 1})
-	if err != nil || len(events) != 1 || events[0].Action != "start failed" {
+	if err != nil || len(events) != 1 || events[0].Action != "start-failed" {
 		t.Errorf("the last event is %+v, %v", events, err)
 	}
 	vm, err = m.Start(t.Context(), vm.ID, smolvm.StartOptions{})

@@ -40,7 +40,7 @@ func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smo
 	if err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
 	}
-	m.note(ctx, "", "image build", began, opts.Name+" "+built.Digest)
+	m.note(ctx, "", "image-build", began, opts.Name+" "+built.Digest)
 	return built, nil
 }
 

@@ -29,6 +29,6 @@ func (m *Manager) reclaimLayers(ctx context.Context) error { return m.disks.Coll
 func (m *Manager) reclaimLayersAside(ctx context.Context, id string) {
 	began := time.Now()
 	if err := m.reclaimLayers(ctx); err != nil {
-		m.note(ctx, id, "collect failed", began, err.Error())
+		m.note(ctx, id, "collect-failed", began, err.Error())
 	}
 }

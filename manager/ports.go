@@ -40,7 +40,7 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 			return fail(err)
 		}
 	}
-	m.note(ctx, id, "port add", began, forward.String())
+	m.note(ctx, id, "port-add", began, forward.String())
 	return forward, nil
 }
 
@@ -72,7 +72,7 @@ func (m *Manager) RemovePortForward(ctx context.Context, id string, forward smol
 	if err := m.store.RemoveForward(ctx, id, forward.Protocol, forward.HostPort); err != nil {
 		return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
 	}
-	m.note(ctx, id, "port rm", began, vm.Forwards[i].String())
+	m.note(ctx, id, "port-rm", began, vm.Forwards[i].String())
 	return nil
 }
 

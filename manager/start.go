@@ -76,7 +76,7 @@ func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts smolvm.Star
 	}
 	vm, report, err := m.boot(ctx, vm, opts, from, damage)
 	if err != nil {
-		m.note(ctx, id, "start failed", began, err.Error())
+		m.note(ctx, id, "start-failed", began, err.Error())
 		return smolvm.VMInfo{}, err
 	}
 	m.note(ctx, id, "start", began, string(report.Method)+", "+vm.Accelerator)
