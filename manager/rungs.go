@@ -9,10 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -348,27 +346,16 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	return nil
 }
 
-// useGuest returns when a guest that was restored has run a program, so that none is
-// handed out that can't. Meanwhile it logs in: most who start a VM run a command next, and
-// the guest has another CPU for it.
+// useGuest logs in to a guest that was restored. The guest lets nobody in before it has run
+// a program, so none is handed out that can't. Both go on at the same time, on two of its
+// CPUs, and most who start a VM run a command next, which needs the login.
 func (s *starting) useGuest(ctx context.Context, opts shim.LaunchOptions) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, opts.Spec.ReadyTimeout, smolvm.ErrBootTimeout)
 	defer cancel()
 	vm := s.vm
 	vm.Run = opts.Spec.Run
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		_, err := s.m.clientOf(ctx, vm)
-		return err
-	})
-	group.Go(func() error {
-		conn, err := shim.NewClient(opts.Spec.RuntimeDir).DialAgent(ctx)
-		if err != nil {
-			return err
-		}
-		return agent.AwaitProgram(ctx, conn)
-	})
-	return group.Wait()
+	_, err := s.m.clientOf(ctx, vm)
+	return err
 }
 
 // sum adds up phases.

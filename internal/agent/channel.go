@@ -178,19 +178,6 @@ func (l *Link) Ping(ctx context.Context) error {
 	return nil
 }
 
-// AwaitProgram returns when the guest that conn leads to has run a program since it was
-// greeted. It closes conn, which is one that [Link.Open] has opened.
-func AwaitProgram(ctx context.Context, conn net.Conn) error {
-	defer func() { _ = conn.Close() }()
-	if err := exchange(ctx, conn, wire.Control{Rehearsed: true}); err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return fmt.Errorf("wait for a first program in the guest: %w", err)
-	}
-	return nil
-}
-
 func (l *Link) control(ctx context.Context, request wire.Control) error {
 	conn, err := l.open(ctx)
 	if err != nil {

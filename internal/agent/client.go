@@ -46,13 +46,21 @@ func Dial(ctx context.Context, config ClientConfig) (*Client, error) {
 	}
 	result := make(chan login, 1)
 	go func() {
+		var banner string // why the guest refuses
 		sshConn, channels, requests, err := ssh.NewClientConn(conn, "smolvm", &ssh.ClientConfig{
 			Config:            algorithms(),
 			User:              config.User,
 			Auth:              []ssh.AuthMethod{ssh.PublicKeys(config.Signer)},
 			HostKeyCallback:   ssh.FixedHostKey(config.HostKey),
 			HostKeyAlgorithms: []string{config.HostKey.Type()},
+			BannerCallback: func(message string) error {
+				banner = message[:min(len(message), maxBanner)]
+				return nil
+			},
 		})
+		if err != nil && banner != "" {
+			err = fmt.Errorf("%w: the guest has said %q", err, banner)
+		}
 		if err != nil {
 			result <- login{err: err}
 			return
@@ -76,6 +84,9 @@ func Dial(ctx context.Context, config ClientConfig) (*Client, error) {
 	}()
 	return c, nil
 }
+
+// maxBanner bounds in bytes what is shown of a guest's reason to refuse a login.
+const maxBanner = 200
 
 // algorithms picks what costs an emulated CPU least. The connection does not leave
 // the host, and its other end is not trusted anyway.

@@ -24,6 +24,7 @@ func durationOf(t unix.Timespec) time.Duration { return time.Duration(t.Nano()) 
 // is all that the host is told then.
 func (a *agent) serve(file *os.File, fatal error) error {
 	a.server = newServer(a.reaper)
+	a.server.proved = a.rehearsal.wait
 	channel := &channel{file}
 	for {
 		if err := channel.awaitHost(); err != nil {
@@ -103,7 +104,7 @@ func (a *agent) serveStream(stream net.Conn) {
 	if wire.Read(conn, &control) != nil {
 		return
 	}
-	_ = wire.Write(stream, a.obey(control))
+	_ = wire.Write(stream, obey(control))
 	if control.Shutdown != nil {
 		_ = stream.Close()
 		a.shutdown(*control.Shutdown)
@@ -111,15 +112,13 @@ func (a *agent) serveStream(stream net.Conn) {
 }
 
 // obey does what a control asks for, but for a shutdown, which comes after the answer.
-func (a *agent) obey(control wire.Control) wire.ControlAnswer {
+func obey(control wire.Control) wire.ControlAnswer {
 	var err error
 	switch {
 	case control.Sync:
 		unix.Sync()
 	case control.Clock != nil:
 		err = setClock(*control.Clock)
-	case control.Rehearsed:
-		err = a.rehearsal.wait()
 	}
 	if err != nil {
 		return wire.ControlAnswer{Error: err.Error()}

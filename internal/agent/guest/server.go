@@ -30,6 +30,9 @@ const serverVersion = "SSH-2.0-smolvm"
 // keys as any user of the guest.
 type Server struct {
 	reaper *reaper
+	// proved returns an error if the guest can't run programs, and may take as long as one
+	// runs. The host's login waits for it. Nil: nothing has to be proved.
+	proved func() error
 
 	mu       sync.Mutex // guards the following
 	identity identity
@@ -63,6 +66,11 @@ func (s *Server) SetIdentity(greeting wire.Greeting) error {
 		ServerVersion: serverVersion,
 		NoClientAuth:  true,
 		NoClientAuthCallback: func(meta ssh.ConnMetadata) (*ssh.Permissions, error) {
+			if s.proved != nil {
+				if err := s.proved(); err != nil {
+					return nil, &ssh.BannerError{Err: err, Message: err.Error()}
+				}
+			}
 			_, err := findAccount(meta.User())
 			return nil, err
 		},

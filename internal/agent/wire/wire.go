@@ -152,7 +152,7 @@ type Step struct {
 	At time.Duration `json:"at_ns"`
 }
 
-// Control is one request of the host's; exactly one field is set.
+// Control is one request of the shim's; exactly one field is set.
 type Control struct {
 	// Sync writes out what the guest's file systems hold. It is answered after that.
 	Sync bool `json:"sync,omitempty"`
@@ -161,9 +161,6 @@ type Control struct {
 	// Shutdown ends all processes, syncs, unmounts and powers off. It is answered
 	// before the shutdown begins.
 	Shutdown *Shutdown `json:"shutdown,omitempty"`
-	// Rehearsed is answered when a program has run in the guest since it was greeted, with
-	// an error if it could not. A guest that was just booted has run some.
-	Rehearsed bool `json:"rehearsed,omitempty"`
 	// Ping is answered at once.
 	Ping bool `json:"ping,omitempty"`
 }
