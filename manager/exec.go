@@ -79,7 +79,7 @@ func (m *Manager) Dial(ctx context.Context, id, network, address string) (net.Co
 	}
 	var conn net.Conn
 	if vm.Config.UsesImage() {
-		client, err := m.clientOf(ctx, vm)
+		client, err := m.clientOf(vm)
 		if err != nil {
 			return nil, err
 		}
@@ -151,19 +151,19 @@ func (m *Manager) client(ctx context.Context, id, verb string) (*guestClient, er
 			Hint: fmt.Sprintf("log in by SSH, if the guest has a server: `smolvm ssh %s`", id),
 			Err:  fmt.Errorf("%w: it boots a kernel of its own, without smolvm's agent", smolvm.ErrUnsupported)}
 	}
-	return m.clientOf(ctx, vm)
+	return m.clientOf(vm)
 }
 
 // clientOf returns the connection that is open, or opens one. Of two that are
 // opened at the same time one is kept.
-func (m *Manager) clientOf(ctx context.Context, vm store.VM) (*guestClient, error) {
+func (m *Manager) clientOf(vm store.VM) (*guestClient, error) {
 	m.mu.Lock()
 	client := m.clients[vm.ID]
 	m.mu.Unlock()
 	if client != nil && client.run == vm.Run && client.Usable() {
 		return client, nil
 	}
-	client, err := m.connect(ctx, vm)
+	client, err := m.connect(vm)
 	if err != nil {
 		return nil, vmError("connect to the agent of", vm.ID, err)
 	}
@@ -208,7 +208,7 @@ func (c *guestClient) ended() bool {
 	}
 }
 
-func (m *Manager) connect(ctx context.Context, vm store.VM) (*guestClient, error) {
+func (m *Manager) connect(vm store.VM) (*guestClient, error) {
 	signer, err := m.clientSigner()
 	if err != nil {
 		return nil, err
@@ -218,15 +218,12 @@ func (m *Manager) connect(ctx context.Context, vm store.VM) (*guestClient, error
 		return nil, err
 	}
 	shimClient := shim.NewClient(m.runtimeDir(vm.ID))
-	client, err := agent.Dial(ctx, agent.ClientConfig{
+	client := agent.NewClient(agent.ClientConfig{
 		Dial:    shimClient.DialAgent,
 		User:    "root",
 		Signer:  signer,
 		HostKey: key,
 	})
-	if err != nil {
-		return nil, err
-	}
 	return &guestClient{Client: client, run: vm.Run}, nil
 }
 

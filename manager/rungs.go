@@ -346,16 +346,18 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	return nil
 }
 
-// useGuest logs in to a guest that was restored. The guest lets nobody in before it has run
-// a program, so none is handed out that can't. Both go on at the same time, on two of its
-// CPUs, and most who start a VM run a command next, which needs the login.
+// useGuest returns when a guest that was restored has run a program: none is handed out that
+// can't.
 func (s *starting) useGuest(ctx context.Context, opts shim.LaunchOptions) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, opts.Spec.ReadyTimeout, smolvm.ErrBootTimeout)
 	defer cancel()
 	vm := s.vm
 	vm.Run = opts.Spec.Run
-	_, err := s.m.clientOf(ctx, vm)
-	return err
+	client, err := s.m.clientOf(vm)
+	if err != nil {
+		return err
+	}
+	return client.Ready(ctx)
 }
 
 // sum adds up phases.

@@ -11,13 +11,16 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/plain"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// call is a channel of ours in the guest's SSH server.
+// call is a channel of ours to the guest's agent.
 type call struct {
 	ssh.Channel
 	client *Client
+	// connected is closed once Channel is set.
+	connected chan struct{}
 	// kills: when the call is given up, what it has started is to end.
 	kills bool
 
@@ -44,13 +47,16 @@ func mustJSON(request any) []byte {
 // open opens a channel. An SSH library call can't be cancelled, so when ctx is done
 // first, the channel is closed when it opens.
 func (c *Client) open(ctx context.Context, kind string, payload []byte) (*call, error) {
-	c.begin()
-	k := &call{client: c, over: make(chan struct{}), pid: make(chan int, 1)}
+	k := &call{client: c, connected: make(chan struct{}), over: make(chan struct{}), pid: make(chan int, 1)}
+	if err := c.begin(k); err != nil {
+		return nil, describeOpen(err)
+	}
 	opened := make(chan error, 1)
 	go func() {
-		channel, requests, err := c.client.OpenChannel(kind, payload)
+		channel, requests, err := c.openChannel(ctx, kind, payload)
 		if err == nil {
 			k.Channel = channel
+			close(k.connected)
 			go k.follow(requests)
 		}
 		opened <- err
@@ -74,8 +80,7 @@ func (k *call) forsake(opened <-chan error) {
 	select {
 	case err = <-opened:
 	case <-time.After(answerTime):
-		k.client.retire()
-		k.end()
+		k.giveUp()
 		err = <-opened
 	}
 	if err == nil {
@@ -98,14 +103,35 @@ func (k *call) abandon() {
 		select {
 		case <-k.over:
 		case <-time.After(answerTime):
-			k.client.retire()
-			k.end()
+			k.giveUp()
 		}
 	}()
 }
 
+// giveUp ends a call that the guest does not confirm to be over.
+func (k *call) giveUp() {
+	if !k.abort() {
+		k.client.retire()
+	}
+	k.end()
+}
+
+// abort ends the call's connection, if it has one of its own.
+func (k *call) abort() bool {
+	select {
+	case <-k.connected:
+	default:
+		return false
+	}
+	channel, ok := k.Channel.(*plain.Channel)
+	if ok {
+		channel.Abort()
+	}
+	return ok
+}
+
 // end counts the call out.
-func (k *call) end() { k.ended.Do(k.client.end) }
+func (k *call) end() { k.ended.Do(func() { k.client.end(k) }) }
 
 // follow reads requests until the channel ends, among which is how it went.
 func (k *call) follow(requests <-chan *ssh.Request) {

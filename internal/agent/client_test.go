@@ -60,8 +60,14 @@ func (g *testGuest) pass(to, from *net.UnixConn) {
 	}
 }
 
-// newGuest starts a guest, and logs in to it.
+// newGuest starts a guest, and makes a client of it.
 func newGuest(t *testing.T) (*testGuest, *agent.Client) {
+	t.Helper()
+	return newGuestOf(t, (*guest.Server).ServeTrusted)
+}
+
+// newGuestOf is newGuest with a guest that serves connections in a way of its own.
+func newGuestOf(t *testing.T, serve func(*guest.Server, net.Conn)) (*testGuest, *agent.Client) {
 	t.Helper()
 	_, key, err := ed25519.GenerateKey(nil)
 	if err != nil {
@@ -72,7 +78,7 @@ func newGuest(t *testing.T) (*testGuest, *agent.Client) {
 		t.Fatal(err)
 	}
 	server := guest.NewServer()
-	if err := server.SetIdentity(wire.Greeting{HostKey: key}); err != nil {
+	if err := server.SetIdentity(wire.Greeting{HostKey: key, AuthorizedKeys: [][]byte{signer.PublicKey().Marshal()}}); err != nil {
 		t.Fatal(err)
 	}
 	me, err := user.Current()
@@ -82,20 +88,17 @@ func newGuest(t *testing.T) (*testGuest, *agent.Client) {
 	g := &testGuest{}
 	g.held = sync.NewCond(&g.mu)
 	t.Cleanup(func() { g.setHeld(false) })
-	client, err := agent.Dial(t.Context(), agent.ClientConfig{
+	client := agent.NewClient(agent.ClientConfig{
 		Dial: func(context.Context) (net.Conn, error) {
 			ours, outer := channelPair(t)
 			inner, theirs := channelPair(t)
 			go g.pass(outer, inner)
 			go g.pass(inner, outer)
-			go server.ServeTrusted(theirs)
+			go serve(server, theirs)
 			return ours, nil
 		},
 		User: me.Username, Signer: signer, HostKey: signer.PublicKey(),
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	t.Cleanup(func() { _ = client.Close() })
 	return g, client
 }
@@ -113,9 +116,21 @@ func run(t *testing.T, client *agent.Client, command smolvm.Command) (stdout, st
 }
 
 // A call to a guest that does not answer ends with its context, and others that are under
-// way go on when the guest does (C1).
+// way go on when the guest does (C1). So it is with an agent that speaks SSH only, whose one
+// connection takes no further calls then.
 func TestExecInAHeldGuest(t *testing.T) {
-	g, client := newGuest(t)
+	t.Run("plain", func(t *testing.T) {
+		g, client := newGuest(t)
+		testHeld(t, g, client, true)
+	})
+	t.Run("SSH", func(t *testing.T) {
+		g, client := newGuestOf(t, (*guest.Server).Serve)
+		testHeld(t, g, client, false)
+	})
+}
+
+func testHeld(t *testing.T, g *testGuest, client *agent.Client, usable bool) {
+	t.Helper()
 	ready, started := io.Pipe()
 	type result struct {
 		out string
@@ -167,8 +182,8 @@ func TestExecInAHeldGuest(t *testing.T) {
 	mustEnd(t, "copy from", func(ctx context.Context) error {
 		return client.CopyFrom(ctx, "/etc/passwd", filepath.Join(t.TempDir(), "x"), agent.CopyOptions{})
 	})
-	if client.Usable() {
-		t.Error("the connection takes calls, though the guest does not answer")
+	if client.Usable() != usable {
+		t.Errorf("usable, while the guest does not answer: %v", !usable)
 	}
 	g.setHeld(false)
 	go func() {
@@ -177,6 +192,10 @@ func TestExecInAHeldGuest(t *testing.T) {
 	}()
 	if got := <-other; got.err != nil || got.out != "up\nstill here\n" {
 		t.Errorf("the other command: %q, %v", got.out, got.err)
+	}
+	if usable {
+		run(t, client, smolvm.Command{Args: []string{"true"}})
+		return
 	}
 	select {
 	case <-client.Done():
@@ -524,15 +543,14 @@ func TestLyingGuest(t *testing.T) {
 			_ = channel.Close()
 		}
 	}
-	ours, theirs := channelPair(t)
-	go serve(theirs)
-	client, err := agent.Dial(t.Context(), agent.ClientConfig{
-		Dial: func(context.Context) (net.Conn, error) { return ours, nil },
+	client := agent.NewClient(agent.ClientConfig{
+		Dial: func(context.Context) (net.Conn, error) {
+			ours, theirs := channelPair(t)
+			go serve(theirs)
+			return ours, nil
+		},
 		User: "root", Signer: signer, HostKey: signer.PublicKey(),
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	defer func() { _ = client.Close() }()
 	status, err := client.Exec(t.Context(), smolvm.Command{Args: []string{"true"}})
 	if err != nil || status.Code != 255 {

@@ -52,17 +52,20 @@ func dial(t *testing.T, signer ssh.Signer, serve func(net.Conn)) *agent.Client {
 	check(t, err)
 	t.Cleanup(func() { _ = listener.Close() })
 	go func() {
-		if conn, err := listener.Accept(); err == nil {
-			serve(conn)
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go serve(conn)
 		}
 	}()
-	client, err := agent.Dial(t.Context(), agent.ClientConfig{
+	client := agent.NewClient(agent.ClientConfig{
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "tcp", listener.Addr().String())
 		},
 		User: "root", Signer: signer, HostKey: signer.PublicKey(),
 	})
-	check(t, err)
 	t.Cleanup(func() { _ = client.Close() })
 	return client
 }

@@ -469,15 +469,12 @@ func (s *shim) runInGuest(ctx context.Context, commands ...smolvm.Command) error
 	if err != nil {
 		return err
 	}
-	client, err := agent.Dial(ctx, agent.ClientConfig{
+	client := agent.NewClient(agent.ClientConfig{
 		Dial:    s.link.Open,
 		User:    "root",
 		Signer:  hostKey, // none is asked for over the guest channel
 		HostKey: hostKey.PublicKey(),
 	})
-	if err != nil {
-		return err
-	}
 	defer func() { _ = client.Close() }()
 	for _, command := range commands {
 		var output lastWords

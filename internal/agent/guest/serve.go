@@ -14,6 +14,7 @@ import (
 	"github.com/hashicorp/yamux"
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm/internal/agent/plain"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
@@ -79,7 +80,7 @@ func (a *agent) serveSession(channel *channel) error {
 		if err != nil {
 			return nil // the session is over
 		}
-		go a.serveStream(stream)
+		go a.serveStream(muxStream{stream.(*yamux.Stream)}) //nolint:forcetypeassert // as documented
 	}
 }
 
@@ -89,11 +90,33 @@ type peekedConn struct {
 	r *bufio.Reader
 }
 
+func peek(conn net.Conn) peekedConn { return peekedConn{conn, bufio.NewReader(conn)} }
+
 func (c peekedConn) Read(p []byte) (int, error) { return c.r.Read(p) }
 
-// serveStream serves an SSH connection, or one control exchange.
+// CloseWrite implements [plain.Conn].
+func (c peekedConn) CloseWrite() error {
+	if half, ok := c.Conn.(plain.Conn); ok {
+		return half.CloseWrite()
+	}
+	return c.Close()
+}
+
+// muxStream is a stream of a session as a connection. Of yamux's own, Close only ends the
+// writing, and leaves what waits to be written.
+type muxStream struct{ *yamux.Stream }
+
+// CloseWrite implements [plain.Conn].
+func (s muxStream) CloseWrite() error { return s.Stream.Close() }
+
+// Close implements [net.Conn]. What was written is sent.
+func (s muxStream) Close() error {
+	return errors.Join(s.SetDeadline(longAgo), s.Stream.Close())
+}
+
+// serveStream serves a channel, an SSH connection, or one control exchange.
 func (a *agent) serveStream(stream net.Conn) {
-	conn := peekedConn{stream, bufio.NewReader(stream)}
+	conn := peek(stream)
 	first, err := conn.r.Peek(len(wire.Magic))
 	if err == nil && string(first) != wire.Magic {
 		a.server.ServeTrusted(conn)

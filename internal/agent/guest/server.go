@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/smolvm/smolvm/internal/agent/plain"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
@@ -31,7 +32,7 @@ const serverVersion = "SSH-2.0-smolvm"
 type Server struct {
 	reaper *reaper
 	// proved returns an error if the guest can't run programs, and may take as long as one
-	// runs. The host's login waits for it. Nil: nothing has to be proved.
+	// runs. The host's channels wait for it. Nil: nothing has to be proved.
 	proved func() error
 
 	mu       sync.Mutex // guards the following
@@ -66,11 +67,6 @@ func (s *Server) SetIdentity(greeting wire.Greeting) error {
 		ServerVersion: serverVersion,
 		NoClientAuth:  true,
 		NoClientAuthCallback: func(meta ssh.ConnMetadata) (*ssh.Permissions, error) {
-			if s.proved != nil {
-				if err := s.proved(); err != nil {
-					return nil, &ssh.BannerError{Err: err, Message: err.Error()}
-				}
-			}
 			_, err := findAccount(meta.User())
 			return nil, err
 		},
@@ -134,11 +130,40 @@ func (s *Server) Serve(conn net.Conn) {
 	s.serve(conn, identity, identity.config)
 }
 
-// ServeTrusted is Serve for a connection that comes over the guest channel. Whoever can
-// open one holds the VM itself, so no key is asked for.
+// ServeTrusted is Serve for a connection that comes over the guest channel, and has a method
+// CloseWrite. Whoever can open one holds the VM itself, so no key is asked for, and it may
+// be a channel without SSH around it.
 func (s *Server) ServeTrusted(conn net.Conn) {
+	peeked, ok := conn.(peekedConn)
+	if !ok {
+		peeked = peek(conn)
+	}
 	identity := s.current()
-	s.serve(conn, identity, identity.trusted)
+	if first, err := peeked.r.Peek(plain.PeekSize); err == nil && plain.IsOpen(first) {
+		s.servePlain(peeked, identity)
+		return
+	}
+	s.serve(peeked, identity, identity.trusted)
+}
+
+// servePlain serves the one channel of a connection.
+func (s *Server) servePlain(conn peekedConn, identity identity) {
+	channel, err := plain.Accept(conn)
+	if err != nil {
+		return
+	}
+	user, err := ownAccount()
+	switch {
+	case identity.hostKey == nil || channel.Identity() != ssh.FingerprintSHA256(identity.hostKey):
+		err = errors.New("it is not the guest that was meant")
+	case s.proved != nil && err == nil:
+		err = s.proved()
+	}
+	if err != nil {
+		refuse(channel, err)
+		return
+	}
+	login{server: s, user: user, env: identity.env}.handle(channel)
 }
 
 // fingerprint is that of the host key.
@@ -200,6 +225,10 @@ func (l login) handle(channel ssh.NewChannel) {
 	switch channel.ChannelType() {
 	case "session":
 		l.session(channel)
+	case wire.ReadyChannel:
+		if channel, _, err := channel.Accept(); err == nil {
+			_ = channel.Close()
+		}
 	case wire.ExecChannel:
 		l.exec(channel)
 	case wire.TreeChannel:

@@ -41,6 +41,14 @@ func findAccount(name string) (account, error) {
 	return account{}, fmt.Errorf("no user %q in the guest", name)
 }
 
+// ownAccount is that of the agent, which is root but in tests.
+func ownAccount() (account, error) {
+	if uid := os.Getuid(); uid != 0 {
+		return findUID(uint32(uid)), nil
+	}
+	return findAccount(superuser.name)
+}
+
 // findUser looks up NAME, UID, or either with :GROUP or :GID after it, as docker exec has
 // them. A UID need not be in /etc/passwd.
 func findUser(text string) (account, error) {

@@ -12,13 +12,16 @@
 //	host  -> guest   Greeting   (identity, network, keys, clock)
 //	guest -> host    Answer     (what the agent is and has done)
 //
-// After that the stream carries yamux, with the host as its client. A yamux
-// stream that the host opens is one SSH connection, with the guest as server; or,
-// if its first bytes are those of a message, one control exchange: the host sends
-// a [Control], the guest answers with a [ControlAnswer] and closes the stream.
-// (An SSH client speaks first too, with "SSH-", so the agent need not wait.)
-// Control is for the shim, which must be able to shut a guest down with no SSH
-// client at hand; whatever users ask for goes by SSH.
+// After that the stream carries yamux, with the host as its client. What a yamux
+// stream is that the host opens is known by its first bytes:
+//
+//   - One channel, as SSH has them, without SSH: see package plain. All that smolvm itself
+//     does in a guest goes this way.
+//   - One SSH connection, with the guest as server, for everybody else. (An SSH client
+//     speaks first too, with "SSH-", so the agent need not wait.)
+//   - A message: one control exchange. The host sends a [Control], the guest answers with
+//     a [ControlAnswer] and closes the stream. Control is for the shim, which must be able
+//     to shut a guest down with no client at hand.
 //
 // A message is a line "SMOLVM <length>\n" and so many bytes of JSON. When the
 // host end closes or the session ends, the agent says so by an Answer with Again, and
@@ -67,6 +70,9 @@ const (
 	// has started, others are for its process group. A command that can't be started
 	// is reported on stderr with exit status 127 (not found) or 126.
 	ExecChannel = "exec@smolvm"
+	// ReadyChannel is a channel type without data. It is opened once the guest has run a
+	// program since it was booted or restored.
+	ReadyChannel = "ready@smolvm"
 	// PIDRequest is a request on such a channel by which the host asks for the process id
 	// of the command. The agent sends a request of the same name with the id, a uint32,
 	// before it replies; an older one refuses the request.
