@@ -55,14 +55,14 @@ func (s *shim) startContext(ctx context.Context) (context.Context, context.Cance
 	if s.instance != nil {
 		vmmEnded = s.instance.Done()
 	}
-	halted := s.halts.halted()
+	halted, launcherGone := s.halts.halted(), s.launcherGone // a claim brings another launcher
 	go func() {
 		select {
 		case <-vmmEnded:
 			cancelCause(errVMMEnded)
 		case <-halted:
 			cancelCause(s.halts.err())
-		case <-s.launcherGone:
+		case <-launcherGone:
 			cancelCause(errGivenUp)
 		case <-outer.Done():
 			if errors.Is(context.Cause(outer), errSilent) {
