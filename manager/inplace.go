@@ -12,6 +12,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
@@ -47,6 +48,7 @@ func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from sa
 	if err := m.keepDisk(ctx, before); err != nil {
 		return fail(err)
 	}
+	step.Reached(ctx, "in place/disk kept")
 	if !reflect.DeepEqual(vm.Config, before.Config) {
 		err = m.store.SetConfig(ctx, vm.ID, vm.Config)
 	}
@@ -57,6 +59,7 @@ func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from sa
 	if err != nil {
 		return fail(errors.Join(err, m.putBack(context.WithoutCancel(ctx), before, err)))
 	}
+	step.Reached(ctx, "in place/started")
 	_ = os.Remove(m.keptDisk(vm.ID)) // or the next start does it
 	m.reclaimLayersAside(context.WithoutCancel(ctx), vm.ID)
 	m.note(ctx, vm.ID, "restore", began, from.source)
@@ -109,6 +112,7 @@ func (m *Manager) keepDisk(ctx context.Context, vm store.VM) error {
 	if err := m.disks.Adopt(ctx, vm.DiskPath, kept); err != nil {
 		return err
 	}
+	step.Reached(ctx, "in place/disk adopted")
 	return os.Link(vm.DiskPath, kept)
 }
 

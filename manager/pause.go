@@ -7,6 +7,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 // holdTime bounds how long a shim may take to hold its guest, or to let it go on.
@@ -64,6 +65,7 @@ func (m *Manager) hold(ctx context.Context, id, verb string, from smolvm.VMState
 	if err := do(ctx, shim.NewClient(m.runtimeDir(id))); err != nil {
 		return smolvm.VMInfo{}, vmError(verb, id, err)
 	}
+	step.Reached(ctx, verb+"/done")
 	m.note(ctx, id, verb, began, "")
 	if vm, err = m.store.GetVM(ctx, id); err != nil {
 		return smolvm.VMInfo{}, err

@@ -70,6 +70,7 @@ func poolConfig(o smolvm.PoolOptions) smolvm.VMConfig {
 func (m *Manager) SetPool(ctx context.Context, opts smolvm.PoolOptions) (smolvm.Pool, error) {
 	id, err := m.definePool(ctx, opts)
 	if err == nil {
+		step.Reached(ctx, "pool/defined")
 		_, err = m.runTask(ctx, task{Pool: id}, nil)
 	}
 	if err != nil {
@@ -146,6 +147,7 @@ func (m *Manager) RemovePool(ctx context.Context, id string) error {
 	if err := m.store.DeletePool(ctx, id); err != nil {
 		return err
 	}
+	step.Reached(ctx, "pool/row")
 	lock, err := m.lockPool(ctx, id)
 	if err != nil {
 		return err
@@ -219,6 +221,9 @@ func (m *Manager) slotRuntimeDir(dir string) string {
 // being made.
 func (m *Manager) emptyPool(ctx context.Context, id string, deadOnly bool) error {
 	entries, err := os.ReadDir(m.poolDir(id))
+	if errors.Is(err, fs.ErrNotExist) { // who had the lock before found that the pool is to go
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -336,6 +341,7 @@ func (m *Manager) fillPool(ctx context.Context, id string) error {
 			return err
 		}
 	}
+	step.Reached(ctx, "fill/emptied")
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(fillers)
 	for range missing {
@@ -360,6 +366,7 @@ func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Sna
 	if err != nil {
 		return err
 	}
+	step.Reached(ctx, "fill/disk")
 	drive, err := m.ownDrive(diskPath)
 	if err != nil {
 		return err
@@ -395,16 +402,19 @@ func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Sna
 	if err != nil {
 		return err
 	}
+	step.Reached(ctx, "fill/launched")
 	text, err := json.Marshal(slot{ShimPID: launched.PID, ShimStart: launched.Start, BootID: m.bootID()})
 	if err == nil {
 		err = os.WriteFile(filepath.Join(dir, slotFile), text, 0o600)
 	}
 	if err == nil {
+		step.Reached(ctx, "fill/written")
 		err = launched.Commit()
 	}
 	if err != nil {
 		launched.Abort(context.WithoutCancel(ctx))
 	}
+	step.Reached(ctx, "fill/done")
 	return err
 }
 

@@ -84,6 +84,7 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts smolvm.StartOption
 	if err := m.ensureDisk(ctx, vm); err != nil {
 		return vm, nil, vmError("start", vm.ID, err)
 	}
+	step.Reached(ctx, "start/disk")
 	if s.launch, err = m.prepare(ctx, vm, opts); err != nil {
 		return vm, nil, err
 	}
@@ -104,6 +105,7 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts smolvm.StartOption
 		s.launch.Listeners = append(s.launch.Listeners, listener.listener)
 		s.launch.Spec.Forwards = append(s.launch.Spec.Forwards, listener.forward)
 	}
+	step.Reached(ctx, "start/listening")
 	s.phase("ports")
 	switch {
 	case from == nil:

@@ -17,6 +17,7 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -76,10 +77,12 @@ func (m *Manager) CreateSnapshot(ctx context.Context, id string, opts smolvm.Sna
 	if err != nil {
 		return smolvm.Snapshot{}, err
 	}
+	step.Reached(ctx, "snapshot/saved")
 	found, err := draft.Commit(ctx, meta, m.bootID())
 	if err != nil {
 		return smolvm.Snapshot{}, errors.Join(snapshotError(err), m.reclaimLayers(context.WithoutCancel(ctx)))
 	}
+	step.Reached(ctx, "snapshot/published")
 	m.note(ctx, id, "snapshot", began, name)
 	return snapshotInfo(found)
 }
@@ -119,6 +122,7 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 	if err != nil {
 		return nil, meta, snapshotError(err)
 	}
+	step.Reached(ctx, "save/draft")
 	saved, err := m.saveInto(ctx, vm, draft, meta.Layer)
 	if err != nil {
 		ctx := context.WithoutCancel(ctx)
@@ -175,12 +179,14 @@ func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Dra
 	if err := m.makeLayer(ctx, vm.DiskPath, draft.Path(snapshot.DiskFile), layer, overlay); err != nil {
 		return shim.Saved{}, err
 	}
+	step.Reached(ctx, "save/layer")
 	// The lock of the layers is not held meanwhile: the draft has the layer's file too, and
 	// keeps it.
 	save.Drives = []shim.SavedDrive{{Number: 0, Layer: m.dir.Layer(layer), Overlay: overlay, Path: vm.DiskPath}}
 	if saved, err = client.Save(ctx, save); err != nil {
 		return saved, err
 	}
+	step.Reached(ctx, "save/saved")
 	return saved, errors.Join(m.store.PersistBase(ctx, vm.DiskPath, m.dir.Layer(layer)), disk.SyncDir(m.DiskDir()))
 }
 
@@ -194,6 +200,7 @@ func (m *Manager) makeLayer(ctx context.Context, path, draft, layer, overlay str
 	if err := m.disks.AddLayer(ctx, path, layer); err != nil {
 		return err
 	}
+	step.Reached(ctx, "save/layer named")
 	if err := os.Link(path, draft); err != nil {
 		return err
 	}
@@ -393,6 +400,7 @@ func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) 
 		}
 		return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w", id, errors.Join(err, m.reclaimLayers(context.WithoutCancel(ctx))))
 	}
+	step.Reached(ctx, "fork/children")
 	m.note(ctx, id, "fork", began, fmt.Sprintf("%d", count))
 	return forked, nil
 }

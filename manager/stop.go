@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
@@ -183,9 +185,11 @@ func (m *Manager) endLocked(ctx context.Context, vm store.VM, how shim.Stop) (st
 	if err := m.endProcesses(ctx, vm, how); err != nil {
 		return vm, err
 	}
+	step.Reached(ctx, "stop/ended")
 	if _, err := m.store.MarkEnded(ctx, vm.ID, vm.Run, smolvm.StateStopped, "stopped by request", time.Now().UTC()); err != nil {
 		return vm, fmt.Errorf("it has ended, but that can't be written down: %w", err)
 	}
+	step.Reached(ctx, "stop/written")
 	if err := shim.RemoveRuntimeDir(m.runtimeDir(vm.ID)); err != nil {
 		return vm, err
 	}
@@ -266,6 +270,7 @@ const causeShimDied = "the VM's shim ended unexpectedly"
 func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 	m.forgetClient(vm.ID)
 	m.disown(vm.ID)
+	step.Reached(ctx, "erase/ended")
 	leaves := false
 	if err := shim.RemoveRuntimeDir(m.runtimeDir(vm.ID)); err != nil {
 		return err
@@ -285,10 +290,12 @@ func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 		if err := os.RemoveAll(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
+		step.Reached(ctx, "erase/"+filepath.Base(filepath.Dir(path)))
 	}
 	if err := m.store.DeleteVM(ctx, vm.ID); err != nil {
 		return err
 	}
+	step.Reached(ctx, "erase/row")
 	if leaves {
 		m.reclaimLayersAside(ctx, vm.ID)
 	}

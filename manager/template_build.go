@@ -18,6 +18,7 @@ import (
 	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -86,6 +87,7 @@ func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMC
 		return "", err
 	}
 	defer func() { err = errors.Join(err, draft.Discard()) }()
+	step.Reached(ctx, "template/draft")
 	spec, err := m.templateSpec(ctx, r, config, draft)
 	if err != nil {
 		return "", err
@@ -99,6 +101,7 @@ func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMC
 	if err != nil {
 		return "", err
 	}
+	step.Reached(ctx, "template/frozen")
 	unlock, err := m.disks.Lock(ctx)
 	if err != nil {
 		return "", err
@@ -108,9 +111,11 @@ func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMC
 	if err != nil {
 		return "", err
 	}
+	step.Reached(ctx, "template/layer")
 	if _, err := draft.Commit(ctx, templateMeta{Recipe: r, Config: config}, m.bootID()); err != nil {
 		return "", errors.Join(err, m.reclaimLayers(ctx))
 	}
+	step.Reached(ctx, "template/published")
 	m.note(ctx, id, "template", began, "image "+r.Image)
 	return id, m.pruneTemplates(ctx, m.config.templateBytes(), id)
 }
