@@ -1,0 +1,384 @@
+package vmmfake
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/ring"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// request is what the shim asks of the VMM.
+type request struct {
+	ID int    `json:"id"`
+	Op string `json:"op"`
+	// Of a saving.
+	Memory string `json:"memory,omitempty"`
+	State  string `json:"state,omitempty"`
+	// Of the switch to an overlay.
+	Drive   int    `json:"drive,omitempty"`
+	Overlay string `json:"overlay,omitempty"`
+}
+
+// Operations of a [request].
+const (
+	opPause  = "pause"
+	opResume = "resume"
+	opSave   = "save" // leaves the guest held
+	opCancel = "cancel"
+	opCheck  = "check" // whether an overlay can be opened
+	opSwitch = "switch"
+	opButton = "button"
+	opQuit   = "quit"
+)
+
+// message is what the VMM tells: the answer to a request, or an event.
+type message struct {
+	ID    int    `json:"id,omitempty"`
+	Error string `json:"error,omitempty"`
+	// Held says that the guest had been held before.
+	Held bool `json:"held,omitempty"`
+
+	Event  string         `json:"event,omitempty"`
+	Reason vmm.ExitReason `json:"reason,omitempty"`
+	Detail string         `json:"detail,omitempty"`
+	Halt   *vmm.Halt      `json:"halt,omitempty"`
+}
+
+// Events of a [message].
+const (
+	eventRunning = "running"
+	eventHalt    = "halt"
+	eventEnd     = "end"
+)
+
+var errEnded = errors.New("the VMM has ended")
+
+// instance implements [vmm.Instance], and all that is optional.
+type instance struct {
+	cfg              vmm.Config
+	faults           []string
+	child            *proc.Child
+	control, channel *net.UnixConn
+	console, log     *bounded
+
+	mu      sync.Mutex // guards the following
+	next    int
+	pending map[int]chan message // those who wait for an answer
+	end     *message             // what the VMM said of its end
+	killed  bool                 // Kill was called before it did
+	limit   float64
+
+	saving sync.Mutex    // held by Save
+	ready  chan struct{} // closed when the guest runs
+	closed chan struct{} // closed when nothing more comes of the VMM
+	halts  chan vmm.Halt
+	done   chan struct{}
+	exit   vmm.Exit // written before done is closed
+}
+
+var (
+	_ vmm.Consoler = (*instance)(nil)
+	_ vmm.Limiter  = (*instance)(nil)
+	_ vmm.Pauser   = (*instance)(nil)
+	_ vmm.Saver    = (*instance)(nil)
+	_ vmm.Halter   = (*instance)(nil)
+)
+
+// PID implements [vmm.Instance].
+func (i *instance) PID() int { return i.child.PID() }
+
+// Channel implements [vmm.Instance].
+func (i *instance) Channel() vmm.Channel {
+	if i.channel == nil {
+		return nil
+	}
+	return i.channel
+}
+
+// Done implements [vmm.Instance].
+func (i *instance) Done() <-chan struct{} { return i.done }
+
+// Exit implements [vmm.Instance].
+func (i *instance) Exit() vmm.Exit { return i.exit }
+
+// Halts implements [vmm.Halter].
+func (i *instance) Halts() <-chan vmm.Halt { return i.halts }
+
+// ConsoleTail implements [vmm.Consoler].
+func (i *instance) ConsoleTail(n int) string { return i.console.Tail(n) }
+
+// Limits implements [vmm.Limiter]. Nothing is enforced.
+func (i *instance) Limits() smolvm.Limits {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	limits := smolvm.Limits{By: "vmmfake", MemoryMiB: i.cfg.MemoryMiB, CPUs: i.cfg.CPULimit}
+	if i.limit != 0 {
+		limits.CPUs = i.limit
+	}
+	return limits
+}
+
+// SetCPULimit implements [vmm.Limiter].
+func (i *instance) SetCPULimit(_ context.Context, cpus float64) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.limit = cpus
+	return nil
+}
+
+// Shutdown implements [vmm.Instance].
+func (i *instance) Shutdown(ctx context.Context) error {
+	_, err := i.ask(ctx, request{Op: opButton})
+	if errors.Is(err, errEnded) {
+		return nil
+	}
+	return err
+}
+
+// Pause implements [vmm.Pauser].
+func (i *instance) Pause(ctx context.Context) error {
+	_, err := i.ask(ctx, request{Op: opPause})
+	return err
+}
+
+// Resume implements [vmm.Pauser].
+func (i *instance) Resume(ctx context.Context) error {
+	_, err := i.ask(ctx, request{Op: opResume})
+	return err
+}
+
+// Kill implements [vmm.Instance].
+func (i *instance) Kill(ctx context.Context) error {
+	i.mu.Lock()
+	i.killed = i.killed || i.end == nil
+	i.mu.Unlock()
+	if _, err := i.ask(ctx, request{Op: opQuit}); err == nil {
+		select {
+		case <-i.done:
+			return nil
+		case <-ctx.Done():
+		}
+	}
+	if err := i.child.Kill(); err != nil {
+		return err
+	}
+	<-i.done
+	return nil
+}
+
+// Save implements [vmm.Saver].
+func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Saved, err error) {
+	if err := ctx.Err(); err != nil {
+		return saved, err
+	}
+	i.saving.Lock()
+	defer i.saving.Unlock()
+	for _, overlay := range opts.Overlays {
+		if overlay == "" {
+			continue
+		}
+		if _, err := i.ask(ctx, request{Op: opCheck, Overlay: overlay}); err != nil {
+			return saved, err
+		}
+	}
+	answer, err := i.askToSave(ctx, request{Op: opSave, Memory: opts.Memory, State: opts.State})
+	if err != nil {
+		return saved, err
+	}
+	began := time.Now()
+	saved.Held = answer.Held
+	// From here on the guest is held, and is to go on whatever happens.
+	ctx = context.WithoutCancel(ctx)
+	for n, overlay := range opts.Overlays {
+		if overlay == "" || err != nil {
+			continue
+		}
+		if _, err = i.ask(ctx, request{Op: opSwitch, Drive: n, Overlay: overlay}); err == nil {
+			saved.Switched = true
+		}
+	}
+	if saved.Switched && opts.Switched != nil {
+		err = errors.Join(err, opts.Switched())
+	}
+	if !opts.Hold && !saved.Held {
+		_, resumeErr := i.ask(ctx, request{Op: opResume})
+		err = errors.Join(err, resumeErr)
+	}
+	if err != nil {
+		err = errors.Join(err, os.Remove(opts.Memory), os.Remove(opts.State))
+	}
+	saved.Pause = max(time.Since(began), 1)
+	return saved, err
+}
+
+// askToSave has the VMM make the files, and gives that up when ctx is done. It returns
+// when the VMM has answered.
+func (i *instance) askToSave(ctx context.Context, r request) (message, error) {
+	stop := context.AfterFunc(ctx, func() { _, _ = i.send(request{Op: opCancel}) })
+	defer stop()
+	answer, err := i.ask(context.WithoutCancel(ctx), r)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("save: %w", context.Cause(ctx))
+	}
+	return answer, err
+}
+
+// ask sends a request and waits for its answer.
+func (i *instance) ask(ctx context.Context, r request) (message, error) {
+	answer, err := i.send(r)
+	if err != nil {
+		return message{}, err
+	}
+	select {
+	case got := <-answer:
+		if got.Error != "" {
+			return got, errors.New(got.Error)
+		}
+		return got, nil
+	case <-i.closed:
+		return message{}, errEnded
+	case <-ctx.Done():
+		return message{}, context.Cause(ctx)
+	}
+}
+
+func (i *instance) send(r request) (<-chan message, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.next++
+	r.ID = i.next
+	text, err := json.Marshal(r)
+	if err != nil {
+		return nil, err
+	}
+	answer := make(chan message, 1)
+	i.pending[r.ID] = answer
+	// A VMM that hangs reads nothing, and what it is sent fits the socket's buffer.
+	if _, err := i.control.Write(append(text, '\n')); err != nil {
+		return nil, errEnded
+	}
+	return answer, nil
+}
+
+// read takes what the VMM says, to its end.
+func (i *instance) read() {
+	defer close(i.closed)
+	lines := bufio.NewScanner(i.control)
+	for lines.Scan() {
+		var m message
+		if json.Unmarshal(lines.Bytes(), &m) != nil {
+			continue
+		}
+		i.mu.Lock()
+		switch {
+		case m.Event == eventRunning:
+			close(i.ready)
+		case m.Event == eventHalt:
+			select {
+			case <-i.halts:
+			default:
+			}
+			i.halts <- *m.Halt // only this goroutine sends
+		case m.Event == eventEnd:
+			i.end = &m
+		default:
+			i.pending[m.ID] <- m
+			delete(i.pending, m.ID)
+		}
+		i.mu.Unlock()
+	}
+}
+
+// awaitRunning returns when the guest runs. If it never does, nothing is left.
+func (i *instance) awaitRunning(ctx context.Context) error {
+	err := ctx.Err()
+	if err == nil {
+		select {
+		case <-i.ready:
+			return nil
+		case <-i.done:
+			return errors.New(i.exit.Detail)
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	err = errors.Join(err, i.child.Kill())
+	<-i.done
+	return err
+}
+
+// watch waits for the VMM's end and finds out why it came.
+func (i *instance) watch() {
+	<-i.child.Done()
+	<-i.closed
+	i.console.drain()
+	i.log.drain()
+	i.mu.Lock()
+	i.exit = vmm.Exit{Reason: vmm.ExitCrashed, At: time.Now().UTC()}
+	switch {
+	case i.killed:
+		i.exit.Reason = vmm.ExitKilled
+	case i.end != nil:
+		i.exit.Reason, i.exit.Detail = i.end.Reason, i.end.Detail
+	default:
+		i.exit.Detail = "fake VMM: " + i.child.Exit()
+		if words := ring.LastLines(i.log.Tail(4<<10), 5); words != "" {
+			i.exit.Detail += ": " + words
+		}
+	}
+	i.mu.Unlock()
+	_ = i.closeFiles()
+	close(i.done)
+}
+
+func (i *instance) closeFiles() error {
+	var errs []error
+	for _, conn := range []*net.UnixConn{i.control, i.channel} {
+		if conn != nil {
+			errs = append(errs, conn.Close())
+		}
+	}
+	for _, log := range []*bounded{i.console, i.log} {
+		if log != nil {
+			errs = append(errs, log.pipe.Close(), log.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// stuckInstance is a VMM that hangs: a command returns when the VMM has ended.
+type stuckInstance struct{ *instance }
+
+func (i *stuckInstance) Pause(context.Context) error    { return i.hang() }
+func (i *stuckInstance) Resume(context.Context) error   { return i.hang() }
+func (i *stuckInstance) Shutdown(context.Context) error { return i.hang() }
+
+func (i *stuckInstance) Kill(context.Context) error {
+	i.mu.Lock()
+	i.killed = true
+	i.mu.Unlock()
+	_ = i.child.Signal(unix.SIGKILL)
+	<-i.done
+	return nil
+}
+
+func (i *stuckInstance) hang() error {
+	<-i.done
+	return errEnded
+}
+
+// has reports whether a VM has a fault.
+func (t task) has(fault string) bool { return slices.Contains(t.Faults, fault) }
