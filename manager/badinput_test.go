@@ -16,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/imagetest"
 	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -200,7 +201,7 @@ func TestDataDirResolution(t *testing.T) {
 }
 
 func TestSameIDTwice(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	mustCreate(t, m, smolvm.VMConfig{ID: "twin"})
 	if _, err := m.Create(t.Context(), smolvm.VMConfig{ID: "twin"}, smolvm.CreateOptions{}); !errors.Is(err, smolvm.ErrVMAlreadyExists) || !strings.Contains(err.Error(), "twin") {
 		t.Errorf("second create: %v", err)
@@ -212,7 +213,7 @@ func TestSameIDTwice(t *testing.T) {
 
 // Many at once get different leases, ports and disks.
 func TestConcurrentCreates(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	const n = 24
 	var all sync.WaitGroup
 	infos := make([]smolvm.VMInfo, n)
@@ -238,7 +239,7 @@ func TestConcurrentCreates(t *testing.T) {
 
 // A port that another program takes between create and start is not the VM's end.
 func TestSSHPortTakenMeanwhile(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	taken, err := net.Listen("tcp", hostAddr(smolvm.PortForward{HostAddr: vm.Network.SSHHostAddr, HostPort: vm.Network.SSHHostPort}))
 	if err != nil {
@@ -370,8 +371,9 @@ func TestQEMUMissingOrBroken(t *testing.T) {
 
 // A caller that gives up a start leaves the VM as it was.
 func TestStartCancelled(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
+	faulty(t, m, vm.ID, vmmfake.Silent)
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); !errors.Is(err, context.DeadlineExceeded) {
@@ -383,6 +385,7 @@ func TestStartCancelled(t *testing.T) {
 	if left := testenv.Processes(m.DataDir()); len(left) > 0 {
 		t.Errorf("processes are left: %q", left)
 	}
+	faulty(t, m, vm.ID, "")
 	if _, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err != nil {
 		t.Errorf("start after one that was given up: %v", err)
 	}
@@ -390,12 +393,8 @@ func TestStartCancelled(t *testing.T) {
 
 // A socket directory of any length works.
 func TestLongSocketDir(t *testing.T) {
-	testenv.RequireQEMU(t)
-	dir := tempDir(t)
-	config := testConfig(t, dir)
-	config.AgentPath = testenv.Agent(t)
-	config.SocketDir = filepath.Join(dir, strings.Repeat("long", 20), strings.Repeat("path", 20))
-	testenv.SeedImages(t, config.DataDir)
+	config := useFake(t)
+	config.SocketDir = filepath.Join(filepath.Dir(config.DataDir), strings.Repeat("long", 20), strings.Repeat("path", 20))
 	m, err := manager.Open(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)
@@ -422,7 +421,7 @@ func TestCreateDiskFull(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("mounting a small file system takes root")
 	}
-	m := openReal(t)
+	m := openFake(t)
 	if err := unix.Mount("tmpfs", m.DiskDir(), "tmpfs", 0, "size=64k"); err != nil {
 		t.Skip("mounting is not allowed here: ", err)
 	}

@@ -35,6 +35,36 @@ var childWork = map[string]func(ctx context.Context, m *manager.Manager, id stri
 		_, err := m.SetPool(ctx, smolvm.PoolOptions{Size: 2})
 		return err
 	},
+	"create": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.Create(ctx, smolvm.VMConfig{ID: id}, smolvm.CreateOptions{})
+		return err
+	},
+	"stop": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.Stop(ctx, id, smolvm.StopOptions{})
+		return err
+	},
+	"rm": func(ctx context.Context, m *manager.Manager, id string) error {
+		return m.Delete(ctx, id, smolvm.DeleteOptions{})
+	},
+	"pause": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.Pause(ctx, id)
+		return err
+	},
+	"resume": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.Resume(ctx, id)
+		return err
+	},
+	"restore in place": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.RestoreSnapshot(ctx, id, smolvm.RestoreOptions{InPlace: true})
+		return err
+	},
+	"empty pool": func(ctx context.Context, m *manager.Manager, _ string) error {
+		pools, err := m.Pools(ctx)
+		if err != nil {
+			return err
+		}
+		return m.RemovePool(ctx, pools[0].ID)
+	},
 	"start": func(ctx context.Context, m *manager.Manager, id string) error {
 		_, err := m.Start(ctx, id, smolvm.StartOptions{})
 		return err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -57,7 +58,7 @@ func TestSavingGivenUp(t *testing.T) {
 
 func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manager, moment time.Duration)) {
 	t.Helper()
-	m := openReal(t)
+	m := openFake(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	began := time.Now()
 	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "whole"}); err != nil {
@@ -123,7 +124,7 @@ func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manag
 // The same when it is not the process that asked for it which dies, but the VM's shim:
 // the VM is lost, but neither its disk nor a snapshot that was reported.
 func TestShimKilledWhileSaving(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	for i := 0; i < len(moments); i += 2 {
 		moment := moments[i]
 		vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
@@ -166,53 +167,11 @@ func TestShimKilledWhileSaving(t *testing.T) {
 	}
 }
 
-// A process that is killed while it makes VMs of a saved guest leaves either VMs that
-// can be used, or rows that can be deleted.
-func TestKilledWhileRestoring(t *testing.T) {
-	m := openReal(t)
-	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
-	sh(t, m, "vm", "echo kept > /root/file")
-	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "kept"}); err != nil {
-		t.Fatal(err)
-	}
-	for work, from := range map[string]string{"restore": "kept", "fork": "vm"} {
-		for _, moment := range moments {
-			pull(t, m, from, work, moment)
-			id := map[string]string{"restore": "restored", "fork": "forked"}[work]
-			awaitSettled(t, m, id)
-			if _, err := m.Reconcile(t.Context()); err != nil {
-				t.Errorf("%s, %s: Reconcile: %v", work, moment, err)
-			}
-			vm, err := m.Get(t.Context(), id)
-			if errors.Is(err, smolvm.ErrVMNotFound) {
-				continue
-			}
-			if err != nil {
-				t.Fatalf("%s, %s: %v", work, moment, err)
-			}
-			if vm.State == smolvm.StateRunning {
-				if got := sh(t, m, id, "cat /root/file"); got != "kept" {
-					t.Errorf("%s, %s: the file says %q", work, moment, got)
-				}
-			}
-			if err := m.Delete(t.Context(), id, smolvm.DeleteOptions{}); err != nil {
-				t.Errorf("%s, %s: %v", work, moment, err)
-			}
-		}
-	}
-	if got := sh(t, m, "vm", "cat /root/file"); got != "kept" {
-		t.Errorf("the VM's file says %q", got)
-	}
-	if err := m.RemoveSnapshot(t.Context(), "kept"); err != nil {
-		t.Error(err)
-	}
-}
-
 // awaitSettled waits until the shim of a VM whose launcher died has undone what it did,
 // or the VM runs.
 func awaitSettled(t *testing.T, m *manager.Manager, id string) {
 	t.Helper()
-	for len(testenv.Processes("/"+id+"/"))+len(testenv.Processes(" "+id+" ")) > 0 {
+	for len(processesOf(m, id)) > 0 {
 		if vm, err := m.Get(t.Context(), id); err == nil && vm.State == smolvm.StateRunning {
 			return
 		}
@@ -220,72 +179,12 @@ func awaitSettled(t *testing.T, m *manager.Manager, id string) {
 	}
 }
 
-// A process that is killed while it makes a template or a pool leaves nothing that looks
-// finished and is not, and the next one that wants it makes it.
-func TestKilledWhileMakingTemplates(t *testing.T) {
-	m := openFast(t)
-	for _, moment := range []time.Duration{0, 50 * time.Millisecond, 300 * time.Millisecond, time.Second, 2 * time.Second} {
-		pull(t, m, "", "template", moment)
-		// What makes it is a process of its own, which goes on. This time it is killed too.
-		for _, pid := range tasks(t, m) {
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-		awaitTemplates(t, m)
-		if _, err := m.Reconcile(t.Context()); err != nil {
-			t.Errorf("%s: Reconcile: %v", moment, err)
-		}
-		all, err := m.Templates(t.Context())
-		if err != nil || len(all) > 1 {
-			t.Fatalf("%s: templates are %+v, %v", moment, all, err)
-		}
-		if len(all) == 1 { // it was finished before it was killed
-			vm := mustRun(t, m, smolvm.VMConfig{})
-			if report := startReport(t, vm, smolvm.StartClone); len(report.Warnings) > 0 {
-				t.Errorf("%s: warnings are %q", moment, report.Warnings)
-			}
-			if err := errors.Join(m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}), m.RemoveTemplate(t.Context(), all[0].ID)); err != nil {
-				t.Error(err)
-			}
-		}
-		checkEmpty(t, filepath.Join(m.DataDir(), "templates"))
-		checkEmpty(t, filepath.Join(m.DataDir(), "layers"))
-	}
-	pull(t, m, "", "pool", time.Second)
-	pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 2})
-	if err != nil || pool.Ready != 2 {
-		t.Fatalf("pool is %+v, %v", pool, err)
-	}
-	startReport(t, mustRun(t, m, smolvm.VMConfig{}), smolvm.StartPool)
-	if err := m.RemovePool(t.Context(), pool.ID); err != nil {
-		t.Error(err)
-	}
-}
-
-// tasks are the processes that make templates and pools of a data directory.
-func tasks(t *testing.T, m *manager.Manager) []int {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var pids []int
-	for _, entry := range entries {
-		text, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cmdline"))
-		if err != nil || string(text) != self+"\x00"+shimCommand+"\x00task\x00" {
-			continue
-		}
-		log, err := os.Readlink(filepath.Join("/proc", entry.Name(), "fd/2"))
-		if err != nil || !strings.HasPrefix(log, m.DataDir()) {
-			continue
-		}
-		var pid int
-		if _, err := fmt.Sscan(entry.Name(), &pid); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+// processesOf lists the processes of a VM, and not those of other data directories' VMs of
+// that name. A shim has the directory in no argument, but its log is in there.
+func processesOf(m *manager.Manager, id string) []string {
+	return slices.DeleteFunc(append(testenv.Processes("/"+id+"/"), testenv.Processes(" "+id+" ")...), func(process string) bool {
+		pid, args, _ := strings.Cut(process, ": ")
+		log, _ := os.Readlink(filepath.Join("/proc", pid, "fd/2"))
+		return !strings.Contains(args, m.DataDir()) && !strings.HasPrefix(log, m.DataDir())
+	})
 }

@@ -71,7 +71,7 @@ func TestNoRoomForSavedGuests(t *testing.T) {
 // What another QEMU has saved is not given to this one: VMs boot, from the disk that was
 // saved, and say why.
 func TestReplacedVMM(t *testing.T) {
-	m := openFast(t)
+	m := openFakeFast(t)
 	old, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
 		t.Fatal(err)

@@ -52,7 +52,7 @@ func TestDisks(t *testing.T) {
 
 // Further drives are there in their order, and what is read-only can't be written.
 func TestDrives(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	dir := t.TempDir()
 	var drives []smolvm.Drive
 	for i, text := range []string{"first", "second"} {

@@ -95,7 +95,7 @@ func TestLifecycle(t *testing.T) {
 // Closing a Manager leaves VMs running; another one, as in another process, takes
 // them over.
 func TestClose(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), Templates: manager.TemplateConfig{Disabled: true}}
 	vm := mustRun(t, m, smolvm.VMConfig{})
 	first, err := manager.Open(t.Context(), config)
@@ -117,7 +117,7 @@ func TestClose(t *testing.T) {
 
 // A guest may end by itself, in good order or not.
 func TestGuestEndsByItself(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	for name, test := range map[string]struct {
 		line  string
 		state smolvm.VMState
@@ -182,7 +182,7 @@ func TestOwnInit(t *testing.T) {
 
 // Whoever dies, no VM is without its keeper, and the truth is found out.
 func TestKilledProcesses(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	for name, victim := range map[string]func(smolvm.VMInfo) int{
 		"shim": func(vm smolvm.VMInfo) int { return vm.ShimPID },
 		"VMM":  func(vm smolvm.VMInfo) int { return vm.PID },
@@ -227,7 +227,7 @@ func TestKilledProcesses(t *testing.T) {
 }
 
 func TestTTLAndEphemeral(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{TTL: time.Second, Ephemeral: true})
 	if err := waitEnd(t, vm); err != nil {
 		t.Fatal(err)
@@ -250,7 +250,7 @@ func TestTTLAndEphemeral(t *testing.T) {
 }
 
 func TestLogs(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	read := func(opts smolvm.LogOptions) string {
 		t.Helper()

@@ -14,8 +14,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/testenv"
-	"github.com/smolvm/smolvm/internal/vmm"
-	"github.com/smolvm/smolvm/internal/vmm/qemu"
+	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -26,7 +25,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == shimCommand {
 		err := manager.RunShim(context.Background(), manager.ShimOptions{
 			Stdin:    os.Stdin,
-			Backends: []vmm.Backend{qemu.New(qemu.Options{})},
+			Backends: backends(),
 		})
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -37,7 +36,10 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == childCommand {
 		os.Exit(childMain(os.Args[2:]))
 	}
-	os.Exit(m.Run())
+	if len(os.Args) > 1 && os.Args[1] == vmmfake.Command {
+		os.Exit(vmmfake.Main(os.Args[2:]))
+	}
+	os.Exit(testenv.Main(m.Run))
 }
 
 // tempDir is a short directory, as sockets are made below it.

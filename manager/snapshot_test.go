@@ -9,8 +9,6 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/testenv"
-	"github.com/smolvm/smolvm/manager"
 )
 
 // counter counts seconds in the guest's memory, and writes them down where no disk is.
@@ -20,7 +18,7 @@ i=0; while :; do i=$((i+1)); echo $i > /run/count; sleep 1; done
 sh /run/count.sh >/dev/null 2>&1 &`
 
 func TestPause(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
 	if _, err := m.Resume(t.Context(), vm.ID); !errors.Is(err, smolvm.ErrInvalidState) {
 		t.Errorf("resuming a running VM: %v", err)
@@ -70,7 +68,7 @@ func TestForkOfGuestThatHangs(t *testing.T) {
 
 // A snapshot that an older program took says that it may be damaged.
 func TestSnapshotOfOlderProgram(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "old"}); err != nil {
 		t.Fatal(err)
@@ -175,7 +173,7 @@ func TestFork(t *testing.T) {
 }
 
 func TestSnapshot(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm", Env: map[string]string{"WORD": "kept"}})
 	sh(t, m, "vm", "echo one > /root/file; "+counter)
 	taken, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "one"})
@@ -266,7 +264,7 @@ func TestSnapshot(t *testing.T) {
 
 // What can't be saved is refused before anything is made.
 func TestSnapshotRefusals(t *testing.T) {
-	m := openReal(t)
+	m := openFake(t)
 	drive := filepath.Join(tempDir(t), "drive")
 	if err := os.WriteFile(drive, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
@@ -291,12 +289,7 @@ func TestSnapshotRefusals(t *testing.T) {
 
 // EnsurePool fills a pool while its caller goes on.
 func TestEnsurePool(t *testing.T) {
-	testenv.RequireQEMU(t)
-	config := testConfig(t, tempDir(t))
-	config.AgentPath = testenv.Agent(t)
-	config.Templates = manager.TemplateConfig{}
-	testenv.SeedImages(t, config.DataDir)
-	m := openAt(t, config)
+	m := openFakeFast(t)
 	if _, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: -1}); err == nil {
 		t.Error("there is a pool of -1 VMs")
 	}

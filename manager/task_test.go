@@ -6,18 +6,14 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
 
 // What goes wrong in the process of a background task is the same error here.
 func TestTaskErrors(t *testing.T) {
-	testenv.RequireQEMU(t)
-	config := testConfig(t, tempDir(t))
-	config.AgentPath = testenv.Agent(t)
+	config := useFake(t)
 	config.Templates = manager.TemplateConfig{}
 	config.DiskReserve = 1 << 60 // more than any disk has; it is the task that looks
-	testenv.SeedImages(t, config.DataDir)
 	m := openAt(t, config)
 	_, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if !errors.Is(err, smolvm.ErrDiskBudget) || smolvm.CodeOf(err) != smolvm.CodeNoRoom || !strings.Contains(err.Error(), "build template") {

@@ -161,7 +161,7 @@ func TestClones(t *testing.T) {
 // Cold boots are to be had for the asking, and make no templates. VMs that can't be
 // cloned are booted without a word.
 func TestCold(t *testing.T) {
-	m := openFast(t)
+	m := openFakeFast(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	vm, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{Cold: true})
 	if err != nil {
@@ -185,7 +185,7 @@ func TestCold(t *testing.T) {
 // A template that is of no use is replaced, and costs nothing but the time: the VM boots
 // and says why.
 func TestDamagedTemplate(t *testing.T) {
-	m := openFast(t)
+	m := openFakeFast(t)
 	path := func(template smolvm.Template, name string) string {
 		return filepath.Join(m.DataDir(), "templates", template.ID, name)
 	}
@@ -254,7 +254,7 @@ func flipByte(path string) error {
 
 // A state that verifies but that the VMM can't load falls back as well.
 func TestUnloadableTemplate(t *testing.T) {
-	m := openFast(t)
+	m := openFakeFast(t)
 	template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -299,7 +299,7 @@ func TestWarmUp(t *testing.T) {
 // Templates are removed when they take too much of the disk, the least used first, and
 // with their image.
 func TestPruneTemplates(t *testing.T) {
-	m := openFast(t)
+	m := openFakeFast(t)
 	var ids []string
 	for _, memory := range []int{192, 256} {
 		template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{MemoryMiB: memory})

@@ -1,0 +1,258 @@
+package manager_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/step"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// verb is an operation that is cut short at each of its steps.
+type verb struct {
+	work, id string // what a child does; see childWork
+	// templates has starts use and make templates; with fresh its VM has no file yet.
+	templates, fresh bool
+	// before makes what the operation works on.
+	before func(t *testing.T, m *manager.Manager)
+	// starts are the VMs that it starts.
+	starts []string
+	// safe are the VMs that are there afterwards whatever happens, with their file.
+	safe []string
+}
+
+// kept is what the file of each VM and snapshot says that was there before.
+const kept = "kept"
+
+func stepsVM(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
+	sh(t, m, "vm", "echo "+kept+" > /root/file; sync")
+}
+
+func stepsSnapshot(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	stepsVM(t, m)
+	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "saved"}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func stepsPool(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func stepsStopped(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	stepsVM(t, m)
+	if _, err := m.Stop(t.Context(), "vm", smolvm.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// verbs are the operations that change something.
+var verbs = map[string]verb{
+	"create": {work: "create", id: "vm"},
+	"start, first": {work: "start", id: "vm", starts: []string{"vm"}, fresh: true, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
+		mustCreate(t, m, smolvm.VMConfig{ID: "vm"})
+	}},
+	"start": {work: "start", id: "vm", starts: []string{"vm"}, safe: []string{"vm"}, before: stepsStopped},
+	"stop":  {work: "stop", id: "vm", safe: []string{"vm"}, before: stepsVM},
+	"rm":    {work: "rm", id: "vm", before: stepsVM},
+	"pause": {work: "pause", id: "vm", safe: []string{"vm"}, before: stepsVM},
+	"resume": {work: "resume", id: "vm", safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
+		stepsVM(t, m)
+		if _, err := m.Pause(t.Context(), "vm"); err != nil {
+			t.Fatal(err)
+		}
+	}},
+	"snapshot": {work: "snapshot", id: "vm", safe: []string{"vm"}, before: stepsVM},
+	"restore":  {work: "restore", id: "saved", starts: []string{"restored"}, safe: []string{"vm"}, before: stepsSnapshot},
+	"restore in place": {work: "restore in place", id: "saved", starts: []string{"vm"}, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
+		stepsSnapshot(t, m)
+		if _, err := m.Stop(t.Context(), "vm", smolvm.StopOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}},
+	"fork":           {work: "fork", id: "vm", starts: []string{"forked"}, safe: []string{"vm"}, before: stepsVM},
+	"template build": {work: "template", templates: true},
+	"pool fill":      {work: "pool", templates: true},
+	"pool claim": {work: "start", id: "vm", starts: []string{"vm"}, templates: true, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
+		stepsPool(t, m)
+		mustCreate(t, m, smolvm.VMConfig{ID: "vm"})
+	}},
+	"pool rm": {work: "empty pool", templates: true, before: stepsPool},
+}
+
+// Whichever process is killed at whichever step of whichever operation, another one finds all
+// that was there before, can go on with what it finds, and leaves nothing behind when all is
+// removed. The steps are those that the operation comes to if nobody is killed.
+func TestKilledAtEachStep(t *testing.T) {
+	steps, killed, leaked := 0, 0, 0
+	for name, v := range verbs {
+		var names []string
+		if !t.Run(name, func(t *testing.T) { names = v.run(t, "") }) {
+			continue // there is no telling its steps
+		}
+		if len(names) == 0 {
+			t.Errorf("%s comes to no step", name)
+		}
+		for _, point := range names {
+			steps++
+			ok := t.Run(name+" at "+point, func(t *testing.T) {
+				if slices.Contains(v.run(t, point), point) {
+					killed++
+				} else { // what goes on in the background may come to it too late
+					t.Log("it was not come to a second time")
+				}
+			})
+			if !ok {
+				leaked++
+			}
+		}
+	}
+	t.Logf("steps=%d killed=%d leaked=%d", steps, killed, leaked)
+	if killed < steps*9/10 {
+		t.Errorf("of %d steps only %d were come to a second time", steps, killed)
+	}
+}
+
+// run does the operation in a process of its own, which is killed at a step, if that has a
+// name, and checks what is left. It returns the steps that were come to.
+func (v verb) run(t *testing.T, point string) []string {
+	t.Helper()
+	config := useFake(t)
+	if v.templates {
+		config.Templates = manager.TemplateConfig{}
+	}
+	m := openAt(t, config)
+	if v.before != nil {
+		v.before(t, m)
+	}
+	trace := filepath.Join(t.TempDir(), "steps")
+	c := startChild(t, m, v.id, v.work, step.TraceEnv+"="+trace, step.CrashEnv+"="+point)
+	c.await(t, "begun")
+	done := c.lines.Scan() // or it has ended, in this way or that
+	if point == "" && !done {
+		t.Fatal("the operation failed")
+	}
+	c.kill(t)
+	again, err := manager.Open(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = again.Close() }()
+	if point != "" {
+		v.check(t, again, point)
+	}
+	text, err := os.ReadFile(trace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if point == "" { // what follows comes to further steps
+		v.check(t, again, point)
+	}
+	names := strings.FieldsFunc(string(text), func(r rune) bool { return r == '\n' })
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// check reconciles, and looks whether all is there that is to be there, and can be used.
+func (v verb) check(t *testing.T, m *manager.Manager, point string) {
+	t.Helper()
+	ctx := t.Context()
+	for _, id := range []string{"vm", "restored", "forked"} {
+		vm, err := m.Get(ctx, id)
+		for point == "start/written" && err == nil && vm.State.Alive() && slices.Contains(v.starts, id) {
+			time.Sleep(10 * time.Millisecond) // the shim undoes what was written down already
+			vm, err = m.Get(ctx, id)
+		}
+		if err == nil && !vm.State.Alive() {
+			awaitSettled(t, m, id)
+		}
+	}
+	awaitTemplates(t, m)
+	if _, err := m.Reconcile(ctx); err != nil {
+		t.Errorf("Reconcile: %v", err)
+	}
+	vms, err := m.List(ctx, smolvm.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range v.safe {
+		if !slices.ContainsFunc(vms, func(vm smolvm.VMInfo) bool { return vm.ID == id }) {
+			t.Errorf("VM %s is lost", id)
+		}
+	}
+	had := v.before != nil && !v.templates && !v.fresh
+	for _, vm := range vms {
+		if v.work != "rm" { // the rest of it is only there to be removed
+			usable(t, m, vm, had)
+		}
+	}
+	snapshots, err := m.Snapshots(ctx)
+	if err != nil || v.work == "restore" && len(snapshots) != 1 {
+		t.Errorf("snapshots are %+v, %v", snapshots, err)
+	}
+	for _, one := range snapshots {
+		restored, err := m.RestoreSnapshot(ctx, one.Name, smolvm.RestoreOptions{})
+		if err != nil {
+			t.Errorf("snapshot %s: %v", one.Name, err)
+		} else if got := sh(t, m, restored.ID, "cat /root/file"); got != kept {
+			t.Errorf("in snapshot %s the file says %q", one.Name, got)
+		}
+		if err := m.RemoveSnapshot(ctx, one.Name); err != nil {
+			t.Error(err)
+		}
+	}
+	if v.templates {
+		checkPools(t, m)
+	}
+}
+
+// usable starts a VM, unless it runs, and runs a command in it.
+func usable(t *testing.T, m *manager.Manager, vm smolvm.VMInfo, had bool) {
+	t.Helper()
+	var err error
+	switch {
+	case vm.State == smolvm.StatePaused:
+		_, err = m.Resume(t.Context(), vm.ID)
+	case !vm.State.Alive():
+		_, err = m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
+	}
+	if err != nil {
+		t.Errorf("VM %s, which was %s (%s): %v", vm.ID, vm.State, vm.Cause, err)
+		return
+	}
+	if got := sh(t, m, vm.ID, "cat /root/file 2>/dev/null || echo none"); had && got != kept {
+		t.Errorf("the file of VM %s, which was %s, says %q", vm.ID, vm.State, got)
+	}
+}
+
+// checkPools fills the pool anew, and starts a VM from it.
+func checkPools(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 2})
+	if err != nil || pool.Ready != 2 {
+		t.Errorf("pool is %+v, %v", pool, err)
+	}
+	if vm := mustRun(t, m, smolvm.VMConfig{}); vm.Start.Method != smolvm.StartPool {
+		t.Errorf("a VM is started by %s, %q", vm.Start.Method, vm.Start.Warnings)
+	}
+	pools, err := m.Pools(t.Context())
+	for _, one := range pools {
+		err = errors.Join(err, m.RemovePool(t.Context(), one.ID))
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
