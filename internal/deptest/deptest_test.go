@@ -68,6 +68,8 @@ func TestImports(t *testing.T) {
 				t.Errorf("%s imports %s: peers don't know each other, the manager moves data between them", short, target)
 			case target == "internal/vmm/qemu" && short != "cmd/smolvm":
 				t.Errorf("%s imports the QEMU backend: backends are wired in where the program starts", short)
+			case target == "internal/vmm/vmmfake":
+				t.Errorf("%s imports the fake VMM, which is for tests only", short)
 			case target == "internal/testenv" && short != "internal/testenv":
 				t.Errorf("%s imports internal/testenv, which is for tests only", short)
 			case target == "internal/cli" && short != "cmd/smolvm":
@@ -88,6 +90,8 @@ func allowed(from, to string) bool {
 		return true // a snapshot is made of sparse files, and so are disks
 	case strings.HasPrefix(from, "internal/image") && to == "internal/agent/wire":
 		return true // the list of modules in an initramfs is read by the agent
+	case from == "internal/vmm/vmmfake" && strings.HasPrefix(to, "internal/agent/"):
+		return true // a guest for tests speaks the agent's protocol
 	}
 	return false
 }
