@@ -308,8 +308,9 @@ type Halter interface {
 // Saver is an Instance whose guest can be saved while it runs.
 type Saver interface {
 	// Save saves the guest's memory and the VMM's state as both are at one moment, after
-	// which the guest does not run before Save is done. It is held only at the end of it. On failure the guest goes on as if nothing had been, and the
-	// files are removed.
+	// which the guest does not run before Save is done. It is held only at the end of it.
+	// On failure the guest goes on as if nothing had been, and the files are removed. A guest
+	// that the VMM has paused by itself, before or meanwhile, is not saved, and stays paused.
 	Save(ctx context.Context, opts SaveOptions) (Saved, error)
 }
 

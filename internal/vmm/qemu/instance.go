@@ -34,6 +34,10 @@ type instance struct {
 	stopped  time.Time  // when the guest was last held
 	stopping func()     // called when the guest is held; nil: nothing
 
+	// How often QEMU has held the guest by itself, why the last time, and whether it does.
+	haltsSeen int
+	lastHalt  vmm.Halt
+	isHalted  bool
 	running   chan struct{} // holds one while the guest is saved, held or continued; guards the following two
 	switches  int
 	disks     map[int]string // nodes of drives that were switched; see switchOver
@@ -166,6 +170,9 @@ func (i *instance) handle(e event) {
 		select {
 		case i.resumed <- struct{}{}:
 		default: // nobody waits for it any more
+		i.mu.Lock()
+		i.isHalted = false
+		i.mu.Unlock()
 		}
 	case "STOP":
 		i.mu.Lock()
@@ -210,6 +217,9 @@ func (i *instance) halted(halt vmm.Halt) {
 	select {
 	case <-i.halts:
 	default:
+	i.mu.Lock()
+	i.haltsSeen, i.lastHalt, i.isHalted = i.haltsSeen+1, halt, true
+	i.mu.Unlock()
 	}
 	i.halts <- halt // only this goroutine sends
 }

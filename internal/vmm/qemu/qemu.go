@@ -191,8 +191,11 @@ func (i *instance) awaitRunning(ctx context.Context) error {
 	return err
 }
 
-// statusLoading is that of a guest that is being restored; see QEMU's qapi/run-state.json.
-const statusLoading = "inmigrate"
+// States of a guest; see QEMU's qapi/run-state.json.
+const (
+	statusLoading = "inmigrate" // it is being restored
+	statusIOError = "io-error"  // QEMU holds it by itself
+)
 
 // status is what query-status returns.
 type status struct {

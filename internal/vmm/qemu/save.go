@@ -40,7 +40,9 @@ const (
 )
 
 var (
-	errNotHeld    = errors.New("QEMU may have let go of the guest while its memory was read")
+	errNotHeld = errors.New("QEMU may have let go of the guest while its memory was read")
+	// errHalted is the kind of error of a guest that QEMU holds by itself.
+	errHalted     = errors.New("the guest can't go on")
 	errLostWrites = errors.New("this version of QEMU can't save a guest that runs; pause the VM, and save it then")
 )
 
@@ -54,9 +56,13 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 		return fail(err)
 	}
 	defer unlock()
+	halts, halted := i.haltCount()
 	var before status
 	if err := i.qmp.execute(ctx, "query-status", &before); err != nil {
 		return fail(err)
+	}
+	if halted || before.Status == statusIOError {
+		return fail(i.haltError())
 	}
 	saved.Held = !before.Running
 	// Under KVM the kernel tells what the guest has written, and misses nothing. A guest
@@ -66,9 +72,9 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 		// Without it the guest is held longer.
 		ram, _ = i.findRAM(i.PID(), int64(i.cfg.MemoryMiB)<<20, i.cfg.Restore != nil)
 	}
-	err = i.saveOnce(ctx, opts, ram, &saved)
+	err = i.saveOnce(ctx, opts, ram, halts, &saved)
 	if ram != nil && (errors.Is(err, errUnreadable) || errors.Is(err, errNotHeld)) {
-		err = i.saveOnce(ctx, opts, nil, &saved)
+		err = i.saveOnce(ctx, opts, nil, halts, &saved)
 	}
 	if err != nil {
 		return fail(err)
@@ -76,8 +82,9 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 	return saved, nil
 }
 
-// saveOnce saves a guest, with its memory reread from ram if that is not nil.
-func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM, saved *vmm.Saved) (err error) {
+// saveOnce saves a guest, with its memory reread from ram if that is not nil. Halts is how
+// often QEMU had held it by itself before.
+func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM, halts int, saved *vmm.Saved) (err error) {
 	s, err := i.openSaving(ctx, opts, ram)
 	if err != nil {
 		return err
@@ -86,20 +93,71 @@ func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *gues
 	err = i.migrate(ctx, s)
 	if err == nil {
 		saved.Reread, saved.Mended, saved.Early = s.reread, s.mended, i.holdsEarly(s) && !saved.Held
+		// A guest that could not go on before it was held has been saved as one that does
+		// not run, with requests to its drives that have failed.
+		if now, _ := i.haltCount(); now != halts {
+			err = i.haltError()
+		}
+	}
+	if err == nil {
 		saved.Switched, err = i.switchOver(ctx, opts)
 	}
 	if saved.Held {
 		return err
 	}
 	held := i.heldSince()
-	if !opts.Hold || err != nil {
-		// Even if nobody waits for it any more.
-		err = errors.Join(err, i.qmp.execute(context.WithoutCancel(ctx), "cont", nil))
+	switch ctx := context.WithoutCancel(ctx); { // even if nobody waits for it any more
+	case err != nil:
+		err = i.goOn(ctx, err, halts)
+	case !opts.Hold:
+		err = i.qmp.execute(ctx, "cont", nil)
 	}
 	if !held.IsZero() {
 		saved.Pause = time.Since(held)
 	}
 	return err
+}
+
+// goOn lets a guest that could not be saved go on, and returns why it was not saved. A guest
+// that QEMU has held by itself meanwhile is left held, as that is what has been told.
+func (i *instance) goOn(ctx context.Context, why error, halts int) error {
+	if now, _ := i.haltCount(); now != halts {
+		if !errors.Is(why, errHalted) {
+			why = errors.Join(why, i.haltError())
+		}
+		return errors.Join(why, i.qmp.execute(ctx, "stop", nil)) // QEMU may have restarted it
+	}
+	var now status
+	err := i.qmp.execute(ctx, "query-status", &now)
+	if err == nil && !now.Running {
+		// Of a guest that runs QEMU would take this for the end of a stop that is due, as
+		// after an I/O error, and never repeat the request that failed.
+		err = i.qmp.execute(ctx, "cont", nil)
+	}
+	return errors.Join(why, err)
+}
+
+// haltCount returns how often QEMU has held the guest by itself since it was started, and reports
+// whether it does now, or is about to.
+func (i *instance) haltCount() (n int, now bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.haltsSeen, i.isHalted
+}
+
+// haltError is why QEMU held the guest the last time. It matches errHalted.
+func (i *instance) haltError() error {
+	i.mu.Lock()
+	halt := i.lastHalt
+	i.mu.Unlock()
+	name := "one of its drives"
+	if halt.Drive >= 0 {
+		name = fmt.Sprintf("its drive vd%c", 'a'+halt.Drive)
+	}
+	if halt.NoSpace {
+		return fmt.Errorf("%w: the host's disk is full (%s); make room, resume the VM, and save it then", errHalted, name)
+	}
+	return fmt.Errorf("%w: the host can't use the file of %s (%s); mend that, resume the VM, and save it then", errHalted, name, halt.Detail)
 }
 
 // lockRunning waits until nobody else saves, holds or continues the guest: what is saved
