@@ -12,9 +12,8 @@ import (
 	"strings"
 	"syscall"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/size"
 )
 
@@ -58,12 +57,10 @@ func fromEnv(option int64, name string) (int64, error) {
 // [smolvm.ErrDiskBudget]. Two that check at once may both find room: the budget is for the
 // sum of what guests write over hours, not for the last megabyte.
 func (m *Manager) checkRoom() error {
-	var stat unix.Statfs_t
-	if err := unix.Statfs(m.dataDir, &stat); err != nil {
-		return fmt.Errorf("find out what is free in %s: %w", m.dataDir, err)
+	free, total, err := host.Space(m.dataDir)
+	if err != nil {
+		return err
 	}
-	unit := stat.Bsize
-	free, total := int64(stat.Bavail)*unit, int64(stat.Blocks)*unit
 	reserve := cmp.Or(m.diskReserve, min(DefaultDiskReserve, total/20))
 	if free < reserve {
 		return fmt.Errorf("%w: %s are free on the file system of %s, and %s are to stay free ($%s): remove VMs, snapshots or images, or other files",

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/host"
 )
 
 // The reserve is a file that takes room in the data directory, to be given up when its disk
@@ -27,7 +29,7 @@ func keepReserve(dataDir string) {
 	if info, err := os.Stat(path); err == nil && info.Size() >= reserveSize {
 		return
 	}
-	if free, err := freeBytes(dataDir); err != nil || free < enoughRoom {
+	if free, _, err := host.Space(dataDir); err != nil || free < enoughRoom {
 		return
 	}
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
@@ -44,7 +46,7 @@ func keepReserve(dataDir string) {
 // makeRoom gives up a part of the reserve if the disk of the data directory is full, and
 // reports whether it has.
 func makeRoom(dataDir string) bool {
-	if free, err := freeBytes(dataDir); err != nil || free >= reservePart {
+	if free, _, err := host.Space(dataDir); err != nil || free >= reservePart {
 		return false // that is not what was missing
 	}
 	file, err := os.OpenFile(filepath.Join(dataDir, reserveName), os.O_RDWR, 0)
@@ -54,13 +56,4 @@ func makeRoom(dataDir string) bool {
 	defer func() { _ = file.Close() }()
 	info, err := file.Stat()
 	return err == nil && info.Size() > 0 && file.Truncate(max(info.Size()-reservePart, 0)) == nil
-}
-
-// freeBytes is how much room there is on the disk of a directory.
-func freeBytes(dir string) (int64, error) {
-	var stat unix.Statfs_t
-	if err := unix.Statfs(dir, &stat); err != nil {
-		return 0, err
-	}
-	return int64(stat.Bavail) * stat.Bsize, nil
 }

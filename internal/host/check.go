@@ -9,8 +9,6 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/smolvm/smolvm"
 )
 
@@ -82,23 +80,21 @@ func availableMemory(meminfo string) (bytes uint64, ok bool) {
 // checkSpace looks at the file system that holds dir, or is to hold it.
 func checkSpace(dir string) smolvm.Finding {
 	finding := smolvm.Finding{Name: "disk space", Severity: smolvm.SeverityOK, Why: "holds images and the disks of VMs"}
-	var stat unix.Statfs_t
 	at := dir
-	err := unix.Statfs(at, &stat)
+	free, _, err := Space(at)
 	for errors.Is(err, fs.ErrNotExist) && at != filepath.Dir(at) {
 		at = filepath.Dir(at)
-		err = unix.Statfs(at, &stat)
+		free, _, err = Space(at)
 	}
-	free := stat.Bavail * uint64(stat.Bsize)
 	switch {
 	case err != nil:
 		finding.Severity = smolvm.SeverityWarning
-		finding.Problem = fmt.Sprintf("what is free in %s can't be read: %v", dir, err)
+		finding.Problem = err.Error()
 	case free < lowSpace:
 		finding.Severity = smolvm.SeverityWarning
-		finding.Problem = fmt.Sprintf("only %s are free in %s: remove VMs and images, or use another data directory", mebibytes(free), dir)
+		finding.Problem = fmt.Sprintf("only %s are free in %s: remove VMs and images, or use another data directory", mebibytes(uint64(free)), dir)
 	default:
-		finding.Problem = fmt.Sprintf("%s are free in %s", mebibytes(free), dir)
+		finding.Problem = fmt.Sprintf("%s are free in %s", mebibytes(uint64(free)), dir)
 	}
 	return finding
 }

@@ -8,8 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -114,8 +113,7 @@ func (s *shim) causeOf(halt vmm.Halt) string {
 // hasRoom reports whether there is room again for what the guest writes.
 func (s *shim) hasRoom() bool {
 	for _, drive := range s.spec.VMM.Drives {
-		var stat unix.Statfs_t
-		if !drive.ReadOnly && unix.Statfs(filepath.Dir(drive.Path), &stat) == nil && int64(stat.Bavail)*stat.Bsize < enoughRoom {
+		if free, _, err := host.Space(filepath.Dir(drive.Path)); err == nil && !drive.ReadOnly && free < enoughRoom {
 			return false
 		}
 	}
