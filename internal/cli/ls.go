@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 const lsLong = `List VMs, the oldest first: all of them, or those that meet all that is given. An ID
@@ -104,7 +105,7 @@ func vmTable(vms []smolvm.VMInfo, now time.Time) *table {
 	for _, vm := range vms {
 		t.addCells(
 			cell{text: vm.ID},
-			stateCell(vm.State),
+			vmStateCell(vm),
 			cell{text: boots(vm.Config)},
 			cell{text: strconv.Itoa(vm.Config.VCPUs)},
 			cell{text: mebibytes(vm.Config.MemoryMiB)},
@@ -114,6 +115,19 @@ func vmTable(vms []smolvm.VMInfo, now time.Time) *table {
 		)
 	}
 	return t
+}
+
+// vmStateCell is the state of a VM, and of one that is paused by whom or why.
+func vmStateCell(vm smolvm.VMInfo) cell {
+	c := stateCell(vm.State)
+	switch {
+	case vm.State != smolvm.StatePaused:
+	case vm.Cause == "":
+		c.text += " (by user)"
+	default:
+		c.text += " (" + vmm.ShortCause(vm.Cause) + ")"
+	}
+	return c
 }
 
 // boots returns what a VM boots, in one word.

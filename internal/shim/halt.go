@@ -100,14 +100,11 @@ func (s *shim) watchHalts(instance vmm.Instance) {
 
 // causeOf puts a halt into words.
 func (s *shim) causeOf(halt vmm.Halt) string {
-	path := "a drive"
+	path := ""
 	if drives := s.spec.VMM.Drives; halt.Drive >= 0 && halt.Drive < len(drives) {
 		path = drives[halt.Drive].Path
 	}
-	if halt.NoSpace {
-		return "the host's disk is full: " + path
-	}
-	return fmt.Sprintf("the host can't use %s: %s", path, halt.Detail)
+	return halt.Cause(path)
 }
 
 // hasRoom reports whether there is room again for what the guest writes.

@@ -16,6 +16,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -315,6 +316,27 @@ type Saver interface {
 }
 
 // SaveOptions are the options of [Saver].
+const diskFull = "the host's disk is full: "
+
+// Cause puts a halt into words. Path is that of the drive's file; empty: not known.
+func (h Halt) Cause(path string) string {
+	if path == "" {
+		path = "a drive"
+	}
+	if h.NoSpace {
+		return diskFull + path
+	}
+	return fmt.Sprintf("the host can't use %s: %s", path, h.Detail)
+}
+
+// ShortCause puts what [Halt.Cause] has returned into two words.
+func ShortCause(cause string) string {
+	if strings.HasPrefix(cause, diskFull) {
+		return "disk full"
+	}
+	return "I/O error"
+}
+
 type SaveOptions struct {
 	// Memory and State are the files to make.
 	Memory, State string
