@@ -32,6 +32,11 @@ const (
 	// MinCPULimit is the kernel's own limit: 1 ms in 100 ms.
 	MinCPULimit = 0.01
 	MaxCPULimit = 1024
+	// MinDiskBytesPerSecond and MinDiskIOPS leave a guest so much of its disks that it starts
+	// in time; MaxDiskRate, of both, is more than any disk does.
+	MinDiskBytesPerSecond = 64 << 10
+	MinDiskIOPS           = 10
+	MaxDiskRate           = 1 << 40
 	// DefaultBootArgs are the kernel arguments of a VM that is made from paths
 	// and names none.
 	DefaultBootArgs = "console=ttyS0 reboot=k panic=1 pci=off"
@@ -103,6 +108,13 @@ type VMConfig struct {
 	// however many virtual CPUs it has. Zero: as much as there is. A host whose control
 	// groups can't be used can't limit that, and does not start the VM.
 	CPULimit float64 `json:"cpu_limit,omitempty"`
+
+	// DiskBytesPerSecond is how many bytes the VM may read and write in a second, on all its
+	// disks and drives together, and DiskIOPS how many reads and writes it may make. They are
+	// held to from one tenth of a second to the next. Zero: as many as the host makes of them.
+	// The VMM sees to it, so every host can.
+	DiskBytesPerSecond int64 `json:"disk_bytes_per_second,omitempty"`
+	DiskIOPS           int64 `json:"disk_iops,omitempty"`
 
 	// Image is the name or digest of the image to boot. Empty: "base", unless
 	// KernelPath is given. It excludes KernelPath, InitrdPath and RootfsPath.
@@ -476,6 +488,10 @@ func (c VMConfig) validateGuest(v *validator) {
 		v.check(len(c.Hostname) <= MaxIDLength && madeOf(c.Hostname, letters+digits, "-"), "hostname",
 			"%q is not a host name; use letters, digits, and '-' inside, at most %d", c.Hostname, MaxIDLength)
 	}
+	v.check(c.DiskBytesPerSecond == 0 || c.DiskBytesPerSecond >= MinDiskBytesPerSecond && c.DiskBytesPerSecond <= MaxDiskRate,
+		"disk_bytes_per_second", "%d is out of range; use %d to %d, or 0 for no limit", c.DiskBytesPerSecond, MinDiskBytesPerSecond, MaxDiskRate)
+	v.check(c.DiskIOPS == 0 || c.DiskIOPS >= MinDiskIOPS && c.DiskIOPS <= MaxDiskRate,
+		"disk_iops", "%d is out of range; use %d to %d, or 0 for no limit", c.DiskIOPS, MinDiskIOPS, MaxDiskRate)
 	v.check(len(c.Labels) <= MaxLabels, "labels", "%d are too many; at most %d are allowed", len(c.Labels), MaxLabels)
 	for _, name := range slices.Sorted(maps.Keys(c.Labels)) {
 		if problem := labelProblem(name, c.Labels[name]); problem != "" {

@@ -49,6 +49,10 @@ type Limits struct {
 	MemoryMiB int `json:"memory_mib,omitempty"`
 	// CPUs is how many processors' time it may take; see [VMConfig].CPULimit.
 	CPUs float64 `json:"cpus,omitempty"`
+	// DiskBytesPerSecond and DiskIOPS are as in [VMConfig]. The VMM enforces them itself,
+	// whatever By says.
+	DiskBytesPerSecond int64 `json:"disk_bytes_per_second,omitempty"`
+	DiskIOPS           int64 `json:"disk_iops,omitempty"`
 	// Tasks is how many processes and threads it may have.
 	Tasks int `json:"tasks,omitempty"`
 	// Reason is why no control group is used.

@@ -326,9 +326,11 @@ func TestPool(t *testing.T) {
 		t.Fatalf("pool is %+v, %v", pool, err)
 	}
 	var vms []smolvm.VMInfo
-	for _, id := range []string{"a", "b"} {
-		vm := mustRun(t, m, smolvm.VMConfig{ID: id})
-		startReport(t, vm, smolvm.StartPool)
+	for id, iops := range map[string]int64{"a": 0, "b": 5000} {
+		vm := mustRun(t, m, smolvm.VMConfig{ID: id, DiskIOPS: iops})
+		if got := startReport(t, vm, smolvm.StartPool).Limits.DiskIOPS; got != iops {
+			t.Errorf("VM %s may make %d reads and writes a second, want %d", id, got, iops)
+		}
 		vms = append(vms, vm)
 	}
 	seen := map[string]string{}

@@ -199,6 +199,7 @@ func (m *Manager) vmmConfig(ctx context.Context, vm store.VM, accelerator string
 		VCPUs:       vm.Config.VCPUs,
 		MemoryMiB:   vm.Config.MemoryMiB,
 		CPULimit:    vm.Config.CPULimit,
+		DiskLimit:   vmm.DiskLimit{BytesPerSecond: vm.Config.DiskBytesPerSecond, IOPS: vm.Config.DiskIOPS},
 		Kernel:      vm.Config.KernelPath,
 		Initrd:      vm.Config.InitrdPath,
 		BootArgs:    vm.Config.BootArgs,

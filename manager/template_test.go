@@ -94,7 +94,7 @@ func TestClones(t *testing.T) {
 	var running sync.WaitGroup
 	for i := range vms {
 		running.Go(func() {
-			vm, err := m.Create(t.Context(), smolvm.VMConfig{ID: fmt.Sprintf("clone-%d", i)}, smolvm.CreateOptions{})
+			vm, err := m.Create(t.Context(), smolvm.VMConfig{ID: fmt.Sprintf("clone-%d", i), DiskIOPS: int64(1000 * i)}, smolvm.CreateOptions{})
 			if err == nil {
 				vms[i], err = m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
 			}
@@ -110,7 +110,11 @@ func TestClones(t *testing.T) {
 		t.Fatalf("templates are %+v, %v", templates, err)
 	}
 	seen := map[string]string{}
-	for _, vm := range append(vms, first) {
+	for i, vm := range append(vms, first) {
+		// Each has its own limit; the first VM, and so the template, has none.
+		if got, want := vm.Start.Limits.DiskIOPS, int64(1000*(i%count)); got != want {
+			t.Errorf("VM %s may make %d reads and writes a second, want %d", vm.ID, got, want)
+		}
 		if vm.ID != "first" {
 			report := startReport(t, vm, smolvm.StartClone)
 			want := []string{"hostname", "machine-id", "SSH host key", "boot id", "MAC", "random numbers"}

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/size"
 )
 
 // vmFlags are the flags that describe a new VM.
@@ -22,6 +23,11 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&config.ID, "name", "", "`ID` of the VM (default: made up)")
 	flags.IntVar(&config.VCPUs, "vcpus", 0, fmt.Sprintf("`N` virtual CPUs (default %d)", smolvm.DefaultVCPUs))
 	flags.Float64Var(&config.CPULimit, "cpus", 0, "let the VM take the time of `N` of the host's CPUs, as in 0.5 (default: no limit)")
+	flags.Func("disk-bps", "let the VM read and write `SIZE` a second on all its disks: MiB, or as in 512K (default: no limit)", func(text string) (err error) {
+		config.DiskBytesPerSecond, err = size.ParseBytes(text)
+		return err
+	})
+	flags.Int64Var(&config.DiskIOPS, "disk-iops", 0, "let the VM make `N` reads and writes a second on all its disks (default: no limit)")
 	flags.FuncP("memory", "m", fmt.Sprintf("memory of `SIZE`: MiB, or as in 2G (default %d)", smolvm.DefaultMemoryMiB), func(text string) error {
 		size, err := parseMebibytes(text)
 		config.MemoryMiB = int(size)
@@ -63,7 +69,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	complete(cmd, "ready", words(string(smolvm.ReadyAgent), string(smolvm.ReadySSH), string(smolvm.ReadyStarted)))
 	complete(cmd, "rootfs-format", words(string(smolvm.FormatRaw), string(smolvm.FormatQCOW2)))
 	complete(cmd, "disk-mode", words(string(smolvm.DiskIsolated), string(smolvm.DiskShared)))
-	for _, name := range []string{"name", "vcpus", "cpus", "memory", "disk-size", "publish", "env", "label", "hostname", "ttl", "ssh-addr", "boot-args"} {
+	for _, name := range []string{"name", "vcpus", "cpus", "memory", "disk-size", "disk-bps", "disk-iops", "publish", "env", "label", "hostname", "ttl", "ssh-addr", "boot-args"} {
 		complete(cmd, name, words())
 	}
 }

@@ -30,14 +30,14 @@ func (h *Host) checkLimits() smolvm.Finding {
 		}
 	}
 	if len(bounded) > 0 {
-		finding.Problem = fmt.Sprintf("%s bounds %s", site.Version(), strings.Join(bounded, ", "))
+		finding.Problem = fmt.Sprintf("%s bounds %s; the VMM bounds the speed of disks", site.Version(), strings.Join(bounded, ", "))
 	}
 	if len(missing) == 0 {
 		return finding
 	}
 	finding.Severity = smolvm.SeverityWarning
 	if len(bounded) == 0 {
-		finding.Problem = fmt.Sprintf("only rlimits, which are coarse, bound VMs, and --cpus can't be used: %v", site.Why(cgroup.Memory))
+		finding.Problem = fmt.Sprintf("only rlimits, which are coarse, bound VMs, and --cpus can't be used (--disk-bps and --disk-iops can): %v", site.Why(cgroup.Memory))
 	} else {
 		finding.Problem += "; not " + strings.Join(missing, "; ")
 	}

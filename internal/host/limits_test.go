@@ -24,18 +24,18 @@ func TestCheckLimits(t *testing.T) {
 		severity smolvm.Severity
 		problem  string
 	}{
-		"all": {v2("cpu memory pids", ""), smolvm.SeverityOK, "cgroup v2 bounds memory, tasks, CPU time"},
+		"all": {v2("cpu memory pids", ""), smolvm.SeverityOK, "cgroup v2 bounds memory, tasks, CPU time; the VMM bounds the speed of disks"},
 		"no CPU time": {
 			v2("memory pids", ""), smolvm.SeverityWarning,
-			"cgroup v2 bounds memory, tasks; not CPU time: this kernel, or the group that this process is in, does not have it",
+			"cgroup v2 bounds memory, tasks; the VMM bounds the speed of disks; not CPU time: this kernel, or the group that this process is in, does not have it",
 		},
 		"a container": {
 			v2("cpu memory pids", "1\n"), smolvm.SeverityWarning,
-			"only rlimits, which are coarse, bound VMs, and --cpus can't be used: the control group that this process is in can't be divided",
+			"only rlimits, which are coarse, bound VMs, and --cpus can't be used (--disk-bps and --disk-iops can): the control group that this process is in can't be divided",
 		},
 		"none": {
 			map[string]string{systemd: ""}, smolvm.SeverityWarning,
-			"only rlimits, which are coarse, bound VMs, and --cpus can't be used: no control groups are mounted",
+			"only rlimits, which are coarse, bound VMs, and --cpus can't be used (--disk-bps and --disk-iops can): no control groups are mounted",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

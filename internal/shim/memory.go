@@ -67,8 +67,17 @@ func (s *shim) limits() smolvm.Limits {
 	return smolvm.Limits{}
 }
 
-// limitCPUs gives a VM that stood by the limit of the one that it is to be.
-func (s *shim) limitCPUs(ctx context.Context) error {
+// limit gives a VM that stood by the limits of the one that it is to be.
+func (s *shim) limit(ctx context.Context) error {
+	if want := s.spec.VMM.DiskLimit; want != (vmm.DiskLimit{}) {
+		limiter, ok := s.instance.(vmm.DiskLimiter)
+		if !ok {
+			return fmt.Errorf("limit the speed of the VM's disks: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+		}
+		if err := limiter.SetDiskLimit(ctx, want); err != nil {
+			return err
+		}
+	}
 	if s.spec.VMM.CPULimit == 0 {
 		return nil
 	}

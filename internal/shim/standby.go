@@ -280,7 +280,7 @@ func (s *shim) consolePath() string {
 func (s *shim) wakeUp(ctx context.Context) error {
 	bounded, cancel := s.startContext(ctx)
 	defer cancel()
-	if err := s.limitCPUs(bounded); err != nil {
+	if err := s.limit(bounded); err != nil {
 		return err
 	}
 	if pauser, ok := s.instance.(vmm.Pauser); ok {

@@ -25,6 +25,22 @@ func ParseMebibytes(text string) (int64, error) {
 	return n << shift, nil
 }
 
+// ParseBytes reads a size as [ParseMebibytes] does, or one in KiB such as "512K", in bytes.
+func ParseBytes(text string) (int64, error) {
+	upper := strings.ToUpper(text)
+	for _, unit := range []string{"KIB", "KB", "K"} {
+		if digits, ok := strings.CutSuffix(upper, unit); ok {
+			n, err := strconv.ParseInt(digits, 10, 64)
+			if err != nil || n < 0 || n > math.MaxInt64>>10 {
+				return 0, fmt.Errorf("invalid size %q; use a number of MiB, or one with K, M, G or T", text)
+			}
+			return n << 10, nil
+		}
+	}
+	mebibytes, err := ParseMebibytes(text) // which is none whose bytes can't be counted
+	return mebibytes << 20, err
+}
+
 // Format writes a number of bytes in binary units.
 func Format(n int64) string {
 	const units = "KMGT"

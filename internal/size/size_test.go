@@ -15,3 +15,17 @@ func TestParseMebibytes(t *testing.T) {
 		}
 	}
 }
+
+func TestParseBytes(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]int64{"512K": 512 << 10, "64kib": 64 << 10, "2": 2 << 20, "3M": 3 << 20, "1G": 1 << 30, "0": 0, "0K": 0} {
+		if got, err := ParseBytes(text); err != nil || got != want {
+			t.Errorf("ParseBytes(%q) = %d, %v; want %d", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "K", "-1K", "1.5M", "9223372036854775807K", "99999999999T"} {
+		if got, err := ParseBytes(text); err == nil {
+			t.Errorf("ParseBytes(%q) = %d, want an error", text, got)
+		}
+	}
+}

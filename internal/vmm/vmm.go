@@ -133,6 +133,9 @@ type Config struct {
 	// A backend that can't see to that must not start the VM.
 	CPULimit float64 `json:"cpu_limit,omitempty"`
 
+	// DiskLimit bounds the speed of all drives together.
+	DiskLimit DiskLimit `json:"disk_limit,omitzero"`
+
 	// Restore makes the guest go on where a [Saver] saved it, instead of booting.
 	// All else must be as it was then, but for ID, paths, and what is in the drives'
 	// files that were not saved with it.
@@ -163,6 +166,13 @@ type DiskFile struct {
 	Path   string `json:"path"`
 	Format string `json:"format"`
 	Device bool   `json:"device,omitempty"`
+}
+
+// DiskLimit is how much a guest may do with its drives in a second, reads and writes
+// together. Zero: as much as there is.
+type DiskLimit struct {
+	BytesPerSecond int64 `json:"bytes_per_second,omitempty"`
+	IOPS           int64 `json:"iops,omitempty"`
 }
 
 // NIC is a network interface.
@@ -282,6 +292,13 @@ type Limiter interface {
 	SetCPULimit(ctx context.Context, cpus float64) error
 }
 
+// DiskLimiter is an Instance that bounds the speed of its drives. What is in force is part
+// of [Limiter]'s Limits.
+type DiskLimiter interface {
+	// SetDiskLimit changes that of [Config].
+	SetDiskLimit(ctx context.Context, limit DiskLimit) error
+}
+
 // Pauser is an Instance that can hold and continue the guest's CPUs.
 type Pauser interface {
 	Pause(ctx context.Context) error
@@ -299,23 +316,6 @@ type Halt struct {
 	Detail string
 }
 
-// Halter is an Instance whose VMM may pause the guest by itself.
-type Halter interface {
-	// Halts receives why, whenever that happens. One that was not received when the next
-	// comes is dropped.
-	Halts() <-chan Halt
-}
-
-// Saver is an Instance whose guest can be saved while it runs.
-type Saver interface {
-	// Save saves the guest's memory and the VMM's state as both are at one moment, after
-	// which the guest does not run before Save is done. It is held only at the end of it.
-	// On failure the guest goes on as if nothing had been, and the files are removed. A guest
-	// that the VMM has paused by itself, before or meanwhile, is not saved, and stays paused.
-	Save(ctx context.Context, opts SaveOptions) (Saved, error)
-}
-
-// SaveOptions are the options of [Saver].
 const diskFull = "the host's disk is full: "
 
 // Cause puts a halt into words. Path is that of the drive's file; empty: not known.
@@ -337,6 +337,23 @@ func ShortCause(cause string) string {
 	return "I/O error"
 }
 
+// Halter is an Instance whose VMM may pause the guest by itself.
+type Halter interface {
+	// Halts receives why, whenever that happens. One that was not received when the next
+	// comes is dropped.
+	Halts() <-chan Halt
+}
+
+// Saver is an Instance whose guest can be saved while it runs.
+type Saver interface {
+	// Save saves the guest's memory and the VMM's state as both are at one moment, after
+	// which the guest does not run before Save is done. It is held only at the end of it.
+	// On failure the guest goes on as if nothing had been, and the files are removed. A guest
+	// that the VMM has paused by itself, before or meanwhile, is not saved, and stays paused.
+	Save(ctx context.Context, opts SaveOptions) (Saved, error)
+}
+
+// SaveOptions are the options of [Saver].
 type SaveOptions struct {
 	// Memory and State are the files to make.
 	Memory, State string

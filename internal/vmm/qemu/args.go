@@ -41,12 +41,17 @@ func machineFor(cfg vmm.Config, arch string) string {
 	}
 }
 
+// busOf is the suffix that a machine's virtio devices have: "pci", or "device" for virtio-mmio.
+func busOf(machine string) string {
+	if machine == machineMicroVM {
+		return "device"
+	}
+	return "pci"
+}
+
 // args is QEMU's command line for a VM. It is a function of its arguments alone.
 func args(cfg vmm.Config, machine string, fd fds) []string {
-	b := builder{bus: "pci"}
-	if machine == machineMicroVM {
-		b.bus = "device"
-	}
+	b := builder{bus: busOf(machine)}
 	b.add("-name", "smolvm-"+cfg.ID)
 	b.add("-no-user-config")
 	b.add("-nodefaults")
@@ -159,7 +164,7 @@ func bootArgs(cfg vmm.Config, machine string) string {
 // builder collects arguments.
 type builder struct {
 	args []string
-	bus  string // suffix of virtio devices: "pci", or "device" for virtio-mmio
+	bus  string // see busOf
 }
 
 func (b *builder) add(args ...string) { b.args = append(b.args, args...) }
@@ -193,7 +198,7 @@ func (b *builder) serial() string {
 func (b *builder) drive(index int, drive vmm.Drive) {
 	id := driveID(index)
 	b.add("-blockdev", blockNode(id, drive))
-	b.add("-device", fmt.Sprintf("%s,drive=%s,write-cache=on", b.virtio("virtio-blk"), id))
+	b.add("-device", fmt.Sprintf("%s,id=%s,drive=%s,write-cache=on", b.virtio("virtio-blk"), deviceID(index), id))
 }
 
 func (b *builder) nic(nic vmm.NIC, fd int) {
@@ -218,3 +223,17 @@ func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }
 func driveID(index int) string { return driveName + strconv.Itoa(index) }
 
 const driveName = "drive"
+
+// deviceID is the name of a drive's device. What it is given stays with it, whichever node is
+// its disk.
+func deviceID(index int) string { return "disk" + strconv.Itoa(index) }
+
+// devicePath is where QEMU's object model has the device that uses a drive's disk. On PCI
+// that is a part of the one with the name.
+func devicePath(machine string, index int) string {
+	path := "/machine/peripheral/" + deviceID(index)
+	if busOf(machine) == "pci" {
+		path += "/virtio-backend"
+	}
+	return path
+}

@@ -70,8 +70,8 @@ func TestArgs(t *testing.T) {
 				}
 			},
 			want: []string{
-				`-blockdev {"node-name":"drive0","driver":"qcow2","read-only":false,"discard":"unmap","file":{"driver":"file","read-only":false,"discard":"unmap","filename":"/disks/a,b.qcow2"},"backing":null} -device virtio-blk-pci,drive=drive0,write-cache=on`,
-				`-blockdev {"node-name":"drive1","driver":"raw","read-only":true,"discard":"unmap","file":{"driver":"host_device","read-only":true,"discard":"unmap","filename":"/dev/data"}} -device virtio-blk-pci,drive=drive1,write-cache=on`,
+				`-blockdev {"node-name":"drive0","driver":"qcow2","read-only":false,"discard":"unmap","file":{"driver":"file","read-only":false,"discard":"unmap","filename":"/disks/a,b.qcow2"},"backing":null} -device virtio-blk-pci,id=disk0,drive=drive0,write-cache=on`,
+				`-blockdev {"node-name":"drive1","driver":"raw","read-only":true,"discard":"unmap","file":{"driver":"host_device","read-only":true,"discard":"unmap","filename":"/dev/data"}} -device virtio-blk-pci,id=disk1,drive=drive1,write-cache=on`,
 			},
 			not: []string{"-drive"},
 		},

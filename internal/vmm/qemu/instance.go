@@ -20,6 +20,7 @@ import (
 // instance implements [vmm.Instance].
 type instance struct {
 	cfg     vmm.Config
+	machine string // QEMU's
 	child   *proc.Child
 	control *net.UnixConn
 	channel *net.UnixConn
@@ -33,11 +34,11 @@ type instance struct {
 	killed   bool       // Kill was called before QEMU gave any
 	stopped  time.Time  // when the guest was last held
 	stopping func()     // called when the guest is held; nil: nothing
-
 	// How often QEMU has held the guest by itself, why the last time, and whether it does.
 	haltsSeen int
 	lastHalt  vmm.Halt
 	isHalted  bool
+
 	running   chan struct{} // holds one while the guest is saved, held or continued; guards the following two
 	switches  int
 	disks     map[int]string // nodes of drives that were switched; see switchOver
@@ -59,6 +60,8 @@ var (
 	_ vmm.Pauser   = (*instance)(nil)
 	_ vmm.Saver    = (*instance)(nil)
 	_ vmm.Halter   = (*instance)(nil)
+
+	_ vmm.DiskLimiter = (*instance)(nil)
 )
 
 // PID implements [vmm.Instance].
@@ -167,12 +170,12 @@ func (i *instance) handle(e event) {
 			i.halted(vmm.Halt{Drive: data.drive(), NoSpace: data.NoSpace, Detail: data.Reason})
 		}
 	case "RESUME":
-		select {
-		case i.resumed <- struct{}{}:
-		default: // nobody waits for it any more
 		i.mu.Lock()
 		i.isHalted = false
 		i.mu.Unlock()
+		select {
+		case i.resumed <- struct{}{}:
+		default: // nobody waits for it any more
 		}
 	case "STOP":
 		i.mu.Lock()
@@ -214,12 +217,12 @@ func (e ioError) drive() int {
 
 // halted tells that QEMU holds the guest; the latest reason is the one that counts.
 func (i *instance) halted(halt vmm.Halt) {
-	select {
-	case <-i.halts:
-	default:
 	i.mu.Lock()
 	i.haltsSeen, i.lastHalt, i.isHalted = i.haltsSeen+1, halt, true
 	i.mu.Unlock()
+	select {
+	case <-i.halts:
+	default:
 	}
 	i.halts <- halt // only this goroutine sends
 }

@@ -82,7 +82,7 @@ func findBinary(asked string) (string, error) {
 // launch starts QEMU with its connections and its two logs.
 func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgroup.Site) (_ *instance, err error) {
 	inst := &instance{
-		cfg: cfg, done: make(chan struct{}), running: make(chan struct{}, 1), findRAM: findRAM,
+		cfg: cfg, machine: machine, done: make(chan struct{}), running: make(chan struct{}, 1), findRAM: findRAM,
 		disks: map[int]string{}, migration: make(chan string, maxStates), resumed: make(chan struct{}, 1),
 		halts: make(chan vmm.Halt, 1),
 	}
@@ -165,6 +165,9 @@ func withoutHugePages(start func() error) func() error {
 // nothing behind.
 func (i *instance) awaitRunning(ctx context.Context) error {
 	err := i.qmp.execute(ctx, "qmp_capabilities", nil)
+	if err == nil && i.cfg.DiskLimit != (vmm.DiskLimit{}) {
+		err = i.SetDiskLimit(ctx, i.cfg.DiskLimit)
+	}
 	var now status
 	if err == nil {
 		err = i.qmp.execute(ctx, "query-status", &now)
