@@ -127,8 +127,9 @@ type VMConfig struct {
 	// RootfsPath is a raw or qcow2 disk image for KernelPath; the guest sees it
 	// as /dev/vda.
 	RootfsPath string `json:"rootfs_path,omitempty"`
-	// RootfsFormat of RootfsPath, as in [Drive].
-	RootfsFormat DiskFormat `json:"rootfs_format,omitempty"`
+	// RootfsFormat of RootfsPath, and RootfsBacking that it is based on, as in [Drive].
+	RootfsFormat  DiskFormat `json:"rootfs_format,omitempty"`
+	RootfsBacking []DiskFile `json:"rootfs_backing,omitempty"`
 	// BootArgs are the kernel's arguments. Empty: those of the image, or
 	// [DefaultBootArgs].
 	BootArgs string `json:"boot_args,omitempty"`
@@ -182,13 +183,24 @@ type Drive struct {
 	Path string `json:"path"`
 	// Format of the image. It is decided when the VM is created, and for good: what the
 	// image holds later may have been written by a guest. Empty: raw; but an image that
-	// looks like qcow2 is refused then. A qcow2 image must be complete in itself: one that
-	// is based on another file, keeps its data in one, is encrypted or has snapshots in it
-	// is refused.
+	// looks like qcow2 is refused then. So is a qcow2 image that is based on a file which is
+	// not in Backing, keeps its data in another file, is encrypted or has snapshots in it.
 	Format DiskFormat `json:"format,omitempty"`
+	// Backing are the files that a qcow2 image is based on, all of them, the nearest first.
+	// They are only read, and must not change. What the image itself says of their names and
+	// formats is not followed.
+	Backing []DiskFile `json:"backing,omitempty"`
 	// ReadOnly keeps the guest from writing to it; several running VMs may then
 	// share it.
 	ReadOnly bool `json:"read_only,omitempty"`
+}
+
+// DiskFile is a file that a disk image is based on.
+type DiskFile struct {
+	// Path of the file on the host.
+	Path string `json:"path"`
+	// Format of the file: it must be given.
+	Format DiskFormat `json:"format"`
 }
 
 // Protocol is what a port is a port of.
@@ -312,9 +324,11 @@ func (c VMConfig) WithDefaults() VMConfig {
 	for _, p := range []*string{&c.KernelPath, &c.InitrdPath, &c.RootfsPath} {
 		*p = absolute(*p)
 	}
+	c.RootfsBacking = withAbsolutePaths(c.RootfsBacking)
 	c.Drives = slices.Clone(c.Drives)
 	for i := range c.Drives {
 		c.Drives[i].Path = absolute(c.Drives[i].Path)
+		c.Drives[i].Backing = withAbsolutePaths(c.Drives[i].Backing)
 	}
 	c.PortForwards = slices.Clone(c.PortForwards)
 	for i := range c.PortForwards {
@@ -366,6 +380,14 @@ func (f PortForward) WithDefaults() PortForward {
 		f.HostAddr = loopback
 	}
 	return f
+}
+
+func withAbsolutePaths(files []DiskFile) []DiskFile {
+	files = slices.Clone(files)
+	for i := range files {
+		files[i].Path = absolute(files[i].Path)
+	}
+	return files
 }
 
 func absolute(path string) string {
@@ -466,14 +488,31 @@ func (c VMConfig) validateDisks(v *validator) {
 	}
 	v.check(c.DiskSizeMiB >= 0 && c.DiskSizeMiB <= MaxDiskSizeMiB, "disk_size_mib",
 		"%d MiB is out of range; use 0 to %d", c.DiskSizeMiB, MaxDiskSizeMiB)
+	v.check(c.DiskBytesPerSecond == 0 || c.DiskBytesPerSecond >= MinDiskBytesPerSecond && c.DiskBytesPerSecond <= MaxDiskRate,
+		"disk_bytes_per_second", "%d is out of range; use %d to %d, or 0 for no limit", c.DiskBytesPerSecond, MinDiskBytesPerSecond, MaxDiskRate)
+	v.check(c.DiskIOPS == 0 || c.DiskIOPS >= MinDiskIOPS && c.DiskIOPS <= MaxDiskRate,
+		"disk_iops", "%d is out of range; use %d to %d, or 0 for no limit", c.DiskIOPS, MinDiskIOPS, MaxDiskRate)
 	v.check(c.RootfsFormat.problem() == "", "rootfs_format", "%s", c.RootfsFormat.problem())
 	v.check(c.RootfsFormat == "" || c.RootfsPath != "", "rootfs_format", "needs rootfs_path beside it")
 	for i, d := range c.Drives {
 		v.check(d.Path != "", fmt.Sprintf("drives[%d].path", i), "is empty")
 		v.check(d.Format.problem() == "", fmt.Sprintf("drives[%d].format", i), "%s", d.Format.problem())
+		validateBacking(v, fmt.Sprintf("drives[%d].backing", i), d.Format, d.Backing)
 	}
+	validateBacking(v, "rootfs_backing", c.RootfsFormat, c.RootfsBacking)
 	// vda to vdz; the first is the root disk.
 	v.check(len(c.Drives) <= 25, "drives", "%d are too many; at most 25 are allowed", len(c.Drives))
+}
+
+// validateBacking checks the files that a disk image of a format is based on.
+func validateBacking(v *validator, field string, format DiskFormat, files []DiskFile) {
+	v.check(len(files) == 0 || format == FormatQCOW2, field, "is for an image of format %s only", FormatQCOW2)
+	for i, file := range files {
+		field := fmt.Sprintf("%s[%d]", field, i)
+		v.check(file.Path != "", field+".path", "is empty")
+		v.check(file.Format != "", field+".format", "is missing; use %s or %s", FormatRaw, FormatQCOW2)
+		v.check(file.Format.problem() == "", field+".format", "%s", file.Format.problem())
+	}
 }
 
 func (c VMConfig) validateGuest(v *validator) {
@@ -488,10 +527,6 @@ func (c VMConfig) validateGuest(v *validator) {
 		v.check(len(c.Hostname) <= MaxIDLength && madeOf(c.Hostname, letters+digits, "-"), "hostname",
 			"%q is not a host name; use letters, digits, and '-' inside, at most %d", c.Hostname, MaxIDLength)
 	}
-	v.check(c.DiskBytesPerSecond == 0 || c.DiskBytesPerSecond >= MinDiskBytesPerSecond && c.DiskBytesPerSecond <= MaxDiskRate,
-		"disk_bytes_per_second", "%d is out of range; use %d to %d, or 0 for no limit", c.DiskBytesPerSecond, MinDiskBytesPerSecond, MaxDiskRate)
-	v.check(c.DiskIOPS == 0 || c.DiskIOPS >= MinDiskIOPS && c.DiskIOPS <= MaxDiskRate,
-		"disk_iops", "%d is out of range; use %d to %d, or 0 for no limit", c.DiskIOPS, MinDiskIOPS, MaxDiskRate)
 	v.check(len(c.Labels) <= MaxLabels, "labels", "%d are too many; at most %d are allowed", len(c.Labels), MaxLabels)
 	for _, name := range slices.Sorted(maps.Keys(c.Labels)) {
 		if problem := labelProblem(name, c.Labels[name]); problem != "" {

@@ -109,23 +109,35 @@ func TestIDs(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	for field, edit := range map[string]func(*smolvm.VMConfig){
-		"id":                 func(c *smolvm.VMConfig) { c.ID = "A" },
-		"vcpus":              func(c *smolvm.VMConfig) { c.VCPUs = 33 },
-		"memory_mib":         func(c *smolvm.VMConfig) { c.MemoryMiB = 127 },
-		"backend":            func(c *smolvm.VMConfig) { c.Backend = "xen" },
-		"initrd_path":        func(c *smolvm.VMConfig) { c.InitrdPath = "/i" },
-		"image":              func(c *smolvm.VMConfig) { c.KernelPath, c.RootfsPath = "/k", "/r" },
-		"ready":              func(c *smolvm.VMConfig) { c.Ready = "soon" },
-		"boot_args":          func(c *smolvm.VMConfig) { c.BootArgs = "a\nb" },
-		"ttl_ms":             func(c *smolvm.VMConfig) { c.TTL = -1 },
-		"disk_mode":          func(c *smolvm.VMConfig) { c.DiskMode = smolvm.DiskShared },
-		"disk_size_mib":      func(c *smolvm.VMConfig) { c.DiskSizeMiB = -1 },
-		"drives":             func(c *smolvm.VMConfig) { c.Drives = make([]smolvm.Drive, 26) },
-		"drives[0].path":     func(c *smolvm.VMConfig) { c.Drives = []smolvm.Drive{{}} },
-		"env":                func(c *smolvm.VMConfig) { c.Env = map[string]string{"a b": ""} },
-		"labels":             func(c *smolvm.VMConfig) { c.Labels = map[string]string{"a b": ""} },
-		"hostname":           func(c *smolvm.VMConfig) { c.Hostname = "a b" },
-		"authorized_keys[0]": func(c *smolvm.VMConfig) { c.AuthorizedKeys = []string{"key"} },
+		"id":            func(c *smolvm.VMConfig) { c.ID = "A" },
+		"vcpus":         func(c *smolvm.VMConfig) { c.VCPUs = 33 },
+		"memory_mib":    func(c *smolvm.VMConfig) { c.MemoryMiB = 127 },
+		"backend":       func(c *smolvm.VMConfig) { c.Backend = "xen" },
+		"initrd_path":   func(c *smolvm.VMConfig) { c.InitrdPath = "/i" },
+		"image":         func(c *smolvm.VMConfig) { c.KernelPath, c.RootfsPath = "/k", "/r" },
+		"ready":         func(c *smolvm.VMConfig) { c.Ready = "soon" },
+		"boot_args":     func(c *smolvm.VMConfig) { c.BootArgs = "a\nb" },
+		"ttl_ms":        func(c *smolvm.VMConfig) { c.TTL = -1 },
+		"disk_mode":     func(c *smolvm.VMConfig) { c.DiskMode = smolvm.DiskShared },
+		"disk_size_mib": func(c *smolvm.VMConfig) { c.DiskSizeMiB = -1 },
+		"drives":        func(c *smolvm.VMConfig) { c.Drives = make([]smolvm.Drive, 26) },
+		"drives[0].backing": func(c *smolvm.VMConfig) {
+			c.Drives = []smolvm.Drive{{Path: "a", Backing: []smolvm.DiskFile{{Path: "b", Format: smolvm.FormatRaw}}}}
+		},
+		"drives[0].backing[0].format": func(c *smolvm.VMConfig) {
+			c.Drives = []smolvm.Drive{{Path: "a", Format: smolvm.FormatQCOW2, Backing: []smolvm.DiskFile{{Path: "b"}}}}
+		},
+		"drives[0].backing[1].path": func(c *smolvm.VMConfig) {
+			c.Drives = []smolvm.Drive{{Path: "a", Format: smolvm.FormatQCOW2, Backing: []smolvm.DiskFile{{Path: "b", Format: smolvm.FormatQCOW2}, {Format: smolvm.FormatRaw}}}}
+		},
+		"rootfs_backing":        func(c *smolvm.VMConfig) { c.RootfsBacking = []smolvm.DiskFile{{Path: "b", Format: smolvm.FormatRaw}} },
+		"disk_bytes_per_second": func(c *smolvm.VMConfig) { c.DiskBytesPerSecond = smolvm.MinDiskBytesPerSecond - 1 },
+		"disk_iops":             func(c *smolvm.VMConfig) { c.DiskIOPS = -1 },
+		"drives[0].path":        func(c *smolvm.VMConfig) { c.Drives = []smolvm.Drive{{}} },
+		"env":                   func(c *smolvm.VMConfig) { c.Env = map[string]string{"a b": ""} },
+		"labels":                func(c *smolvm.VMConfig) { c.Labels = map[string]string{"a b": ""} },
+		"hostname":              func(c *smolvm.VMConfig) { c.Hostname = "a b" },
+		"authorized_keys[0]":    func(c *smolvm.VMConfig) { c.AuthorizedKeys = []string{"key"} },
 		"port_forwards[1].host_port": func(c *smolvm.VMConfig) {
 			local := netip.MustParseAddr("127.0.0.1")
 			c.PortForwards = []smolvm.PortForward{

@@ -176,7 +176,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	}
 	var root disk.Info
 	if config.RootfsPath != "" {
-		if root, err = disk.Declare(config.RootfsPath, string(config.RootfsFormat)); err != nil {
+		if root, _, err = declareDrive(rootDrive(*config)); err != nil {
 			bad("rootfs_path", err)
 		}
 		config.RootfsFormat = smolvm.DiskFormat(root.Format)

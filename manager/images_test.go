@@ -3,6 +3,7 @@ package manager_test
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -64,9 +65,16 @@ func TestDrives(t *testing.T) {
 		}
 		drives = append(drives, smolvm.Drive{Path: path, ReadOnly: i == 1})
 	}
-	vm := mustRun(t, m, smolvm.VMConfig{Drives: drives})
-	if got := sh(t, m, vm.ID, "head -c 5 /dev/vdb; head -c 6 /dev/vdc; cat /sys/block/vdc/ro"); got != "firstsecond1" {
+	// One that is based on the second, whatever its header says.
+	based := filepath.Join(dir, "based")
+	qemuImgCreate(t, based, "/etc/passwd", "raw")
+	drives = append(drives, smolvm.Drive{Path: based, Format: smolvm.FormatQCOW2, Backing: []smolvm.DiskFile{{Path: drives[1].Path, Format: smolvm.FormatRaw}}})
+	vm := mustRun(t, m, smolvm.VMConfig{Drives: drives, DiskBytesPerSecond: 256 << 20})
+	if got := sh(t, m, vm.ID, "head -c 5 /dev/vdb; head -c 6 /dev/vdc; cat /sys/block/vdc/ro; head -c 6 /dev/vdd; printf above | dd of=/dev/vdd conv=fsync 2>/dev/null"); got != "firstsecond1\nsecond" {
 		t.Errorf("the guest sees %q", got)
+	}
+	if got := vm.Start.Limits; got.DiskBytesPerSecond != 256<<20 || got.DiskIOPS != 0 {
+		t.Errorf("limits are %+v", got)
 	}
 	sh(t, m, vm.ID, "printf written | dd of=/dev/vdb conv=fsync 2>/dev/null; ! dd if=/dev/zero of=/dev/vdc count=1 2>/dev/null")
 	if _, err := m.Stop(t.Context(), vm.ID, smolvm.StopOptions{}); err != nil {
@@ -79,21 +87,42 @@ func TestDrives(t *testing.T) {
 	}
 }
 
-// A kernel and a disk of the caller's own boot untouched; in shared mode the VM writes
-// to that very disk.
+// qemuImgCreate makes a qcow2 disk whose header names another file.
+func qemuImgCreate(t *testing.T, path, base, format string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", base, "-F", format, path, "1M")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v: %s", cmd, err, out)
+	}
+}
+
+// A kernel and a disk of the caller's own boot untouched, also one that is based on files
+// which are named; in shared mode the VM writes to that very disk.
 func TestSharedDisk(t *testing.T) {
 	m := openReal(t)
 	path := filepath.Join(t.TempDir(), "disk")
 	content := make([]byte, 1<<20)
 	copy(content[0x438:], "\x53\xef") // looks like ext4 to a probe, and is no more
-	initrd := testenv.Initramfs(t, "printf shared | dd of=/dev/vda conv=fsync; echo DONE; poweroff -f\n")
+	copy(content[0x1000:], "the base")
+	initrd := testenv.Initramfs(t, "dd if=/dev/vda bs=4096 skip=1 count=1 2>/dev/null | head -c 8 >/dev/console; printf shared | dd of=/dev/vda conv=fsync; echo DONE; poweroff -f\n")
+	top, middle := filepath.Join(t.TempDir(), "top"), filepath.Join(t.TempDir(), "middle")
+	qemuImgCreate(t, top, middle, "qcow2")
+	qemuImgCreate(t, middle, "/etc/passwd", "raw") // and is not followed
 	for mode, want := range map[smolvm.DiskMode]string{smolvm.DiskIsolated: "\x00\x00", smolvm.DiskShared: "shared"} {
 		if err := os.WriteFile(path, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		vm := mustRun(t, m, smolvm.VMConfig{KernelPath: testenv.Kernel(t), InitrdPath: initrd, RootfsPath: path, DiskMode: mode})
+		config := smolvm.VMConfig{KernelPath: testenv.Kernel(t), InitrdPath: initrd, RootfsPath: path, DiskMode: mode}
+		if mode == smolvm.DiskIsolated {
+			config.RootfsPath, config.RootfsFormat = top, smolvm.FormatQCOW2
+			config.RootfsBacking = []smolvm.DiskFile{{Path: middle, Format: smolvm.FormatQCOW2}, {Path: path, Format: smolvm.FormatRaw}}
+		}
+		vm := mustRun(t, m, config)
 		if err := waitEnd(t, vm); err != nil {
 			t.Fatal(err)
+		}
+		if log, err := os.ReadFile(vm.LogPath); err != nil || !strings.Contains(string(log), "the base") {
+			t.Errorf("%s: the guest has read another disk (%v): %s", mode, err, log)
 		}
 		if got, err := os.ReadFile(path); err != nil || !strings.HasPrefix(string(got), want) {
 			t.Errorf("%s: the disk begins with %q, %v", mode, got[:8], err)

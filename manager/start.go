@@ -236,9 +236,10 @@ func (m *Manager) drives(vm store.VM) ([]vmm.Drive, error) {
 	switch vm.DiskPath {
 	case "":
 	case vm.Config.RootfsPath:
-		users = append([]smolvm.Drive{{Path: vm.DiskPath, Format: vm.Config.RootfsFormat}}, users...)
+		users = append([]smolvm.Drive{rootDrive(vm.Config)}, users...)
 	default:
-		own, err := m.ownDrive(vm.DiskPath)
+		root := rootDrive(vm.Config)
+		own, err := m.ownDrive(vm.DiskPath, declaredFiles(append([]smolvm.DiskFile{{Path: root.Path, Format: root.Format}}, root.Backing...))...)
 		if err != nil {
 			return nil, err
 		}
@@ -263,26 +264,52 @@ func (m *Manager) usersDrive(drive smolvm.Drive) (vmm.Drive, error) {
 			return vmm.Drive{}, err
 		}
 		if ours {
+			if len(drive.Backing) > 0 {
+				return vmm.Drive{}, fmt.Errorf("%s: it is the disk of a VM; what it is based on is known, and can't be named", drive.Path)
+			}
 			own, err := m.ownDrive(drive.Path)
 			own.ReadOnly = drive.ReadOnly
 			return own, err
 		}
 	}
-	info, err := disk.Declare(drive.Path, string(drive.Format))
+	info, chain, err := declareDrive(drive)
 	if errors.Is(err, disk.ErrNoFileSystem) {
 		err = nil // an empty drive is fine: the guest may make a file system on it
 	}
-	return vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly, Device: info.Device}, err
+	return vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly, Device: info.Device, Backing: chainFiles(chain)}, err
 }
 
-// ownDrive is a disk in the data directory, which is qcow2 as we have made it.
-func (m *Manager) ownDrive(path string) (vmm.Drive, error) {
-	chain, err := m.disks.Chain(path)
-	drive := vmm.Drive{Path: path, Format: disk.QCOW2}
-	for _, file := range chain {
-		drive.Backing = append(drive.Backing, vmm.DiskFile(file))
+// rootDrive is the root file system that the user brings.
+func rootDrive(config smolvm.VMConfig) smolvm.Drive {
+	return smolvm.Drive{Path: config.RootfsPath, Format: config.RootfsFormat, Backing: config.RootfsBacking}
+}
+
+// declareDrive looks at a disk that the user names, and what it is based on.
+func declareDrive(drive smolvm.Drive) (disk.Info, []disk.File, error) {
+	return disk.DeclareChain(disk.File{Path: drive.Path, Format: string(drive.Format)}, declaredFiles(drive.Backing))
+}
+
+func declaredFiles(files []smolvm.DiskFile) []disk.File {
+	var declared []disk.File
+	for _, file := range files {
+		declared = append(declared, disk.File{Path: file.Path, Format: string(file.Format)})
 	}
-	return drive, err
+	return declared
+}
+
+func chainFiles(chain []disk.File) []vmm.DiskFile {
+	var files []vmm.DiskFile
+	for _, file := range chain {
+		files = append(files, vmm.DiskFile(file))
+	}
+	return files
+}
+
+// ownDrive is a disk in the data directory, which is qcow2 as we have made it. Declared as
+// for [backing.Disks.Chain].
+func (m *Manager) ownDrive(path string, declared ...disk.File) (vmm.Drive, error) {
+	chain, err := m.disks.Chain(path, declared...)
+	return vmm.Drive{Path: path, Format: disk.QCOW2, Backing: chainFiles(chain)}, err
 }
 
 func hasArg(bootArgs, name string) bool {

@@ -53,11 +53,7 @@ type Disks struct {
 func New(dir *datadir.Dir, refs References) *Disks { return &Disks{dir: dir, refs: refs} }
 
 // File is one file of a chain.
-type File struct {
-	Path, Format string
-	// Device says that it is a block device.
-	Device bool
-}
+type File = disk.File
 
 // Lock waits for the lock that is held while a disk gets a base or loses it. It is for
 // short: the disks of all VMs wait for it.
@@ -175,9 +171,38 @@ func ignoreNoFileSystem(err error) error {
 // maxChain bounds a chain: each file is one that the VMM has open.
 const maxChain = 256
 
-// Chain returns the files that one of our own disks is based on, the nearest first. A file
-// from outside of the data directory must not lead to others.
-func (d *Disks) Chain(path string) ([]File, error) {
+// Chain returns the files that one of our own disks is based on, the nearest first. Declared
+// is the user's file that the last of our own is based on, if it is, and what that is based
+// on in turn. A file that is neither ours nor declared must not lead to others.
+func (d *Disks) Chain(path string, declared ...File) ([]File, error) {
+	chain, err := d.walk(path, declared)
+	if err != nil || len(chain) == 0 {
+		return chain, err
+	}
+	last := chain[len(chain)-1]
+	if !d.isUsers(last.Path, declared) {
+		return chain, nil
+	}
+	var below []File
+	if len(declared) > 0 && declared[0].Path == last.Path {
+		below = declared[1:]
+	}
+	info, below, err := disk.DeclareChain(last, below)
+	if ignoreNoFileSystem(err) != nil {
+		return nil, fmt.Errorf("disk %s: %w", path, err)
+	}
+	chain[len(chain)-1].Device = info.Device
+	return append(chain, below...), nil
+}
+
+// isUsers reports whether a file is a user's: what it is based on is not what its header says.
+func (d *Disks) isUsers(path string, declared []File) bool {
+	return d.dir.Rel(path) == path || len(declared) > 0 && declared[0].Path == path
+}
+
+// walk returns the files that one of our own disks is based on, up to the first that is a
+// user's.
+func (d *Disks) walk(path string, declared []File) ([]File, error) {
 	var chain []File
 	at := File{Path: path, Format: disk.QCOW2}
 	for {
@@ -191,15 +216,10 @@ func (d *Disks) Chain(path string) ([]File, error) {
 		if len(chain) == maxChain {
 			return nil, fmt.Errorf("disk %s: more than %d files are based on each other", path, maxChain)
 		}
-		if d.dir.Rel(base.Path) == base.Path {
-			info, err := disk.Declare(base.Path, base.Format)
-			if ignoreNoFileSystem(err) != nil {
-				return nil, fmt.Errorf("disk %s: %w", path, err)
-			}
-			base.Device = info.Device
-			return append(chain, base), nil
-		}
 		chain = append(chain, base)
+		if d.isUsers(base.Path, declared) {
+			return chain, nil
+		}
 		at = base
 	}
 }
@@ -222,9 +242,9 @@ func (d *Disks) List() ([]string, error) {
 	}), err
 }
 
-// Root returns the file that the chain of a disk ends with.
+// Root returns the file that the chain of a disk ends with, or the first that is a user's.
 func (d *Disks) Root(path string) (string, error) {
-	chain, err := d.Chain(path)
+	chain, err := d.walk(path, nil)
 	if err != nil || len(chain) == 0 {
 		return path, err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 func TestParseMebibytes(t *testing.T) {
@@ -103,14 +104,17 @@ func TestParseDrive(t *testing.T) {
 		"data.img:ro:raw":   {Path: "data.img", ReadOnly: true, Format: smolvm.FormatRaw},
 		"data.img:qcow2:ro": {Path: "data.img", ReadOnly: true, Format: smolvm.FormatQCOW2},
 		"raw:raw:raw":       {Path: "raw:raw", Format: smolvm.FormatRaw},
+		"a:qcow2:ro,backing=b:qcow2,backing=c:d:raw": {Path: "a", ReadOnly: true, Format: smolvm.FormatQCOW2, Backing: []smolvm.DiskFile{
+			{Path: "b", Format: smolvm.FormatQCOW2}, {Path: "c:d", Format: smolvm.FormatRaw},
+		}},
 	} {
-		if got, err := parseDrive(text); err != nil || got != want {
+		if got, err := parseDrive(text); err != nil || !cmp.Equal(got, want) {
 			t.Errorf("parseDrive(%q) = %+v, %v; want %+v", text, got, err, want)
 		}
 	}
-	for _, text := range []string{"", ":ro", ":qcow2", ":ro:raw"} {
+	for _, text := range []string{"", ":ro", ":qcow2", ":ro:raw", ",backing=b:raw", "a:qcow2,backing=b", "a:qcow2,backing=:raw", "a:qcow2,backing=b:ro"} {
 		if got, err := parseDrive(text); err == nil {
-			t.Errorf("parseDrive(%q), without a path, returns %+v", text, got)
+			t.Errorf("parseDrive(%q) returns %+v", text, got)
 		}
 	}
 }
@@ -210,6 +214,22 @@ func TestTable(t *testing.T) {
 				t.Errorf("table (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// A paused VM is listed with why it is.
+func TestPausedState(t *testing.T) {
+	t.Parallel()
+	for want, vm := range map[string]smolvm.VMInfo{
+		"running":            {State: smolvm.StateRunning},
+		"paused (by user)":   {State: smolvm.StatePaused},
+		"paused (disk full)": {State: smolvm.StatePaused, Cause: vmm.Halt{NoSpace: true}.Cause("/disk")},
+		"paused (I/O error)": {State: smolvm.StatePaused, Cause: vmm.Halt{Detail: "Input/output error"}.Cause("/disk")},
+		"stopped":            {State: smolvm.StateStopped, Cause: "it was stopped by request"},
+	} {
+		if got := vmStateCell(vm); got.text != want || got.color != stateCell(vm.State).color {
+			t.Errorf("state is %+v, want %q", got, want)
+		}
 	}
 }
 

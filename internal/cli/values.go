@@ -124,9 +124,18 @@ func parsePort(text string, least int) (int, error) {
 	return int(port), nil
 }
 
-// parseDrive reads a drive: PATH, with :ro, :raw or :qcow2 after it.
+// parseDrive reads a drive: PATH, with :ro, :raw or :qcow2 after it, and the files that it is
+// based on.
 func parseDrive(text string) (smolvm.Drive, error) {
-	drive := smolvm.Drive{Path: text}
+	parts := strings.Split(text, ",backing=")
+	drive := smolvm.Drive{Path: parts[0]}
+	for _, part := range parts[1:] {
+		file, err := parseDiskFile(part)
+		if err != nil {
+			return smolvm.Drive{}, fmt.Errorf("invalid drive %q: backing %w", text, err)
+		}
+		drive.Backing = append(drive.Backing, file)
+	}
 	for {
 		path, word, ok := cutLast(drive.Path)
 		switch {
@@ -136,12 +145,21 @@ func parseDrive(text string) (smolvm.Drive, error) {
 		case ok && drive.Format == "" && (word == string(smolvm.FormatRaw) || word == string(smolvm.FormatQCOW2)):
 			drive.Format = smolvm.DiskFormat(word)
 		case drive.Path == "":
-			return smolvm.Drive{}, fmt.Errorf("invalid drive %q; use PATH[:ro][:FORMAT]", text)
+			return smolvm.Drive{}, fmt.Errorf("invalid drive %q; use PATH[:ro][:FORMAT], with ,backing=PATH:FORMAT for each file that it is based on", text)
 		default:
 			return drive, nil
 		}
 		drive.Path = path
 	}
+}
+
+// parseDiskFile reads a file that a disk is based on: PATH:FORMAT.
+func parseDiskFile(text string) (smolvm.DiskFile, error) {
+	path, format, _ := cutLast(text)
+	if path == "" || format != string(smolvm.FormatRaw) && format != string(smolvm.FormatQCOW2) {
+		return smolvm.DiskFile{}, fmt.Errorf("%q has no format; use PATH:%s or PATH:%s", text, smolvm.FormatRaw, smolvm.FormatQCOW2)
+	}
+	return smolvm.DiskFile{Path: path, Format: smolvm.DiskFormat(format)}, nil
 }
 
 // parseEnv reads a variable: NAME=VALUE, or NAME for the one of our own

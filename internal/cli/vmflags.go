@@ -37,7 +37,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		config.DiskSizeMiB, err = parseMebibytes(text)
 		return err
 	})
-	flags.Func("drive", "attach a disk image: `PATH[:ro][:FORMAT]`, raw (default) or qcow2 (repeatable)", func(text string) error {
+	flags.Func("drive", "attach a disk image: `PATH[:ro][:FORMAT]`, raw (default) or qcow2, with ,backing=PATH:FORMAT after it for each file that it is based on (repeatable)", func(text string) error {
 		drive, err := parseDrive(text)
 		config.Drives = append(config.Drives, drive)
 		return err
@@ -61,6 +61,11 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&config.InitrdPath, "initrd", "", "initramfs for --kernel in `FILE`")
 	flags.StringVar(&config.RootfsPath, "rootfs", "", "root file system for --kernel: a disk image in `FILE`")
 	flags.StringVar((*string)(&config.RootfsFormat), "rootfs-format", "", "`FORMAT` of --rootfs: raw (default) or qcow2")
+	flags.Func("rootfs-backing", "what a qcow2 --rootfs is based on: `PATH:FORMAT`, the nearest file first (repeatable)", func(text string) error {
+		file, err := parseDiskFile(text)
+		config.RootfsBacking = append(config.RootfsBacking, file)
+		return err
+	})
 	flags.StringVar((*string)(&config.DiskMode), "disk-mode", "", "`MODE` of --rootfs: isolated (default) or shared, which writes to it")
 	flags.StringVar(&config.BootArgs, "boot-args", "", "kernel `ARGUMENTS` (default: those of the image)")
 	flags.StringVar((*string)(&config.Ready), "ready", "", "`WHEN` the VM counts as running: agent, ssh or started")

@@ -44,6 +44,13 @@ type Info struct {
 	Device bool
 }
 
+// File is one file of the chain that makes a disk, as it is declared.
+type File struct {
+	Path, Format string
+	// Device says that it is a block device.
+	Device bool
+}
+
 // Inspect looks at a disk file of a format. For a raw file in which it recognises
 // nothing, the error matches [ErrNoFileSystem], and the rest of the information is right.
 func Inspect(path, format string) (Info, error) {
@@ -54,7 +61,60 @@ func Inspect(path, format string) (Info, error) {
 // declared. Empty: raw, unless it looks like qcow2, which is refused with
 // [ErrUndeclared]. So is a qcow2 disk that would make a VMM open files that nobody has
 // named. Otherwise it is as [Inspect].
-func Declare(path, format string) (Info, error) {
+func Declare(path, format string) (Info, error) { return declare(path, format, false) }
+
+// MaxChain bounds how many files a disk is based on: each is one that the VMM has open.
+const MaxChain = 32
+
+// DeclareChain is [Declare] of a disk that is based on other files, which are declared as
+// well, the nearest first. Their names and formats are those given here, whatever is in
+// headers; but whether a file is based on another must be as its header says, so that none is
+// forgotten. What is returned of them has Device filled in.
+func DeclareChain(top File, backing []File) (Info, []File, error) {
+	if len(backing) > MaxChain {
+		return Info{}, nil, fmt.Errorf("%s: it is based on %d files; at most %d are allowed", top.Path, len(backing), MaxChain)
+	}
+	info, err := declare(top.Path, top.Format, len(backing) > 0)
+	if err != nil && !errors.Is(err, ErrNoFileSystem) {
+		return info, nil, err
+	}
+	topErr := err
+	chain := slices.Clone(backing)
+	for n := range chain {
+		file := &chain[n]
+		if file.Format == "" {
+			return info, nil, fmt.Errorf("%s: its format must be named; use %s or %s", file.Path, Raw, QCOW2)
+		}
+		found, err := declare(file.Path, file.Format, n < len(chain)-1)
+		if err != nil && !errors.Is(err, ErrNoFileSystem) {
+			return info, nil, err
+		}
+		file.Device = found.Device
+	}
+	if err := checkLoop(append([]File{top}, chain...)); err != nil {
+		return info, nil, err
+	}
+	return info, chain, topErr
+}
+
+// checkLoop refuses a chain with a file that comes twice, by whatever names.
+func checkLoop(chain []File) error {
+	var seen []fs.FileInfo
+	for _, file := range chain {
+		info, err := os.Stat(file.Path)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(seen, func(other fs.FileInfo) bool { return os.SameFile(info, other) }) {
+			return fmt.Errorf("%s: it is based on itself", file.Path)
+		}
+		seen = append(seen, info)
+	}
+	return nil
+}
+
+// declare is Declare; based says that there is a file which the disk is based on.
+func declare(path, format string, based bool) (Info, error) {
 	return inspect(path, func(file io.ReaderAt, info Info) (Info, error) {
 		switch format {
 		case "":
@@ -66,11 +126,14 @@ func Declare(path, format string) (Info, error) {
 		case QCOW2:
 			h, err := readHeader(file)
 			if err == nil {
-				err = h.foreign()
+				err = h.foreign(based)
 			}
 			if err != nil {
 				return info, err
 			}
+		}
+		if format == Raw && based {
+			return info, errors.New("is raw, and so not based on the file that was named; say format qcow2 if it is")
 		}
 		return info.read(file, format)
 	})

@@ -118,11 +118,14 @@ func (h *header) readBacking(r io.ReaderAt) error {
 }
 
 // foreign returns why a disk that comes from outside must not be opened: all by which a
-// header makes a VMM open other files, or that is not known to be harmless.
-func (h *header) foreign() error {
+// header makes a VMM open other files, or that is not known to be harmless. Based says that
+// the file which it is based on was named.
+func (h *header) foreign(based bool) error {
 	switch {
-	case h.backingOffset != 0:
-		return fmt.Errorf("is based on another file (%q), which was not named; `qemu-img convert -O qcow2` makes one that is not", h.backing)
+	case h.backingOffset != 0 && !based:
+		return fmt.Errorf("is based on another file (%q), which was not named; name that, and its format, or make one with `qemu-img convert -O qcow2` that is not", h.backing)
+	case h.backingOffset == 0 && based:
+		return errors.New("is not based on another file, but one was named")
 	case h.features&featureDataFile != 0:
 		return errors.New("keeps its data in another file, which was not named; `qemu-img convert -O qcow2` makes one that does not")
 	case h.features&featureCorrupt != 0:
