@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 func mustOpen(t *testing.T, path string) *Dir {
@@ -240,7 +242,7 @@ func TestRuntimeDirIsShort(t *testing.T) {
 		t.Errorf("sockets are in %s", short)
 	}
 	long := d.Runtime("/run/"+strings.Repeat("long/", 20), "web", len("agent"))
-	if len(long)+len("/agent") > maxSocketPath || filepath.Dir(long) != privateTempDir() {
+	if len(long)+len("/agent") > stream.MaxSocketPath || filepath.Dir(long) != privateTempDir() {
 		t.Errorf("sockets are in %s", long)
 	}
 }

@@ -9,11 +9,9 @@ import (
 	"strconv"
 
 	"golang.org/x/sys/unix"
-)
 
-// maxSocketPath is the longest path of a unix socket: sun_path has 108 bytes, the last
-// of which is a NUL (see unix(7)).
-const maxSocketPath = 107
+	"github.com/smolvm/smolvm/internal/stream"
+)
 
 // LocateSockets finds the directory for sockets. It is made when the first socket is.
 // Under sudo the environment may name the directory of another user: that is not used.
@@ -42,7 +40,7 @@ func privateTempDir() string { return "/tmp/smolvm-" + strconv.Itoa(os.Getuid())
 // directory. The longest name of a socket in it has nameLength bytes.
 func (d *Dir) Runtime(socketDir, id string, nameLength int) string {
 	dir := filepath.Join(socketDir, id+"-"+d.id[:8])
-	if len(dir)+1+nameLength <= maxSocketPath {
+	if len(dir)+1+nameLength <= stream.MaxSocketPath {
 		return dir
 	}
 	return filepath.Join(privateTempDir(), shortHash(dir))

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"time"
+
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // Client asks a running shim. Each call is a connection of its own. If there is no
@@ -73,7 +75,7 @@ func (c *Client) DialGuest(ctx context.Context, port int) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return bufferedConn{conn, reader}, nil
+	return stream.Peeked{Conn: conn, Reader: reader}, nil
 }
 
 // DialAgent connects to the SSH server of the guest's agent.
@@ -116,7 +118,7 @@ func (c *Client) send(ctx context.Context, asked request) (net.Conn, *bufio.Read
 	switch {
 	case givenUp && (asked.Op != opSave || err != nil || answer.Failure != nil):
 		err = context.Cause(ctx)
-	case isBroken(err):
+	case stream.IsBroken(err):
 		err = fmt.Errorf("ask the VM's shim to %s: %w: %w", asked.Op, ErrGone, err)
 	case err != nil:
 		err = fmt.Errorf("ask the VM's shim to %s: %w", asked.Op, err)

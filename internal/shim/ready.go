@@ -7,12 +7,13 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/ring"
+	"github.com/smolvm/smolvm/internal/stream"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -20,8 +21,6 @@ const (
 	// seedSize is how much entropy a guest is given: what its kernel's generator
 	// can hold.
 	seedSize = 32
-	// sshPort is where a guest's SSH server listens.
-	sshPort = 22
 	// A guest's SSH server can't tell us that it has come up, so it is tried again
 	// and again, at intervals that grow from the first to the last.
 	firstRetry, lastRetry = 20 * time.Millisecond, 500 * time.Millisecond
@@ -81,7 +80,7 @@ func (s *shim) startContext(ctx context.Context) (context.Context, context.Cance
 
 // explain says why a start did not succeed, with the end of the console.
 func (s *shim) explain(ctx context.Context, err error) error {
-	if s.instance != nil && isBroken(err) {
+	if s.instance != nil && stream.IsBroken(err) {
 		// The channel breaks when the VMM ends, and that says more.
 		select {
 		case <-s.instance.Done():
@@ -118,15 +117,6 @@ func (s *shim) consoleEnd() string {
 		return ""
 	}
 	return ring.LastLines(keeper.ConsoleTail(tailSize), tailLines)
-}
-
-func isBroken(err error) bool {
-	for _, broken := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.EPIPE, syscall.ECONNRESET} {
-		if errors.Is(err, broken) {
-			return true
-		}
-	}
-	return false
 }
 
 // awaitReady returns when the guest is ready, as the spec says.
@@ -200,7 +190,7 @@ func (s *shim) awaitSSH(ctx context.Context) error {
 func (s *shim) hasSSH(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, 10*lastRetry)
 	defer cancel()
-	conn, err := s.network.DialGuest(ctx, sshPort)
+	conn, err := s.network.DialGuest(ctx, wire.SSHPort)
 	if err != nil {
 		return false
 	}

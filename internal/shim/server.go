@@ -15,7 +15,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
-	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // Operations of the control socket. A connection carries one request and one
@@ -68,7 +68,7 @@ type Status struct {
 
 // serveControl answers requests until the listener is closed.
 func (s *shim) serveControl(listener net.Listener) {
-	usernet.Accept(context.Background(), listener, func(conn net.Conn) { go s.answerRequest(conn) })
+	stream.Accept(context.Background(), listener, func(conn net.Conn) { go s.answerRequest(conn) })
 }
 
 func (s *shim) answerRequest(conn net.Conn) {
@@ -184,27 +184,12 @@ func (s *shim) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
 		}
 		return
 	}
-	usernet.Splice(context.Background(), bufferedConn{conn, reader}, guest)
-}
-
-// bufferedConn is a connection of which some has been read ahead.
-type bufferedConn struct {
-	net.Conn
-	reader *bufio.Reader
-}
-
-func (c bufferedConn) Read(p []byte) (int, error) { return c.reader.Read(p) }
-
-func (c bufferedConn) CloseWrite() error {
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return c.Close()
+	stream.Splice(context.Background(), stream.Peeked{Conn: conn, Reader: reader}, guest)
 }
 
 // serveAgents connects each connection to the agent's SSH server.
 func (s *shim) serveAgents(listener net.Listener) {
-	usernet.Accept(context.Background(), listener, func(conn net.Conn) { go s.connectAgent(conn) })
+	stream.Accept(context.Background(), listener, func(conn net.Conn) { go s.connectAgent(conn) })
 }
 
 func (s *shim) connectAgent(conn net.Conn) {
@@ -227,5 +212,5 @@ func (s *shim) connectAgent(conn net.Conn) {
 		_, _ = io.WriteString(conn, "The guest's agent does not answer any more.\r\n")
 		return
 	}
-	usernet.Splice(context.Background(), conn, guest)
+	stream.Splice(context.Background(), conn, guest)
 }

@@ -35,6 +35,7 @@ import (
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/step"
+	"github.com/smolvm/smolvm/internal/stream"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -324,9 +325,9 @@ func (s *shim) listen() (control, agents net.Listener, err error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, nil, fmt.Errorf("make sockets: %w", err)
 	}
-	control, err = listenUnix(ControlSocket(dir))
+	control, err = stream.ListenUnix(ControlSocket(dir))
 	if err == nil {
-		agents, err = listenUnix(AgentSocket(dir))
+		agents, err = stream.ListenUnix(AgentSocket(dir))
 	}
 	if err != nil {
 		return nil, nil, errors.Join(err, os.RemoveAll(dir))
@@ -342,7 +343,7 @@ func (s *shim) startVMM(ctx context.Context) error {
 	config := s.spec.VMM
 	if s.network != nil && config.NIC != nil {
 		nic := *config.NIC
-		nic.Link = s.network.Link()
+		nic.Link = s.network.Link().Socket
 		config.NIC = &nic
 	}
 	config.Drives = slices.Clone(config.Drives)

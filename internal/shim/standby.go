@@ -25,6 +25,7 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/step"
+	"github.com/smolvm/smolvm/internal/stream"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -120,7 +121,7 @@ func (s *shim) listenForClaim() (net.Listener, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	return listenUnix(claimSocket(dir))
+	return stream.ListenUnix(claimSocket(dir))
 }
 
 // awaitClaim waits for a claim, for the VM's end, or for being told to end.

@@ -14,8 +14,8 @@ import (
 	"github.com/hashicorp/yamux"
 	"golang.org/x/sys/unix"
 
-	"github.com/smolvm/smolvm/internal/agent/plain"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 func durationOf(t unix.Timespec) time.Duration { return time.Duration(t.Nano()) }
@@ -76,30 +76,16 @@ func (a *agent) serveSession(channel *channel) error {
 	}
 	defer func() { _ = session.Close() }()
 	for {
-		stream, err := session.Accept()
+		opened, err := session.Accept()
 		if err != nil {
 			return nil // the session is over
 		}
-		go a.serveStream(muxStream{stream.(*yamux.Stream)}) //nolint:forcetypeassert // as documented
+		go a.serveStream(muxStream{opened.(*yamux.Stream)}) //nolint:forcetypeassert // as documented
 	}
 }
 
-// peekedConn is a connection whose first bytes have been looked at.
-type peekedConn struct {
-	net.Conn
-	r *bufio.Reader
-}
-
-func peek(conn net.Conn) peekedConn { return peekedConn{conn, bufio.NewReader(conn)} }
-
-func (c peekedConn) Read(p []byte) (int, error) { return c.r.Read(p) }
-
-// CloseWrite implements [plain.Conn].
-func (c peekedConn) CloseWrite() error {
-	if half, ok := c.Conn.(plain.Conn); ok {
-		return half.CloseWrite()
-	}
-	return c.Close()
+func peek(conn net.Conn) stream.Peeked {
+	return stream.Peeked{Conn: conn, Reader: bufio.NewReader(conn)}
 }
 
 // muxStream is a stream of a session as a connection. Of yamux's own, Close only ends the
@@ -115,21 +101,21 @@ func (s muxStream) Close() error {
 }
 
 // serveStream serves a channel, an SSH connection, or one control exchange.
-func (a *agent) serveStream(stream net.Conn) {
-	conn := peek(stream)
-	first, err := conn.r.Peek(len(wire.Magic))
+func (a *agent) serveStream(opened net.Conn) {
+	conn := peek(opened)
+	first, err := conn.Reader.Peek(len(wire.Magic))
 	if err == nil && string(first) != wire.Magic {
 		a.server.ServeTrusted(conn)
 		return
 	}
-	defer func() { _ = stream.Close() }()
+	defer func() { _ = opened.Close() }()
 	var control wire.Control
 	if wire.Read(conn, &control) != nil {
 		return
 	}
-	_ = wire.Write(stream, obey(control))
+	_ = wire.Write(opened, obey(control))
 	if control.Shutdown != nil {
-		_ = stream.Close()
+		_ = opened.Close()
 		a.shutdown(*control.Shutdown)
 	}
 }

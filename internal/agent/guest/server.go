@@ -19,6 +19,7 @@ import (
 
 	"github.com/smolvm/smolvm/internal/agent/plain"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // handshakeTimeout bounds how long a connection may take to log in; it is long
@@ -134,12 +135,12 @@ func (s *Server) Serve(conn net.Conn) {
 // CloseWrite. Whoever can open one holds the VM itself, so no key is asked for, and it may
 // be a channel without SSH around it.
 func (s *Server) ServeTrusted(conn net.Conn) {
-	peeked, ok := conn.(peekedConn)
+	peeked, ok := conn.(stream.Peeked)
 	if !ok {
 		peeked = peek(conn)
 	}
 	identity := s.current()
-	if first, err := peeked.r.Peek(plain.PeekSize); err == nil && plain.IsOpen(first) {
+	if first, err := peeked.Reader.Peek(plain.PeekSize); err == nil && plain.IsOpen(first) {
 		s.servePlain(peeked, identity)
 		return
 	}
@@ -147,7 +148,7 @@ func (s *Server) ServeTrusted(conn net.Conn) {
 }
 
 // servePlain serves the one channel of a connection.
-func (s *Server) servePlain(conn peekedConn, identity identity) {
+func (s *Server) servePlain(conn stream.Peeked, identity identity) {
 	channel, err := plain.Accept(conn)
 	if err != nil {
 		return

@@ -173,7 +173,7 @@ func TestBrokenOff(t *testing.T) {
 		ended <- err
 	})
 	listener := listenHost(t)
-	n.Forward(listener, echoPort)
+	n.Forward(listener, n.dialer())
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -184,7 +184,10 @@ func TestBrokenOff(t *testing.T) {
 	if _, err := io.ReadFull(conn, make([]byte, len("hello"))); err != nil {
 		t.Fatal(err)
 	}
-	abort(conn)
+	if err := conn.(*net.TCPConn).SetLinger(0); err != nil { // closing resets the connection then
+		t.Fatal(err)
+	}
+	_ = conn.Close()
 	if err := <-ended; err == nil {
 		t.Error("what was broken off ends in the guest as if it were complete")
 	}

@@ -51,7 +51,7 @@ func newLimited(t testing.TB, limits limits) *Network {
 // linkConn is the guest's end of the link as a connection, in place of a VMM.
 func linkConn(t testing.TB, n *Network) net.Conn {
 	t.Helper()
-	conn, err := net.FileConn(n.Link())
+	conn, err := net.FileConn(n.Link().Socket)
 	if err != nil {
 		t.Fatal(err)
 	}

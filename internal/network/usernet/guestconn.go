@@ -12,6 +12,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/smolvm/smolvm/internal/network"
 )
 
 // guestConn is a TCP connection with the guest. It has its place in the [account] until the
@@ -113,6 +115,9 @@ func (k *kind) dialGuest(ctx context.Context, s *stack.Stack, to tcpip.FullAddre
 	}
 	if failed != nil {
 		_ = conn.Close()
+		if _, refused := failed.(*tcpip.ErrConnectionRefused); refused {
+			return nil, network.ErrRefused
+		}
 		return nil, stackError(failed)
 	}
 	return conn, nil

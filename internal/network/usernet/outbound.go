@@ -15,6 +15,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 const (
@@ -92,7 +94,7 @@ func (o *outbound) connect(request *tcp.ForwarderRequest) {
 		_ = outside.Close()
 		return
 	}
-	Splice(o.ctx, place.conn(endpoint, &queue), outside)
+	stream.Splice(o.ctx, place.conn(endpoint, &queue), outside)
 }
 
 // begin counts a connection, unless there are to be no more.

@@ -13,6 +13,8 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/smolvm/smolvm/internal/network"
 )
 
 // defaultMTU is Ethernet's.
@@ -91,9 +93,10 @@ func (n *Network) mayKnow(name string, addr netip.Addr) bool {
 }
 
 // Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.
-func (n *Network) Link() *os.File { return n.link }
+func (n *Network) Link() network.Link { return network.Link{Socket: n.link} }
 
-// DialGuest connects to a TCP port of the guest. The connection ends with the network.
+// DialGuest connects to a TCP port of the guest. The connection ends with the network. The
+// error matches [network.ErrRefused] if nothing listens at the guest's address.
 func (n *Network) DialGuest(ctx context.Context, port int) (net.Conn, error) {
 	if port < 1 || port > 65535 {
 		return nil, fmt.Errorf("connect to port %d of the guest: ports are 1 to 65535", port)

@@ -13,7 +13,14 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/smolvm/smolvm/internal/network"
 )
+
+// dialer returns a function that connects to the guest's echoPort.
+func (n *Network) dialer() func(context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) { return n.DialGuest(ctx, echoPort) }
+}
 
 func TestNewRefuses(t *testing.T) {
 	for name, change := range map[string]func(*Config){
@@ -78,7 +85,7 @@ func TestForward(t *testing.T) {
 		inGuest <- r
 	})
 	listener := listenHost(t)
-	n.Forward(listener, 8080)
+	n.Forward(listener, n.dialer())
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -101,7 +108,7 @@ func TestForwardHalfClose(t *testing.T) {
 		_, _ = fmt.Fprintf(conn, "got %s", request)
 	})
 	listener := listenHost(t)
-	n.Forward(listener, 8080)
+	n.Forward(listener, n.dialer())
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -130,8 +137,8 @@ func TestForwardClose(t *testing.T) {
 		return conn
 	}
 	first, second := listenHost(t), listenHost(t)
-	closer := n.Forward(first, 8080)
-	n.Forward(second, 8080)
+	closer := n.Forward(first, n.dialer())
+	n.Forward(second, n.dialer())
 	ends, stays := dial(first), dial(second)
 	if err := closer.Close(); err != nil {
 		t.Errorf("close: %v", err)
@@ -167,7 +174,7 @@ func TestForwardRefused(t *testing.T) {
 	n := newNetwork(t)
 	newGuest(t, n)
 	listener := listenHost(t)
-	n.Forward(listener, 8080)
+	n.Forward(listener, n.dialer())
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -176,8 +183,8 @@ func TestForwardRefused(t *testing.T) {
 	if n, err := conn.Read(make([]byte, 1)); err == nil {
 		t.Errorf("read %d bytes", n)
 	}
-	if _, err := n.DialGuest(t.Context(), 8080); err == nil {
-		t.Error("DialGuest succeeds")
+	if _, err := n.DialGuest(t.Context(), 8080); !errors.Is(err, network.ErrRefused) {
+		t.Errorf("DialGuest of a port on which nothing listens: %v, want %v", err, network.ErrRefused)
 	}
 	if _, err := n.DialGuest(t.Context(), 0); err == nil {
 		t.Error("DialGuest(0) succeeds")
@@ -191,7 +198,7 @@ func TestClose(t *testing.T) {
 	g := newGuest(t, n)
 	g.listen(func(conn net.Conn) { _, _ = io.Copy(conn, conn) })
 	listener := listenHost(t)
-	n.Forward(listener, 8080)
+	n.Forward(listener, n.dialer())
 	conn, err := n.DialGuest(t.Context(), 8080)
 	if err != nil {
 		t.Fatal(err)
@@ -217,7 +224,7 @@ func TestClose(t *testing.T) {
 		t.Error("DialGuest succeeds on a closed network")
 	}
 	late := listenHost(t)
-	_ = n.Forward(late, 8080).Close()
+	_ = n.Forward(late, n.dialer()).Close()
 	if _, err := net.Dial("tcp", late.Addr().String()); err == nil {
 		t.Error("a forward of a closed network listens")
 	}
