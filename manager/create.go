@@ -77,7 +77,7 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progres
 		return smolvm.VMInfo{}, err
 	}
 	m.note(ctx, vm.ID, "create", began, "")
-	keepReserve(m.dataDir)
+	m.dir.KeepReserve()
 	info := m.info(vm)
 	info.Timeline = append([]smolvm.Phase{{Name: "check", Duration: checked}}, phases...)
 	return info, nil

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -84,7 +85,7 @@ func (m *Manager) settle(ctx context.Context, vm store.VM) (store.VM, error) {
 		return vm, nil
 	}
 	lock, err := m.tryLock(vm.ID)
-	if errors.Is(err, errLocked) {
+	if errors.Is(err, datadir.ErrLocked) {
 		return vm, nil
 	}
 	if err != nil {

@@ -88,7 +88,7 @@ func Open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	state, err := store.Open(ctx, dir.Database(), store.Options{MakeRoom: func() bool { return makeRoom(dir.Root()) }})
+	state, err := store.Open(ctx, dir.Database(), store.Options{MakeRoom: dir.MakeRoom})
 	if err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/store"
 )
@@ -27,7 +28,7 @@ func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 	known := map[string]bool{}
 	var errs []error
 	for _, vm := range vms {
-		known[vm.ID], known[vm.ID+ownerSuffix] = true, true
+		known[vm.ID], known[datadir.OwnerLock(vm.ID)] = true, true
 		if !vm.State.Alive() {
 			errs = append(errs, m.reclaimOrphan(ctx, vm))
 			continue
@@ -73,7 +74,7 @@ func (m *Manager) reclaimOrphan(ctx context.Context, vm store.VM) error {
 // or deleted just now.
 func (m *Manager) reclaimVM(ctx context.Context, id string) error {
 	lock, err := m.tryLock(id)
-	if errors.Is(err, errLocked) {
+	if errors.Is(err, datadir.ErrLocked) {
 		return nil
 	}
 	if err != nil {

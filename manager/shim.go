@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -115,7 +116,7 @@ func (m *Manager) recordExit(ctx context.Context, record shim.ExitRecord) error 
 // up leaves it to us.
 func (m *Manager) eraseEphemeral(ctx context.Context, id string) error {
 	lock, err := m.tryLock(id)
-	if errors.Is(err, errLocked) {
+	if errors.Is(err, datadir.ErrLocked) {
 		return nil
 	}
 	if err != nil {

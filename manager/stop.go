@@ -107,7 +107,7 @@ func (m *Manager) Delete(ctx context.Context, id string, opts smolvm.DeleteOptio
 		return fmt.Errorf("delete VM %q: %w", id, err)
 	}
 	lock.remove()
-	keepReserve(m.dataDir)
+	m.dir.KeepReserve()
 	m.note(ctx, id, "delete", began, "")
 	return nil
 }

@@ -1,9 +1,8 @@
-package manager
+package datadir
 
 import (
 	"errors"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -22,17 +21,17 @@ const (
 	enoughRoom = 2 * reserveSize
 )
 
-// keepReserve makes the reserve, or makes it whole again, if there is room. That it can't be
+// KeepReserve makes the reserve, or makes it whole again, if there is room. That it can't be
 // had is no failure of anything.
-func keepReserve(dataDir string) {
-	path := filepath.Join(dataDir, reserveName)
+func (d *Dir) KeepReserve() {
+	path := d.path(reserveName)
 	if info, err := os.Stat(path); err == nil && info.Size() >= reserveSize {
 		return
 	}
-	if free, _, err := host.Space(dataDir); err != nil || free < enoughRoom {
+	if free, _, err := host.Space(d.root); err != nil || free < enoughRoom {
 		return
 	}
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, fileMode)
 	if err != nil {
 		return
 	}
@@ -43,13 +42,13 @@ func keepReserve(dataDir string) {
 	}
 }
 
-// makeRoom gives up a part of the reserve if the disk of the data directory is full, and
+// MakeRoom gives up a part of the reserve if the disk of the data directory is full, and
 // reports whether it has.
-func makeRoom(dataDir string) bool {
-	if free, _, err := host.Space(dataDir); err != nil || free >= reservePart {
+func (d *Dir) MakeRoom() bool {
+	if free, _, err := host.Space(d.root); err != nil || free >= reservePart {
 		return false // that is not what was missing
 	}
-	file, err := os.OpenFile(filepath.Join(dataDir, reserveName), os.O_RDWR, 0)
+	file, err := os.OpenFile(d.path(reserveName), os.O_RDWR, 0)
 	if err != nil {
 		return false
 	}
