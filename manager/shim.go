@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/shim"
+	shimprocess "github.com/smolvm/smolvm/internal/shim/process"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -50,7 +51,7 @@ func RunShim(ctx context.Context, opts ShimOptions) error {
 	if task != nil {
 		return task.run(ctx, opts.Backends)
 	}
-	return shim.Main(ctx, shim.Options{
+	return shimprocess.Main(ctx, shimprocess.Options{
 		Stdin:    stdin,
 		Backends: opts.Backends,
 		Exited:   recordExit,

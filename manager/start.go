@@ -18,7 +18,6 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/network"
-	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/store"
@@ -140,17 +139,13 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
 	plan := network.User(vm.Lease)
+	attached := network.ConfigOf(plan)
 	spec := shim.Spec{
-		ID:      vm.ID,
-		Run:     newRun(),
-		Backend: vm.Backend,
-		VMM:     machine,
-		Network: &usernet.Config{
-			Prefix:   plan.Prefix,
-			Gateway:  plan.Gateway,
-			Guest:    plan.GuestIP,
-			GuestMAC: plan.GuestMAC,
-		},
+		ID:           vm.ID,
+		Run:          newRun(),
+		Backend:      vm.Backend,
+		VMM:          machine,
+		Network:      &attached,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: bootTimeout(opts, accelerator.Name),
 		TTL:          vm.Config.TTL,

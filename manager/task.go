@@ -15,8 +15,8 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/errcode"
+	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
-	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -156,7 +156,7 @@ func readTask(stdin io.Reader) (*task, io.Reader, error) {
 
 // runTask is the life of a task.
 func (t task) run(ctx context.Context, backends []vmm.Backend) error {
-	if err := shim.CloseInherited(taskLockFD); err != nil {
+	if err := proc.CloseInherited(taskLockFD); err != nil {
 		return err
 	}
 	m, err := Open(ctx, Config{

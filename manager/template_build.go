@@ -15,8 +15,8 @@ import (
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/network"
-	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/shim"
+	shimprocess "github.com/smolvm/smolvm/internal/shim/process"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -92,7 +92,7 @@ func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMC
 	if err != nil {
 		return "", err
 	}
-	err = shim.Freeze(ctx, shim.FreezeOptions{
+	err = shimprocess.Freeze(ctx, shimprocess.FreezeOptions{
 		Spec:     spec,
 		Backends: backends,
 		Commands: warmUp(config),
@@ -165,7 +165,8 @@ func (m *Manager) strangerSpec(spec shim.Spec) (shim.Spec, error) {
 	}
 	spec.ID, spec.Run = spec.VMM.ID, newRun()
 	spec.VMM.NIC = &vmm.NIC{MAC: plan.GuestMAC}
-	spec.Network = &usernet.Config{Prefix: plan.Prefix, Gateway: plan.Gateway, Guest: plan.GuestIP, GuestMAC: plan.GuestMAC}
+	attached := network.ConfigOf(plan)
+	spec.Network = &attached
 	spec.Greeting = &greeting
 	spec.Ready = smolvm.ReadyAgent
 	return spec, nil

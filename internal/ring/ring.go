@@ -252,6 +252,13 @@ func Append(path string, limit int64) (*os.File, error) {
 	return os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 }
 
+// QuoteBytes and QuoteLines are how much of the end of a log an error quotes: so many lines,
+// of so many bytes in all.
+const (
+	QuoteBytes = 4 << 10
+	QuoteLines = 8
+)
+
 // LastLines joins the last n lines of a text into one line.
 func LastLines(text string, n int) string {
 	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' })

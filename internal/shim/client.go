@@ -20,7 +20,7 @@ func NewClient(runtimeDir string) *Client { return &Client{runtimeDir: runtimeDi
 
 // Status asks for the VM's status.
 func (c *Client) Status(ctx context.Context) (Status, error) {
-	answer, err := c.call(ctx, request{Op: opStatus})
+	answer, err := c.call(ctx, Request{Op: OpStatus})
 	if err != nil || answer.Status == nil {
 		return Status{}, err
 	}
@@ -30,7 +30,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 // Stop stops the VM within about the grace, and returns when it has ended. If ctx is done
 // first, the stop goes on.
 func (c *Client) Stop(ctx context.Context, how Stop) error {
-	_, err := c.call(ctx, request{Op: opStop, Grace: how.Grace, Patient: how.Patient})
+	_, err := c.call(ctx, Request{Op: OpStop, Grace: how.Grace, Patient: how.Patient})
 	return err
 }
 
@@ -38,20 +38,20 @@ func (c *Client) Stop(ctx context.Context, how Stop) error {
 // forward that is returned names it. The error matches [smolvm.ErrPortInUse] if the
 // port is taken.
 func (c *Client) AddForward(ctx context.Context, forward Forward) (Forward, error) {
-	answer, err := c.call(ctx, request{Op: opAddForward, Forward: forward})
+	answer, err := c.call(ctx, Request{Op: OpAddForward, Forward: forward})
 	return answer.Forward, err
 }
 
 // RemoveForward ends the forward of a protocol and a host address, with its connections;
 // its guest port does not matter. The error matches [smolvm.ErrNotFound] if there is none.
 func (c *Client) RemoveForward(ctx context.Context, forward Forward) error {
-	_, err := c.call(ctx, request{Op: opRemoveForward, Forward: forward})
+	_, err := c.call(ctx, Request{Op: OpRemoveForward, Forward: forward})
 	return err
 }
 
 // Pause holds the guest's CPUs.
 func (c *Client) Pause(ctx context.Context) error {
-	_, err := c.call(ctx, request{Op: opPause})
+	_, err := c.call(ctx, Request{Op: OpPause})
 	return err
 }
 
@@ -59,19 +59,19 @@ func (c *Client) Pause(ctx context.Context) error {
 // paused already is fine. If ctx is done, it returns when the shim has given up, so that
 // nothing happens to the files any more.
 func (c *Client) Save(ctx context.Context, save Save) (Saved, error) {
-	answer, err := c.call(ctx, request{Op: opSave, Save: &save})
+	answer, err := c.call(ctx, Request{Op: OpSave, Save: &save})
 	return answer.Saved, err
 }
 
 // Resume lets the guest's CPUs go on, and sets its clock.
 func (c *Client) Resume(ctx context.Context) error {
-	_, err := c.call(ctx, request{Op: opResume})
+	_, err := c.call(ctx, Request{Op: OpResume})
 	return err
 }
 
 // DialGuest connects to a TCP port of the guest's network address.
 func (c *Client) DialGuest(ctx context.Context, port int) (net.Conn, error) {
-	conn, reader, _, err := c.send(ctx, request{Op: opDial, Port: port})
+	conn, reader, _, err := c.send(ctx, Request{Op: OpDial, Port: port})
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +83,7 @@ func (c *Client) DialAgent(ctx context.Context) (net.Conn, error) {
 	return dialUnix(ctx, AgentSocket(c.runtimeDir))
 }
 
-func (c *Client) call(ctx context.Context, asked request) (response, error) {
+func (c *Client) call(ctx context.Context, asked Request) (Response, error) {
 	conn, _, answer, err := c.send(ctx, asked)
 	if err != nil {
 		return answer, err
@@ -91,16 +91,16 @@ func (c *Client) call(ctx context.Context, asked request) (response, error) {
 	return answer, conn.Close()
 }
 
-// send sends a request and reads the response. The connection is open if there is
+// send sends a Request and reads the response. The connection is open if there is
 // no error.
-func (c *Client) send(ctx context.Context, asked request) (net.Conn, *bufio.Reader, response, error) {
-	var answer response
+func (c *Client) send(ctx context.Context, asked Request) (net.Conn, *bufio.Reader, Response, error) {
+	var answer Response
 	conn, err := dialUnix(ctx, ControlSocket(c.runtimeDir))
 	if err != nil {
 		return nil, nil, answer, err
 	}
 	stop := context.AfterFunc(ctx, func() {
-		if half, ok := conn.(interface{ CloseWrite() error }); ok && asked.Op == opSave {
+		if half, ok := conn.(interface{ CloseWrite() error }); ok && asked.Op == OpSave {
 			_ = half.CloseWrite() // which the shim answers
 			return
 		}
@@ -116,14 +116,14 @@ func (c *Client) send(ctx context.Context, asked request) (net.Conn, *bufio.Read
 	}
 	givenUp := !stop()
 	switch {
-	case givenUp && (asked.Op != opSave || err != nil || answer.Failure != nil):
+	case givenUp && (asked.Op != OpSave || err != nil || answer.Failure != nil):
 		err = context.Cause(ctx)
 	case stream.IsBroken(err):
 		err = fmt.Errorf("ask the VM's shim to %s: %w: %w", asked.Op, ErrGone, err)
 	case err != nil:
 		err = fmt.Errorf("ask the VM's shim to %s: %w", asked.Op, err)
 	case answer.Failure != nil:
-		err = answer.Failure.error()
+		err = answer.Failure.Err()
 	}
 	if err != nil {
 		_ = conn.Close()

@@ -6,16 +6,19 @@ import (
 	"github.com/smolvm/smolvm/internal/errcode"
 )
 
-// failure is an error that crosses from one process to another.
-type failure struct {
+// Failure is an error that crosses from one process to another.
+type Failure struct {
 	errcode.Failure
 	// Ran reports that the guest ran, if the failure is that of a start.
 	Ran bool `json:"ran,omitempty"`
 }
 
-func newFailure(err error) *failure { return &failure{Failure: *errcode.Of(err)} }
+// NewFailure makes a [Failure] of an error.
+func NewFailure(err error) *Failure { return &Failure{Failure: *errcode.Of(err)} }
 
-func (f *failure) error() error { return &crossed{err: f.Err(), ran: f.Ran} }
+// Err makes an error of a failure. It matches what the error of the other process did, as
+// far as that is in the failure.
+func (f *Failure) Err() error { return &crossed{err: f.Failure.Err(), ran: f.Ran} }
 
 // GuestRan reports whether a start that failed with err came so far that the guest ran,
 // and may have changed its disk.
@@ -27,7 +30,7 @@ func GuestRan(err error) bool {
 // crossed is an error of the other process.
 type crossed struct {
 	err error
-	ran bool // see [failure]
+	ran bool // see [Failure]
 }
 
 func (e *crossed) Error() string { return e.err.Error() }

@@ -7,39 +7,19 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
 )
 
-// listenerOf makes a listener of a file that another process has bound: a [net.Listener],
-// or a [net.PacketConn]. The file may be closed then.
-func listenerOf(file *os.File) (io.Closer, error) {
-	kind, err := unix.GetsockoptInt(int(file.Fd()), unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil {
-		return nil, os.NewSyscallError("getsockopt", err)
-	}
-	if kind == unix.SOCK_DGRAM {
-		return net.FilePacketConn(file)
-	}
-	return net.FileListener(file)
-}
-
-// forward forwards what comes to a listener to a port of the guest, until what is returned
-// is closed.
-func (s *shim) forward(listener io.Closer, guestPort int) io.Closer {
-	switch l := listener.(type) {
-	case net.Listener:
-		return s.network.Forward(l, func(ctx context.Context) (net.Conn, error) {
-			return s.network.DialGuest(ctx, guestPort)
-		})
-	case *net.UDPConn:
-		return s.network.ForwardPackets(l, guestPort)
-	}
-	return listener // there are no others
+// Forward is one port forward of a running VM.
+type Forward struct {
+	// Protocol is "tcp" or "udp". Empty: "tcp".
+	Protocol smolvm.Protocol `json:"protocol,omitempty"`
+	// Host is the address and port that is listened on.
+	Host netip.AddrPort `json:"host"`
+	// GuestPort is connected to.
+	GuestPort int `json:"guest_port"`
 }
 
 // Listen binds the host port of a forward. The error matches [smolvm.ErrPortInUse] if
@@ -61,47 +41,3 @@ func (f Forward) Listen(ctx context.Context) (io.Closer, error) {
 	}
 	return listener, nil
 }
-
-// boundPort is the port that a listener is bound to.
-func boundPort(listener io.Closer) (uint16, bool) {
-	switch l := listener.(type) {
-	case net.Listener:
-		addr, ok := l.Addr().(*net.TCPAddr)
-		return addr.AddrPort().Port(), ok
-	case net.PacketConn:
-		addr, ok := l.LocalAddr().(*net.UDPAddr)
-		return addr.AddrPort().Port(), ok
-	}
-	return 0, false
-}
-
-func (s *shim) addForward(ctx context.Context, forward Forward) (Forward, error) {
-	if s.network == nil {
-		return forward, fmt.Errorf("forward a port: %w: the VM has no network", smolvm.ErrUnsupported)
-	}
-	listener, err := forward.Listen(ctx)
-	if err != nil {
-		return forward, err
-	}
-	if port, ok := boundPort(listener); ok {
-		forward.Host = netip.AddrPortFrom(forward.Host.Addr(), port)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.forwards[forward] = s.forward(listener, forward.GuestPort)
-	return forward, nil
-}
-
-func (s *shim) removeForward(removed Forward) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for forward, closer := range s.forwards {
-		if forward.Host == removed.Host && isUDP(forward) == isUDP(removed) {
-			delete(s.forwards, forward)
-			return closer.Close()
-		}
-	}
-	return fmt.Errorf("forward of %s: %w", removed.Host, smolvm.ErrNotFound)
-}
-
-func isUDP(f Forward) bool { return f.Protocol == smolvm.UDP }

@@ -1,3 +1,15 @@
+// Package shim is the process beside a running VM as other processes see it: they start
+// it, claim it, and ask it. What the process itself does is package process.
+//
+// [Launch] starts a shim and waits until its VM is ready; [Claim] makes one that stands by
+// the shim of a VM; [Client] asks a shim that runs. The launcher and the shim talk over two
+// pipes:
+//
+//	launcher -> shim   Spec, then "commit"
+//	shim -> launcher   ready or failed, then committed
+//
+// The launcher's end of the first pipe closes when the launcher dies. Before the
+// commit that makes the shim undo everything; after it, it ends an ephemeral VM.
 package shim
 
 import (
@@ -53,9 +65,9 @@ type Launched struct {
 	reports   *bufio.Reader
 }
 
-// report is one message of the shim to its launcher.
-type report struct {
-	Failure *failure `json:"failure,omitempty"`
+// Report is one message of the shim to its launcher.
+type Report struct {
+	Failure *Failure `json:"failure,omitempty"`
 
 	PID      int          `json:"pid,omitempty"`
 	Start    uint64       `json:"start,omitempty"`
@@ -70,9 +82,16 @@ type report struct {
 	Committed bool `json:"committed,omitempty"`
 }
 
+// The files that a shim inherits beside its standard streams: where it reports to, and the
+// listeners of its forwards.
 const (
-	// commitOrder confirms a start.
-	commitOrder = "commit"
+	ReportsFD       = 3
+	FirstListenerFD = 4
+)
+
+const (
+	// CommitOrder confirms a start.
+	CommitOrder = "commit"
 	// abortTime is how long a shim may take to end its VM, before it is killed, and
 	// the VMM with it.
 	abortTime = 10 * time.Second
@@ -109,7 +128,7 @@ func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64
 			_, err = l.orders.Write(append(spec, '\n'))
 		}
 	}
-	var got report
+	var got Report
 	if err == nil {
 		got, err = l.next()
 	}
@@ -121,7 +140,7 @@ func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64
 		err = fmt.Errorf("shim %q did not report (%w); its log says: %s",
 			opts.Program, err, tail(opts.LogPath, logStart))
 	case got.Failure != nil:
-		err = got.Failure.error()
+		err = got.Failure.Err()
 	}
 	if err != nil {
 		return err
@@ -162,7 +181,7 @@ func spawn(opts LaunchOptions) (_ *Launched, err error) {
 	cmd := exec.Command(opts.Program[0], argv...) //nolint:noctx // it outlives the call that starts it
 	cmd.Dir = "/"
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = p.ordersRead, log, log
-	cmd.ExtraFiles = append([]*os.File{reportsFD - 3: p.reportsWrite}, p.listeners...)
+	cmd.ExtraFiles = append([]*os.File{ReportsFD - 3: p.reportsWrite}, p.listeners...)
 	// A session of its own: neither a terminal's signals nor its end reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
@@ -232,8 +251,8 @@ func fileOf(listener io.Closer) (*os.File, error) {
 	return filer.File()
 }
 
-func (l *Launched) next() (report, error) {
-	var got report
+func (l *Launched) next() (Report, error) {
+	var got Report
 	line, err := l.reports.ReadBytes('\n')
 	if err == nil {
 		err = json.Unmarshal(line, &got)
@@ -245,8 +264,8 @@ func (l *Launched) next() (report, error) {
 // ends when this process does. It returns when the shim has confirmed. If it fails,
 // the VM has ended or is to be ended by Abort.
 func (l *Launched) Commit() error {
-	_, err := l.orders.WriteString(commitOrder + "\n")
-	var got report
+	_, err := l.orders.WriteString(CommitOrder + "\n")
+	var got Report
 	if err == nil || errors.Is(err, syscall.EPIPE) { // then the shim has said why it ended
 		got, err = l.next()
 	}
@@ -254,7 +273,7 @@ func (l *Launched) Commit() error {
 	case err != nil:
 		return fmt.Errorf("confirm the start to the shim: %w", err)
 	case got.Failure != nil:
-		return got.Failure.error()
+		return got.Failure.Err()
 	case !got.Committed:
 		return errors.New("confirm the start to the shim: unexpected answer")
 	}
@@ -287,12 +306,6 @@ func (l *Launched) Abort(ctx context.Context) {
 	}
 }
 
-// How much of the end of a log an error quotes: so many lines, of so many bytes in all.
-const (
-	tailSize  = 4 << 10
-	tailLines = 8
-)
-
 // tail is the end of a log, as one line, without what was there before start.
 func tail(path string, start int64) string {
 	file, err := os.Open(path)
@@ -304,9 +317,9 @@ func tail(path string, start int64) string {
 	if start > end {
 		start = 0 // it is another file since
 	}
-	_, _ = file.Seek(max(start, end-tailSize), io.SeekStart)
-	text, _ := io.ReadAll(io.LimitReader(file, tailSize))
-	return ring.LastLines(string(text), tailLines)
+	_, _ = file.Seek(max(start, end-ring.QuoteBytes), io.SeekStart)
+	text, _ := io.ReadAll(io.LimitReader(file, ring.QuoteBytes))
+	return ring.LastLines(string(text), ring.QuoteLines)
 }
 
 func sizeOf(path string) int64 {

@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/testenv"
@@ -100,8 +100,8 @@ func listen(t testing.TB) net.Listener {
 	return listener
 }
 
-func testNetwork() *usernet.Config {
-	return &usernet.Config{
+func testNetwork() *network.Config {
+	return &network.Config{
 		Prefix:   netip.MustParsePrefix("10.0.2.0/24"),
 		Gateway:  netip.MustParseAddr("10.0.2.2"),
 		Guest:    netip.MustParseAddr("10.0.2.15"),

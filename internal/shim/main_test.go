@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/shim/process"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/qemu"
 )
@@ -50,7 +51,7 @@ const recordKey = "record"
 func shimMain() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	return shim.Main(ctx, shim.Options{
+	return process.Main(ctx, process.Options{
 		Stdin:    os.Stdin,
 		Backends: []vmm.Backend{fakeBackend{}, qemu.New(qemu.Options{})},
 		Exited: func(_ context.Context, record shim.ExitRecord) error {

@@ -2,14 +2,13 @@ package shim
 
 import (
 	"errors"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
-	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -22,7 +21,7 @@ type Spec struct {
 	Backend string     `json:"backend"`
 	VMM     vmm.Config `json:"vmm"`
 	// Network is the VM's rootless network; nil: the VM has no network.
-	Network *usernet.Config `json:"network,omitempty"`
+	Network *network.Config `json:"network,omitempty"`
 	// Forwards are set up at the start. The launcher has bound their ports
 	// already; see [Launch].
 	Forwards []Forward `json:"forwards,omitempty"`
@@ -54,41 +53,31 @@ type Spec struct {
 	HandOver map[string]string `json:"hand_over,omitempty"`
 }
 
-// Forward is one port forward of a running VM.
-type Forward struct {
-	// Protocol is "tcp" or "udp". Empty: "tcp".
-	Protocol smolvm.Protocol `json:"protocol,omitempty"`
-	// Host is the address and port that is listened on.
-	Host netip.AddrPort `json:"host"`
-	// GuestPort is connected to.
-	GuestPort int `json:"guest_port"`
-}
-
 // ControlSocket and AgentSocket are the sockets in a VM's runtime directory. On
 // the first the shim answers the requests of [Client]; each connection to the
 // second is one SSH connection to the agent.
 func ControlSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "ctl") }
 
-// drivesDir holds links; see [drives]. It is not the shim's runtime directory, as that of
+// DrivesDir holds the links by which a VMM knows its drives. It is not the shim's runtime directory, as that of
 // a VM that is claimed is another one than that of the shim that stood by.
-func drivesDir(runtimeDir string) string { return runtimeDir + ".drives" }
+func DrivesDir(runtimeDir string) string { return runtimeDir + ".drives" }
 
 // RemoveRuntimeDir removes what a shim that was killed has left.
 func RemoveRuntimeDir(runtimeDir string) error {
 	// The link to the drives of a shim that stood by.
-	standby, _ := os.Readlink(filepath.Join(runtimeDir, standbyLink))
-	errs := []error{os.RemoveAll(runtimeDir), os.RemoveAll(drivesDir(runtimeDir))}
+	standby, _ := os.Readlink(filepath.Join(runtimeDir, StandbyLink))
+	errs := []error{os.RemoveAll(runtimeDir), os.RemoveAll(DrivesDir(runtimeDir))}
 	if standby != "" {
 		errs = append(errs, os.RemoveAll(standby))
 	}
 	return errors.Join(errs...)
 }
 
-// standbyLink in a runtime directory leads to the drives of the shim if it stood by.
-const standbyLink = "drives"
+// StandbyLink in a runtime directory leads to the drives of the shim if it stood by.
+const StandbyLink = "drives"
 
-// claimSocket is where a shim that stands by is claimed.
-func claimSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "claim") }
+// ClaimSocket is where a shim that stands by is claimed.
+func ClaimSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "claim") }
 
 // AgentSocket is described at [ControlSocket].
 func AgentSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "agent") }

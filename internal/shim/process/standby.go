@@ -1,11 +1,9 @@
-package shim
+package process
 
 import (
 	"bufio"
 	"context"
 	"crypto/ed25519"
-	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,29 +20,11 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
-	"github.com/smolvm/smolvm/internal/agent/wire"
-	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/stream"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
-
-// claim is what a shim that stands by is sent, as a line of JSON. With it come the files
-// that a shim inherits otherwise: its orders, its reports, and the listeners; and before
-// the listeners the lock of its slot.
-type claim struct {
-	Spec Spec `json:"spec"`
-	// Dir holds the slot's files, by their names of before.
-	Dir string `json:"dir"`
-	// Names are the paths that files of the slot get when the start is confirmed.
-	Names map[string]string `json:"names,omitempty"`
-
-	// Dismiss has the shim end instead.
-	Dismiss bool `json:"dismiss,omitempty"`
-}
-
-// dismissed is the answer to a dismissal.
-const dismissed = "dismissed\n"
 
 var errDismissed = errors.New("the shim was dismissed")
 
@@ -68,7 +48,7 @@ const (
 // standBy brings the VM up, takes it through a login and a command, so that its CPUs
 // know the code, holds it, and waits for a claim. It reports whether there was one; the
 // spec is that of the claim then.
-func (s *shim) standBy(ctx context.Context) (claimed bool, err error) {
+func (s *process) standBy(ctx context.Context) (claimed bool, err error) {
 	var u undos
 	defer func() {
 		if !claimed {
@@ -76,7 +56,7 @@ func (s *shim) standBy(ctx context.Context) (claimed bool, err error) {
 		}
 	}()
 	fail := func(err error) (bool, error) {
-		s.report(report{Failure: newFailure(err)})
+		s.report(shim.Report{Failure: shim.NewFailure(err)})
 		return false, err
 	}
 	u.add(s.drives.remove)
@@ -103,17 +83,17 @@ func (s *shim) standBy(ctx context.Context) (claimed bool, err error) {
 	}
 	dir := s.spec.RuntimeDir
 	defer func() { _ = errors.Join(listener.Close(), os.RemoveAll(dir)) }()
-	s.report(report{PID: os.Getpid(), Start: startOf(os.Getpid()), VMMPID: s.instance.PID(), VMMStart: startOf(s.instance.PID())})
+	s.report(shim.Report{PID: os.Getpid(), Start: startOf(os.Getpid()), VMMPID: s.instance.PID(), VMMStart: startOf(s.instance.PID())})
 	if s.awaitCommit(); !isClosed(s.committed) {
 		return false, nil
 	}
-	s.report(report{Committed: true})
+	s.report(shim.Report{Committed: true})
 	_ = s.reports.Close()
 	releaseMemory()
 	return s.awaitClaim(ctx, listener)
 }
 
-func (s *shim) listenForClaim() (net.Listener, error) {
+func (s *process) listenForClaim() (net.Listener, error) {
 	dir := s.spec.RuntimeDir
 	if err := os.RemoveAll(dir); err != nil {
 		return nil, err
@@ -121,11 +101,11 @@ func (s *shim) listenForClaim() (net.Listener, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	return stream.ListenUnix(claimSocket(dir))
+	return stream.ListenUnix(shim.ClaimSocket(dir))
 }
 
 // awaitClaim waits for a claim, for the VM's end, or for being told to end.
-func (s *shim) awaitClaim(ctx context.Context, listener net.Listener) (bool, error) {
+func (s *process) awaitClaim(ctx context.Context, listener net.Listener) (bool, error) {
 	stop := context.AfterFunc(ctx, func() { _ = listener.Close() })
 	defer stop()
 	go func() {
@@ -156,7 +136,7 @@ func (s *shim) awaitClaim(ctx context.Context, listener net.Listener) (bool, err
 }
 
 // takeClaim makes the claimer the shim's launcher. On failure nothing has changed.
-func (s *shim) takeClaim(conn *net.UnixConn) (err error) {
+func (s *process) takeClaim(conn *net.UnixConn) (err error) {
 	_ = conn.SetDeadline(time.Now().Add(claimTime))
 	text, files, err := receive(conn)
 	taken := 0 // of the files
@@ -165,7 +145,7 @@ func (s *shim) takeClaim(conn *net.UnixConn) (err error) {
 			_ = file.Close()
 		}
 	}()
-	var c claim
+	var c shim.ClaimOrder
 	if err == nil {
 		err = json.Unmarshal(text, &c)
 	}
@@ -173,7 +153,7 @@ func (s *shim) takeClaim(conn *net.UnixConn) (err error) {
 		return err
 	}
 	if c.Dismiss {
-		_, _ = conn.Write([]byte(dismissed))
+		_, _ = conn.Write([]byte(shim.Dismissed))
 		return errDismissed
 	}
 	const own = 3 // orders, reports, lock
@@ -215,7 +195,7 @@ func (s *shim) takeClaim(conn *net.UnixConn) (err error) {
 
 // moveDrives makes the links to the drives lead to dir, to which their files have been
 // moved: all or none.
-func (s *shim) moveDrives(dir string) error {
+func (s *process) moveDrives(dir string) error {
 	for n, link := range s.drives.links {
 		if link == "" {
 			continue
@@ -235,7 +215,7 @@ func (s *shim) moveDrives(dir string) error {
 // takeOver gives the files of the slot their names as the VM's, when the start has been
 // confirmed. Each has its old name until it has the new one, and the VMM's links lead to
 // it at any moment.
-func (s *shim) takeOver() error {
+func (s *process) takeOver() error {
 	if s.slot == nil {
 		return nil
 	}
@@ -266,7 +246,7 @@ func (s *shim) takeOver() error {
 }
 
 // consolePath is where the console's log is now.
-func (s *shim) consolePath() string {
+func (s *process) consolePath() string {
 	if s.slot != nil {
 		for name, path := range s.slot.names {
 			if path == s.spec.VMM.ConsolePath {
@@ -278,7 +258,7 @@ func (s *shim) consolePath() string {
 }
 
 // wakeUp lets a VM that stood by go on, as what it was claimed for.
-func (s *shim) wakeUp(ctx context.Context) error {
+func (s *process) wakeUp(ctx context.Context) error {
 	bounded, cancel := s.startContext(ctx)
 	defer cancel()
 	if err := s.limit(bounded); err != nil {
@@ -332,122 +312,9 @@ func filesOf(rights []byte) []*os.File {
 	return files
 }
 
-// Slot is what [Claim] needs to know of a shim that stands by.
-type Slot struct {
-	// StandbyDir is the shim's runtime directory.
-	StandbyDir string
-	// Dir holds the slot's files, to which the claimer has moved them.
-	Dir string
-	// Names are the paths that the files get as the VM's, by their names in Dir. The
-	// shim gives them when the start is committed, and removes Dir.
-	Names map[string]string
-	// Lock is a lock of the slot, which the shim shares until then.
-	Lock *os.File
-}
-
-// Dismiss ends a shim that stands by, and returns when it has agreed. The error matches
-// [ErrGone] if none stands by there: it has been claimed, or has ended.
-func Dismiss(ctx context.Context, standbyDir string) error {
-	conn, err := dialUnix(ctx, claimSocket(standbyDir))
-	if err != nil {
-		return err
-	}
-	defer func() { _ = conn.Close() }()
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	text, err := json.Marshal(claim{Dismiss: true})
-	if err == nil {
-		_, err = conn.Write(append(text, '\n'))
-	}
-	answer := make([]byte, len(dismissed))
-	if err == nil {
-		_, err = io.ReadFull(conn, answer)
-	}
-	if err == nil && string(answer) != dismissed {
-		err = fmt.Errorf("unexpected answer %q", answer)
-	}
-	if err != nil {
-		return fmt.Errorf("dismiss a shim: %w", err)
-	}
-	return nil
-}
-
-// Claim is [Launch] by a shim that stands by. Program and LogPath of the options are not
-// used. The error matches [ErrGone] if the shim is not there any more, or has been
-// claimed by somebody else.
-func Claim(ctx context.Context, slot Slot, opts LaunchOptions) (*Launched, error) {
-	conn, err := dialUnix(ctx, claimSocket(slot.StandbyDir))
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = conn.Close() }()
-	p, err := makePipes(opts.Listeners)
-	if err != nil {
-		return nil, fmt.Errorf("claim a VM: %w", err)
-	}
-	defer func() {
-		for _, file := range p.theirs() {
-			_ = file.Close()
-		}
-	}()
-	text, err := json.Marshal(claim{Spec: opts.Spec, Dir: slot.Dir, Names: slot.Names})
-	if err == nil {
-		files := append([]*os.File{p.ordersRead, p.reportsWrite, slot.Lock}, p.listeners...)
-		var fds []int
-		for _, file := range files {
-			fds = append(fds, int(file.Fd()))
-		}
-		err = send(conn, append(text, '\n'), unix.UnixRights(fds...))
-	}
-	if err != nil {
-		_, _ = p.ordersWrite.Close(), p.reportsRead.Close()
-		return nil, fmt.Errorf("claim a VM: %w: %w", ErrGone, err)
-	}
-	l := &Launched{
-		ephemeral: opts.Spec.Ephemeral,
-		orders:    p.ordersWrite,
-		pipe:      p.reportsRead,
-		reports:   bufio.NewReader(p.reportsRead),
-	}
-	for _, file := range p.theirs() {
-		_ = file.Close() // so that the shim's end ends the reports
-	}
-	if err := l.order(ctx, opts, 0); err != nil {
-		_, _ = l.orders.Close(), l.pipe.Close()
-		return nil, err
-	}
-	l.follow()
-	return l, nil
-}
-
-// follow watches a shim that is no child of this process.
-func (l *Launched) follow() {
-	exited := make(chan struct{})
-	l.exited = exited
-	l.kill = func() { _ = proc.Kill(context.Background(), l.PID, l.Start) }
-	go func() {
-		_ = proc.Wait(context.Background(), l.PID, l.Start)
-		close(exited)
-	}()
-}
-
-func send(conn net.Conn, text, rights []byte) error {
-	unixConn, ok := conn.(*net.UnixConn)
-	if !ok {
-		return errors.New("not a unix socket")
-	}
-	n, _, err := unixConn.WriteMsgUnix(text, rights, nil)
-	for err == nil && n < len(text) {
-		var more int
-		more, err = unixConn.Write(text[n:])
-		n += more
-	}
-	return err
-}
-
 // rehearse logs in to the guest, which has been greeted, runs commands in it, and ends
 // the session. Code that has been run costs an emulated CPU less the next time.
-func (s *shim) rehearse(ctx context.Context, commands []smolvm.Command) error {
+func (s *process) rehearse(ctx context.Context, commands []smolvm.Command) error {
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()
 	err := s.runInGuest(ctx, append([]smolvm.Command{{Args: []string{"true"}}}, commands...)...)
@@ -465,7 +332,7 @@ func (s *shim) rehearse(ctx context.Context, commands []smolvm.Command) error {
 }
 
 // runInGuest runs commands, one after the other, as root.
-func (s *shim) runInGuest(ctx context.Context, commands ...smolvm.Command) error {
+func (s *process) runInGuest(ctx context.Context, commands ...smolvm.Command) error {
 	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(s.spec.Greeting.HostKey))
 	if err != nil {
 		return err
@@ -499,36 +366,4 @@ func (w *lastWords) Write(p []byte) (int, error) {
 	*w = append(*w, p...)
 	*w = (*w)[max(0, len(*w)-enough):]
 	return len(p), nil
-}
-
-// Stranger is the greeting of a guest that is to become somebody else later: with an
-// identity that nobody else has, and nobody may log in to.
-func Stranger(network *wire.Network) (wire.Greeting, error) {
-	_, private, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		return wire.Greeting{}, err
-	}
-	return wire.Greeting{
-		// As short as can be: a name that grows costs a restored guest less than one
-		// that shrinks.
-		Hostname:  "t",
-		MachineID: randomHex(16),
-		BootID:    NewBootID(),
-		HostKey:   private,
-		Network:   network,
-	}, nil
-}
-
-// NewBootID makes an identifier as the kernel makes one for each boot: a random UUID.
-func NewBootID() string {
-	var b [16]byte
-	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
-}
-
-func randomHex(bytes int) string {
-	b := make([]byte, bytes)
-	_, _ = rand.Read(b) // never fails: crypto/rand ends the program instead
-	return hex.EncodeToString(b)
 }

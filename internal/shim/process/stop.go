@@ -1,4 +1,4 @@
-package shim
+package process
 
 import (
 	"context"
@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -31,15 +32,6 @@ const (
 	idleCPU = 50 * time.Millisecond
 )
 
-// Stop says how to stop a VM.
-type Stop struct {
-	// Grace is how long the guest may take to shut down. Zero: it is ended at once.
-	Grace time.Duration
-	// Patient gives the guest all of that time, even if it shows no sign of having
-	// been asked.
-	Patient bool
-}
-
 var (
 	errNoAgent    = errors.New("there is no agent")
 	errUnfinished = errors.New("the agent did not finish shutting the guest down")
@@ -52,7 +44,7 @@ var (
 // button, then by ending the VMM. Whatever guest and VMM do meanwhile, the last step
 // comes when the grace is over. It may be called while another call is under way; the
 // shorter grace wins. It returns when the VM has ended.
-func (s *shim) stop(how Stop, reason string) {
+func (s *process) stop(how shim.Stop, reason string) {
 	s.note(reason)
 	if how.Grace > 0 {
 		err := s.shutDown(how)
@@ -65,7 +57,7 @@ func (s *shim) stop(how Stop, reason string) {
 }
 
 // note adds to what is said of the VM's end. Once it has ended, there is nothing to add.
-func (s *shim) note(text string) {
+func (s *process) note(text string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !isClosed(s.instance.Done()) {
@@ -76,7 +68,7 @@ func (s *shim) note(text string) {
 // shutDown tries the orderly ways beside a clock, as none of them is sure to return: a
 // VMM that hangs answers no command, and a guest may keep its channel busy. If the VM
 // has not ended at the end of the grace, the error says why each way has failed.
-func (s *shim) shutDown(how Stop) error {
+func (s *process) shutDown(how shim.Stop) error {
 	ctx, cancel := context.WithTimeout(context.Background(), how.Grace)
 	defer cancel()
 	if err := s.halts.err(); err != nil && !s.hasRoom() {
@@ -103,7 +95,7 @@ func (s *shim) shutDown(how Stop) error {
 }
 
 // askToShutDown asks the agent, then presses the power button.
-func (s *shim) askToShutDown(ctx context.Context, how Stop) error {
+func (s *process) askToShutDown(ctx context.Context, how shim.Stop) error {
 	if pauser, ok := s.instance.(vmm.Pauser); ok {
 		_ = pauser.Resume(ctx) // a guest that is paused can't do anything
 		s.setPaused(false)
@@ -133,7 +125,7 @@ func (s *shim) askToShutDown(ctx context.Context, how Stop) error {
 }
 
 // endsWithin waits for the VM's end.
-func (s *shim) endsWithin(ctx context.Context, limit time.Duration) bool {
+func (s *process) endsWithin(ctx context.Context, limit time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	select {
@@ -146,7 +138,7 @@ func (s *shim) endsWithin(ctx context.Context, limit time.Duration) bool {
 
 // awaitPowerOff waits for the VM's end when its power button has been pressed. Unless it
 // is patient, it gives up a guest that does nothing: it has not noticed, and never will.
-func (s *shim) awaitPowerOff(ctx context.Context, patient bool) error {
+func (s *process) awaitPowerOff(ctx context.Context, patient bool) error {
 	ticker := time.NewTicker(deafTime)
 	defer ticker.Stop()
 	wasBusy := false
@@ -180,7 +172,7 @@ type signs struct {
 	size    int64         // of the console
 }
 
-func (s *shim) signsOfLife() (seen signs) {
+func (s *process) signsOfLife() (seen signs) {
 	seen.cpu, _ = proc.CPUTime(s.instance.PID()) // none: it is ending
 	if info, err := os.Stat(s.consolePath()); err == nil {
 		seen.console, seen.size = info.ModTime(), info.Size()

@@ -1,50 +1,21 @@
-package shim
+package process
 
 import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
 	"syscall"
 
-	"golang.org/x/sys/unix"
-)
-
-// The files that a shim inherits beside its standard streams.
-const (
-	reportsFD       = 3
-	firstListenerFD = 4
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/shim"
 )
 
 // keepInherited keeps the files that the launcher means for the shim from the VMM, and
 // closes all others that it has: its shell's, say, which may hold a lock or a pipe that
 // somebody waits for. Inherited files are those without close-on-exec: this process
 // opens all of its own with it.
-func keepInherited(listeners int) error { return CloseInherited(firstListenerFD + listeners - 1) }
-
-// CloseInherited keeps the inherited files up to last from programs that this one
-// starts, and closes the others. It is for other programs than shims, too, that go on
-// when the one that started them is over.
-func CloseInherited(last int) error {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return fmt.Errorf("list open files: %w", err)
-	}
-	for _, entry := range entries {
-		fd, err := strconv.Atoi(entry.Name())
-		if err != nil || fd < reportsFD {
-			continue
-		}
-		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
-		switch {
-		case err != nil: // closed since: the directory itself
-		case fd <= last:
-			unix.CloseOnExec(fd)
-		case flags&unix.FD_CLOEXEC == 0:
-			_ = unix.Close(fd)
-		}
-	}
-	return nil
+func keepInherited(listeners int) error {
+	return proc.CloseInherited(shim.FirstListenerFD + listeners - 1)
 }
 
 // maxOpenFiles is how many files the shim and its VMM may have open, if the host allows it:
@@ -62,10 +33,10 @@ func raiseOpenFiles() {
 }
 
 // inheritListeners takes over the listeners that the launcher has bound.
-func inheritListeners(forwards []Forward) ([]io.Closer, error) {
+func inheritListeners(forwards []shim.Forward) ([]io.Closer, error) {
 	listeners := make([]io.Closer, 0, len(forwards))
 	for i, forward := range forwards {
-		file := os.NewFile(uintptr(firstListenerFD+i), "listener")
+		file := os.NewFile(uintptr(shim.FirstListenerFD+i), "listener")
 		listener, err := listenerOf(file)
 		_ = file.Close()
 		if err != nil {

@@ -1,4 +1,4 @@
-package shim
+package process
 
 import (
 	"context"
@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm/internal/host"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -81,7 +82,7 @@ func (h *halts) err() error {
 }
 
 // watchHalts notes the halts of a VM until it has ended.
-func (s *shim) watchHalts(instance vmm.Instance) {
+func (s *process) watchHalts(instance vmm.Instance) {
 	halter, ok := instance.(vmm.Halter)
 	if !ok {
 		return
@@ -99,7 +100,7 @@ func (s *shim) watchHalts(instance vmm.Instance) {
 }
 
 // causeOf puts a halt into words.
-func (s *shim) causeOf(halt vmm.Halt) string {
+func (s *process) causeOf(halt vmm.Halt) string {
 	path := ""
 	if drives := s.spec.VMM.Drives; halt.Drive >= 0 && halt.Drive < len(drives) {
 		path = drives[halt.Drive].Path
@@ -108,7 +109,7 @@ func (s *shim) causeOf(halt vmm.Halt) string {
 }
 
 // hasRoom reports whether there is room again for what the guest writes.
-func (s *shim) hasRoom() bool {
+func (s *process) hasRoom() bool {
 	for _, drive := range s.spec.VMM.Drives {
 		if free, _, err := host.Space(filepath.Dir(drive.Path)); err == nil && !drive.ReadOnly && free < enoughRoom {
 			return false
@@ -118,7 +119,7 @@ func (s *shim) hasRoom() bool {
 }
 
 // noteHalt notes that the guest was halted, and writes it down.
-func (s *shim) noteHalt() {
+func (s *process) noteHalt() {
 	why := s.halts.why()
 	if why == "" {
 		return // it goes on again
@@ -127,7 +128,7 @@ func (s *shim) noteHalt() {
 	if s.opts.Halted == nil {
 		return
 	}
-	record := HaltRecord{ID: s.spec.ID, Run: s.spec.Run, Cause: why, HandOver: s.spec.HandOver}
+	record := shim.HaltRecord{ID: s.spec.ID, Run: s.spec.Run, Cause: why, HandOver: s.spec.HandOver}
 	if err := s.opts.Halted(context.Background(), record); err != nil {
 		s.log.Error("record that the guest was paused", "error", err)
 	}

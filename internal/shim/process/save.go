@@ -1,4 +1,4 @@
-package shim
+package process
 
 import (
 	"context"
@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -21,39 +22,7 @@ const (
 	clockTime = 5 * time.Second
 )
 
-// Save says how to save a guest.
-type Save struct {
-	// Memory and State are the files to make.
-	Memory string `json:"memory"`
-	State  string `json:"state"`
-	// Drives are those that get an overlay when the guest has been saved.
-	Drives []SavedDrive `json:"drives,omitempty"`
-}
-
-// SavedDrive is a drive whose file is not to change any more when the guest has been
-// saved.
-type SavedDrive struct {
-	// Number of the drive.
-	Number int `json:"number"`
-	// Layer is another name of the drive's file, which it keeps.
-	Layer string `json:"layer"`
-	// Overlay is an empty overlay of it that the guest writes to from then on. It
-	// takes the name Path, which the drive's file has had. If the guest goes on without
-	// it, it is removed: whoever asked for it may be gone by then.
-	Overlay string `json:"overlay"`
-	Path    string `json:"path"`
-}
-
-// Saved says how it went.
-type Saved struct {
-	Pause time.Duration `json:"pause_ns"`
-	Held  bool          `json:"held,omitempty"` // as in [vmm.Saved]
-	// Synced is false if the guest's file systems were not written out before, so
-	// that a disk without its memory is as after a power cut.
-	Synced bool `json:"synced"`
-}
-
-func (s *shim) pause(ctx context.Context) error {
+func (s *process) pause(ctx context.Context) error {
 	pauser, err := s.pauser()
 	if err != nil {
 		return err
@@ -66,7 +35,7 @@ func (s *shim) pause(ctx context.Context) error {
 }
 
 // resume lets a guest go on, and tells it how late it is.
-func (s *shim) resume(ctx context.Context) error {
+func (s *process) resume(ctx context.Context) error {
 	pauser, err := s.pauser()
 	if err != nil {
 		return err
@@ -92,14 +61,14 @@ func (s *shim) resume(ctx context.Context) error {
 	return s.link.SetClock(ctx, time.Now())
 }
 
-func (s *shim) setPaused(paused bool) {
+func (s *process) setPaused(paused bool) {
 	s.paused.Store(paused)
 	if s.link != nil {
 		s.link.SetHeld(paused)
 	}
 }
 
-func (s *shim) pauser() (vmm.Pauser, error) {
+func (s *process) pauser() (vmm.Pauser, error) {
 	pauser, ok := s.instance.(vmm.Pauser)
 	if !ok {
 		return nil, fmt.Errorf("pause: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
@@ -109,10 +78,10 @@ func (s *shim) pauser() (vmm.Pauser, error) {
 
 // save saves the guest. A guest whose drives have got overlays has them for good, so
 // they take their names even if the saving fails after that.
-func (s *shim) save(ctx context.Context, save *Save) (result Saved, err error) {
+func (s *process) save(ctx context.Context, save *shim.Save) (result shim.Saved, err error) {
 	saver, ok := s.instance.(vmm.Saver)
 	if !ok || save == nil {
-		return Saved{}, fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+		return shim.Saved{}, fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
 	}
 	s.saving.Lock()
 	defer s.saving.Unlock()
@@ -131,12 +100,12 @@ func (s *shim) save(ctx context.Context, save *Save) (result Saved, err error) {
 	}()
 	options := vmm.SaveOptions{Memory: save.Memory, State: save.State}
 	for _, drive := range save.Drives {
-		if err := drive.check(); err != nil {
-			return Saved{}, err
+		if err := check(drive); err != nil {
+			return shim.Saved{}, err
 		}
 		link, err := s.drives.link(drive.Number, drive.Overlay)
 		if err != nil {
-			return Saved{}, err
+			return shim.Saved{}, err
 		}
 		options.Overlays = append(options.Overlays, make([]string, max(0, drive.Number+1-len(options.Overlays)))...)
 		options.Overlays[drive.Number] = link
@@ -162,9 +131,9 @@ func (s *shim) save(ctx context.Context, save *Save) (result Saved, err error) {
 	return result, err
 }
 
-// check refuses an overlay of what is not the drive's file any more: another saving,
+// check refuses a saving that would make an overlay of what is not the drive's file any more: another saving,
 // whose manager was killed, has got so far meanwhile.
-func (d SavedDrive) check() error {
+func check(d shim.SavedDrive) error {
 	layer, err := os.Stat(d.Layer)
 	if err != nil {
 		return err
@@ -181,7 +150,7 @@ func (d SavedDrive) check() error {
 
 // switched gives files the names that they have from now on, when the VMM has taken the
 // overlays. Each link leads to its file at any moment.
-func (s *shim) switched(saved []SavedDrive, before []string) error {
+func (s *process) switched(saved []shim.SavedDrive, before []string) error {
 	var errs []error
 	for _, drive := range saved {
 		err := s.drives.move(before[drive.Number], drive.Layer)

@@ -1,6 +1,6 @@
 //go:build race
 
-package shim
+package process
 
 // raceDetector reports whether the race detector is on, which takes address space and
 // memory of its own.

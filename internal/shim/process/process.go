@@ -1,16 +1,8 @@
-// Package shim is the process beside a running VM. It is the VMM's parent, so it
+// Package process is the process beside a running VM. It is the VMM's parent, so it
 // knows of the VM's end and its cause; it holds the guest channel and the VM's
-// rootless network; and it ends when the VM ends.
-//
-// [Launch] starts a shim and waits until its VM is ready; [Main] is the shim itself;
-// [Client] asks a shim that runs. The launcher and the shim talk over two pipes:
-//
-//	launcher -> shim   Spec, then "commit"
-//	shim -> launcher   ready or failed, then committed
-//
-// The launcher's end of the first pipe closes when the launcher dies. Before the
-// commit that makes the shim undo everything; after it, it ends an ephemeral VM.
-package shim
+// rootless network; and it ends when the VM ends. Package shim is how other processes
+// start it and ask it.
+package process
 
 import (
 	"bufio"
@@ -34,6 +26,7 @@ import (
 	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/stream"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -46,15 +39,15 @@ type Options struct {
 	// Backends are what VMs can be run by.
 	Backends []vmm.Backend
 	// Exited is called when the VM has ended, to write that down.
-	Exited func(context.Context, ExitRecord) error
+	Exited func(context.Context, shim.ExitRecord) error
 	// Halted is called when the VMM has paused the guest by itself, to write that down.
 	// Nil: nobody wants to know.
-	Halted func(context.Context, HaltRecord) error
+	Halted func(context.Context, shim.HaltRecord) error
 }
 
-// shim is the running shim.
-type shim struct {
-	spec    Spec
+// process is the running shim.
+type process struct {
+	spec    shim.Spec
 	opts    Options
 	log     *slog.Logger
 	began   time.Time
@@ -79,7 +72,7 @@ type shim struct {
 	saving       sync.Mutex // held by save
 
 	mu       sync.Mutex // guards the following
-	forwards map[Forward]io.Closer
+	forwards map[shim.Forward]io.Closer
 	notes    []string       // why and how the VM was stopped
 	ended    bool           // no more requests are taken
 	requests sync.WaitGroup // counts those being answered
@@ -90,15 +83,15 @@ type shim struct {
 func Main(ctx context.Context, opts Options) error {
 	limitMemory()
 	raiseOpenFiles()
-	s := &shim{
+	s := &process{
 		opts:         opts,
 		log:          slog.New(slog.NewTextHandler(ring.Over(os.Stderr, ring.LogBytes), nil)),
 		began:        time.Now(),
-		reports:      os.NewFile(reportsFD, "reports"),
+		reports:      os.NewFile(shim.ReportsFD, "reports"),
 		committed:    make(chan struct{}),
 		launcherGone: make(chan struct{}),
 		idle:         time.AfterFunc(time.Hour, releaseMemory),
-		forwards:     map[Forward]io.Closer{},
+		forwards:     map[shim.Forward]io.Closer{},
 		halts:        newHalts(),
 	}
 	orders := bufio.NewReader(opts.Stdin)
@@ -112,7 +105,7 @@ func Main(ctx context.Context, opts Options) error {
 	if err := keepInherited(len(s.spec.Forwards)); err != nil {
 		return err
 	}
-	s.drives.dir = drivesDir(s.spec.RuntimeDir)
+	s.drives.dir = shim.DrivesDir(s.spec.RuntimeDir)
 	go s.follow(orders, s.committed, s.launcherGone)
 	if s.spec.Standby {
 		if claimed, err := s.standBy(ctx); err != nil || !claimed {
@@ -128,30 +121,30 @@ func Main(ctx context.Context, opts Options) error {
 
 // active notes that something happened; memory is given back when nothing has for a
 // while.
-func (s *shim) active() { s.idle.Reset(quiet) }
+func (s *process) active() { s.idle.Reset(quiet) }
 
 // follow reads the launcher's orders to their end.
-func (s *shim) follow(orders *bufio.Reader, committed, gone chan struct{}) {
+func (s *process) follow(orders *bufio.Reader, committed, gone chan struct{}) {
 	defer close(gone)
 	line, err := orders.ReadString('\n')
-	if err != nil || strings.TrimSpace(line) != commitOrder {
+	if err != nil || strings.TrimSpace(line) != shim.CommitOrder {
 		return
 	}
 	close(committed)
 	_, _ = io.Copy(io.Discard, orders)
 }
 
-func (s *shim) run(ctx context.Context) error {
+func (s *process) run(ctx context.Context) error {
 	closeAll, err := s.start(ctx)
 	defer closeAll()
 	if err != nil {
 		closeAll()
-		failed := newFailure(err)
+		failed := shim.NewFailure(err)
 		failed.Ran = s.ran
-		s.report(report{Failure: failed})
+		s.report(shim.Report{Failure: failed})
 		return errors.Join(err, s.recordOrphan())
 	}
-	s.report(report{
+	s.report(shim.Report{
 		PID:      os.Getpid(),
 		Start:    startOf(os.Getpid()),
 		VMMPID:   s.instance.PID(),
@@ -177,7 +170,7 @@ func startOf(pid int) uint64 {
 }
 
 // report tells the launcher; if it is gone, that is noticed elsewhere.
-func (s *shim) report(r report) {
+func (s *process) report(r shim.Report) {
 	line, err := json.Marshal(r)
 	if err == nil {
 		_, err = s.reports.Write(append(line, '\n'))
@@ -187,7 +180,7 @@ func (s *shim) report(r report) {
 	}
 }
 
-func (s *shim) step(name string) {
+func (s *process) step(name string) {
 	s.timeline = append(s.timeline, wire.Step{Name: name, At: time.Since(s.began)})
 }
 
@@ -209,7 +202,7 @@ func (u *undos) run() {
 
 // start brings the VM up to readiness. What it returns undoes all of it, once, and
 // is to be called in any case.
-func (s *shim) start(ctx context.Context) (undo func(), err error) {
+func (s *process) start(ctx context.Context) (undo func(), err error) {
 	var u undos
 	control, agents, err := s.listen()
 	if err != nil {
@@ -225,7 +218,7 @@ func (s *shim) start(ctx context.Context) (undo func(), err error) {
 	}
 	listeners := s.claimed
 	if listeners != nil {
-		if err := os.Symlink(s.drives.dir, filepath.Join(s.spec.RuntimeDir, standbyLink)); err != nil {
+		if err := os.Symlink(s.drives.dir, filepath.Join(s.spec.RuntimeDir, shim.StandbyLink)); err != nil {
 			return u.run, err
 		}
 	} else {
@@ -250,7 +243,7 @@ func (s *shim) start(ctx context.Context) (undo func(), err error) {
 }
 
 // startNetwork makes the VM's network, unless the shim has one from standing by.
-func (s *shim) startNetwork(u *undos) (err error) {
+func (s *process) startNetwork(u *undos) (err error) {
 	if s.spec.Network == nil {
 		return nil
 	}
@@ -275,7 +268,7 @@ func (s *shim) startNetwork(u *undos) (err error) {
 // Of some thousand boots under emulation one says nothing, ever: its CPUs do not get
 // out of the kernel's first steps. As that has nothing to do with the guest, it is
 // booted again, once, after a time in which any other boot is done.
-func (s *shim) bringUp(ctx context.Context) error {
+func (s *process) bringUp(ctx context.Context) error {
 	if s.instance != nil { // it stood by
 		return s.wakeUp(ctx)
 	}
@@ -294,11 +287,11 @@ func (s *shim) bringUp(ctx context.Context) error {
 }
 
 // mayBeSilent reports whether the VM is of the kind that bringUp speaks of.
-func (s *shim) mayBeSilent() bool {
+func (s *process) mayBeSilent() bool {
 	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Greeting != nil && s.network != nil
 }
 
-func (s *shim) attempt(ctx context.Context) error {
+func (s *process) attempt(ctx context.Context) error {
 	if err := s.startVMM(ctx); err != nil {
 		return err
 	}
@@ -307,14 +300,14 @@ func (s *shim) attempt(ctx context.Context) error {
 }
 
 // warn tells the launcher, and whoever reads the log, of what did not go as it should.
-func (s *shim) warn(text string) {
+func (s *process) warn(text string) {
 	s.warnings = append(s.warnings, text)
 	s.log.Warn(text, "vm", s.spec.ID)
 }
 
 // listen makes the two sockets. A runtime directory that is there already is of an
 // earlier run whose shim was killed: the launcher holds the VM's lock.
-func (s *shim) listen() (control, agents net.Listener, err error) {
+func (s *process) listen() (control, agents net.Listener, err error) {
 	dir := s.spec.RuntimeDir
 	if err := os.RemoveAll(dir); err != nil {
 		return nil, nil, fmt.Errorf("make sockets: %w", err)
@@ -325,9 +318,9 @@ func (s *shim) listen() (control, agents net.Listener, err error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, nil, fmt.Errorf("make sockets: %w", err)
 	}
-	control, err = stream.ListenUnix(ControlSocket(dir))
+	control, err = stream.ListenUnix(shim.ControlSocket(dir))
 	if err == nil {
-		agents, err = stream.ListenUnix(AgentSocket(dir))
+		agents, err = stream.ListenUnix(shim.AgentSocket(dir))
 	}
 	if err != nil {
 		return nil, nil, errors.Join(err, os.RemoveAll(dir))
@@ -335,7 +328,7 @@ func (s *shim) listen() (control, agents net.Listener, err error) {
 	return control, agents, nil
 }
 
-func (s *shim) startVMM(ctx context.Context) error {
+func (s *process) startVMM(ctx context.Context) error {
 	i := slices.IndexFunc(s.opts.Backends, func(b vmm.Backend) bool { return b.Name() == s.spec.Backend })
 	if i < 0 {
 		return fmt.Errorf("backend %q is not part of this program", s.spec.Backend)
@@ -371,7 +364,7 @@ func (s *shim) startVMM(ctx context.Context) error {
 }
 
 // kill ends the VM without asking it. It is the undoing of a start.
-func (s *shim) kill() {
+func (s *process) kill() {
 	if s.instance == nil {
 		return
 	}
@@ -386,24 +379,24 @@ func (s *shim) kill() {
 }
 
 // attend serves a VM that runs until it has ended, and ends it when it must.
-func (s *shim) attend(ctx context.Context) {
+func (s *process) attend(ctx context.Context) {
 	switch s.awaitCommit(); {
 	case isClosed(s.committed):
 	case isClosed(s.instance.Done()):
-		s.report(report{Failure: newFailure(fmt.Errorf("%w: %s", errVMMEnded, s.instance.Exit()))})
+		s.report(shim.Report{Failure: shim.NewFailure(fmt.Errorf("%w: %s", errVMMEnded, s.instance.Exit()))})
 		return
 	default:
-		s.stop(Stop{}, "its start was given up")
+		s.stop(shim.Stop{}, "its start was given up")
 		return
 	}
 	step.Reached(ctx, "claim/confirmed")
 	if err := s.takeOver(); err != nil {
-		s.report(report{Failure: newFailure(err)})
-		s.stop(Stop{}, err.Error())
+		s.report(shim.Report{Failure: shim.NewFailure(err)})
+		s.stop(shim.Stop{}, err.Error())
 		return
 	}
 	step.Reached(ctx, "claim/taken over")
-	s.report(report{Committed: true})
+	s.report(shim.Report{Committed: true})
 	_ = s.reports.Close()
 	s.active()
 	defer s.idle.Stop()
@@ -412,7 +405,7 @@ func (s *shim) attend(ctx context.Context) {
 
 // awaitEnd returns when the VM has ended, and ends it when it must. What makes it end may
 // come while it is ended already, and then have it ended sooner.
-func (s *shim) awaitEnd(ctx context.Context) {
+func (s *process) awaitEnd(ctx context.Context) {
 	var expired <-chan time.Time
 	if s.spec.TTL > 0 {
 		timer := time.NewTimer(s.spec.TTL)
@@ -425,29 +418,29 @@ func (s *shim) awaitEnd(ctx context.Context) {
 	}
 	var stops sync.WaitGroup
 	defer stops.Wait()
-	stop := func(how Stop, reason string) { stops.Go(func() { s.stop(how, reason) }) }
+	stop := func(how shim.Stop, reason string) { stops.Go(func() { s.stop(how, reason) }) }
 	for {
 		select {
 		case <-s.instance.Done():
 			return
 		case <-expired:
 			expired = nil
-			stop(Stop{Grace: stopGrace}, "its time to live is over")
+			stop(shim.Stop{Grace: stopGrace}, "its time to live is over")
 		case <-owner:
 			owner = nil
-			stop(Stop{}, "the process that it belongs to ended")
+			stop(shim.Stop{}, "the process that it belongs to ended")
 		case <-s.halts.tell:
 			stops.Go(s.noteHalt)
 		case <-told:
 			told = nil
-			stop(Stop{Grace: stopGrace}, "its shim was told to end")
+			stop(shim.Stop{Grace: stopGrace}, "its shim was told to end")
 		}
 	}
 }
 
 // awaitCommit waits until the launcher has confirmed the start, or can't any more. A
 // launcher may be gone right after it has confirmed.
-func (s *shim) awaitCommit() {
+func (s *process) awaitCommit() {
 	select {
 	case <-s.committed:
 	case <-s.launcherGone:
@@ -466,11 +459,11 @@ func isClosed(c <-chan struct{}) bool {
 
 // recordOrphan writes down the end of a start whose launcher is no longer there to
 // do it.
-func (s *shim) recordOrphan() error {
+func (s *process) recordOrphan() error {
 	if !isClosed(s.launcherGone) {
 		return nil
 	}
-	return s.opts.Exited(context.Background(), ExitRecord{
+	return s.opts.Exited(context.Background(), shim.ExitRecord{
 		ID:       s.spec.ID,
 		Run:      s.spec.Run,
 		Exit:     vmm.Exit{Reason: vmm.ExitKilled, Detail: errGivenUp.Error(), At: time.Now().UTC()},
@@ -479,8 +472,8 @@ func (s *shim) recordOrphan() error {
 }
 
 // record writes down how the VM ended.
-func (s *shim) record() error {
-	record := ExitRecord{
+func (s *process) record() error {
+	record := shim.ExitRecord{
 		ID:        s.spec.ID,
 		Run:       s.spec.Run,
 		Exit:      s.instance.Exit(),

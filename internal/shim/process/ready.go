@@ -1,4 +1,4 @@
-package shim
+package process
 
 import (
 	"context"
@@ -46,7 +46,7 @@ var (
 
 // startContext is done when the start can't go on: its time is over, the VMM has
 // ended, or the launcher is gone. Its cause says which.
-func (s *shim) startContext(ctx context.Context) (context.Context, context.CancelFunc) {
+func (s *process) startContext(ctx context.Context) (context.Context, context.CancelFunc) {
 	outer := ctx
 	base, cancelCause := context.WithCancelCause(context.Background())
 	timed, cancelTime := context.WithDeadlineCause(base, s.began.Add(s.spec.ReadyTimeout), smolvm.ErrBootTimeout)
@@ -79,7 +79,7 @@ func (s *shim) startContext(ctx context.Context) (context.Context, context.Cance
 }
 
 // explain says why a start did not succeed, with the end of the console.
-func (s *shim) explain(ctx context.Context, err error) error {
+func (s *process) explain(ctx context.Context, err error) error {
 	if s.instance != nil && stream.IsBroken(err) {
 		// The channel breaks when the VMM ends, and that says more.
 		select {
@@ -111,16 +111,16 @@ func (s *shim) explain(ctx context.Context, err error) error {
 }
 
 // consoleEnd is the end of the guest's console in this run, as one line.
-func (s *shim) consoleEnd() string {
+func (s *process) consoleEnd() string {
 	keeper, ok := s.instance.(vmm.Consoler)
 	if !ok {
 		return ""
 	}
-	return ring.LastLines(keeper.ConsoleTail(tailSize), tailLines)
+	return ring.LastLines(keeper.ConsoleTail(ring.QuoteBytes), ring.QuoteLines)
 }
 
 // awaitReady returns when the guest is ready, as the spec says.
-func (s *shim) awaitReady(ctx context.Context) error {
+func (s *process) awaitReady(ctx context.Context) error {
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()
 	var err error
@@ -144,7 +144,7 @@ func (s *shim) awaitReady(ctx context.Context) error {
 	return nil
 }
 
-func (s *shim) greet(ctx context.Context) error {
+func (s *process) greet(ctx context.Context) error {
 	greeting := *s.spec.Greeting
 	greeting.Time = time.Now()
 	greeting.Seed = make([]byte, seedSize)
@@ -171,7 +171,7 @@ func (s *shim) greet(ctx context.Context) error {
 
 // awaitSSH returns when something answers on the guest's port 22 as an SSH server
 // does.
-func (s *shim) awaitSSH(ctx context.Context) error {
+func (s *process) awaitSSH(ctx context.Context) error {
 	if s.network == nil {
 		return errors.New("a VM without a network can't be reached by SSH")
 	}
@@ -187,7 +187,7 @@ func (s *shim) awaitSSH(ctx context.Context) error {
 	}
 }
 
-func (s *shim) hasSSH(ctx context.Context) bool {
+func (s *process) hasSSH(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, 10*lastRetry)
 	defer cancel()
 	conn, err := s.network.DialGuest(ctx, wire.SSHPort)

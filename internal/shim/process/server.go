@@ -1,4 +1,4 @@
-package shim
+package process
 
 import (
 	"bufio"
@@ -14,79 +14,35 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/stream"
-)
-
-// Operations of the control socket. A connection carries one request and one
-// response, a line of JSON each; after a successful dial it is the connection.
-const (
-	opStatus        = "status"
-	opStop          = "stop"
-	opAddForward    = "add-forward"
-	opRemoveForward = "remove-forward"
-	opPause         = "pause"
-	opResume        = "resume"
-	opSave          = "save"
-	opDial          = "dial"
 )
 
 // dialTimeout is how long a guest may take to accept a connection; its kernel does so
 // at once, if it does at all.
 const dialTimeout = 30 * time.Second
 
-type request struct {
-	Op      string        `json:"op"`
-	Grace   time.Duration `json:"grace_ns,omitempty"`
-	Patient bool          `json:"patient,omitempty"`
-	Forward Forward       `json:"forward,omitzero"`
-	Port    int           `json:"port,omitempty"`
-	Save    *Save         `json:"save,omitempty"`
-}
-
-type response struct {
-	Failure *failure `json:"failure,omitempty"`
-	Forward Forward  `json:"forward,omitzero"`
-	Status  *Status  `json:"status,omitempty"`
-	Saved   Saved    `json:"saved,omitzero"`
-}
-
-// Status is what a shim says of its VM.
-type Status struct {
-	ID     string `json:"id"`
-	Run    string `json:"run"`
-	PID    int    `json:"pid"` // of the shim
-	VMMPID int    `json:"vmm_pid"`
-	// Uptime is the time since the shim was started.
-	Uptime   time.Duration `json:"uptime_ns"`
-	Forwards []Forward     `json:"forwards"`
-	// Halt is why the VMM has paused the guest by itself; empty if it has not.
-	Halt string `json:"halt,omitempty"`
-	// Answer is the agent's, if there is one.
-	Answer *wire.Answer `json:"answer,omitempty"`
-}
-
 // serveControl answers requests until the listener is closed.
-func (s *shim) serveControl(listener net.Listener) {
+func (s *process) serveControl(listener net.Listener) {
 	stream.Accept(context.Background(), listener, func(conn net.Conn) { go s.answerRequest(conn) })
 }
 
-func (s *shim) answerRequest(conn net.Conn) {
+func (s *process) answerRequest(conn net.Conn) {
 	defer func() { _ = conn.Close() }()
 	reader := bufio.NewReader(conn)
 	line, err := reader.ReadBytes('\n')
-	var asked request
+	var asked shim.Request
 	if err != nil || json.Unmarshal(line, &asked) != nil || !s.beginRequest() {
 		return
 	}
-	if asked.Op == opDial {
+	if asked.Op == shim.OpDial {
 		s.requests.Done() // it may last as long as the VM
 		s.connectGuest(conn, reader, asked.Port)
 		return
 	}
 	defer s.requests.Done()
 	ctx := context.Background()
-	if asked.Op == opSave {
+	if asked.Op == shim.OpSave {
 		// It takes long, and is of no use to nobody.
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(ctx)
@@ -96,15 +52,15 @@ func (s *shim) answerRequest(conn net.Conn) {
 			cancel()
 		}()
 	}
-	var answer response
+	var answer shim.Response
 	if err := s.handle(ctx, asked, &answer); err != nil {
-		answer = response{Failure: newFailure(err)}
+		answer = shim.Response{Failure: shim.NewFailure(err)}
 	}
 	_ = json.NewEncoder(conn).Encode(answer)
 }
 
 // beginRequest counts a request, unless the VM has ended and nothing can be asked of it.
-func (s *shim) beginRequest() bool {
+func (s *process) beginRequest() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.ended {
@@ -115,32 +71,32 @@ func (s *shim) beginRequest() bool {
 
 // endRequests waits until the requests that were begun have been answered. All of them
 // end with the VM.
-func (s *shim) endRequests() {
+func (s *process) endRequests() {
 	s.mu.Lock()
 	s.ended = true
 	s.mu.Unlock()
 	s.requests.Wait()
 }
 
-func (s *shim) handle(ctx context.Context, asked request, answer *response) error {
+func (s *process) handle(ctx context.Context, asked shim.Request, answer *shim.Response) error {
 	switch asked.Op {
-	case opStatus:
+	case shim.OpStatus:
 		answer.Status = s.status()
 		return nil
-	case opStop:
-		s.stop(Stop{Grace: asked.Grace, Patient: asked.Patient}, "it was stopped by request")
+	case shim.OpStop:
+		s.stop(shim.Stop{Grace: asked.Grace, Patient: asked.Patient}, "it was stopped by request")
 		return nil
-	case opAddForward:
+	case shim.OpAddForward:
 		var err error
 		answer.Forward, err = s.addForward(ctx, asked.Forward)
 		return err
-	case opRemoveForward:
+	case shim.OpRemoveForward:
 		return s.removeForward(asked.Forward)
-	case opPause:
+	case shim.OpPause:
 		return s.pause(ctx)
-	case opResume:
+	case shim.OpResume:
 		return s.resume(ctx)
-	case opSave:
+	case shim.OpSave:
 		var err error
 		answer.Saved, err = s.save(ctx, asked.Save)
 		return err
@@ -148,17 +104,17 @@ func (s *shim) handle(ctx context.Context, asked request, answer *response) erro
 	return fmt.Errorf("shim has no operation %q; it may be older than this program", asked.Op)
 }
 
-func (s *shim) status() *Status {
+func (s *process) status() *shim.Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return &Status{
+	return &shim.Status{
 		ID:     s.spec.ID,
 		Run:    s.spec.Run,
 		PID:    os.Getpid(),
 		VMMPID: s.instance.PID(),
 		Uptime: time.Since(s.began),
 		Halt:   s.halts.why(),
-		Forwards: slices.SortedFunc(maps.Keys(s.forwards), func(a, b Forward) int {
+		Forwards: slices.SortedFunc(maps.Keys(s.forwards), func(a, b shim.Forward) int {
 			return cmp.Or(a.Host.Compare(b.Host), cmp.Compare(a.Protocol, b.Protocol))
 		}),
 		Answer: s.answer,
@@ -166,7 +122,7 @@ func (s *shim) status() *Status {
 }
 
 // connectGuest makes conn a connection to a port of the guest.
-func (s *shim) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
+func (s *process) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
 	var guest net.Conn
 	err := fmt.Errorf("connect to the guest: %w: the VM has no network", smolvm.ErrUnsupported)
 	if s.network != nil {
@@ -174,9 +130,9 @@ func (s *shim) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
 		guest, err = s.network.DialGuest(ctx, port)
 		cancel()
 	}
-	var answer response
+	var answer shim.Response
 	if err != nil {
-		answer.Failure = newFailure(err)
+		answer.Failure = shim.NewFailure(err)
 	}
 	if json.NewEncoder(conn).Encode(answer) != nil || err != nil {
 		if guest != nil {
@@ -188,11 +144,11 @@ func (s *shim) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
 }
 
 // serveAgents connects each connection to the agent's SSH server.
-func (s *shim) serveAgents(listener net.Listener) {
+func (s *process) serveAgents(listener net.Listener) {
 	stream.Accept(context.Background(), listener, func(conn net.Conn) { go s.connectAgent(conn) })
 }
 
-func (s *shim) connectAgent(conn net.Conn) {
+func (s *process) connectAgent(conn net.Conn) {
 	s.active()
 	defer s.active()
 	defer func() { _ = conn.Close() }()

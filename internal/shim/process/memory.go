@@ -1,4 +1,4 @@
-package shim
+package process
 
 import (
 	"bufio"
@@ -60,7 +60,7 @@ func setData(most uint64) {
 }
 
 // limits are those of the VMM.
-func (s *shim) limits() smolvm.Limits {
+func (s *process) limits() smolvm.Limits {
 	if limiter, ok := s.instance.(vmm.Limiter); ok {
 		return limiter.Limits()
 	}
@@ -68,7 +68,7 @@ func (s *shim) limits() smolvm.Limits {
 }
 
 // limit gives a VM that stood by the limits of the one that it is to be.
-func (s *shim) limit(ctx context.Context) error {
+func (s *process) limit(ctx context.Context) error {
 	if want := s.spec.VMM.DiskLimit; want != (vmm.DiskLimit{}) {
 		limiter, ok := s.instance.(vmm.DiskLimiter)
 		if !ok {

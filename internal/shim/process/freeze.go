@@ -1,4 +1,4 @@
-package shim
+package process
 
 import (
 	"context"
@@ -8,13 +8,14 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // FreezeOptions are the options of [Freeze].
 type FreezeOptions struct {
 	// Spec of the VM to be frozen. It has no forwards, and nobody can reach it.
-	Spec Spec
+	Spec shim.Spec
 	// Backends are what it can be run by.
 	Backends []vmm.Backend
 	// Commands are run in it before it is frozen.
@@ -26,7 +27,7 @@ type FreezeOptions struct {
 // Freeze boots a VM in this process, takes it through a login and commands, saves it
 // when nobody talks to it any more, and ends it.
 func Freeze(ctx context.Context, opts FreezeOptions) error {
-	s := &shim{
+	s := &process{
 		spec:         opts.Spec,
 		opts:         Options{Backends: opts.Backends},
 		log:          slog.New(slog.NewTextHandler(os.Stderr, nil)),

@@ -1,5 +1,5 @@
 //go:build !race
 
-package shim
+package process
 
 const raceDetector = false // see race_test.go

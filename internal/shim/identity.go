@@ -1,0 +1,42 @@
+package shim
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+
+	"github.com/smolvm/smolvm/internal/agent/wire"
+)
+
+// Stranger is the greeting of a guest that is to become somebody else later: with an
+// identity that nobody else has, and nobody may log in to.
+func Stranger(network *wire.Network) (wire.Greeting, error) {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return wire.Greeting{}, err
+	}
+	return wire.Greeting{
+		// As short as can be: a name that grows costs a restored guest less than one
+		// that shrinks.
+		Hostname:  "t",
+		MachineID: randomHex(16),
+		BootID:    NewBootID(),
+		HostKey:   private,
+		Network:   network,
+	}, nil
+}
+
+// NewBootID makes an identifier as the kernel makes one for each boot: a random UUID.
+func NewBootID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+func randomHex(bytes int) string {
+	b := make([]byte, bytes)
+	_, _ = rand.Read(b) // never fails: crypto/rand ends the program instead
+	return hex.EncodeToString(b)
+}

@@ -1,0 +1,94 @@
+package shim
+
+import (
+	"time"
+
+	"github.com/smolvm/smolvm/internal/agent/wire"
+)
+
+// Operations of the control socket. A connection carries one request and one
+// response, a line of JSON each; after a successful dial it is the connection.
+const (
+	OpStatus        = "status"
+	OpStop          = "stop"
+	OpAddForward    = "add-forward"
+	OpRemoveForward = "remove-forward"
+	OpPause         = "pause"
+	OpResume        = "resume"
+	OpSave          = "save"
+	OpDial          = "dial"
+)
+
+// Request is what a client asks, as a line of JSON. Which fields count depends on Op.
+type Request struct {
+	Op      string        `json:"op"`
+	Grace   time.Duration `json:"grace_ns,omitempty"`
+	Patient bool          `json:"patient,omitempty"`
+	Forward Forward       `json:"forward,omitzero"`
+	Port    int           `json:"port,omitempty"`
+	Save    *Save         `json:"save,omitempty"`
+}
+
+// Response is the answer to a [Request], as a line of JSON.
+type Response struct {
+	Failure *Failure `json:"failure,omitempty"`
+	Forward Forward  `json:"forward,omitzero"`
+	Status  *Status  `json:"status,omitempty"`
+	Saved   Saved    `json:"saved,omitzero"`
+}
+
+// Status is what a shim says of its VM.
+type Status struct {
+	ID     string `json:"id"`
+	Run    string `json:"run"`
+	PID    int    `json:"pid"` // of the shim
+	VMMPID int    `json:"vmm_pid"`
+	// Uptime is the time since the shim was started.
+	Uptime   time.Duration `json:"uptime_ns"`
+	Forwards []Forward     `json:"forwards"`
+	// Halt is why the VMM has paused the guest by itself; empty if it has not.
+	Halt string `json:"halt,omitempty"`
+	// Answer is the agent's, if there is one.
+	Answer *wire.Answer `json:"answer,omitempty"`
+}
+
+// Stop says how to stop a VM.
+type Stop struct {
+	// Grace is how long the guest may take to shut down. Zero: it is ended at once.
+	Grace time.Duration
+	// Patient gives the guest all of that time, even if it shows no sign of having
+	// been asked.
+	Patient bool
+}
+
+// Save says how to save a guest.
+type Save struct {
+	// Memory and State are the files to make.
+	Memory string `json:"memory"`
+	State  string `json:"state"`
+	// Drives are those that get an overlay when the guest has been saved.
+	Drives []SavedDrive `json:"drives,omitempty"`
+}
+
+// SavedDrive is a drive whose file is not to change any more when the guest has been
+// saved.
+type SavedDrive struct {
+	// Number of the drive.
+	Number int `json:"number"`
+	// Layer is another name of the drive's file, which it keeps.
+	Layer string `json:"layer"`
+	// Overlay is an empty overlay of it that the guest writes to from then on. It
+	// takes the name Path, which the drive's file has had. If the guest goes on without
+	// it, it is removed: whoever asked for it may be gone by then.
+	Overlay string `json:"overlay"`
+	Path    string `json:"path"`
+}
+
+// Saved says how it went.
+type Saved struct {
+	Pause time.Duration `json:"pause_ns"`
+	Held  bool          `json:"held,omitempty"` // as in [vmm.Saved]
+	// Synced is false if the guest's file systems were not written out before, so
+	// that a disk without its memory is as after a power cut.
+	Synced bool `json:"synced"`
+}
