@@ -61,7 +61,7 @@ func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from sa
 	}
 	step.Reached(ctx, "in place/started")
 	_ = os.Remove(m.keptDisk(vm.ID)) // or the next start does it
-	m.reclaimLayersAside(context.WithoutCancel(ctx), vm.ID)
+	m.site().Collect(context.WithoutCancel(ctx), vm.ID)
 	m.note(ctx, vm.ID, "restore", began, from.source)
 	return info, nil
 }
@@ -120,7 +120,7 @@ func (m *Manager) keepDisk(ctx context.Context, vm store.VM) error {
 func (m *Manager) putBack(ctx context.Context, before store.VM, cause error) error {
 	err := errors.Join(m.putDiskBack(ctx, before), m.store.SetConfig(ctx, before.ID, before.Config),
 		m.store.MarkNotStarted(ctx, before.ID, before.State, "going back to a snapshot failed: "+cause.Error()))
-	m.reclaimLayersAside(ctx, before.ID)
+	m.site().Collect(ctx, before.ID)
 	return err
 }
 

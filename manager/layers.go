@@ -2,7 +2,6 @@ package manager
 
 import (
 	"context"
-	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
@@ -23,12 +22,3 @@ func (m *Manager) rebase(ctx context.Context, vm store.VM, base, format string) 
 
 // reclaimLayers removes the layers that nothing needs any more.
 func (m *Manager) reclaimLayers(ctx context.Context) error { return m.disks.Collect(ctx) }
-
-// reclaimLayersAside is reclaimLayers for an operation that is done, whatever comes of
-// it: what is left is removed later, and [Manager.Reconcile] tells what is wrong.
-func (m *Manager) reclaimLayersAside(ctx context.Context, id string) {
-	began := time.Now()
-	if err := m.reclaimLayers(ctx); err != nil {
-		m.note(ctx, id, "collect-failed", began, err.Error())
-	}
-}

@@ -67,7 +67,7 @@ func (m *Manager) reclaimOrphan(ctx context.Context, vm store.VM) error {
 	if !vm.Config.Ephemeral || !m.orphaned(vm.ID) {
 		return nil
 	}
-	return m.eraseEphemeral(ctx, vm.ID)
+	return m.site().EraseEphemeral(ctx, vm.ID, m.runtimeDir(vm.ID))
 }
 
 // reclaimVM removes what a VM without a row has left, unless the VM is being made

@@ -152,7 +152,7 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 		WarmUp:       m.warmUpOf(vm),
 		Ephemeral:    vm.Config.Ephemeral,
 		RuntimeDir:   runtimeDir,
-		HandOver:     map[string]string{handOverDataDir: m.dataDir, handOverSocketDir: m.socketDir, handOverState: string(vm.State)},
+		Origin:       shim.Origin{DataDir: m.dataDir, State: vm.State},
 	}
 	if vm.Config.UsesImage() {
 		if spec.Greeting, err = m.greeting(vm, plan); err != nil {

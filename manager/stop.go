@@ -4,13 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
@@ -270,34 +266,5 @@ const causeShimDied = "the VM's shim ended unexpectedly"
 func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 	m.forgetClient(vm.ID)
 	m.disown(vm.ID)
-	step.Reached(ctx, "erase/ended")
-	leaves := false
-	if err := shim.RemoveRuntimeDir(m.runtimeDir(vm.ID)); err != nil {
-		return err
-	}
-	paths := []string{m.vmDir(vm.ID)}
-	if !vm.Config.RetainDisk && vm.DiskPath != vm.Config.RootfsPath {
-		paths = append(paths, vm.DiskPath)
-		leaves = m.disks.Leaves(vm.DiskPath)
-		if err := disk.RemoveLeftovers(vm.DiskPath); err != nil {
-			return err
-		}
-	}
-	for _, path := range paths {
-		if path == "" {
-			continue
-		}
-		if err := os.RemoveAll(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		step.Reached(ctx, "erase/"+filepath.Base(filepath.Dir(path)))
-	}
-	if err := m.store.DeleteVM(ctx, vm.ID); err != nil {
-		return err
-	}
-	step.Reached(ctx, "erase/row")
-	if leaves {
-		m.reclaimLayersAside(ctx, vm.ID)
-	}
-	return nil
+	return m.site().Erase(ctx, vm, m.runtimeDir(vm.ID))
 }

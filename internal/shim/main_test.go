@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"testing"
 
@@ -45,8 +46,8 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// recordKey is the key of what a spec hands over: the file for the exit record.
-const recordKey = "record"
+// recordName is the file for the exit record, in the place of a data directory.
+const recordName = "record"
 
 func shimMain() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
@@ -59,7 +60,7 @@ func shimMain() error {
 			if err != nil {
 				return err
 			}
-			return os.WriteFile(record.HandOver[recordKey], text, 0o600)
+			return os.WriteFile(filepath.Join(record.Origin.DataDir, recordName), text, 0o600)
 		},
 	})
 }

@@ -58,7 +58,7 @@ func newFixture(t testing.TB, bootArgs ...string) *fixture {
 			Ready:        smolvm.ReadyAgent,
 			ReadyTimeout: patience,
 			RuntimeDir:   filepath.Join(dir, "run", "vm"),
-			HandOver:     map[string]string{recordKey: filepath.Join(dir, "record")},
+			Origin:       shim.Origin{DataDir: dir},
 		},
 	}
 	t.Cleanup(f.cleanup)
@@ -121,7 +121,7 @@ func (f *fixture) end(launched *shim.Launched) shim.ExitRecord {
 func (f *fixture) record() shim.ExitRecord {
 	f.Helper()
 	var record shim.ExitRecord
-	text, err := os.ReadFile(f.opts.Spec.HandOver[recordKey])
+	text, err := os.ReadFile(filepath.Join(f.opts.Spec.Origin.DataDir, recordName))
 	if err == nil {
 		err = json.Unmarshal(text, &record)
 	}

@@ -49,8 +49,16 @@ type Spec struct {
 
 	// RuntimeDir holds the shim's two sockets. The shim makes it and removes it.
 	RuntimeDir string `json:"runtime_dir"`
-	// HandOver is data of the launcher's that comes back in [ExitRecord].
-	HandOver map[string]string `json:"hand_over,omitempty"`
+	// Origin comes back in [ExitRecord] and [HaltRecord].
+	Origin Origin `json:"origin"`
+}
+
+// Origin says where the VM of a shim belongs.
+type Origin struct {
+	// DataDir is the data directory that has the VM's row.
+	DataDir string `json:"data_dir"`
+	// State of the VM before the start. Empty: it has none.
+	State smolvm.VMState `json:"state,omitempty"`
 }
 
 // ControlSocket and AgentSocket are the sockets in a VM's runtime directory. On
@@ -84,10 +92,12 @@ func AgentSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "a
 
 // ExitRecord is what a shim reports when its VM has ended.
 type ExitRecord struct {
-	ID       string            `json:"id"`
-	Run      string            `json:"run"`
-	Exit     vmm.Exit          `json:"exit"`
-	HandOver map[string]string `json:"hand_over,omitempty"`
+	ID     string   `json:"id"`
+	Run    string   `json:"run"`
+	Exit   vmm.Exit `json:"exit"`
+	Origin Origin   `json:"origin"`
+	// RuntimeDir is that of [Spec].
+	RuntimeDir string `json:"runtime_dir"`
 	// Committed is false if the launcher died, or gave up, before it confirmed
 	// the start.
 	Committed bool `json:"committed"`
@@ -95,8 +105,8 @@ type ExitRecord struct {
 
 // HaltRecord is what a shim reports when the VMM has paused the guest by itself.
 type HaltRecord struct {
-	ID       string            `json:"id"`
-	Run      string            `json:"run"`
-	Cause    string            `json:"cause"`
-	HandOver map[string]string `json:"hand_over,omitempty"`
+	ID     string `json:"id"`
+	Run    string `json:"run"`
+	Cause  string `json:"cause"`
+	Origin Origin `json:"origin"`
 }

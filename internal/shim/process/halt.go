@@ -128,7 +128,7 @@ func (s *process) noteHalt() {
 	if s.opts.Halted == nil {
 		return
 	}
-	record := shim.HaltRecord{ID: s.spec.ID, Run: s.spec.Run, Cause: why, HandOver: s.spec.HandOver}
+	record := shim.HaltRecord{ID: s.spec.ID, Run: s.spec.Run, Cause: why, Origin: s.spec.Origin}
 	if err := s.opts.Halted(context.Background(), record); err != nil {
 		s.log.Error("record that the guest was paused", "error", err)
 	}

@@ -464,21 +464,23 @@ func (s *process) recordOrphan() error {
 		return nil
 	}
 	return s.opts.Exited(context.Background(), shim.ExitRecord{
-		ID:       s.spec.ID,
-		Run:      s.spec.Run,
-		Exit:     vmm.Exit{Reason: vmm.ExitKilled, Detail: errGivenUp.Error(), At: time.Now().UTC()},
-		HandOver: s.spec.HandOver,
+		ID:         s.spec.ID,
+		Run:        s.spec.Run,
+		Exit:       vmm.Exit{Reason: vmm.ExitKilled, Detail: errGivenUp.Error(), At: time.Now().UTC()},
+		Origin:     s.spec.Origin,
+		RuntimeDir: s.spec.RuntimeDir,
 	})
 }
 
 // record writes down how the VM ended.
 func (s *process) record() error {
 	record := shim.ExitRecord{
-		ID:        s.spec.ID,
-		Run:       s.spec.Run,
-		Exit:      s.instance.Exit(),
-		HandOver:  s.spec.HandOver,
-		Committed: isClosed(s.committed),
+		ID:         s.spec.ID,
+		Run:        s.spec.Run,
+		Exit:       s.instance.Exit(),
+		Origin:     s.spec.Origin,
+		RuntimeDir: s.spec.RuntimeDir,
+		Committed:  isClosed(s.committed),
 	}
 	s.mu.Lock()
 	record.Exit.Detail = strings.TrimSuffix(strings.Join(append(s.notes, record.Exit.Detail), "; "), "; ")
