@@ -16,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -60,6 +61,14 @@ type Manager struct {
 
 // Open opens the data directory, making it if it is missing.
 func Open(ctx context.Context, config Config) (*Manager, error) {
+	if len(os.Args) > 1 && os.Args[1] == shim.Argument {
+		// Else it would start itself again and again.
+		return nil, errors.New("this program was started as the shim of a VM, but its main does not call shim.Main first (package github.com/smolvm/smolvm/shim)")
+	}
+	return open(ctx, config)
+}
+
+func open(ctx context.Context, config Config) (*Manager, error) {
 	socketDir, err := datadir.LocateSockets(config.SocketDir)
 	if err != nil {
 		return nil, err

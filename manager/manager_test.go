@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -13,26 +12,18 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/shim/program"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
 	"github.com/smolvm/smolvm/manager"
 )
 
 // shimCommand makes this test's program a shim.
-const shimCommand = "shim"
+const shimCommand = shim.Argument
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == shimCommand {
-		err := manager.RunShim(context.Background(), manager.ShimOptions{
-			Stdin:    os.Stdin,
-			Backends: backends(),
-		})
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		return
-	}
+	program.Main(backends()...)
 	if len(os.Args) > 1 && os.Args[1] == childCommand {
 		os.Exit(childMain(os.Args[2:]))
 	}

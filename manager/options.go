@@ -34,6 +34,10 @@ type Config struct {
 	// this module's own CLI with the argument "shim". Empty: the program named
 	// smolvm beside the running one, or in PATH.
 	ShimCommand []string
+	// Embedded makes this program the shim of its VMs, in the place of ShimCommand: the
+	// smolvm program is not needed then. This program's main must begin with a call of
+	// Main of this module's package shim, or no VM starts.
+	Embedded bool
 	// AgentPath is the smolvm-agent program, which goes into images. Empty: the
 	// one built into this program, else the program named smolvm-agent beside
 	// the running one, or in PATH.

@@ -363,12 +363,19 @@ func (m *Manager) warmUpOf(vm store.VM) string {
 
 // shimCommand is the program that becomes the shim.
 func (m *Manager) shimCommand() ([]string, error) {
-	if len(m.config.ShimCommand) > 0 {
+	switch {
+	case m.config.Embedded:
+		self, err := os.Executable()
+		if err != nil {
+			return nil, fmt.Errorf("find this program, which is the VMs' shim too: %w", err)
+		}
+		return []string{self, shim.Argument}, nil
+	case len(m.config.ShimCommand) > 0:
 		return m.config.ShimCommand, nil
 	}
 	path, err := findProgram("smolvm")
 	if err != nil {
-		return nil, fmt.Errorf("%w; install the smolvm CLI, or name it with the ShimCommand option", err)
+		return nil, fmt.Errorf("%w; install the smolvm CLI, name it with the ShimCommand option, or make this program its own shim with the Embedded option", err)
 	}
 	return []string{path, "shim"}, nil
 }

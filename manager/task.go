@@ -1,8 +1,6 @@
 package manager
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,7 +15,6 @@ import (
 	"github.com/smolvm/smolvm/internal/errcode"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // task is work for a process of its own, which is the program that serves as shim: it
@@ -72,7 +69,7 @@ func (m *Manager) startTask(t task, lock *os.File) (reports *os.File, wait func(
 	if err != nil {
 		return nil, nil, err
 	}
-	log, err := ring.Append(filepath.Join(m.dir.Cache(), "tasks.log"), ring.LogBytes)
+	log, err := ring.Append(m.workerLog(), ring.LogBytes)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -129,6 +126,9 @@ func (m *Manager) runTask(ctx context.Context, t task, lock *os.File) (id string
 	return result.ID, err
 }
 
+// workerLog is what workers, and the shims that they start, have to say.
+func (m *Manager) workerLog() string { return filepath.Join(m.dir.Cache(), "tasks.log") }
+
 // startTaskAside starts a task that nobody waits for. That it can't be started only
 // makes the next start slower.
 func (m *Manager) startTaskAside(t task, lock *os.File) error {
@@ -141,25 +141,27 @@ func (m *Manager) startTaskAside(t task, lock *os.File) error {
 	return nil
 }
 
-// readTask reads the orders of a task. If they are those of a shim, what is returned
-// reads them again.
-func readTask(stdin io.Reader) (*task, io.Reader, error) {
-	reader := bufio.NewReader(stdin)
-	line, err := reader.ReadBytes('\n')
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, nil, err
+// RunWorker makes this process do in the background what a Manager has ordered on its
+// standard input: make a template, or fill a pool. It is for package shim of this module,
+// which programs that serve as shims use.
+func RunWorker(ctx context.Context, orders io.Reader) error {
+	var read taskOrders
+	err := json.NewDecoder(orders).Decode(&read)
+	if err == nil && (read.Task == nil || read.Task.Template == nil && read.Task.Pool == "") {
+		err = errors.New("there is no task among them")
 	}
-	var orders taskOrders
-	_ = json.Unmarshal(line, &orders) // a shim says itself what is wrong with its orders
-	return orders.Task, io.MultiReader(bytes.NewReader(line), reader), nil
+	if err != nil {
+		return fmt.Errorf("read orders: %w", err)
+	}
+	return read.Task.run(ctx)
 }
 
-// runTask is the life of a task.
-func (t task) run(ctx context.Context, backends []vmm.Backend) error {
+// run is the life of a task.
+func (t task) run(ctx context.Context) error {
 	if err := proc.CloseInherited(taskLockFD); err != nil {
 		return err
 	}
-	m, err := Open(ctx, Config{
+	m, err := open(ctx, Config{
 		DataDir: t.DataDir, SocketDir: t.SocketDir, Backend: t.Backend, ShimCommand: t.Shim,
 		Templates: TemplateConfig{MaxBytes: t.MaxBytes}, DiskBudget: t.DiskBudget, DiskReserve: t.DiskReserve,
 	})
@@ -168,7 +170,7 @@ func (t task) run(ctx context.Context, backends []vmm.Backend) error {
 		m.actor = fmt.Sprintf("task[%d]", os.Getpid())
 		switch {
 		case t.Template != nil:
-			result.ID, err = m.buildTemplate(ctx, t.Template.Recipe, t.Template.Config, backends)
+			result.ID, err = m.buildTemplate(ctx, t.Template.Recipe, t.Template.Config)
 		case t.Pool != "":
 			err = m.fillPool(ctx, t.Pool)
 		}

@@ -16,7 +16,6 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
-	shimprocess "github.com/smolvm/smolvm/internal/shim/process"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -68,9 +67,8 @@ type templateMeta struct {
 	Config smolvm.VMConfig `json:"config"`
 }
 
-// buildTemplate makes a template, in a process that may run VMs. The recipe's lock is
-// held.
-func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMConfig, backends []vmm.Backend) (id string, err error) {
+// buildTemplate makes a template, in a worker. The recipe's lock is held.
+func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMConfig) (id string, err error) {
 	began := time.Now()
 	if err := m.checkRoom(); err != nil {
 		return "", err // the next start of its kind tries again
@@ -92,13 +90,16 @@ func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMC
 	if err != nil {
 		return "", err
 	}
-	err = shimprocess.Freeze(ctx, shimprocess.FreezeOptions{
-		Spec:     spec,
-		Backends: backends,
-		Commands: warmUp(config),
-		Save:     vmm.SaveOptions{Memory: draft.Path(snapshot.MemoryFile), State: draft.Path(snapshot.StateFile)},
-	})
+	program, err := m.shimCommand()
 	if err != nil {
+		return "", err
+	}
+	spec.Freeze = &shim.FreezeOrder{
+		Commands: warmUp(config),
+		Memory:   draft.Path(snapshot.MemoryFile),
+		State:    draft.Path(snapshot.StateFile),
+	}
+	if err := shim.Freeze(ctx, shim.LaunchOptions{Program: program, Spec: spec, LogPath: m.workerLog()}); err != nil {
 		return "", err
 	}
 	step.Reached(ctx, "template/frozen")
@@ -173,9 +174,9 @@ func (m *Manager) strangerSpec(spec shim.Spec) (shim.Spec, error) {
 }
 
 // warmUp is what the guest is to run before it is handed out.
-func warmUp(config smolvm.VMConfig) []smolvm.Command {
+func warmUp(config smolvm.VMConfig) [][]string {
 	if config.WarmUp == "" {
 		return nil
 	}
-	return []smolvm.Command{{Args: []string{"sh", "-c", config.WarmUp}}}
+	return [][]string{{"sh", "-c", config.WarmUp}}
 }

@@ -6,19 +6,16 @@ import (
 	"os"
 
 	"github.com/smolvm/smolvm/internal/cli"
-	"github.com/smolvm/smolvm/internal/vmm"
-	"github.com/smolvm/smolvm/internal/vmm/qemu"
 )
 
 var version string // set by the linker
 
 func main() {
 	program := cli.Program{
-		Stdin:    os.Stdin,
-		Stdout:   os.Stdout,
-		Stderr:   os.Stderr,
-		Version:  version,
-		Backends: []vmm.Backend{qemu.New(qemu.Options{})},
+		Stdin:   os.Stdin,
+		Stdout:  os.Stdout,
+		Stderr:  os.Stderr,
+		Version: version,
 	}
 	os.Exit(program.Run(context.Background(), os.Args[1:]))
 }

@@ -3,7 +3,8 @@
 //
 //	go run ./examples/job [source directory] [result file]
 //
-// It needs the smolvm program beside it or in PATH (`make build`, then
+// It is the shim of its VM itself, so it does not need the smolvm program. If it must build
+// the image, it takes the smolvm-agent program from beside itself or PATH (`make build`, then
 // PATH=$PWD/bin:$PATH).
 package main
 
@@ -15,6 +16,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/manager"
+	"github.com/smolvm/smolvm/shim"
 )
 
 // pipeline counts the lines of each kind of file in the tree.
@@ -25,6 +27,7 @@ done | awk '{ lines[$1] += $2 } END { for (kind in lines) print lines[kind], kin
 `
 
 func main() {
+	shim.Main() // does not return in the process beside the VM
 	source, result := ".", "lines.txt"
 	if len(os.Args) > 1 {
 		source = os.Args[1]
@@ -33,7 +36,7 @@ func main() {
 		result = os.Args[2]
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	err := run(ctx, manager.Config{}, source, result)
+	err := run(ctx, manager.Config{Embedded: true}, source, result)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "job:", err)

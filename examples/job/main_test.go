@@ -1,35 +1,23 @@
 package main
 
 import (
-	"context"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/smolvm/smolvm/internal/testenv"
-	"github.com/smolvm/smolvm/internal/vmm"
-	"github.com/smolvm/smolvm/internal/vmm/qemu"
 	"github.com/smolvm/smolvm/manager"
+	"github.com/smolvm/smolvm/shim"
 )
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == "shim" {
-		options := manager.ShimOptions{Stdin: os.Stdin, Backends: []vmm.Backend{qemu.New(qemu.Options{})}}
-		if manager.RunShim(context.Background(), options) != nil {
-			os.Exit(1)
-		}
-		return
-	}
+	shim.Main()
 	os.Exit(m.Run())
 }
 
 // The example does its job, on a real VM, and leaves nothing.
 func TestJob(t *testing.T) {
 	testenv.RequireQEMU(t)
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	dir := t.TempDir()
 	data := filepath.Join(dir, "data")
 	testenv.SeedImages(t, data)
@@ -45,10 +33,10 @@ func TestJob(t *testing.T) {
 		}
 	}
 	config := manager.Config{
-		DataDir:     data,
-		ShimCommand: []string{self, "shim"},
-		AgentPath:   testenv.Agent(t),
-		Templates:   manager.TemplateConfig{Disabled: true}, // one VM needs none
+		DataDir:   data,
+		Embedded:  true,
+		AgentPath: testenv.Agent(t),
+		Templates: manager.TemplateConfig{Disabled: true}, // one VM needs none
 	}
 	result := filepath.Join(dir, "result")
 	if err := run(t.Context(), config, source, result); err != nil {

@@ -23,8 +23,8 @@ import (
 	"os"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/manager"
+	"github.com/smolvm/smolvm/shim"
 )
 
 // Exit statuses of smolvm's own.
@@ -46,8 +46,6 @@ type Program struct {
 	Stdout, Stderr io.Writer
 	// Version to report. Empty: the version in the build information.
 	Version string
-	// Backends are what the program runs VMs by when it is a shim.
-	Backends []vmm.Backend
 }
 
 // Run runs the command line args, which starts after the program's name, and returns
@@ -77,8 +75,7 @@ func (p Program) Run(ctx context.Context, args []string) int {
 }
 
 func (p Program) runShim(ctx context.Context) int {
-	err := manager.RunShim(ctx, manager.ShimOptions{Stdin: p.Stdin, Backends: p.Backends})
-	if err != nil {
+	if err := shim.Run(ctx, p.Stdin); err != nil {
 		_, _ = fmt.Fprintln(p.Stderr, "smolvm shim:", err)
 		return statusError
 	}

@@ -21,8 +21,6 @@ import (
 	"github.com/smolvm/smolvm/internal/cli"
 	"github.com/smolvm/smolvm/internal/image/imagetest"
 	"github.com/smolvm/smolvm/internal/testenv"
-	"github.com/smolvm/smolvm/internal/vmm"
-	"github.com/smolvm/smolvm/internal/vmm/qemu"
 )
 
 var update = flag.Bool("update", false, "write the output that scripts compare with anew")
@@ -32,11 +30,10 @@ var update = flag.Bool("update", false, "write the output that scripts compare w
 func TestMain(m *testing.M) {
 	testscript.Main(checked{m}, map[string]func(){"smolvm": func() {
 		program := cli.Program{
-			Stdin:    os.Stdin,
-			Stdout:   os.Stdout,
-			Stderr:   os.Stderr,
-			Version:  "v0.0.0-test",
-			Backends: []vmm.Backend{qemu.New(qemu.Options{})},
+			Stdin:   os.Stdin,
+			Stdout:  os.Stdout,
+			Stderr:  os.Stderr,
+			Version: "v0.0.0-test",
 		}
 		os.Exit(program.Run(context.Background(), os.Args[1:]))
 	}})

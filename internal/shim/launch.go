@@ -82,6 +82,9 @@ type Report struct {
 	Committed bool `json:"committed,omitempty"`
 }
 
+// Argument is the first argument of a program that is started as the shim of its own VMs.
+const Argument = "smolvm-shim"
+
 // The files that a shim inherits beside its standard streams: where it reports to, and the
 // listeners of its forwards.
 const (

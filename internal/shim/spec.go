@@ -38,6 +38,8 @@ type Spec struct {
 	// Standby makes the shim bring its VM up, take it through a login, and hold it,
 	// until it is claimed for another Spec; see [Claim].
 	Standby bool `json:"standby,omitempty"`
+	// Freeze makes the shim save its VM instead of running it; see [Freeze].
+	Freeze *FreezeOrder `json:"freeze,omitempty"`
 	// Ready says what to wait for, at most ReadyTimeout from the VMM's start.
 	Ready        smolvm.ReadyCondition `json:"ready"`
 	ReadyTimeout time.Duration         `json:"ready_timeout_ns"`

@@ -3,40 +3,34 @@ package process
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"os"
-	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
-// FreezeOptions are the options of [Freeze].
-type FreezeOptions struct {
-	// Spec of the VM to be frozen. It has no forwards, and nobody can reach it.
-	Spec shim.Spec
-	// Backends are what it can be run by.
-	Backends []vmm.Backend
-	// Commands are run in it before it is frozen.
-	Commands []smolvm.Command
-	// Save says where to.
-	Save vmm.SaveOptions
-}
-
-// Freeze boots a VM in this process, takes it through a login and commands, saves it
-// when nobody talks to it any more, and ends it.
-func Freeze(ctx context.Context, opts FreezeOptions) error {
-	s := &process{
-		spec:         opts.Spec,
-		opts:         Options{Backends: opts.Backends},
-		log:          slog.New(slog.NewTextHandler(os.Stderr, nil)),
-		began:        time.Now(),
-		launcherGone: make(chan struct{}),
-		halts:        newHalts(),
-	}
+// freeze boots the VM, takes it through a login and commands, saves it when nobody talks to
+// it any more, and ends it.
+func (s *process) freeze(ctx context.Context, order shim.FreezeOrder) (err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-s.launcherGone:
+			cancel(errGivenUp)
+		case <-ctx.Done():
+		}
+	}()
 	var u undos
-	defer u.run()
+	defer func() {
+		u.run()
+		if err != nil {
+			s.report(shim.Report{Failure: shim.NewFailure(err)})
+			return
+		}
+		s.report(shim.Report{PID: os.Getpid(), Start: startOf(os.Getpid())})
+	}()
 	if err := s.startNetwork(&u); err != nil {
 		return err
 	}
@@ -44,14 +38,17 @@ func Freeze(ctx context.Context, opts FreezeOptions) error {
 	if err := s.bringUp(ctx); err != nil {
 		return err
 	}
-	if err := s.rehearse(ctx, opts.Commands); err != nil {
+	commands := make([]smolvm.Command, 0, len(order.Commands))
+	for _, args := range order.Commands {
+		commands = append(commands, smolvm.Command{Args: args})
+	}
+	if err := s.rehearse(ctx, commands); err != nil {
 		return err
 	}
 	saver, ok := s.instance.(vmm.Saver)
 	if !ok {
 		return fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
 	}
-	opts.Save.Hold = true
-	_, err := saver.Save(ctx, opts.Save)
+	_, err = saver.Save(ctx, vmm.SaveOptions{Memory: order.Memory, State: order.State, Hold: true})
 	return err
 }

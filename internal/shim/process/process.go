@@ -105,8 +105,11 @@ func Main(ctx context.Context, opts Options) error {
 	if err := keepInherited(len(s.spec.Forwards)); err != nil {
 		return err
 	}
-	s.drives.dir = shim.DrivesDir(s.spec.RuntimeDir)
 	go s.follow(orders, s.committed, s.launcherGone)
+	if s.spec.Freeze != nil {
+		return s.freeze(ctx, *s.spec.Freeze)
+	}
+	s.drives.dir = shim.DrivesDir(s.spec.RuntimeDir)
 	if s.spec.Standby {
 		if claimed, err := s.standBy(ctx); err != nil || !claimed {
 			return err
