@@ -13,7 +13,7 @@ import (
 	"syscall"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/host"
+	"github.com/smolvm/smolvm/internal/diskspace"
 	"github.com/smolvm/smolvm/internal/size"
 )
 
@@ -57,7 +57,7 @@ func fromEnv(option int64, name string) (int64, error) {
 // [smolvm.ErrDiskBudget]. Two that check at once may both find room: the budget is for the
 // sum of what guests write over hours, not for the last megabyte.
 func (m *Manager) checkRoom() error {
-	free, total, err := host.Space(m.dataDir)
+	free, total, err := diskspace.Of(m.dataDir)
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/smolvm/smolvm/internal/host"
+	"github.com/smolvm/smolvm/internal/diskspace"
 )
 
 // The reserve is a file that takes room in the data directory, to be given up when its disk
@@ -28,7 +28,7 @@ func (d *Dir) KeepReserve() {
 	if info, err := os.Stat(path); err == nil && info.Size() >= reserveSize {
 		return
 	}
-	if free, _, err := host.Space(d.root); err != nil || free < enoughRoom {
+	if free, _, err := diskspace.Of(d.root); err != nil || free < enoughRoom {
 		return
 	}
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, fileMode)
@@ -45,7 +45,7 @@ func (d *Dir) KeepReserve() {
 // MakeRoom gives up a part of the reserve if the disk of the data directory is full, and
 // reports whether it has.
 func (d *Dir) MakeRoom() bool {
-	if free, _, err := host.Space(d.root); err != nil || free >= reservePart {
+	if free, _, err := diskspace.Of(d.root); err != nil || free >= reservePart {
 		return false // that is not what was missing
 	}
 	file, err := os.OpenFile(d.path(reserveName), os.O_RDWR, 0)

@@ -81,10 +81,10 @@ func availableMemory(meminfo string) (bytes uint64, ok bool) {
 func checkSpace(dir string) smolvm.Finding {
 	finding := smolvm.Finding{Name: "disk space", Severity: smolvm.SeverityOK, Why: "holds images and the disks of VMs"}
 	at := dir
-	free, _, err := Space(at)
+	free, _, err := diskspace.Of(at)
 	for errors.Is(err, fs.ErrNotExist) && at != filepath.Dir(at) {
 		at = filepath.Dir(at)
-		free, _, err = Space(at)
+		free, _, err = diskspace.Of(at)
 	}
 	switch {
 	case err != nil:

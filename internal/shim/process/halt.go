@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/smolvm/smolvm/internal/host"
+	"github.com/smolvm/smolvm/internal/diskspace"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -111,7 +111,7 @@ func (s *process) causeOf(halt vmm.Halt) string {
 // hasRoom reports whether there is room again for what the guest writes.
 func (s *process) hasRoom() bool {
 	for _, drive := range s.spec.VMM.Drives {
-		if free, _, err := host.Space(filepath.Dir(drive.Path)); err == nil && !drive.ReadOnly && free < enoughRoom {
+		if free, _, err := diskspace.Of(filepath.Dir(drive.Path)); err == nil && !drive.ReadOnly && free < enoughRoom {
 			return false
 		}
 	}

@@ -1,4 +1,5 @@
-package host
+// Package diskspace tells how much room file systems have.
+package diskspace
 
 import (
 	"fmt"
@@ -6,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Space returns how much room the file system of a directory has for this user, and how
+// Of returns how much room the file system of a directory has for this user, and how
 // large it is, in bytes.
-func Space(dir string) (free, total int64, err error) {
+func Of(dir string) (free, total int64, err error) {
 	var stat unix.Statfs_t
 	if err := unix.Statfs(dir, &stat); err != nil {
 		return 0, 0, fmt.Errorf("find out what is free in %s: %w", dir, err)
