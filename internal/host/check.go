@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/diskspace"
 )
 
 // Requirements is what is to be checked.
