@@ -224,11 +224,16 @@ func transact(ctx context.Context, db beginner, opts *sql.TxOptions, f func(tx *
 	if err != nil {
 		return err
 	}
-	if err := f(tx); err != nil {
+	if err = f(tx); err != nil {
 		_ = tx.Rollback() // f's error says more; an unfinished transaction is void in any case
-		return err
+	} else {
+		err = tx.Commit()
 	}
-	return tx.Commit()
+	// A transaction ends with its context, in the middle of anything.
+	if ctx.Err() != nil && (errors.Is(err, sql.ErrTxDone) || resultCode(err)&0xff == sqlite3.SQLITE_INTERRUPT) {
+		return context.Cause(ctx)
+	}
+	return err
 }
 
 // explain says which database SQLite has trouble with, and what can be done.
