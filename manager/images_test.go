@@ -53,7 +53,7 @@ func TestDisks(t *testing.T) {
 
 // Further drives are there in their order, and what is read-only can't be written.
 func TestDrives(t *testing.T) {
-	m := openFake(t)
+	m := openReal(t)
 	dir := t.TempDir()
 	var drives []smolvm.Drive
 	for i, text := range []string{"first", "second"} {

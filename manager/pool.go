@@ -161,6 +161,9 @@ func (m *Manager) RemovePool(ctx context.Context, id string) error {
 func (m *Manager) removePoolDir(id string) error {
 	dir := m.poolDir(id)
 	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil || slices.ContainsFunc(entries, fs.DirEntry.IsDir) {
 		return err
 	}
@@ -169,18 +172,33 @@ func (m *Manager) removePoolDir(id string) error {
 
 func (m *Manager) poolDir(id string) string { return m.dir.Pool(id) }
 
+// lockPool makes the directory of a pool, and locks it. Whoever had it before may have
+// removed it.
 func (m *Manager) lockPool(ctx context.Context, id string) (*os.File, error) {
-	if err := os.MkdirAll(m.poolDir(id), 0o700); err != nil {
-		return nil, fmt.Errorf("lock pool: %w", err)
+	path := filepath.Join(m.poolDir(id), ".lock")
+	for {
+		if err := os.MkdirAll(m.poolDir(id), 0o700); err != nil {
+			return nil, fmt.Errorf("lock pool: %w", err)
+		}
+		lock, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it was removed since
+		}
+		if err != nil {
+			return nil, fmt.Errorf("lock pool: %w", err)
+		}
+		var ours fs.FileInfo
+		if err = flock.Lock(ctx, lock); err == nil {
+			ours, err = lock.Stat()
+		}
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("lock pool: %w", err), lock.Close())
+		}
+		if there, err := os.Stat(path); err == nil && os.SameFile(ours, there) {
+			return lock, nil
+		}
+		_ = lock.Close()
 	}
-	lock, err := os.OpenFile(filepath.Join(m.poolDir(id), ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err == nil {
-		err = flock.Lock(ctx, lock)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("lock pool: %w", err)
-	}
-	return lock, nil
 }
 
 // slots returns the slots of a pool that can be claimed: their shims run.
@@ -493,6 +511,9 @@ func (m *Manager) reconcilePools(ctx context.Context) error {
 	var errs []error
 	for _, entry := range entries {
 		lock, err := os.OpenFile(filepath.Join(m.poolDir(entry.Name()), ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it was removed since
+		}
 		if err != nil {
 			errs = append(errs, err)
 			continue

@@ -281,6 +281,11 @@ func (s *starting) cold(ctx context.Context, from *savedGuest) error {
 
 // attempt tries one rung, up to the commit.
 func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung smolvm.StartMethod, source string, launch func(context.Context, shim.LaunchOptions) (*shim.Launched, error)) error {
+	// What a shim has left that was killed before it was confirmed, in an earlier start or in
+	// an earlier attempt of this one.
+	if err := shim.RemoveRuntimeDir(opts.Spec.RuntimeDir); err != nil {
+		return err
+	}
 	opts.Spec.Run = newRun()
 	if opts.Spec.Greeting != nil {
 		greeting := *opts.Spec.Greeting

@@ -127,9 +127,6 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
 	runtimeDir := m.runtimeDir(vm.ID)
-	if err := shim.RemoveRuntimeDir(runtimeDir); err != nil { // of a shim that was killed before it was confirmed
-		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
-	}
 	if err := datadir.MakeRuntimeParent(runtimeDir); err != nil {
 		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
