@@ -102,7 +102,7 @@ func newGuest(m *machine) (*guest, error) {
 // say prints a line on the console, as a kernel does.
 func (g *guest) say(line string) {
 	g.machine.cpu.step()
-	fmt.Fprintf(g.machine.console, "[%12.6f] %s\n", g.uptime().Seconds(), line)
+	_, _ = fmt.Fprintf(g.machine.console, "[%12.6f] %s\n", g.uptime().Seconds(), line)
 }
 
 // uptime is how long the guest has run.

@@ -283,16 +283,16 @@ func (i *instance) read() {
 			continue
 		}
 		i.mu.Lock()
-		switch {
-		case m.Event == eventRunning:
+		switch m.Event {
+		case eventRunning:
 			close(i.ready)
-		case m.Event == eventHalt:
+		case eventHalt:
 			select {
 			case <-i.halts:
 			default:
 			}
 			i.halts <- *m.Halt // only this goroutine sends
-		case m.Event == eventEnd:
+		case eventEnd:
 			i.end = &m
 		default:
 			i.pending[m.ID] <- m

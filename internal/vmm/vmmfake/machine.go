@@ -122,13 +122,11 @@ func Main(args []string) int {
 		fmt.Fprintln(os.Stderr, "read orders:", err)
 		return 2
 	}
-	if err := run(t); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	return 0
+	fmt.Fprintln(os.Stderr, run(t))
+	return 1
 }
 
+// run returns only if it fails: otherwise the process ends with the VM.
 func run(t task) error {
 	if t.has(Dies) {
 		return errors.New("as it was told")
@@ -296,7 +294,7 @@ func (m *machine) end(reason vmm.ExitReason, detail string) {
 	m.mu.Unlock()
 	if first {
 		m.tell(message{Event: eventEnd, Reason: reason, Detail: detail})
-		os.Exit(0)
+		os.Exit(0) //nolint:forbidigo // it is the VMM's process that ends
 	}
 	select {} // another goroutine is at it
 }

@@ -3,6 +3,7 @@ package vmmfake
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -38,7 +39,7 @@ func (g *guest) obey(port gated) {
 	p := &process{args: []string{"init"}, env: []string{"PATH=/bin"}, dir: "/", guest: g, stdout: port, stderr: port, stdin: strings.NewReader("")}
 	p.ctx = context.Background()
 	if !g.restored {
-		fmt.Fprintln(port, "vmmtest-ready")
+		_, _ = fmt.Fprintln(port, "vmmtest-ready")
 	}
 	for {
 		line, err := in.ReadString('\n')
@@ -55,7 +56,7 @@ func (g *guest) obey(port gated) {
 		if code == evalExit {
 			g.panicKernel("Attempted to kill init! exitcode=0x00000100")
 		}
-		fmt.Fprintf(port, "vmmtest-status %d\n", code)
+		_, _ = fmt.Fprintf(port, "vmmtest-status %d\n", code)
 	}
 }
 
@@ -89,7 +90,7 @@ func (p *process) eval(line string) int {
 			vars[name] = v.String()
 		}
 	}
-	code, failed := interp.IsExitStatus(err)
+	code, failed := errors.AsType[interp.ExitStatus](err)
 	switch {
 	case runner.Exited():
 		return evalExit

@@ -37,7 +37,7 @@ func init() { //nolint:gochecknoinits // the shell is one of them, and looks the
 		"sleep": sleep, "stat": stat, "sync": syncFiles, "touch": touch, "tr": tr, "uname": uname, "wc": wc,
 		"poweroff": func(p *process) int { p.guest.powerOff(""); return 0 },
 		"reboot":   func(p *process) int { p.guest.reboot(); return 0 },
-		"id":       func(p *process) int { fmt.Fprintln(p.stdout, "uid=0(root) gid=0(root)"); return 0 },
+		"id":       func(p *process) int { _, _ = fmt.Fprintln(p.stdout, "uid=0(root) gid=0(root)"); return 0 },
 	}
 }
 
@@ -111,7 +111,7 @@ func echo(p *process) int {
 	if len(args) > 0 && args[0] == "-n" {
 		args, end = args[1:], ""
 	}
-	fmt.Fprint(p.stdout, strings.Join(args, " ")+end)
+	_, _ = fmt.Fprint(p.stdout, strings.Join(args, " ")+end)
 	return 0
 }
 
@@ -155,7 +155,7 @@ func head(p *process) int {
 		if !scanner.Scan() {
 			break
 		}
-		fmt.Fprintln(p.stdout, scanner.Text())
+		_, _ = fmt.Fprintln(p.stdout, scanner.Text())
 	}
 	return 0
 }
@@ -179,7 +179,7 @@ func wc(p *process) int {
 			counts = append(counts, strconv.Itoa(one.count))
 		}
 	}
-	fmt.Fprintln(p.stdout, strings.Join(append(counts, names...), " "))
+	_, _ = fmt.Fprintln(p.stdout, strings.Join(append(counts, names...), " "))
 	return 0
 }
 
@@ -204,11 +204,11 @@ func grep(p *process) int {
 			continue
 		}
 		if count++; !quiet && !counting {
-			fmt.Fprintln(p.stdout, scanner.Text())
+			_, _ = fmt.Fprintln(p.stdout, scanner.Text())
 		}
 	}
 	if counting {
-		fmt.Fprintln(p.stdout, count)
+		_, _ = fmt.Fprintln(p.stdout, count)
 	}
 	if count == 0 {
 		return 1
@@ -233,7 +233,7 @@ func awk(p *process) int {
 	}
 	return p.lines(p.args[2:], func(line string) {
 		if fields := strings.Fields(line); matches.MatchString(line) && field > 0 && field <= len(fields) {
-			fmt.Fprintln(p.stdout, fields[field-1])
+			_, _ = fmt.Fprintln(p.stdout, fields[field-1])
 		}
 	})
 }
@@ -247,7 +247,7 @@ func cut(p *process) int {
 	}
 	return p.lines(names, func(line string) {
 		if fields := strings.Split(line, options["d"]); field > 0 && field <= len(fields) {
-			fmt.Fprintln(p.stdout, fields[field-1])
+			_, _ = fmt.Fprintln(p.stdout, fields[field-1])
 		}
 	})
 }
@@ -300,7 +300,7 @@ func tr(p *process) int {
 
 func od(p *process) int { // as with -An -tx1
 	text, _ := io.ReadAll(p.stdin)
-	fmt.Fprintf(p.stdout, " % x\n", text)
+	_, _ = fmt.Fprintf(p.stdout, " % x\n", text)
 	return 0
 }
 
@@ -313,7 +313,7 @@ func sha256sum(p *process) int {
 	if _, err := io.Copy(sum, in); err != nil {
 		return p.fail(err)
 	}
-	fmt.Fprintf(p.stdout, "%x  -\n", sum.Sum(nil))
+	_, _ = fmt.Fprintf(p.stdout, "%x  -\n", sum.Sum(nil))
 	return 0
 }
 
@@ -376,16 +376,16 @@ func kill(p *process) int { // of the shell itself only: there is no list of pro
 func date(p *process) int {
 	now := p.guest.now()
 	if len(p.args) > 1 && p.args[1] == "+%s" {
-		fmt.Fprintln(p.stdout, now.Unix())
+		_, _ = fmt.Fprintln(p.stdout, now.Unix())
 		return 0
 	}
-	fmt.Fprintln(p.stdout, now.UTC().Format(time.UnixDate))
+	_, _ = fmt.Fprintln(p.stdout, now.UTC().Format(time.UnixDate))
 	return 0
 }
 
 func env(p *process) int {
 	for _, entry := range p.env {
-		fmt.Fprintln(p.stdout, entry)
+		_, _ = fmt.Fprintln(p.stdout, entry)
 	}
 	return 0
 }
@@ -393,18 +393,18 @@ func env(p *process) int {
 func hostname(p *process) int {
 	greeting := p.guest.current()
 	if greeting == nil {
-		fmt.Fprintln(p.stdout, "(none)")
+		_, _ = fmt.Fprintln(p.stdout, "(none)")
 		return 0
 	}
-	fmt.Fprintln(p.stdout, greeting.Hostname)
+	_, _ = fmt.Fprintln(p.stdout, greeting.Hostname)
 	return 0
 }
 
-func uname(p *process) int { fmt.Fprintln(p.stdout, "Linux 6.1.0-vmmfake"); return 0 }
+func uname(p *process) int { _, _ = fmt.Fprintln(p.stdout, "Linux 6.1.0-vmmfake"); return 0 }
 
-func nproc(p *process) int { fmt.Fprintln(p.stdout, p.guest.machine.Config.VCPUs); return 0 }
+func nproc(p *process) int { _, _ = fmt.Fprintln(p.stdout, p.guest.machine.Config.VCPUs); return 0 }
 
-func ps(p *process) int { fmt.Fprintln(p.stdout, "PID USER COMMAND\n1 root init"); return 0 }
+func ps(p *process) int { _, _ = fmt.Fprintln(p.stdout, "PID USER COMMAND\n1 root init"); return 0 }
 
 func pidof(*process) int { return 1 }
 
@@ -426,7 +426,7 @@ func ls(p *process) int {
 			return p.fail(err)
 		}
 		for _, one := range found {
-			fmt.Fprintln(p.stdout, one.Name())
+			_, _ = fmt.Fprintln(p.stdout, one.Name())
 		}
 	}
 	return 0
@@ -528,7 +528,7 @@ func stat(p *process) int { // as with -c %s
 	if err != nil {
 		return p.fail(err)
 	}
-	fmt.Fprintln(p.stdout, info.Size())
+	_, _ = fmt.Fprintln(p.stdout, info.Size())
 	return 0
 }
 

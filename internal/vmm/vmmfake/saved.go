@@ -73,7 +73,7 @@ func (m *machine) save(ctx context.Context, memoryPath, statePath string) (held 
 		}
 	}
 	if m.has(DiesSaving) {
-		os.Exit(3)
+		os.Exit(3) //nolint:forbidigo // as a VMM that crashes
 	}
 	held = m.cpu.pause()
 	defer func() {

@@ -107,7 +107,7 @@ func (p *process) exec() int {
 }
 
 // say prints an error of the program's.
-func (p *process) say(text string) { fmt.Fprintln(p.stderr, text) }
+func (p *process) say(text string) { _, _ = fmt.Fprintln(p.stderr, text) }
 
 // fail prints an error, and returns an exit status.
 func (p *process) fail(err error) int {
@@ -175,7 +175,7 @@ func (p *process) script(text string, args []string) int {
 		runner.Params = args[1:]
 	}
 	err = runner.Run(p.ctx, file)
-	if code, ok := interp.IsExitStatus(err); ok {
+	if code, ok := errors.AsType[interp.ExitStatus](err); ok {
 		return int(code)
 	}
 	if err != nil {
