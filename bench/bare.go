@@ -65,7 +65,7 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	hello, err := greeting()
+	hello, err := newHello()
 	if err != nil {
 		return 0, err
 	}
@@ -79,7 +79,7 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	_, _, err = agent.Greet(b.ctx, channel, hello)
+	_, _, err = agent.Handshake(b.ctx, channel, hello)
 	took := time.Since(began)
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
@@ -93,12 +93,12 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 	return took, nil
 }
 
-func greeting() (wire.Greeting, error) {
+func newHello() (wire.Hello, error) {
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
-		return wire.Greeting{}, err
+		return wire.Hello{}, err
 	}
-	return wire.Greeting{
+	return wire.Hello{
 		Hostname:  "bare",
 		MachineID: strings.Repeat("0", 32),
 		HostKey:   key,

@@ -30,7 +30,7 @@ type starting struct {
 }
 
 // begin creates and starts a VM, and runs its first command.
-func (b *bench) begin(opts smolvm.StartOptions, rung smolvm.StartMethod) (starting, error) {
+func (b *bench) begin(opts smolvm.StartOptions, method smolvm.StartMethod) (starting, error) {
 	began := time.Now()
 	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{}, smolvm.CreateOptions{})
 	if err != nil {
@@ -44,8 +44,8 @@ func (b *bench) begin(opts smolvm.StartOptions, rung smolvm.StartMethod) (starti
 		return starting{}, err
 	}
 	took := time.Since(began)
-	if vm.Start.Method != rung {
-		return starting{}, fmt.Errorf("VM %s was started by %s, not by %s: %q", vm.ID, vm.Start.Method, rung, vm.Start.Warnings)
+	if vm.Start.Method != method {
+		return starting{}, fmt.Errorf("VM %s was started by %s, not by %s: %q", vm.ID, vm.Start.Method, method, vm.Start.Warnings)
 	}
 	return starting{vm, took, time.Since(started)}, nil
 }

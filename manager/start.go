@@ -71,7 +71,7 @@ func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts smolvm.Star
 		return smolvm.VMInfo{}, vmError("start", id, err)
 	}
 	if from != nil && damage != nil {
-		damage = fmt.Errorf("%s %s: %w", from.rung, from.source, damage)
+		damage = fmt.Errorf("%s %s: %w", from.method, from.source, damage)
 	}
 	vm, report, err := m.boot(ctx, vm, opts, from, damage)
 	if err != nil {
@@ -152,7 +152,7 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 		Origin:       shim.Origin{DataDir: m.dataDir, State: vm.State},
 	}
 	if vm.Config.UsesImage() {
-		if spec.Greeting, err = m.greeting(vm, plan); err != nil {
+		if spec.Hello, err = m.hello(vm, plan); err != nil {
 			return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 		}
 	}
@@ -313,8 +313,8 @@ func hasArg(bootArgs, name string) bool {
 	return false
 }
 
-// greeting is what the guest is told of itself.
-func (m *Manager) greeting(vm store.VM, plan smolvm.NetworkConfig) (*wire.Greeting, error) {
+// hello is what the guest is told of itself.
+func (m *Manager) hello(vm store.VM, plan smolvm.NetworkConfig) (*wire.Hello, error) {
 	host, err := hostKey(vm)
 	if err != nil {
 		return nil, err
@@ -331,7 +331,7 @@ func (m *Manager) greeting(vm store.VM, plan smolvm.NetworkConfig) (*wire.Greeti
 		}
 		authorized = append(authorized, key.Marshal())
 	}
-	return &wire.Greeting{
+	return &wire.Hello{
 		Hostname:       vm.Config.Hostname,
 		MachineID:      vm.MachineID,
 		HostKey:        host,

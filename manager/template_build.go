@@ -160,7 +160,7 @@ func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMCo
 // network and the identity of nobody.
 func (m *Manager) strangerSpec(spec shim.Spec) (shim.Spec, error) {
 	plan := network.User(templateLease)
-	greeting, err := shim.Stranger(wireNetwork(plan))
+	hello, err := shim.PlaceholderIdentity(wireNetwork(plan))
 	if err != nil {
 		return spec, err
 	}
@@ -168,7 +168,7 @@ func (m *Manager) strangerSpec(spec shim.Spec) (shim.Spec, error) {
 	spec.VMM.NIC = &vmm.NIC{MAC: plan.GuestMAC}
 	attached := network.ConfigOf(plan)
 	spec.Network = &attached
-	spec.Greeting = &greeting
+	spec.Hello = &hello
 	spec.Ready = smolvm.ReadyAgent
 	return spec, nil
 }

@@ -49,13 +49,13 @@ func awaitTemplates(t testing.TB, m *manager.Manager) {
 	}
 }
 
-func startReport(t testing.TB, vm smolvm.VMInfo, rung smolvm.StartMethod) *smolvm.StartReport {
+func startReport(t testing.TB, vm smolvm.VMInfo, method smolvm.StartMethod) *smolvm.StartReport {
 	t.Helper()
 	if vm.Start == nil {
 		t.Fatalf("VM %s has no report of its start", vm.ID)
 	}
-	if vm.Start.Method != rung {
-		t.Fatalf("VM %s was started by %s, want %s; warnings %q", vm.ID, vm.Start.Method, rung, vm.Start.Warnings)
+	if vm.Start.Method != method {
+		t.Fatalf("VM %s was started by %s, want %s; warnings %q", vm.ID, vm.Start.Method, method, vm.Start.Warnings)
 	}
 	return vm.Start
 }
@@ -284,11 +284,11 @@ func TestUnloadableTemplate(t *testing.T) {
 func TestWarmUp(t *testing.T) {
 	m := openFast(t)
 	config := smolvm.VMConfig{WarmUp: "echo warm > /run/warm; (sleep 1000 >/dev/null 2>&1 &)"}
-	for _, rung := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
+	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
 		vm := mustRun(t, m, config)
-		startReport(t, vm, rung)
+		startReport(t, vm, method)
 		if got := sh(t, m, vm.ID, "cat /run/warm; pidof sleep | wc -w"); got != "warm\n1" {
-			t.Errorf("by %s the guest says %q", rung, got)
+			t.Errorf("by %s the guest says %q", method, got)
 		}
 	}
 	_, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{WarmUp: "echo nothing doing >&2; exit 3"})

@@ -1,6 +1,5 @@
-// Package agent is the host's side of the guest channel: greeting the agent,
-// shutting the guest down, and, as an SSH client, running commands in it and
-// copying files. What runs in the guest is package guest; what both must agree on
+// Package agent is the host's side of the guest channel: the handshake with the agent,
+// shutting the guest down, running commands in it and copying files. What runs in the guest is package guest; what both must agree on
 // is package wire.
 package agent
 
@@ -32,25 +31,25 @@ type Channel interface {
 	SetWriteDeadline(t time.Time) error
 }
 
-// Greet opens the channel: it tells the guest who it is to be, and returns when the
+// Handshake opens the channel: it tells the guest who it is to be, and returns when the
 // guest has become that and is ready. It owns channel, and closes it on failure.
-func Greet(ctx context.Context, channel Channel, greeting wire.Greeting) (*Link, wire.Answer, error) {
+func Handshake(ctx context.Context, channel Channel, hello wire.Hello) (*Link, wire.Answer, error) {
 	// Closing is what ends a blocked read or write.
 	stop := context.AfterFunc(ctx, func() { _ = channel.Close() })
 	var answer wire.Answer
-	err := wire.Write(channel, greeting)
+	err := wire.Write(channel, hello)
 	if err == nil {
 		answer, err = readAnswer(channel, false)
 	}
 	if !stop() {
-		return nil, answer, fmt.Errorf("greet the guest's agent: %w", context.Cause(ctx))
+		return nil, answer, fmt.Errorf("handshake with the guest's agent: %w", context.Cause(ctx))
 	}
 	if err == nil && answer.Error != "" {
 		err = errors.New(answer.Error)
 	}
 	if err != nil {
 		_ = channel.Close()
-		return nil, answer, fmt.Errorf("greet the guest's agent: %w", err)
+		return nil, answer, fmt.Errorf("handshake with the guest's agent: %w", err)
 	}
 	end := &sessionEnd{channel: channel, stall: stallTime}
 	guard := &wire.Guard{ReadWriteCloser: end}
@@ -77,7 +76,8 @@ func readAnswer(channel io.Reader, again bool) (wire.Answer, error) {
 	return wire.Answer{}, fmt.Errorf("%w: it answers without end", wire.ErrProtocol)
 }
 
-// Reset makes the guest ready to be greeted that was saved in the middle of a session.
+// Reset ends the session that a guest was saved in the middle of, and makes it ready for a
+// handshake.
 func Reset(ctx context.Context, channel Channel) error {
 	stop := context.AfterFunc(ctx, func() { _ = channel.Close() })
 	// The guest may have to get rid of something before it reads on.
@@ -215,7 +215,7 @@ func exchange(ctx context.Context, conn net.Conn, request wire.Control) error {
 func (l *Link) SetHeld(held bool) { l.end.held.Store(held) }
 
 // Release ends the session and all connections over it, but leaves the channel open. It
-// returns when the guest waits for the next greeting.
+// returns when the guest waits for the next hello.
 func (l *Link) Release(ctx context.Context) error {
 	l.end.keep.Store(true)
 	_ = l.session.Close()

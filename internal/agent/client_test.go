@@ -78,7 +78,7 @@ func newGuestOf(t *testing.T, serve func(*guest.Server, net.Conn)) (*testGuest, 
 		t.Fatal(err)
 	}
 	server := guest.NewServer()
-	if err := server.SetIdentity(wire.Greeting{HostKey: key, AuthorizedKeys: [][]byte{signer.PublicKey().Marshal()}}); err != nil {
+	if err := server.SetIdentity(wire.Hello{HostKey: key, AuthorizedKeys: [][]byte{signer.PublicKey().Marshal()}}); err != nil {
 		t.Fatal(err)
 	}
 	me, err := user.Current()

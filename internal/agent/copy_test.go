@@ -42,7 +42,7 @@ func connect(t *testing.T) *agent.Client {
 	signer, err := ssh.NewSignerFromKey(key)
 	check(t, err)
 	server := guest.NewServer()
-	check(t, server.SetIdentity(wire.Greeting{HostKey: key}))
+	check(t, server.SetIdentity(wire.Hello{HostKey: key}))
 	return dial(t, signer, server.ServeTrusted)
 }
 

@@ -41,19 +41,19 @@ func channelPair(t *testing.T) (host, guest *net.UnixConn) {
 	return host, guest
 }
 
-// greet opens a channel to a guest that answers the greeting, and does as it likes then.
-func greet(t *testing.T, then func(guest *net.UnixConn)) *agent.Link {
+// handshake opens a channel to a guest that answers the hello, and does as it likes then.
+func handshake(t *testing.T, then func(guest *net.UnixConn)) *agent.Link {
 	t.Helper()
 	host, guest := channelPair(t)
 	go func() {
-		var greeting wire.Greeting
-		if wire.Read(guest, &greeting) == nil && wire.Write(guest, wire.Answer{Version: "hostile"}) == nil {
+		var hello wire.Hello
+		if wire.Read(guest, &hello) == nil && wire.Write(guest, wire.Answer{Version: "hostile"}) == nil {
 			then(guest)
 		}
 	}()
-	link, answer, err := agent.Greet(t.Context(), host, wire.Greeting{Hostname: "host"})
+	link, answer, err := agent.Handshake(t.Context(), host, wire.Hello{Hostname: "host"})
 	if err != nil || answer.Version != "hostile" {
-		t.Fatalf("greet: %+v, %v", answer, err)
+		t.Fatalf("handshake: %+v, %v", answer, err)
 	}
 	t.Cleanup(func() { _ = link.Close() })
 	return link
@@ -100,7 +100,7 @@ func TestGuestCannotFlood(t *testing.T) {
 			runtime.GC()
 			runtime.ReadMemStats(&before)
 			goroutines := runtime.NumGoroutine()
-			link := greet(t, func(guest *net.UnixConn) { flood(guest, test.next) })
+			link := handshake(t, func(guest *net.UnixConn) { flood(guest, test.next) })
 			select {
 			case <-link.Done():
 			case <-time.After(patience):
@@ -161,7 +161,7 @@ func isTimeout(err error) bool {
 func TestCallsEndWithTheirContext(t *testing.T) {
 	block := make(chan struct{})
 	defer close(block)
-	link := greet(t, func(*net.UnixConn) { <-block })
+	link := handshake(t, func(*net.UnixConn) { <-block })
 	fill(t, link)
 	mustEnd(t, "open", func(ctx context.Context) error { _, err := link.Open(ctx); return err })
 	mustEnd(t, "shutdown", func(ctx context.Context) error { return link.Shutdown(ctx, time.Second) })
@@ -188,9 +188,9 @@ func mustEnd(t *testing.T, name string, call func(context.Context) error) {
 	}
 }
 
-// A guest that answers the greeting with noise, or again and again, is not waited for
+// A guest that answers the hello with noise, or again and again, is not waited for
 // longer than its noise lasts.
-func TestGuestThatNeverGreets(t *testing.T) {
+func TestGuestThatNeverAnswersHello(t *testing.T) {
 	for name, say := range map[string]func(io.Writer) error{
 		"noise":         func(w io.Writer) error { _, err := w.Write(make([]byte, 64<<10)); return err },
 		"other answers": func(w io.Writer) error { return wire.Write(w, wire.Answer{Again: true}) },
@@ -203,7 +203,7 @@ func TestGuestThatNeverGreets(t *testing.T) {
 			}()
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			if _, _, err := agent.Greet(ctx, host, wire.Greeting{}); !errors.Is(err, wire.ErrProtocol) {
+			if _, _, err := agent.Handshake(ctx, host, wire.Hello{}); !errors.Is(err, wire.ErrProtocol) {
 				t.Errorf("error is %v", err)
 			}
 		})

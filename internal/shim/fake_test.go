@@ -186,12 +186,12 @@ func vmmMain(args []string) error {
 
 // serveAgent is an agent that echoes what comes instead of SSH.
 func serveAgent(channel net.Conn, off chan<- struct{}) error {
-	var greeting wire.Greeting
-	if err := wire.Read(channel, &greeting); err != nil {
+	var hello wire.Hello
+	if err := wire.Read(channel, &hello); err != nil {
 		return err
 	}
-	answer := wire.Answer{Version: "fake", Kernel: greeting.Hostname}
-	if greeting.Time.IsZero() || len(greeting.Seed) < 32 {
+	answer := wire.Answer{Version: "fake", Kernel: hello.Hostname}
+	if hello.Time.IsZero() || len(hello.Seed) < 32 {
 		answer.Error = "time or seed is missing"
 	}
 	if err := wire.Write(channel, answer); err != nil {
@@ -200,11 +200,11 @@ func serveAgent(channel net.Conn, off chan<- struct{}) error {
 	return serveStreams(channel, off)
 }
 
-// flood is an agent that, once it has been greeted, asks for more answers than the channel
+// flood is an agent that, once the handshake is over, asks for more answers than the channel
 // holds, and takes none.
 func flood(channel net.Conn, _ chan<- struct{}) error {
-	var greeting wire.Greeting
-	if err := wire.Read(channel, &greeting); err != nil {
+	var hello wire.Hello
+	if err := wire.Read(channel, &hello); err != nil {
 		return err
 	}
 	if err := wire.Write(channel, wire.Answer{Version: "fake"}); err != nil {

@@ -9,14 +9,14 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// Stranger is the greeting of a guest that is to become somebody else later: with an
+// PlaceholderIdentity is the hello of a guest that is to become somebody else later: with an
 // identity that nobody else has, and nobody may log in to.
-func Stranger(network *wire.Network) (wire.Greeting, error) {
+func PlaceholderIdentity(network *wire.Network) (wire.Hello, error) {
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
-		return wire.Greeting{}, err
+		return wire.Hello{}, err
 	}
-	return wire.Greeting{
+	return wire.Hello{
 		// As short as can be: a name that grows costs a restored guest less than one
 		// that shrinks.
 		Hostname:  "t",

@@ -47,7 +47,7 @@ func TestLaunchFails(t *testing.T) {
 		"VMM ends":       {args: dies, text: "exit status 1; the console ends with: " + consoleText},
 		"VMM missing":    {args: missing, text: "start fake: backend fake can't run on this host", is: prerequisite},
 		"other backend":  {change: func(o *shim.LaunchOptions) { o.Spec.Backend = "other" }, text: `"other" is not part`},
-		"agent expected": {change: func(o *shim.LaunchOptions) { o.Spec.Greeting = nil }, text: "without an agent"},
+		"agent expected": {change: func(o *shim.LaunchOptions) { o.Spec.Hello = nil }, text: "without an agent"},
 		"no directory":   {change: func(o *shim.LaunchOptions) { o.Spec.RuntimeDir = "/dev/null/vm" }, text: "/dev/null"},
 		"no program":     {change: func(o *shim.LaunchOptions) { o.Program = nil }, text: "no program"},
 		"program that is not there": {change: func(o *shim.LaunchOptions) { o.Program = []string{"/nonexistent/shim"} },

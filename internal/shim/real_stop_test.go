@@ -31,7 +31,7 @@ func TestRealStopOfDeafGuest(t *testing.T) {
 	f := newRealFixture(t)
 	f.opts.Spec.VMM.Initrd = testenv.Initramfs(t, "echo nobody listens; exec sleep 100000\n")
 	f.opts.Spec.VMM.Channel = false
-	f.opts.Spec.Greeting, f.opts.Spec.Ready = nil, smolvm.ReadyStarted
+	f.opts.Spec.Hello, f.opts.Spec.Ready = nil, smolvm.ReadyStarted
 	launched := f.launch()
 	f.awaitConsoleText("nobody listens")
 	began := time.Now()

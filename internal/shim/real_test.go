@@ -30,7 +30,7 @@ func newRealFixture(t *testing.T) *fixture {
 	network := testNetwork()
 	spec := &f.opts.Spec
 	spec.Backend, spec.Network = "qemu", network
-	spec.Greeting = &wire.Greeting{
+	spec.Hello = &wire.Hello{
 		Hostname: "host", MachineID: strings.Repeat("0", 32), HostKey: key,
 		Network: &wire.Network{
 			MAC: network.GuestMAC, Address: netip.PrefixFrom(network.Guest, network.Prefix.Bits()),

@@ -54,7 +54,7 @@ func newFixture(t testing.TB, bootArgs ...string) *fixture {
 				ConsolePath: filepath.Join(dir, "console.log"),
 				LogPath:     filepath.Join(dir, "vmm.log"),
 			},
-			Greeting:     &wire.Greeting{Hostname: "host"},
+			Hello:        &wire.Hello{Hostname: "host"},
 			Ready:        smolvm.ReadyAgent,
 			ReadyTimeout: patience,
 			RuntimeDir:   filepath.Join(dir, "run", "vm"),
@@ -208,7 +208,7 @@ func echo(t testing.TB, conn net.Conn) {
 func TestReadyWhenStarted(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, hasButton)
-	f.opts.Spec.Ready, f.opts.Spec.Greeting = smolvm.ReadyStarted, nil
+	f.opts.Spec.Ready, f.opts.Spec.Hello = smolvm.ReadyStarted, nil
 	launched := f.launch()
 	ctx := t.Context()
 

@@ -26,10 +26,10 @@ type Spec struct {
 	// already; see [Launch].
 	Forwards []Forward `json:"forwards,omitempty"`
 
-	// Greeting makes the shim wait for an agent in the guest and greet it; nil:
+	// Hello makes the shim wait for an agent in the guest and tell it who it is; nil:
 	// the guest has none. Its Time, its Seed and the domains to search are filled in by
 	// the shim.
-	Greeting *wire.Greeting `json:"greeting,omitempty"`
+	Hello *wire.Hello `json:"greeting,omitempty"`
 	// WarmUp is a line of shell that the guest runs before it is ready; empty: none.
 	WarmUp string `json:"warm_up,omitempty"`
 	// InSession says that the guest was saved in the middle of a session with its

@@ -206,7 +206,7 @@ func TestStopOfDeafGuest(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f := newFixture(t, test.args...)
-			f.opts.Spec.Ready, f.opts.Spec.Greeting = smolvm.ReadyStarted, nil
+			f.opts.Spec.Ready, f.opts.Spec.Hello = smolvm.ReadyStarted, nil
 			launched := f.launch()
 			f.awaitConsole()
 			began := time.Now()

@@ -16,9 +16,9 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// become makes the guest what a greeting says, and reports what it has become. What
+// become makes the guest what a hello says, and reports what it has become. What
 // fails but leaves the guest usable is a warning.
-func (a *agent) become(greeting wire.Greeting) (identity wire.Identity, warnings []string, err error) {
+func (a *agent) become(hello wire.Hello) (identity wire.Identity, warnings []string, err error) {
 	warn := func(err error) {
 		if err != nil {
 			warnings = append(warnings, err.Error())
@@ -28,23 +28,23 @@ func (a *agent) become(greeting wire.Greeting) (identity wire.Identity, warnings
 		a.rehearsal.begin(a.rehearse)
 	}
 	adopted := make(chan error, 1)
-	go func() { adopted <- a.network.adopt(greeting.Network) }()
-	warn(setClock(greeting.Time))
-	warn(addEntropy(greeting.Seed))
-	warn(unix.Sethostname([]byte(greeting.Hostname)))
+	go func() { adopted <- a.network.adopt(hello.Network) }()
+	warn(setClock(hello.Time))
+	warn(addEntropy(hello.Seed))
+	warn(unix.Sethostname([]byte(hello.Hostname)))
 	files := identityFiles{root: "/"}
-	warn(files.write(greeting))
-	warn(a.setBootID(greeting.BootID))
-	err = a.server.SetIdentity(greeting)
+	warn(files.write(hello))
+	warn(a.setBootID(hello.BootID))
+	err = a.server.SetIdentity(hello)
 	warn(<-adopted)
 	if err != nil {
 		return identity, warnings, err
 	}
 	identity = a.identity()
-	if a.network.ready(greeting.Network) {
+	if a.network.ready(hello.Network) {
 		return identity, warnings, nil
 	}
-	go a.connect(*greeting.Network, a.server.holdBack())
+	go a.connect(*hello.Network, a.server.holdBack())
 	return identity, warnings, nil
 }
 
@@ -158,18 +158,18 @@ func addEntropy(seed []byte) error {
 // identityFiles writes the files by which programs know the guest.
 type identityFiles struct{ root string }
 
-func (f identityFiles) write(greeting wire.Greeting) error {
+func (f identityFiles) write(hello wire.Hello) error {
 	errs := []error{
-		f.put("etc/hostname", greeting.Hostname+"\n"),
-		f.put("etc/machine-id", greeting.MachineID+"\n"),
-		f.hosts(greeting.Hostname),
+		f.put("etc/hostname", hello.Hostname+"\n"),
+		f.put("etc/machine-id", hello.MachineID+"\n"),
+		f.hosts(hello.Hostname),
 	}
-	if greeting.Network != nil && len(greeting.Network.DNS) > 0 {
+	if hello.Network != nil && len(hello.Network.DNS) > 0 {
 		var lines strings.Builder
-		for _, server := range greeting.Network.DNS {
+		for _, server := range hello.Network.DNS {
 			lines.WriteString("nameserver " + server.String() + "\n")
 		}
-		if search := greeting.Network.Search; len(search) > 0 {
+		if search := hello.Network.Search; len(search) > 0 {
 			lines.WriteString("search " + strings.Join(search, " ") + "\n")
 		}
 		errs = append(errs, f.put("etc/resolv.conf", lines.String()))

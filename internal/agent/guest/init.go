@@ -54,7 +54,7 @@ func Main(version string, args []string) int {
 // collects garbage: 16 MB, of which it uses 3 when nothing happens.
 const memoryLimit = 16 << 20
 
-// limitCollections keeps the first greeting and the first command from paying for a
+// limitCollections keeps the first hello and the first command from paying for a
 // collection, whose code costs an emulated CPU more than the memory is worth.
 func limitCollections() {
 	debug.SetGCPercent(-1)
@@ -87,7 +87,7 @@ type agent struct {
 	loadLate func() error // waits until the late modules are loaded
 	shutdown func(wire.Shutdown)
 
-	first     bool // no greeting has been answered yet
+	first     bool // no hello has been answered yet
 	rehearsal rehearsal
 	network   guestNetwork
 	listening bool // on the guest's network; used by connect only

@@ -16,7 +16,7 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// guestNetwork is the guest's network, as the greetings make it. Everything is done by
+// guestNetwork is the guest's network, as the hellos make it. Everything is done by
 // ioctl (netdevice(7)): netlink would need a library that is a tenth of the agent.
 type guestNetwork struct {
 	mu    sync.Mutex // guards the following

@@ -20,7 +20,7 @@ import (
 
 func durationOf(t unix.Timespec) time.Duration { return time.Duration(t.Nano()) }
 
-// serve answers one greeting after the other, and serves the connections of each
+// serve answers one hello after the other, and serves the connections of each
 // until the host's end closes. fatal is what keeps the guest from being usable; it
 // is all that the host is told then.
 func (a *agent) serve(file *os.File, fatal error) error {
@@ -31,14 +31,14 @@ func (a *agent) serve(file *os.File, fatal error) error {
 		if err := channel.awaitHost(); err != nil {
 			return err
 		}
-		var greeting wire.Greeting
-		err := wire.Read(channel, &greeting)
+		var hello wire.Hello
+		err := wire.Read(channel, &hello)
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			continue // the host went away again
 		}
 		if err == nil {
-			a.step("greeting received")
-			err = wire.Write(channel, a.answer(greeting, fatal))
+			a.step("hello received")
+			err = wire.Write(channel, a.answer(hello, fatal))
 		}
 		if err == nil && fatal == nil {
 			err = a.serveSession(channel)
@@ -52,11 +52,11 @@ func (a *agent) serve(file *os.File, fatal error) error {
 	}
 }
 
-// answer takes on what a greeting says.
-func (a *agent) answer(greeting wire.Greeting, fatal error) wire.Answer {
+// answer takes on what a hello says.
+func (a *agent) answer(hello wire.Hello, fatal error) wire.Answer {
 	answer := wire.Answer{Version: a.version, Kernel: kernelRelease()}
 	if fatal == nil {
-		answer.Identity, answer.Warnings, fatal = a.become(greeting)
+		answer.Identity, answer.Warnings, fatal = a.become(hello)
 		a.first = false
 	}
 	a.step("ready")

@@ -41,7 +41,7 @@ type Server struct {
 	ready    chan struct{} // closed when commands may start; nil: at once
 }
 
-// identity is what the last greeting made of the server.
+// identity is what the last hello made of the server.
 type identity struct {
 	config  *ssh.ServerConfig // asks for a key
 	trusted *ssh.ServerConfig // does not
@@ -55,12 +55,12 @@ func NewServer() *Server { return newServer(newReaper(false)) }
 func newServer(r *reaper) *Server { return &Server{reaper: r} }
 
 // SetIdentity gives the server the host key, the authorized keys and the
-// environment of a greeting. Connections that are open keep what they have.
-func (s *Server) SetIdentity(greeting wire.Greeting) error {
-	if len(greeting.HostKey) != ed25519.PrivateKeySize {
-		return fmt.Errorf("SSH host key has %d bytes, not %d", len(greeting.HostKey), ed25519.PrivateKeySize)
+// environment of a hello. Connections that are open keep what they have.
+func (s *Server) SetIdentity(hello wire.Hello) error {
+	if len(hello.HostKey) != ed25519.PrivateKeySize {
+		return fmt.Errorf("SSH host key has %d bytes, not %d", len(hello.HostKey), ed25519.PrivateKeySize)
 	}
-	signer, err := ssh.NewSignerFromKey(ed25519.PrivateKey(greeting.HostKey))
+	signer, err := ssh.NewSignerFromKey(ed25519.PrivateKey(hello.HostKey))
 	if err != nil {
 		return fmt.Errorf("SSH host key: %w", err)
 	}
@@ -75,7 +75,7 @@ func (s *Server) SetIdentity(greeting wire.Greeting) error {
 	config := &ssh.ServerConfig{
 		ServerVersion: serverVersion,
 		PublicKeyCallback: func(meta ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
-			if !slices.ContainsFunc(greeting.AuthorizedKeys, func(k []byte) bool { return bytes.Equal(k, key.Marshal()) }) {
+			if !slices.ContainsFunc(hello.AuthorizedKeys, func(k []byte) bool { return bytes.Equal(k, key.Marshal()) }) {
 				return nil, errors.New("key is not authorized")
 			}
 			_, err := findAccount(meta.User())
@@ -85,8 +85,8 @@ func (s *Server) SetIdentity(greeting wire.Greeting) error {
 	config.AddHostKey(signer)
 	trusted.AddHostKey(signer)
 	var env []string
-	for _, name := range slices.Sorted(maps.Keys(greeting.Env)) {
-		env = append(env, name+"="+greeting.Env[name])
+	for _, name := range slices.Sorted(maps.Keys(hello.Env)) {
+		env = append(env, name+"="+hello.Env[name])
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

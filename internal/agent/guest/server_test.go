@@ -61,12 +61,12 @@ func TestLogin(t *testing.T) {
 	if _, err := loginAs(t, server, "root", friend, host.PublicKey()); err == nil {
 		t.Error("a server without an identity lets somebody in")
 	}
-	greeting := wire.Greeting{
+	hello := wire.Hello{
 		HostKey:        hostKey,
 		AuthorizedKeys: [][]byte{friend.PublicKey().Marshal()},
 		Env:            map[string]string{"GREETING": "hello"},
 	}
-	if err := server.SetIdentity(greeting); err != nil {
+	if err := server.SetIdentity(hello); err != nil {
 		t.Fatal(err)
 	}
 	for name, test := range map[string]struct {
@@ -108,7 +108,7 @@ func TestLogin(t *testing.T) {
 
 func TestSetIdentityErrors(t *testing.T) {
 	for name, key := range map[string][]byte{"none": nil, "short": []byte("nonsense")} {
-		if err := NewServer().SetIdentity(wire.Greeting{HostKey: key}); err == nil || !strings.Contains(err.Error(), "host key") {
+		if err := NewServer().SetIdentity(wire.Hello{HostKey: key}); err == nil || !strings.Contains(err.Error(), "host key") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -160,7 +160,7 @@ func TestParseCmdline(t *testing.T) {
 	}
 }
 
-// A greeting's files are written, again and again, and leave what is not theirs.
+// A hello's files are written, again and again, and leave what is not theirs.
 func TestIdentityFiles(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Mkdir(filepath.Join(dir, "etc"), 0o755); err != nil {
@@ -182,9 +182,9 @@ func TestIdentityFiles(t *testing.T) {
 		"first":  {[]string{"corp.example", "lab.example"}, "nameserver 10.0.2.2\nsearch corp.example lab.example\n"},
 		"second": {nil, "nameserver 10.0.2.2\n"},
 	} {
-		greeting := wire.Greeting{Hostname: name, MachineID: strings.Repeat("a", 32),
+		hello := wire.Hello{Hostname: name, MachineID: strings.Repeat("a", 32),
 			Network: &wire.Network{DNS: servers, Search: resolver.search}}
-		if err := (identityFiles{root: dir}).write(greeting); err != nil {
+		if err := (identityFiles{root: dir}).write(hello); err != nil {
 			t.Fatal(err)
 		}
 		for file, want := range map[string]string{

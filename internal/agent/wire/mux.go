@@ -46,7 +46,7 @@ func HostMuxConfig() *yamux.Config {
 const breakSequence = Magic + "break 5e1c09f2a7d84b36c1f0"
 
 // Break is what a host sends to a guest that still believes in a session with another
-// host: nothing may follow before the guest has said that it waits for a greeting.
+// host: nothing may follow before the guest has said that it waits for a hello.
 func Break() []byte { return []byte(breakSequence) }
 
 // errBreak ends a session.

@@ -1,5 +1,5 @@
 // Package wire holds what the host and the agent in the guest must agree on:
-// the greeting that opens the guest channel, and the names of what smolvm adds
+// the hello that opens the guest channel, and the names of what smolvm adds
 // to SSH. It imports nothing but the standard library and yamux, so that the agent
 // stays small.
 //
@@ -9,7 +9,7 @@
 // connection. The host speaks first, because bytes that a guest writes to a
 // virtio port with no host connected are lost:
 //
-//	host  -> guest   Greeting   (identity, network, keys, clock)
+//	host  -> guest   Hello   (identity, network, keys, clock)
 //	guest -> host    Answer     (what the agent is and has done)
 //
 // After that the stream carries yamux, with the host as its client. What a yamux
@@ -25,14 +25,14 @@
 //
 // A message is a line "SMOLVM <length>\n" and so many bytes of JSON. When the
 // host end closes or the session ends, the agent says so by an Answer with Again, and
-// waits for the next greeting; a reader skips everything before the first "SMOLVM ",
+// waits for the next hello; a reader skips everything before the first "SMOLVM ",
 // so bytes left over from an earlier session do no harm.
 //
 // A guest that was saved in the middle of a session still believes in it when it is
 // restored. Its new host sends [Break], which ends the session whatever part of a
 // frame the guest has got, and waits for the Again.
 //
-// A later greeting to the same guest (after a restore, in a clone) gives it a
+// A later hello to the same guest (after a restore, in a clone) gives it a
 // new identity: every part of it is applied again.
 package wire
 
@@ -79,8 +79,8 @@ const (
 	PIDRequest = "pid@smolvm"
 )
 
-// Greeting is the host's first message: who the guest is to be.
-type Greeting struct {
+// Hello is the host's first message: who the guest is to be.
+type Hello struct {
 	Hostname string `json:"hostname"`
 	// MachineID is 32 hexadecimal digits, for /etc/machine-id.
 	MachineID string `json:"machine_id"`
@@ -116,7 +116,7 @@ type Network struct {
 	MTU int `json:"mtu,omitempty"`
 }
 
-// Answer is the agent's reply to a [Greeting], sent when the guest is ready.
+// Answer is the agent's reply to a [Hello], sent when the guest is ready.
 type Answer struct {
 	// Version of the agent.
 	Version string `json:"version"`
@@ -128,7 +128,7 @@ type Answer struct {
 	// Identity is what the guest has become.
 	Identity Identity `json:"identity"`
 	// Again says that a session is over, and that the agent waits for the next
-	// greeting. It is sent unasked, and nothing else with it.
+	// hello. It is sent unasked, and nothing else with it.
 	Again bool `json:"again,omitempty"`
 	// Error says why the guest can't be used; the agent then serves nothing.
 	Error string `json:"error,omitempty"`
@@ -146,7 +146,7 @@ type Identity struct {
 	HostKey string `json:"host_key"`
 	// MAC of the interface; empty if the network is not set up yet.
 	MAC string `json:"mac,omitempty"`
-	// Random is drawn from the kernel's generator after the greeting's seed has been
+	// Random is drawn from the kernel's generator after the hello's seed has been
 	// mixed in, in hexadecimal.
 	Random string `json:"random"`
 }

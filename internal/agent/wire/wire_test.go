@@ -12,7 +12,7 @@ import (
 )
 
 func TestRoundTrip(t *testing.T) {
-	sent := Greeting{
+	sent := Hello{
 		Hostname:       "web",
 		MachineID:      strings.Repeat("a", 32),
 		HostKey:        []byte("key"),
@@ -30,7 +30,7 @@ func TestRoundTrip(t *testing.T) {
 		t.Fatal(err)
 	}
 	stream.WriteString("next")
-	var got Greeting
+	var got Hello
 	if err := Read(&stream, &got); err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +74,7 @@ func FuzzRead(f *testing.F) {
 	f.Add([]byte("SMOLVM 2\n{}"))
 	f.Add([]byte("SMOLVM 99999999999999999999\n"))
 	f.Fuzz(func(_ *testing.T, stream []byte) {
-		_ = Read(bytes.NewReader(stream), &Greeting{})
+		_ = Read(bytes.NewReader(stream), &Hello{})
 	})
 }
 

@@ -291,7 +291,7 @@ func (s *process) bringUp(ctx context.Context) error {
 
 // mayBeSilent reports whether the VM is of the kind that bringUp speaks of.
 func (s *process) mayBeSilent() bool {
-	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Greeting != nil && s.network != nil
+	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Hello != nil && s.network != nil
 }
 
 func (s *process) attempt(ctx context.Context) error {

@@ -125,9 +125,9 @@ func (s *process) awaitReady(ctx context.Context) error {
 	defer cancel()
 	var err error
 	switch {
-	case s.spec.Greeting != nil:
+	case s.spec.Hello != nil:
 		// Even if nobody waits for it, the agent must be told who it is.
-		err = s.greet(ctx)
+		err = s.handshake(ctx)
 	case s.spec.Ready == smolvm.ReadyAgent:
 		err = errors.New("a VM without an agent can't become ready by it")
 	}
@@ -144,22 +144,22 @@ func (s *process) awaitReady(ctx context.Context) error {
 	return nil
 }
 
-func (s *process) greet(ctx context.Context) error {
-	greeting := *s.spec.Greeting
-	greeting.Time = time.Now()
-	greeting.Seed = make([]byte, seedSize)
-	_, _ = rand.Read(greeting.Seed) // never fails: crypto/rand ends the program instead
-	if greeting.Network != nil && s.network != nil {
-		network := *greeting.Network
+func (s *process) handshake(ctx context.Context) error {
+	hello := *s.spec.Hello
+	hello.Time = time.Now()
+	hello.Seed = make([]byte, seedSize)
+	_, _ = rand.Read(hello.Seed) // never fails: crypto/rand ends the program instead
+	if hello.Network != nil && s.network != nil {
+		network := *hello.Network
 		network.Search = s.network.Search()
-		greeting.Network = &network
+		hello.Network = &network
 	}
 	if s.spec.InSession {
 		if err := agent.Reset(ctx, s.instance.Channel()); err != nil {
 			return err
 		}
 	}
-	link, answer, err := agent.Greet(ctx, s.instance.Channel(), greeting)
+	link, answer, err := agent.Handshake(ctx, s.instance.Channel(), hello)
 	if err != nil {
 		return err
 	}

@@ -312,7 +312,7 @@ func filesOf(rights []byte) []*os.File {
 	return files
 }
 
-// rehearse logs in to the guest, which has been greeted, runs commands in it, and ends
+// rehearse logs in to the guest, which knows who it is, runs commands in it, and ends
 // the session. Code that has been run costs an emulated CPU less the next time.
 func (s *process) rehearse(ctx context.Context, commands []smolvm.Command) error {
 	ctx, cancel := s.startContext(ctx)
@@ -333,7 +333,7 @@ func (s *process) rehearse(ctx context.Context, commands []smolvm.Command) error
 
 // runInGuest runs commands, one after the other, as root.
 func (s *process) runInGuest(ctx context.Context, commands ...smolvm.Command) error {
-	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(s.spec.Greeting.HostKey))
+	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(s.spec.Hello.HostKey))
 	if err != nil {
 		return err
 	}

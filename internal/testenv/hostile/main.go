@@ -1,4 +1,4 @@
-// Command hostile is a guest's agent that turns on its host: it answers the greeting, and
+// Command hostile is a guest's agent that turns on its host: it answers the hello, and
 // then does what its second argument says. Tests put it into an initramfs.
 package main
 
@@ -45,8 +45,8 @@ func run(path, mode string) error {
 	if err != nil {
 		return err
 	}
-	var greeting wire.Greeting
-	if err := wire.Read(port, &greeting); err != nil {
+	var hello wire.Hello
+	if err := wire.Read(port, &hello); err != nil {
 		return err
 	}
 	if err := wire.Write(port, wire.Answer{Version: mode}); err != nil {

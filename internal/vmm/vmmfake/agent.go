@@ -28,7 +28,7 @@ type guestChannel struct{ gated }
 
 func (c guestChannel) Close() error { return c.SetReadDeadline(time.Unix(1, 0)) }
 
-// serve is the agent: it answers one greeting after the other, and serves the connections of
+// serve is the agent: it answers one hello after the other, and serves the connections of
 // each.
 func (g *guest) serve(conn gated) {
 	channel := guestChannel{conn}
@@ -43,10 +43,10 @@ func (g *guest) serve(conn gated) {
 		if channel.SetReadDeadline(time.Time{}) != nil {
 			return
 		}
-		var greeting wire.Greeting
-		err := wire.Read(channel, &greeting)
+		var hello wire.Hello
+		err := wire.Read(channel, &hello)
 		if err == nil {
-			err = g.answer(channel, greeting)
+			err = g.answer(channel, hello)
 		}
 		if err != nil {
 			g.say("agent: " + err.Error())
@@ -66,15 +66,15 @@ func (g *guest) setInSession(in bool) {
 	g.inSession = in
 }
 
-// answer takes on what a greeting says, and serves the session that follows.
-func (g *guest) answer(channel guestChannel, greeting wire.Greeting) error {
+// answer takes on what a hello says, and serves the session that follows.
+func (g *guest) answer(channel guestChannel, hello wire.Hello) error {
 	answer := wire.Answer{
 		Version: version, Kernel: "6.1.0-vmmfake",
-		Timeline: []wire.Step{{Name: "agent started", At: time.Millisecond}, {Name: "greeting received", At: g.uptime()}},
+		Timeline: []wire.Step{{Name: "agent started", At: time.Millisecond}, {Name: "hello received", At: g.uptime()}},
 	}
-	if greeting.Time.IsZero() || len(greeting.Seed) < 32 {
+	if hello.Time.IsZero() || len(hello.Seed) < 32 {
 		answer.Error = "time or seed is missing"
-	} else if identity, err := g.become(context.Background(), greeting); err != nil {
+	} else if identity, err := g.become(context.Background(), hello); err != nil {
 		answer.Error = err.Error()
 	} else {
 		answer.Identity = identity
@@ -177,18 +177,18 @@ func (g *guest) serveStream(stream net.Conn) {
 	}
 }
 
-// identity is what the last greeting made of the SSH server.
+// identity is what the last hello made of the SSH server.
 type identity struct {
 	trusted, config *ssh.ServerConfig // config asks for a key
 	hostKey         ssh.PublicKey
 	env             []string
 }
 
-func newIdentity(greeting wire.Greeting) (identity, error) {
-	if len(greeting.HostKey) != ed25519.PrivateKeySize {
-		return identity{}, fmt.Errorf("SSH host key has %d bytes", len(greeting.HostKey))
+func newIdentity(hello wire.Hello) (identity, error) {
+	if len(hello.HostKey) != ed25519.PrivateKeySize {
+		return identity{}, fmt.Errorf("SSH host key has %d bytes", len(hello.HostKey))
 	}
-	signer, err := ssh.NewSignerFromKey(ed25519.PrivateKey(greeting.HostKey))
+	signer, err := ssh.NewSignerFromKey(ed25519.PrivateKey(hello.HostKey))
 	if err != nil {
 		return identity{}, err
 	}
@@ -196,7 +196,7 @@ func newIdentity(greeting wire.Greeting) (identity, error) {
 		hostKey: signer.PublicKey(),
 		trusted: &ssh.ServerConfig{NoClientAuth: true},
 		config: &ssh.ServerConfig{PublicKeyCallback: func(_ ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
-			for _, one := range greeting.AuthorizedKeys {
+			for _, one := range hello.AuthorizedKeys {
 				if string(one) == string(key.Marshal()) {
 					return nil, nil
 				}
@@ -206,8 +206,8 @@ func newIdentity(greeting wire.Greeting) (identity, error) {
 	}
 	id.trusted.AddHostKey(signer)
 	id.config.AddHostKey(signer)
-	for _, name := range slices.Sorted(maps.Keys(greeting.Env)) {
-		id.env = append(id.env, name+"="+greeting.Env[name])
+	for _, name := range slices.Sorted(maps.Keys(hello.Env)) {
+		id.env = append(id.env, name+"="+hello.Env[name])
 	}
 	return id, nil
 }

@@ -25,8 +25,8 @@ import (
 // memory is what a guest has in memory, and is saved with it.
 type memory struct {
 	Files map[string]*node `json:"files"`
-	// Greeting is the last one; nil: there was none.
-	Greeting *wire.Greeting `json:"greeting,omitempty"`
+	// Hello is the last one; nil: there was none.
+	Hello *wire.Hello `json:"greeting,omitempty"`
 	// InSession says that the agent was in the middle of a session.
 	InSession bool `json:"in_session,omitempty"`
 	// Clock is the guest's time, and Uptime how long it has run.
@@ -47,7 +47,7 @@ type guest struct {
 	script   bool // its init is that of package vmmtest
 
 	mu        sync.Mutex // guards the following
-	greeting  *wire.Greeting
+	hello     *wire.Hello
 	inSession bool
 	identity  identity
 	clock     time.Time     // the guest's time when it had run for clockAt
@@ -83,7 +83,7 @@ func newGuest(m *machine) (*guest, error) {
 		}
 		g.restored = true
 		g.files = &files{nodes: saved.Files}
-		g.greeting, g.inSession = saved.Greeting, saved.InSession
+		g.hello, g.inSession = saved.Hello, saved.InSession
 		maps.Copy(g.vars, saved.Vars)
 		g.clock, g.earlier, g.clockAt = saved.Clock, saved.Uptime, saved.Uptime
 		return g, nil
@@ -129,7 +129,7 @@ func (g *guest) memory() memory {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return memory{
-		Files: g.files.copy(true), Greeting: g.greeting, InSession: g.inSession,
+		Files: g.files.copy(true), Hello: g.hello, InSession: g.inSession,
 		Clock: now, Uptime: g.uptime(), Vars: g.vars,
 	}
 }
@@ -224,28 +224,28 @@ func (g *guest) panicKernel(message string) {
 	g.machine.end(vmm.ExitPanic, message)
 }
 
-// become makes the guest what a greeting says.
-func (g *guest) become(ctx context.Context, greeting wire.Greeting) (wire.Identity, error) {
+// become makes the guest what a hello says.
+func (g *guest) become(ctx context.Context, hello wire.Hello) (wire.Identity, error) {
 	again := g.restored || g.current() != nil
-	id, err := newIdentity(greeting)
+	id, err := newIdentity(hello)
 	if err != nil {
 		return wire.Identity{}, err
 	}
-	g.setClock(greeting.Time)
-	g.files.write("/etc/hostname", greeting.Hostname+"\n")
-	g.files.write("/etc/machine-id", greeting.MachineID+"\n")
-	g.files.write("/proc/sys/kernel/random/boot_id", greeting.BootID+"\n")
+	g.setClock(hello.Time)
+	g.files.write("/etc/hostname", hello.Hostname+"\n")
+	g.files.write("/etc/machine-id", hello.MachineID+"\n")
+	g.files.write("/proc/sys/kernel/random/boot_id", hello.BootID+"\n")
 	g.mu.Lock()
-	g.greeting, g.identity = &greeting, id
+	g.hello, g.identity = &hello, id
 	g.mu.Unlock()
 	said := wire.Identity{
-		Hostname: greeting.Hostname, MachineID: greeting.MachineID, BootID: greeting.BootID,
+		Hostname: hello.Hostname, MachineID: hello.MachineID, BootID: hello.BootID,
 		HostKey: ssh.FingerprintSHA256(id.hostKey), Random: randomHex(16),
 	}
-	if greeting.Network != nil {
-		said.MAC = greeting.Network.MAC
-		g.files.write("/sys/class/net/eth0/address", greeting.Network.MAC+"\n")
-		if err := g.network.adopt(*greeting.Network, g.serveTCP); err != nil {
+	if hello.Network != nil {
+		said.MAC = hello.Network.MAC
+		g.files.write("/sys/class/net/eth0/address", hello.Network.MAC+"\n")
+		if err := g.network.adopt(*hello.Network, g.serveTCP); err != nil {
 			return wire.Identity{}, err
 		}
 	}
@@ -260,10 +260,10 @@ func (g *guest) become(ctx context.Context, greeting wire.Greeting) (wire.Identi
 	return said, nil
 }
 
-func (g *guest) current() *wire.Greeting {
+func (g *guest) current() *wire.Hello {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.greeting
+	return g.hello
 }
 
 func randomHex(n int) string {

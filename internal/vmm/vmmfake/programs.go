@@ -391,12 +391,12 @@ func env(p *process) int {
 }
 
 func hostname(p *process) int {
-	greeting := p.guest.current()
-	if greeting == nil {
+	hello := p.guest.current()
+	if hello == nil {
 		_, _ = fmt.Fprintln(p.stdout, "(none)")
 		return 0
 	}
-	_, _ = fmt.Fprintln(p.stdout, greeting.Hostname)
+	_, _ = fmt.Fprintln(p.stdout, hello.Hostname)
 	return 0
 }
 

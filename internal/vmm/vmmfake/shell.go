@@ -61,8 +61,8 @@ func (g *guest) run(ctx context.Context, p *process) status {
 		p.stdout, p.stderr = io.Discard, io.Discard
 	}
 	base := []string{"PATH=" + searchPath, "HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/sh"}
-	if greeting := g.current(); greeting != nil {
-		base = append(base, "HOSTNAME="+greeting.Hostname)
+	if hello := g.current(); hello != nil {
+		base = append(base, "HOSTNAME="+hello.Hostname)
 	}
 	p.env = append(base, p.env...)
 	if p.dir == "" {

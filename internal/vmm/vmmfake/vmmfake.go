@@ -4,7 +4,7 @@
 // engine's rules are tested in seconds, and under the race detector.
 //
 // What is real: the process and how it ends, the console's pipe, the guest channel and
-// the agent's protocol on it (greeting, yamux, SSH, copies, controls), the guest's
+// the agent's protocol on it (hello, yamux, SSH, copies, controls), the guest's
 // network, overlays and their chains in qcow2 files, and that all which a guest has in
 // memory is in what is saved of it. The guest's programs are a shell and the few commands
 // in programs.go; its files are in memory, and on its first drive when they are synced.

@@ -20,16 +20,16 @@ import (
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
-// fastFraction of the time for a start is what a rung may take that is not the last: it
+// fastFraction of the time for a start is what a method may take that is not the last: it
 // is to be fast, and there must be time for the next.
 const fastFraction = 2
 
-// earlyFraction of the time for a start is what a rung may have taken to be tried again.
+// earlyFraction of the time for a start is what a method may have taken to be tried again.
 const earlyFraction = 16
 
 // savedGuest is one that a VM can go on from.
 type savedGuest struct {
-	rung   smolvm.StartMethod
+	method   smolvm.StartMethod
 	source string
 	files  vmm.Restore
 	// base is the disk as it was then.
@@ -42,7 +42,7 @@ type savedGuest struct {
 	doubts error
 }
 
-// starting is one start of a VM. It tries the fastest rung first; whatever keeps it from
+// starting is one start of a VM. It tries the fastest method first; whatever keeps it from
 // that is a warning, and the next one is tried.
 type starting struct {
 	m         *Manager
@@ -146,8 +146,8 @@ func (s *starting) phase(name string) {
 
 func (s *starting) warn(err error) { s.report.Warnings = append(s.report.Warnings, err.Error()) }
 
-// fast tries the rungs above a cold boot. What is returned is an error that ends the
-// start; that a rung can't be had is none.
+// fast tries the methods above a cold boot. What is returned is an error that ends the
+// start; that a method can't be had is none.
 func (s *starting) fast(ctx context.Context) error {
 	config := s.vm.Config
 	if s.opts.Cold || !s.m.config.usesTemplates() || s.vm.State != smolvm.StateCreated || !config.UsesImage() ||
@@ -181,7 +181,7 @@ func (s *starting) fast(ctx context.Context) error {
 		return nil
 	}
 	err = s.restore(ctx, savedGuest{
-		rung:   smolvm.StartClone,
+		method:   smolvm.StartClone,
 		source: found.Name,
 		files:  vmm.Restore{Memory: found.Path(snapshot.MemoryFile), State: found.Path(snapshot.StateFile)},
 		base:   s.m.dir.Layer(found.Name),
@@ -204,15 +204,15 @@ func (s *starting) restore(ctx context.Context, from savedGuest) error {
 	began := time.Now()
 	err := s.restoreOnce(ctx, from)
 	if err != nil && ctx.Err() == nil && time.Since(began) <= s.launch.Spec.ReadyTimeout/earlyFraction {
-		if err := s.missed(ctx, from.rung, from.source, err); err != nil {
+		if err := s.missed(ctx, from.method, from.source, err); err != nil {
 			return err
 		}
 		err = s.restoreOnce(ctx, from)
 	}
 	if err != nil && ctx.Err() == nil && from.must {
-		return notRestored(fmt.Errorf("%s of %s: %w", from.rung, from.source, err))
+		return notRestored(fmt.Errorf("%s of %s: %w", from.method, from.source, err))
 	}
-	return s.missed(ctx, from.rung, from.source, err)
+	return s.missed(ctx, from.method, from.source, err)
 }
 
 // notRestored is the error of a start that must not do without the saved memory.
@@ -238,28 +238,28 @@ func (s *starting) restoreOnce(ctx context.Context, from savedGuest) error {
 	launch.Spec.VMM.Drives = drives
 	launch.Spec.VMM.Restore = &from.files
 	launch.Spec.InSession = from.inSession
-	if !from.must { // else there is no other rung that needs time
+	if !from.must { // else there is no other method that needs time
 		launch.Spec.ReadyTimeout /= fastFraction
 	}
 	launch.Spec.WarmUp = ""
-	return s.attempt(ctx, launch, from.rung, from.source, shim.Launch)
+	return s.attempt(ctx, launch, from.method, from.source, shim.Launch)
 }
 
-// missed makes a warning of a rung that could not be had, unless nobody wants the VM any
+// missed makes a warning of a method that could not be had, unless nobody wants the VM any
 // more.
-func (s *starting) missed(ctx context.Context, rung smolvm.StartMethod, source string, err error) error {
+func (s *starting) missed(ctx context.Context, method smolvm.StartMethod, source string, err error) error {
 	switch {
 	case err == nil:
 		return nil
 	case ctx.Err() != nil:
 		return err
 	}
-	s.warn(fmt.Errorf("%s of %s: %w", rung, source, err))
-	s.phase("failed " + string(rung))
+	s.warn(fmt.Errorf("%s of %s: %w", method, source, err))
+	s.phase("failed " + string(method))
 	return nil
 }
 
-// cold boots the VM, from a disk as it was before other rungs were tried.
+// cold boots the VM, from a disk as it was before other methods were tried.
 func (s *starting) cold(ctx context.Context, from *savedGuest) error {
 	if s.touched {
 		base, format, err := s.m.baseOf(ctx, s.vm)
@@ -279,35 +279,35 @@ func (s *starting) cold(ctx context.Context, from *savedGuest) error {
 	return s.attempt(ctx, s.launch, smolvm.StartBoot, "", shim.Launch)
 }
 
-// attempt tries one rung, up to the commit.
-func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung smolvm.StartMethod, source string, launch func(context.Context, shim.LaunchOptions) (*shim.Launched, error)) error {
+// attempt tries one method, up to the commit.
+func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, method smolvm.StartMethod, source string, launch func(context.Context, shim.LaunchOptions) (*shim.Launched, error)) error {
 	// What a shim has left that was killed before it was confirmed, in an earlier start or in
 	// an earlier attempt of this one.
 	if err := shim.RemoveRuntimeDir(opts.Spec.RuntimeDir); err != nil {
 		return err
 	}
 	opts.Spec.Run = newRun()
-	if opts.Spec.Greeting != nil {
-		greeting := *opts.Spec.Greeting
-		greeting.BootID = shim.NewBootID()
-		opts.Spec.Greeting = &greeting
+	if opts.Spec.Hello != nil {
+		hello := *opts.Spec.Hello
+		hello.BootID = shim.NewBootID()
+		opts.Spec.Hello = &hello
 	}
-	written := s.persistDisk(rung)
+	written := s.persistDisk(method)
 	launched, err := launch(ctx, opts)
 	if s.ran = err == nil || shim.GuestRan(err); err != nil {
 		return err
 	}
 	step.Reached(ctx, "start/ready")
-	phases := s.launchPhases(launched, rung)
+	phases := s.launchPhases(launched, method)
 	report := s.report
-	report.Method, report.Source, report.Limits = rung, source, launched.Limits
+	report.Method, report.Source, report.Limits = method, source, launched.Limits
 	report.Timeline = append(report.Timeline[:len(report.Timeline):len(report.Timeline)], phases...)
 	report.Warnings = append(report.Warnings[:len(report.Warnings):len(report.Warnings)], launched.Warnings...)
 	identity := launched.Answer.Identity
-	if opts.Spec.Greeting != nil {
-		report.Verified, err = verify(*opts.Spec.Greeting, identity, rung != smolvm.StartBoot)
+	if opts.Spec.Hello != nil {
+		report.Verified, err = verify(*opts.Spec.Hello, identity, method != smolvm.StartBoot)
 	}
-	if err == nil && rung != smolvm.StartBoot && opts.Spec.Greeting != nil {
+	if err == nil && method != smolvm.StartBoot && opts.Spec.Hello != nil {
 		err = s.useGuest(ctx, opts)
 		report.Timeline = append(report.Timeline, smolvm.Phase{Name: "first use", Duration: time.Since(s.phaseBegan) - sum(phases)})
 	}
@@ -342,7 +342,7 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, rung sm
 	if err != nil {
 		ctx := context.WithoutCancel(ctx)
 		launched.Abort(ctx)
-		// If the shim has not come to it, so that the next rung can be tried.
+		// If the shim has not come to it, so that the next method can be tried.
 		s.m.forgetClient(s.vm.ID)
 		_, endErr := s.m.store.MarkEnded(ctx, s.vm.ID, opts.Spec.Run, s.vm.State, err.Error(), time.Now().UTC())
 		return errors.Join(err, endErr)
@@ -377,9 +377,9 @@ func sum(phases []smolvm.Phase) (total time.Duration) {
 
 // persistDisk has a new disk on stable storage, while the guest starts: a VM that is written
 // down as started must have it after a power cut. That of a VM from a pool is older.
-func (s *starting) persistDisk(rung smolvm.StartMethod) <-chan error {
+func (s *starting) persistDisk(method smolvm.StartMethod) <-chan error {
 	done := make(chan error, 1)
-	if s.vm.DiskPath == "" || s.vm.State != smolvm.StateCreated || rung == smolvm.StartPool {
+	if s.vm.DiskPath == "" || s.vm.State != smolvm.StateCreated || method == smolvm.StartPool {
 		done <- nil
 		return done
 	}
@@ -405,7 +405,7 @@ func (s *starting) after() {
 }
 
 // launchPhases says what the launching of the VM took its time for.
-func (s *starting) launchPhases(launched *shim.Launched, rung smolvm.StartMethod) []smolvm.Phase {
+func (s *starting) launchPhases(launched *shim.Launched, method smolvm.StartMethod) []smolvm.Phase {
 	took := time.Since(s.phaseBegan)
 	var phases []smolvm.Phase
 	add := func(name string, duration time.Duration) {
@@ -424,7 +424,7 @@ func (s *starting) launchPhases(launched *shim.Launched, rung smolvm.StartMethod
 		}
 		// What happened in the guest meanwhile it tells by its own clock.
 		kernel, identity := guestPhases(launched.Answer.Timeline)
-		if rung != smolvm.StartBoot {
+		if method != smolvm.StartBoot {
 			kernel = 0
 		} else {
 			add("kernel", kernel)
@@ -442,12 +442,12 @@ func guestPhases(steps []wire.Step) (kernel, identity time.Duration) {
 	for _, step := range steps {
 		at[step.Name] = step.At
 	}
-	return at["agent started"], at["ready"] - at["greeting received"]
+	return at["agent started"], at["ready"] - at["hello received"]
 }
 
 // verify compares what a guest says of itself with what it was told. Of what it was not
 // told, the database sees to it that no other VM has said the same.
-func verify(told wire.Greeting, said wire.Identity, restored bool) (verified []string, err error) {
+func verify(told wire.Hello, said wire.Identity, restored bool) (verified []string, err error) {
 	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(told.HostKey))
 	if err != nil {
 		return nil, fmt.Errorf("SSH host key: %w", err)
