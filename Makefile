@@ -7,6 +7,9 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 # No cgo: one static binary that runs on any Linux of its architecture.
 export CGO_ENABLED = 0
 
+# Go fetches the release that go.mod names, also where a distribution has turned that off.
+export GOTOOLCHAIN ?= auto
+
 # Where go install puts tools; bin/ is not under version control.
 TOOLS         := $(CURDIR)/bin/tools
 GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0

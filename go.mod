@@ -2,6 +2,8 @@ module github.com/smolvm/smolvm
 
 go 1.26.3
 
+toolchain go1.26.11
+
 require (
 	github.com/creack/pty v1.1.24
 	github.com/google/go-cmp v0.7.0
