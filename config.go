@@ -164,8 +164,9 @@ type VMConfig struct {
 	// names may not have.
 	Hostname string `json:"hostname,omitempty"`
 	// WarmUp is a line of shell that the guest runs, as root, before it is handed out
-	// for the first time. Clones of such a VM have it behind them: an interpreter
-	// that it has started is running in each of them, what it has read is in memory.
+	// for the first time. It runs once, before the VM becomes a template, and clones
+	// start with its effects: an interpreter that it has started is running in each of
+	// them, and what it has read is in memory.
 	// Its environment is not that of Env, which belongs to one VM.
 	WarmUp string `json:"warm_up,omitempty"`
 	// Ready says when Start may return.

@@ -111,7 +111,7 @@ type Images interface {
 	PruneImages(ctx context.Context) ([]Image, error)
 }
 
-// Templates keeps frozen VMs that others are cloned from. They make themselves; see
+// Templates keeps saved VMs that others are cloned from. They make themselves; see
 // [StartMethod].
 type Templates interface {
 	// BuildTemplate makes the template of VMs of some kind now, unless there is one.

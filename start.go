@@ -10,9 +10,9 @@ type StartMethod string
 const (
 	// StartPool is a paused VM from a pool that was given this VM's identity.
 	StartPool StartMethod = "pool"
-	// StartClone is a clone of a template: a frozen VM of the same kind.
+	// StartClone is a clone of a template: a saved VM of the same kind.
 	StartClone StartMethod = "clone"
-	// StartSnapshot is a guest that goes on where a snapshot was taken.
+	// StartSnapshot is a guest that was restored from a snapshot.
 	StartSnapshot StartMethod = "snapshot"
 	// StartBoot is a boot from the beginning.
 	StartBoot StartMethod = "boot"

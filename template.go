@@ -2,7 +2,7 @@ package smolvm
 
 import "time"
 
-// Template is a frozen VM that others are cloned from.
+// Template is a saved VM that others are cloned from.
 type Template struct {
 	ID string `json:"id"`
 	// Image, VCPUs, MemoryMiB, DiskSizeMiB and WarmUp are what it is a template of.

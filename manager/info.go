@@ -115,7 +115,7 @@ func (m *Manager) settleLocked(ctx context.Context, vm store.VM, limit time.Dura
 	if !m.isLost(vm) {
 		return vm, nil
 	}
-	if err := m.buryLocked(ctx, vm, limit); err != nil {
+	if err := m.recordDeadShim(ctx, vm, limit); err != nil {
 		return vm, err
 	}
 	return m.store.GetVM(ctx, vm.ID)
@@ -180,7 +180,7 @@ func stateError(verb string, vm store.VM) error {
 	case smolvm.StatePaused:
 		next = "resume or stop it first"
 		if vm.Cause != "" {
-			next = fmt.Sprintf("%s; resume it when that is mended, or stop it", vm.Cause)
+			next = fmt.Sprintf("%s; resume it when that is fixed, or stop it", vm.Cause)
 		}
 	case smolvm.StateError:
 		next = fmt.Sprintf("it failed (%s); start it again, which boots it from its disk, or delete it", vm.Cause)

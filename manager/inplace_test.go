@@ -124,7 +124,7 @@ done
 `
 
 // A VM with a kernel of its own is saved and goes back to that under its own id, with a disk
-// or without. As a new VM it would be another's twin.
+// or without. As a new VM it would be another's duplicate.
 func TestRestoreWithoutAgent(t *testing.T) {
 	m := openReal(t)
 	disk := filepath.Join(t.TempDir(), "disk")

@@ -49,7 +49,7 @@ func (meta snapshotMeta) doubts(name string) error {
 	return fmt.Errorf("snapshot %s was taken by an older smolvm: if VM %s was busy then, programs in the restored one may crash or hang; take it anew", name, meta.VMID)
 }
 
-// restore is how the guest's memory is had from the files of a snapshot.
+// restore returns the VMM's settings that load this snapshot.
 func (meta snapshotMeta) restore(path func(file string) string) vmm.Restore {
 	return vmm.Restore{Memory: path(snapshot.MemoryFile), State: path(snapshot.StateFile), Held: meta.Held}
 }

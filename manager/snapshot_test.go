@@ -105,7 +105,7 @@ func TestSnapshotOfOlderProgram(t *testing.T) {
 	}
 }
 
-// Children go on where their parent is, and none is another's twin. The parent goes on,
+// Children go on where their parent is, and no two have one identity. The parent goes on,
 // and can be forked and saved again.
 func TestFork(t *testing.T) {
 	m := openReal(t)

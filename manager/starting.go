@@ -27,7 +27,7 @@ const fastFraction = 2
 // earlyFraction of the time for a start is what a method may have taken to be tried again.
 const earlyFraction = 16
 
-// savedGuest is one that a VM can go on from.
+// savedGuest describes a saved guest that a VM can be restored from.
 type savedGuest struct {
 	method   smolvm.StartMethod
 	source string
@@ -124,7 +124,7 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts smolvm.StartOption
 	if err != nil {
 		return vm, nil, m.failed(ctx, vm, s.ran, err)
 	}
-	s.after()
+	s.prepareNext()
 	vm, err = m.store.GetVM(ctx, vm.ID)
 	return vm, &s.report, err
 }
@@ -146,8 +146,8 @@ func (s *starting) phase(name string) {
 
 func (s *starting) warn(err error) { s.report.Warnings = append(s.report.Warnings, err.Error()) }
 
-// fast tries the methods above a cold boot. What is returned is an error that ends the
-// start; that a method can't be had is none.
+// fast tries the methods that are faster than a boot. Methods that can't be had are not
+// errors; an error ends the start.
 func (s *starting) fast(ctx context.Context) error {
 	config := s.vm.Config
 	if s.opts.Cold || !s.m.config.usesTemplates() || s.vm.State != smolvm.StateCreated || !config.UsesImage() ||
@@ -387,8 +387,9 @@ func (s *starting) persistDisk(method smolvm.StartMethod) <-chan error {
 	return done
 }
 
-// after has made what makes the next start of this kind faster.
-func (s *starting) after() {
+// prepareNext starts a background task that builds the template or fills the pool, for the
+// next start of this kind.
+func (s *starting) prepareNext() {
 	var err error
 	switch {
 	case s.report.Method == smolvm.StartPool:

@@ -245,8 +245,8 @@ func (m *Manager) killShim(ctx context.Context, vm store.VM, limit time.Duration
 
 var errUnkillable = errors.New("it was killed and is still there, waiting for a disk or a file system of the host; try again when that answers")
 
-// buryLocked cleans up after a shim that died, and writes down how its VM ended.
-func (m *Manager) buryLocked(ctx context.Context, vm store.VM, limit time.Duration) error {
+// recordDeadShim cleans up after a shim that died, and records its VM's exit.
+func (m *Manager) recordDeadShim(ctx context.Context, vm store.VM, limit time.Duration) error {
 	if err := m.killShim(ctx, vm, limit); err != nil {
 		return fmt.Errorf("end what is left of VM %q: %w", vm.ID, err)
 	}

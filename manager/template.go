@@ -73,8 +73,8 @@ func (r recipe) key() string {
 	return hex.EncodeToString(sum[:])[:keyDigits]
 }
 
-// since is a recipe of the same VMs as they are made now.
-func (r recipe) since(now recipe) recipe {
+// withCurrentHost returns r with what depends on the host replaced by what is so now.
+func (r recipe) withCurrentHost(now recipe) recipe {
 	r.Format = now.Format
 	r.Hardware.Program, r.Hardware.CPU, r.Hardware.Layout = now.Hardware.Program, now.Hardware.CPU, now.Hardware.Layout
 	return r
@@ -302,7 +302,7 @@ func (m *Manager) templateInfo(found snapshot.Snapshot) (smolvm.Template, error)
 // the host or the program has changed.
 func (m *Manager) stale(r recipe) bool {
 	now, err := m.hardwareOf(r.Hardware.Backend, vmm.Config{Accelerator: r.Hardware.Accelerator})
-	return err != nil || r.key() != r.since(recipe{Format: templateFormat, Hardware: now}).key()
+	return err != nil || r.key() != r.withCurrentHost(recipe{Format: templateFormat, Hardware: now}).key()
 }
 
 // RemoveTemplate removes a template. VMs that were cloned from it go on. The error

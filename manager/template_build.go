@@ -54,7 +54,7 @@ func (m *Manager) whyNoTemplate(r recipe) error {
 		if json.Unmarshal(one.Meta, &meta) != nil || !m.stale(meta.Recipe) {
 			continue
 		}
-		if meta.Recipe.since(r).key() == r.key() {
+		if meta.Recipe.withCurrentHost(r).key() == r.key() {
 			return fmt.Errorf("template %s: the VMM, the host or smolvm is another one since it was made; a new one is made", one.Name)
 		}
 	}

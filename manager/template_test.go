@@ -79,7 +79,7 @@ func hasCorrectClock(t testing.TB, m *manager.Manager, id string) {
 }
 
 // The first start of a kind boots, later ones are clones, none of which is another's
-// twin. All ways out of a clone are taken on it: it works as any VM does.
+// duplicate. All ways out of a clone are taken on it: it works as any VM does.
 func TestClones(t *testing.T) {
 	m := openFast(t)
 	first := mustRun(t, m, smolvm.VMConfig{ID: "first"})

@@ -9,7 +9,7 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const templateLong = `A template is a frozen VM that others are cloned from, so that they start in a
+const templateLong = `A template is a saved VM that others are cloned from, so that they start in a
 fraction of the time. Templates are made by themselves, when a VM of some kind has
 been started for the first time, and removed again when they take too much of the
 disk or when QEMU or smolvm is upgraded.`
@@ -79,7 +79,7 @@ func (f *kindFlags) register(cmd *cobra.Command) {
 }
 
 func warmUpFlag(cmd *cobra.Command, warmUp *string) {
-	cmd.Flags().StringVar(warmUp, "warm-up", "", "shell `LINE` that the guest has run before it is handed out; clones have it behind them")
+	cmd.Flags().StringVar(warmUp, "warm-up", "", "shell `LINE` that the guest runs once, before its template is made; clones start with its effects")
 	complete(cmd, "warm-up", words())
 }
 

@@ -6,7 +6,7 @@
 //	disks/            the VMs' own disks, retained ones too
 //	layers/           disks that other disks are based on
 //	images/           images by digest
-//	templates/        frozen VMs, by kind
+//	templates/        saved VMs, by kind
 //	snapshots/        saved VMs, by name
 //	pool/<kind>/<n>/  VMs that stand by
 //	vms/<id>/         logs of a VM, and its known_hosts

@@ -178,7 +178,7 @@ func requireOurs(dir string) error {
 	case ok && int(stat.Uid) != os.Geteuid():
 		return fmt.Errorf("%s belongs to %s, not to %s", dir, userName(int(stat.Uid)), userName(os.Geteuid()))
 	case info.Mode().Perm()&0o022 != 0:
-		return fmt.Errorf("%s can be written to by others (its mode is %04o; `chmod go-w %s` mends that)", dir, info.Mode().Perm(), dir)
+		return fmt.Errorf("%s can be written to by others (its mode is %04o; `chmod go-w %s` fixes that)", dir, info.Mode().Perm(), dir)
 	}
 	return nil
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-// checkKVM probes KVM, and finds out what would mend it.
+// checkKVM probes KVM, and finds out what would fix it.
 func (h *Host) checkKVM(ctx context.Context) smolvm.Finding {
 	finding := smolvm.Finding{
 		Name:     "kvm",

@@ -1,5 +1,5 @@
 // Package host finds out what this host can do for VMs: which accelerator works,
-// which programs are installed, and what would mend what is missing.
+// which programs are installed, and what would fix what is missing.
 package host
 
 import (

@@ -18,21 +18,21 @@ func NewFailure(err error) *Failure { return &Failure{Failure: *errcode.Of(err)}
 
 // Err makes an error of a failure. It matches what the error of the other process did, as
 // far as that is in the failure.
-func (f *Failure) Err() error { return &crossed{err: f.Failure.Err(), ran: f.Ran} }
+func (f *Failure) Err() error { return &remoteError{err: f.Failure.Err(), ran: f.Ran} }
 
 // GuestRan reports whether a start that failed with err came so far that the guest ran,
 // and may have changed its disk.
 func GuestRan(err error) bool {
-	failed, ok := errors.AsType[*crossed](err)
+	failed, ok := errors.AsType[*remoteError](err)
 	return ok && failed.ran
 }
 
-// crossed is an error of the other process.
-type crossed struct {
+// remoteError is an error of the other process.
+type remoteError struct {
 	err error
 	ran bool // see [Failure]
 }
 
-func (e *crossed) Error() string { return e.err.Error() }
+func (e *remoteError) Error() string { return e.err.Error() }
 
-func (e *crossed) Unwrap() error { return e.err }
+func (e *remoteError) Unwrap() error { return e.err }

@@ -9,8 +9,8 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// PlaceholderIdentity is the hello of a guest that is to become somebody else later: with an
-// identity that nobody else has, and nobody may log in to.
+// PlaceholderIdentity returns the hello for a guest that has no VM yet: a throwaway identity
+// that no key can log in with.
 func PlaceholderIdentity(network *wire.Network) (wire.Hello, error) {
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {

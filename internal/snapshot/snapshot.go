@@ -51,7 +51,7 @@ func Open(dir string) (*Store, error) {
 	return &Store{dir: dir}, nil
 }
 
-// Snapshot is one that is complete.
+// Snapshot is a complete saved guest.
 type Snapshot struct {
 	Name      string
 	CreatedAt time.Time

@@ -45,7 +45,7 @@ func TestTwins(t *testing.T) {
 	full := Identity{BootID: "b", Random: "r", MachineID: "m", HostKey: "h", MAC: "52:54:00:00:00:01"}
 	tests := map[string]struct {
 		who  Identity
-		twin bool
+		duplicate bool
 	}{
 		"another":    {Identity{BootID: "b2", Random: "r2", MachineID: "m2", HostKey: "h2", MAC: "52:54:00:00:00:02"}, false},
 		"unknown":    {Identity{}, false},
@@ -65,11 +65,11 @@ func TestTwins(t *testing.T) {
 				t.Fatal(err)
 			}
 			err := startAs(s, t, "second", test.who)
-			if errors.Is(err, ErrTwin) != test.twin || (err != nil) != test.twin {
+			if errors.Is(err, ErrDuplicateIdentity) != test.duplicate || (err != nil) != test.duplicate {
 				t.Errorf("error is %v", err)
 			}
 			want := smolvm.StateRunning
-			if test.twin {
+			if test.duplicate {
 				want = smolvm.StateCreated
 			}
 			if got := mustGet(t, s, "second"); got.State != want {

@@ -27,14 +27,14 @@ type Started struct {
 	Identity            Identity
 }
 
-// Identity is by what a guest differs from all others. What is empty is not known.
+// Identity holds the values that must be unique to each guest. Empty ones are unknown.
 type Identity struct{ BootID, Random, MachineID, HostKey, MAC string }
 
-// ErrTwin says that another VM has a part of a guest's identity.
-var ErrTwin = errors.New("another VM has the same identity")
+// ErrDuplicateIdentity says that another VM has a part of a guest's identity.
+var ErrDuplicateIdentity = errors.New("another VM has the same identity")
 
 // MarkStarted makes a VM running that was not alive. The error matches
-// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is alive, or [ErrTwin].
+// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is alive, or [ErrDuplicateIdentity].
 func (s *Store) MarkStarted(ctx context.Context, id string, started Started) error {
 	// Durably, and its creation with it: from now on the guest has data.
 	return s.updateDurably(ctx, func(tx *sql.Tx) error {
@@ -65,7 +65,7 @@ func insertStart(ctx context.Context, tx *sql.Tx, id string, started Started) er
 		string(report), text[string]{&who.BootID}, text[string]{&who.Random}, text[string]{&who.MachineID},
 		text[string]{&who.HostKey}, text[string]{&who.MAC}, id)
 	if sqliteErr, ok := errors.AsType[*sqlite.Error](err); ok && sqliteErr.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
-		return fmt.Errorf("VM %q: %w: %w", id, ErrTwin, err)
+		return fmt.Errorf("VM %q: %w: %w", id, ErrDuplicateIdentity, err)
 	}
 	return err
 }

@@ -136,7 +136,7 @@ func (a *agent) init() error {
 	}
 	a.log = openLog()
 	a.step("agent started")
-	if err := relax(); err != nil {
+	if err := setTimerSlack(); err != nil {
 		a.say(err.Error())
 	}
 	go a.warmUp()
@@ -185,7 +185,7 @@ func (a *agent) handOver(init string, port *os.File) error {
 		return fmt.Errorf("start the agent beside init: %w", err)
 	}
 	runtime.LockOSThread()
-	takeUsualSlack()
+	resetTimerSlack()
 	if err := syscall.Exec(init, []string{init}, []string{"PATH=" + defaultPath, "TERM=linux", "container=smolvm"}); err != nil {
 		return fmt.Errorf("run init %s: %w", init, err)
 	}
@@ -197,7 +197,7 @@ func (a *agent) serveBeside() error {
 	if err := unix.SetNonblock(servePort, true); err != nil {
 		return fmt.Errorf("guest channel: %w", err)
 	}
-	if err := relax(); err != nil {
+	if err := setTimerSlack(); err != nil {
 		a.say(err.Error())
 	}
 	a.step("agent started")

@@ -37,7 +37,7 @@ func (r *reaper) start(fork func() (int, error)) (int, <-chan unix.WaitStatus, e
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	runtime.LockOSThread()
-	takeUsualSlack()
+	resetTimerSlack()
 	pid, err := fork()
 	runtime.UnlockOSThread()
 	if err != nil {

@@ -24,9 +24,9 @@ const (
 	usualSlack = 50 * time.Microsecond
 )
 
-// relax gives all threads of the agent its slack. Those that come later inherit it, and
-// so would other programs; see takeUsualSlack.
-func relax() error {
+// setTimerSlack gives all threads of the agent its slack. Those that come later inherit it,
+// and so would other programs; see resetTimerSlack.
+func setTimerSlack() error {
 	tasks, err := os.ReadDir("/proc/self/task")
 	if err != nil {
 		return fmt.Errorf("set timer slack: %w", err)
@@ -43,8 +43,8 @@ func relax() error {
 	return nil
 }
 
-// takeUsualSlack gives the calling thread the usual slack, for the program that it is
+// resetTimerSlack gives the calling thread the usual slack, for the program that it is
 // about to start. The goroutine must be locked to it.
-func takeUsualSlack() {
+func resetTimerSlack() {
 	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(usualSlack.Nanoseconds()), 0, 0, 0) // never fails
 }

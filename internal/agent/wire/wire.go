@@ -28,9 +28,9 @@
 // waits for the next hello; a reader skips everything before the first "SMOLVM ",
 // so bytes left over from an earlier session do no harm.
 //
-// A guest that was saved in the middle of a session still believes in it when it is
-// restored. Its new host sends [Break], which ends the session whatever part of a
-// frame the guest has got, and waits for the Again.
+// A guest that was saved in the middle of a session resumes with that session open. Its
+// new host sends [Break], which ends the session whatever part of a frame the guest has
+// got, and waits for the Again.
 //
 // A later hello to the same guest (after a restore, in a clone) gives it a
 // new identity: every part of it is applied again.
@@ -136,8 +136,8 @@ type Answer struct {
 	Timeline []Step `json:"timeline,omitempty"`
 }
 
-// Identity is by what programs and clients know a guest, read back from where they find
-// it. No two guests have any of it in common.
+// Identity holds the values that must be unique to each guest, read back from where
+// programs and clients find them.
 type Identity struct {
 	Hostname  string `json:"hostname"`
 	MachineID string `json:"machine_id"`

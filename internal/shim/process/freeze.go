@@ -22,7 +22,7 @@ func (s *process) freeze(ctx context.Context, order shim.FreezeOrder) (err error
 		case <-ctx.Done():
 		}
 	}()
-	var u undos
+	var u cleanupStack
 	defer func() {
 		u.run()
 		if err != nil {

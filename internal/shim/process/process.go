@@ -187,15 +187,16 @@ func (s *process) step(name string) {
 	s.timeline = append(s.timeline, wire.Step{Name: name, At: time.Since(s.began)})
 }
 
-// undos are what undoes a start, to be called once, in the reverse order.
-type undos struct {
+// cleanupStack holds the functions that undo a start. They are called once, in the reverse
+// order.
+type cleanupStack struct {
 	once sync.Once
 	all  []func()
 }
 
-func (u *undos) add(f func()) { u.all = append(u.all, f) }
+func (u *cleanupStack) add(f func()) { u.all = append(u.all, f) }
 
-func (u *undos) run() {
+func (u *cleanupStack) run() {
 	u.once.Do(func() {
 		for _, f := range slices.Backward(u.all) {
 			f()
@@ -206,7 +207,7 @@ func (u *undos) run() {
 // start brings the VM up to readiness. What it returns undoes all of it, once, and
 // is to be called in any case.
 func (s *process) start(ctx context.Context) (undo func(), err error) {
-	var u undos
+	var u cleanupStack
 	control, agents, err := s.listen()
 	if err != nil {
 		return u.run, err
@@ -246,7 +247,7 @@ func (s *process) start(ctx context.Context) (undo func(), err error) {
 }
 
 // startNetwork makes the VM's network, unless the shim has one from standing by.
-func (s *process) startNetwork(u *undos) (err error) {
+func (s *process) startNetwork(u *cleanupStack) (err error) {
 	if s.spec.Network == nil {
 		return nil
 	}

@@ -43,7 +43,7 @@ func (s *process) answerRequest(conn net.Conn) {
 	defer s.requests.Done()
 	ctx := context.Background()
 	if asked.Op == shim.OpSave {
-		// It takes long, and is of no use to nobody.
+		// A save is slow: it is cancelled if the client that asked for it is gone.
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(ctx)
 		defer cancel()

@@ -49,7 +49,7 @@ const (
 // know the code, holds it, and waits for a claim. It reports whether there was one; the
 // spec is that of the claim then.
 func (s *process) standBy(ctx context.Context) (claimed bool, err error) {
-	var u undos
+	var u cleanupStack
 	defer func() {
 		if !claimed {
 			u.run()

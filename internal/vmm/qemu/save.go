@@ -157,7 +157,7 @@ func (i *instance) haltError() error {
 	if halt.NoSpace {
 		return fmt.Errorf("%w: the host's disk is full (%s); make room, resume the VM, and save it then", errHalted, name)
 	}
-	return fmt.Errorf("%w: the host can't use the file of %s (%s); mend that, resume the VM, and save it then", errHalted, name, halt.Detail)
+	return fmt.Errorf("%w: the host can't use the file of %s (%s); fix that, resume the VM, and save it then", errHalted, name, halt.Detail)
 }
 
 // lockRunning waits until nobody else saves, holds or continues the guest: what is saved
