@@ -267,7 +267,7 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts smolvm.
 		return smolvm.VMInfo{}, fmt.Errorf("snapshot %q: %w", name, err)
 	}
 	from := savedGuest{
-		method:      smolvm.StartSnapshot,
+		method:    smolvm.StartSnapshot,
 		source:    name,
 		files:     meta.restore(found.Path),
 		base:      m.dir.Layer(meta.Layer),
@@ -373,7 +373,7 @@ func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) 
 	// The children have its memory mapped, and its disk is a layer.
 	defer func() { _ = draft.Discard() }()
 	from := savedGuest{
-		method:      smolvm.StartSnapshot,
+		method:    smolvm.StartSnapshot,
 		source:    id,
 		files:     meta.restore(draft.Path),
 		base:      m.dir.Layer(meta.Layer),

@@ -29,7 +29,7 @@ const earlyFraction = 16
 
 // savedGuest describes a saved guest that a VM can be restored from.
 type savedGuest struct {
-	method   smolvm.StartMethod
+	method smolvm.StartMethod
 	source string
 	files  vmm.Restore
 	// base is the disk as it was then.
@@ -181,7 +181,7 @@ func (s *starting) fast(ctx context.Context) error {
 		return nil
 	}
 	err = s.restore(ctx, savedGuest{
-		method:   smolvm.StartClone,
+		method: smolvm.StartClone,
 		source: found.Name,
 		files:  vmm.Restore{Memory: found.Path(snapshot.MemoryFile), State: found.Path(snapshot.StateFile)},
 		base:   s.m.dir.Layer(found.Name),

@@ -44,7 +44,7 @@ func TestTwins(t *testing.T) {
 	t.Parallel()
 	full := Identity{BootID: "b", Random: "r", MachineID: "m", HostKey: "h", MAC: "52:54:00:00:00:01"}
 	tests := map[string]struct {
-		who  Identity
+		who       Identity
 		duplicate bool
 	}{
 		"another":    {Identity{BootID: "b2", Random: "r2", MachineID: "m2", HostKey: "h2", MAC: "52:54:00:00:00:02"}, false},
