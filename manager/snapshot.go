@@ -14,6 +14,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
+	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -24,6 +25,8 @@ import (
 
 // snapshotMeta is what is kept with a snapshot.
 type snapshotMeta struct {
+	// Format is [snapshotFormat]. Zero: from before there was one.
+	Format   int             `json:"format,omitempty"`
 	VMID     string          `json:"vm_id"`
 	Config   smolvm.VMConfig `json:"config"`
 	Image    string          `json:"image"`
@@ -40,6 +43,9 @@ type snapshotMeta struct {
 	// pages out of date.
 	Exact bool `json:"exact,omitempty"`
 }
+
+// snapshotFormat is the number of what is kept with a snapshot; see package compat.
+const snapshotFormat = 1
 
 // doubts is why the memory may not be what the guest's was, or nil.
 func (meta snapshotMeta) doubts(name string) error {
@@ -150,7 +156,7 @@ func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, 
 	if err != nil {
 		return snapshotMeta{}, err
 	}
-	meta := snapshotMeta{VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, MachineID: vm.MachineID}
+	meta := snapshotMeta{Format: snapshotFormat, VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, MachineID: vm.MachineID}
 	if vm.DiskPath != "" {
 		meta.Layer = "snapshot-" + newRun()
 	}
@@ -265,6 +271,9 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts smolvm.
 	var meta snapshotMeta
 	if err := json.Unmarshal(found.Meta, &meta); err != nil {
 		return smolvm.VMInfo{}, fmt.Errorf("snapshot %q: %w", name, err)
+	}
+	if err := compat.Check(fmt.Sprintf("snapshot %q", name), meta.Format, snapshotFormat); err != nil {
+		return smolvm.VMInfo{}, err
 	}
 	from := savedGuest{
 		method:    smolvm.StartSnapshot,

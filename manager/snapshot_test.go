@@ -376,3 +376,32 @@ func TestPool(t *testing.T) {
 		t.Errorf("removing what is not there: %v", err)
 	}
 }
+
+// A snapshot that a newer program has made is refused, whatever it is to be restored for.
+func TestSnapshotOfNewerProgram(t *testing.T) {
+	m := openFake(t)
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
+	if _, err := m.CreateSnapshot(t.Context(), vm.ID, smolvm.SnapshotOptions{Name: "new"}); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(m.DataDir(), "snapshots", "new", "snapshot.json")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := strings.Replace(string(text), `"format": 1`, `"format": 2`, 1)
+	if newer == string(text) {
+		t.Fatalf("the snapshot has no format: %s", text)
+	}
+	if err := os.WriteFile(path, []byte(newer), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, opts := range []smolvm.RestoreOptions{{}, {AllowCold: true}} {
+		if _, err := m.RestoreSnapshot(t.Context(), "new", opts); !errors.Is(err, smolvm.ErrUnsupported) || !strings.Contains(err.Error(), "format 2") || smolvm.HintOf(err) == "" {
+			t.Errorf("%+v: %v", opts, err)
+		}
+	}
+	if err := m.RemoveSnapshot(t.Context(), "new"); err != nil {
+		t.Error(err)
+	}
+}

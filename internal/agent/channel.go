@@ -14,6 +14,7 @@ import (
 	"github.com/hashicorp/yamux"
 
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/compat"
 )
 
 // Link is an open guest channel, over which any number of connections run. All of its
@@ -37,6 +38,7 @@ func Handshake(ctx context.Context, channel Channel, hello wire.Hello) (*Link, w
 	// Closing is what ends a blocked read or write.
 	stop := context.AfterFunc(ctx, func() { _ = channel.Close() })
 	var answer wire.Answer
+	hello.Protocol = wire.Protocol
 	err := wire.Write(channel, hello)
 	if err == nil {
 		answer, err = readAnswer(channel, false)
@@ -46,6 +48,9 @@ func Handshake(ctx context.Context, channel Channel, hello wire.Hello) (*Link, w
 	}
 	if err == nil && answer.Error != "" {
 		err = errors.New(answer.Error)
+	}
+	if err == nil {
+		err = compat.Check("what the guest's agent says", answer.Protocol, wire.Protocol)
 	}
 	if err != nil {
 		_ = channel.Close()

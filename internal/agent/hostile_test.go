@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
@@ -185,6 +186,31 @@ func mustEnd(t *testing.T, name string, call func(context.Context) error) {
 		}
 	case <-time.After(5 * time.Second):
 		t.Errorf("%s has not returned", name)
+	}
+}
+
+// An agent that is newer than this program is refused; one from before there were numbers is
+// not.
+func TestAgentsProtocol(t *testing.T) {
+	for number, want := range map[int]error{0: nil, wire.Protocol: nil, wire.Protocol + 1: smolvm.ErrUnsupported} {
+		host, guest := channelPair(t)
+		told := make(chan int, 1)
+		go func() {
+			var hello wire.Hello
+			_ = wire.Read(guest, &hello)
+			told <- hello.Protocol
+			_ = wire.Write(guest, wire.Answer{Protocol: number})
+		}()
+		link, _, err := agent.Handshake(t.Context(), host, wire.Hello{})
+		if !errors.Is(err, want) {
+			t.Errorf("with number %d: %v", number, err)
+		}
+		if got := <-told; got != wire.Protocol {
+			t.Errorf("the guest is told %d", got)
+		}
+		if link != nil {
+			_ = link.Close()
+		}
 	}
 }
 

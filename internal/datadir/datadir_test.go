@@ -3,6 +3,7 @@ package datadir
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/stream"
 )
 
@@ -140,6 +142,27 @@ func TestDamagedIdentity(t *testing.T) {
 		if _, err := Open(Options{Path: path}); err == nil || !strings.Contains(err.Error(), identityName+" is damaged") {
 			t.Errorf("%q: %v", text, err)
 		}
+	}
+}
+
+// A directory that a newer program has laid out is refused, and stays as it is.
+func TestNewerIdentity(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "data")
+	settle(t, mustOpen(t, root), "")
+	path := filepath.Join(root, identityName)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := strings.Replace(string(text), fmt.Sprintf(`"format": %d`, identityFormat), fmt.Sprintf(`"format": %d`, identityFormat+1), 1)
+	if err := os.WriteFile(path, []byte(newer), 0o600); err != nil || newer == string(text) {
+		t.Fatalf("%v: %s", err, newer)
+	}
+	if _, err := Open(Options{Path: root}); !errors.Is(err, smolvm.ErrUnsupported) {
+		t.Errorf("Open: %v", err)
+	}
+	if now, err := os.ReadFile(path); err != nil || string(now) != newer {
+		t.Errorf("it has changed: %s, %v", now, err)
 	}
 }
 

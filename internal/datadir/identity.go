@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/flock"
 )
 
@@ -19,6 +20,8 @@ import (
 // what it says of the directory's inode does not: so a copy is told from the original.
 type identity struct {
 	ID string `json:"id"`
+	// Format is [identityFormat]. Zero: from before there was one.
+	Format int `json:"format,omitempty"`
 	// Path is where the directory was when this was written; for people only.
 	Path  string `json:"path"`
 	Inode inode  `json:"inode"`
@@ -76,8 +79,12 @@ func (d *Dir) readIdentity() (identity, error) {
 	if err := json.Unmarshal(text, &found); err != nil || len(found.ID) < idDigits {
 		return found, fmt.Errorf("%s is damaged (%w); remove it while no VM of this directory runs", d.path(identityName), errors.Join(err, fs.ErrInvalid))
 	}
-	return found, nil
+	return found, compat.Check("data directory "+d.root, found.Format, identityFormat)
 }
+
+// identityFormat is the number of the directory's layout beside the database, which has its
+// own; see package compat.
+const identityFormat = 1
 
 // idDigits is the length of a directory's id.
 const idDigits = 16
@@ -150,7 +157,7 @@ func (d *Dir) writeIdentity(id string) error {
 	if err != nil {
 		return err
 	}
-	text, err := json.MarshalIndent(identity{ID: id, Path: d.root, Inode: now}, "", "  ")
+	text, err := json.MarshalIndent(identity{ID: id, Format: identityFormat, Path: d.root, Inode: now}, "", "  ")
 	if err != nil {
 		return err
 	}

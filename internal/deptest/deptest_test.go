@@ -57,7 +57,7 @@ func tiers() [][]string {
 	return [][]string{
 		{"."}, // the contract
 		{ // ground: knows nothing of VMs
-			"internal/cgroup", "internal/diskspace", "internal/errcode", "internal/flock", "internal/glob", "internal/proc",
+			"internal/cgroup", "internal/compat", "internal/diskspace", "internal/errcode", "internal/flock", "internal/glob", "internal/proc",
 			"internal/ring", "internal/size", "internal/step", "internal/stream", "internal/termsafe",
 		},
 		{"internal/datadir", "internal/disk"}, // files

@@ -8,6 +8,7 @@ import (
 	"net"
 	"time"
 
+	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/stream"
 )
 
@@ -22,6 +23,9 @@ func NewClient(runtimeDir string) *Client { return &Client{runtimeDir: runtimeDi
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	answer, err := c.call(ctx, Request{Op: OpStatus})
 	if err != nil || answer.Status == nil {
+		return Status{}, err
+	}
+	if err := compat.Check("what the VM's shim says", answer.Status.Protocol, Protocol); err != nil {
 		return Status{}, err
 	}
 	return *answer.Status, nil

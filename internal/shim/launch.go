@@ -14,6 +14,7 @@ package shim
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -127,6 +128,7 @@ func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64
 	var err error
 	if l.exited != nil {
 		var spec []byte
+		opts.Spec.Protocol = cmp.Or(opts.Spec.Protocol, Protocol)
 		if spec, err = json.Marshal(opts.Spec); err == nil {
 			_, err = l.orders.Write(append(spec, '\n'))
 		}

@@ -48,8 +48,10 @@ func TestLaunchFails(t *testing.T) {
 		"VMM missing":    {args: missing, text: "start fake: backend fake can't run on this host", is: prerequisite},
 		"other backend":  {change: func(o *shim.LaunchOptions) { o.Spec.Backend = "other" }, text: `"other" is not part`},
 		"agent expected": {change: func(o *shim.LaunchOptions) { o.Spec.Hello = nil }, text: "without an agent"},
-		"no directory":   {change: func(o *shim.LaunchOptions) { o.Spec.RuntimeDir = "/dev/null/vm" }, text: "/dev/null"},
-		"no program":     {change: func(o *shim.LaunchOptions) { o.Program = nil }, text: "no program"},
+		"newer orders": {change: func(o *shim.LaunchOptions) { o.Spec.Protocol = shim.Protocol + 1 },
+			text: "knows formats up to"},
+		"no directory": {change: func(o *shim.LaunchOptions) { o.Spec.RuntimeDir = "/dev/null/vm" }, text: "/dev/null"},
+		"no program":   {change: func(o *shim.LaunchOptions) { o.Program = nil }, text: "no program"},
 		"program that is not there": {change: func(o *shim.LaunchOptions) { o.Program = []string{"/nonexistent/shim"} },
 			text: "/nonexistent/shim"},
 		"program that is no shim": {change: func(o *shim.LaunchOptions) {

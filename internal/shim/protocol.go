@@ -6,6 +6,10 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
+// Protocol is the number of what shims and their clients say to each other: orders, claims,
+// requests and answers. See package compat.
+const Protocol = 1
+
 // Operations of the control socket. A connection carries one request and one
 // response, a line of JSON each; after a successful dial it is the connection.
 const (
@@ -39,6 +43,9 @@ type Response struct {
 
 // Status is what a shim says of its VM.
 type Status struct {
+	// Protocol is the shim's [Protocol]. Zero: from before it was told.
+	Protocol int `json:"protocol,omitempty"`
+
 	ID     string `json:"id"`
 	Run    string `json:"run"`
 	PID    int    `json:"pid"` // of the shim

@@ -14,6 +14,9 @@ import (
 
 // Spec is what a shim is to run. It travels as JSON on the shim's standard input.
 type Spec struct {
+	// Protocol is the sender's. Zero: from before it was told; [Launch] and [Claim] send
+	// [Protocol] then.
+	Protocol int `json:"protocol,omitempty"`
 	// ID of the VM, and Run, which is unique to this start of it.
 	ID  string `json:"id"`
 	Run string `json:"run"`

@@ -58,6 +58,11 @@ const (
 	Magic = "SMOLVM "
 )
 
+// Protocol is the number of what host and agent say to each other. It grows only when one
+// that knows the number before would misunderstand the other; fields that may be ignored
+// come without.
+const Protocol = 1
+
 // What smolvm adds to SSH. Everything else is the standard: "session" channels
 // with exec, shell, pty-req, env, window-change, signal, the sftp subsystem, and
 // "direct-tcpip" channels.
@@ -81,6 +86,9 @@ const (
 
 // Hello is the host's first message: who the guest is to be.
 type Hello struct {
+	// Protocol is the host's [Protocol]. Zero: from before it was told.
+	Protocol int `json:"protocol,omitempty"`
+
 	Hostname string `json:"hostname"`
 	// MachineID is 32 hexadecimal digits, for /etc/machine-id.
 	MachineID string `json:"machine_id"`
@@ -118,6 +126,8 @@ type Network struct {
 
 // Answer is the agent's reply to a [Hello], sent when the guest is ready.
 type Answer struct {
+	// Protocol is the agent's [Protocol]. Zero: from before it was told.
+	Protocol int `json:"protocol,omitempty"`
 	// Version of the agent.
 	Version string `json:"version"`
 	// Kernel release of the guest.

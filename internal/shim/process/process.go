@@ -23,6 +23,7 @@ import (
 
 	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/network/usernet"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
@@ -101,6 +102,9 @@ func Main(ctx context.Context, opts Options) error {
 	}
 	if err != nil {
 		return fmt.Errorf("read orders (a shim is started by smolvm, not by hand): %w", err)
+	}
+	if err := compat.Check("the shim's order", s.spec.Protocol, shim.Protocol); err != nil {
+		return err
 	}
 	if err := keepInherited(len(s.spec.Forwards)); err != nil {
 		return err

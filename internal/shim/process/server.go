@@ -108,12 +108,13 @@ func (s *process) status() *shim.Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return &shim.Status{
-		ID:     s.spec.ID,
-		Run:    s.spec.Run,
-		PID:    os.Getpid(),
-		VMMPID: s.instance.PID(),
-		Uptime: time.Since(s.began),
-		Halt:   s.halts.why(),
+		Protocol: shim.Protocol,
+		ID:       s.spec.ID,
+		Run:      s.spec.Run,
+		PID:      os.Getpid(),
+		VMMPID:   s.instance.PID(),
+		Uptime:   time.Since(s.began),
+		Halt:     s.halts.why(),
 		Forwards: slices.SortedFunc(maps.Keys(s.forwards), func(a, b shim.Forward) int {
 			return cmp.Or(a.Host.Compare(b.Host), cmp.Compare(a.Protocol, b.Protocol))
 		}),

@@ -20,6 +20,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/stream"
@@ -148,6 +149,9 @@ func (s *process) takeClaim(conn *net.UnixConn) (err error) {
 	var c shim.ClaimOrder
 	if err == nil {
 		err = json.Unmarshal(text, &c)
+	}
+	if err == nil {
+		err = compat.Check("the claim", c.Spec.Protocol, shim.Protocol)
 	}
 	if err != nil {
 		return err
