@@ -204,6 +204,32 @@ func testHeld(t *testing.T, g *testGuest, client *agent.Client, usable bool) {
 	}
 }
 
+// A guest is ready once it has been asked, whatever its agent speaks; one that is another is
+// not.
+func TestReady(t *testing.T) {
+	for name, serve := range map[string]func(*guest.Server, net.Conn){"plain": (*guest.Server).ServeTrusted, "SSH": (*guest.Server).Serve} {
+		t.Run(name, func(t *testing.T) {
+			_, client := newGuestOf(t, serve)
+			if err := client.Ready(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	_, client := newGuestOf(t, func(s *guest.Server, conn net.Conn) {
+		_, other, err := ed25519.GenerateKey(nil)
+		if err == nil {
+			err = s.SetIdentity(wire.Hello{HostKey: other})
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		s.ServeTrusted(conn)
+	})
+	if err := client.Ready(t.Context()); err == nil || !strings.Contains(err.Error(), "not the guest that was meant") {
+		t.Errorf("of another guest: %v", err)
+	}
+}
+
 // Readers and writers that block keep nobody waiting: not when the command has ended, nor
 // when the context is done.
 func TestExecWithStreamsThatBlock(t *testing.T) {
