@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net"
 	"slices"
@@ -284,23 +283,5 @@ func forward(newChannel ssh.NewChannel, network, address string) {
 		refuse(newChannel, err)
 		return
 	}
-	defer func() { _ = conn.Close() }()
-	channel, requests, err := newChannel.Accept()
-	if err != nil {
-		return
-	}
-	defer func() { _ = channel.Close() }()
-	go ssh.DiscardRequests(requests)
-	var both sync.WaitGroup
-	both.Go(func() {
-		_, _ = io.Copy(conn, channel)
-		if half, ok := conn.(interface{ CloseWrite() error }); ok {
-			_ = half.CloseWrite()
-		}
-	})
-	both.Go(func() {
-		_, _ = io.Copy(channel, conn)
-		_ = channel.CloseWrite()
-	})
-	both.Wait()
+	plain.Join(newChannel, conn)
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/smolvm/smolvm/internal/agent/plain"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // version is the agent's.
@@ -113,19 +114,8 @@ func flood(channel net.Conn) error {
 	select {}
 }
 
-// peeked is a connection whose first bytes have been looked at.
-type peeked struct {
-	net.Conn
-	r *bufio.Reader
-}
-
-func (p peeked) Read(b []byte) (int, error) { return p.r.Read(b) }
-
-// CloseWrite implements [plain.Conn]: closing a stream of yamux only ends the writing.
-func (p peeked) CloseWrite() error { return p.Close() }
-
 // servePlain serves the one channel of a connection without SSH.
-func (g *guest) servePlain(conn peeked) {
+func (g *guest) servePlain(conn stream.Peeked) {
 	channel, err := plain.Accept(conn)
 	if err != nil {
 		return
@@ -141,17 +131,17 @@ func (g *guest) servePlain(conn peeked) {
 }
 
 // serveStream serves a channel, an SSH connection, or one control exchange.
-func (g *guest) serveStream(stream net.Conn) {
-	conn := peeked{stream, bufio.NewReader(stream)}
-	first, err := conn.r.Peek(len(wire.Magic))
+func (g *guest) serveStream(opened net.Conn) {
+	conn := stream.Peeked{Conn: opened, Reader: bufio.NewReader(opened)}
+	first, err := conn.Reader.Peek(len(wire.Magic))
 	switch {
 	case err == nil && string(first) == wire.Magic:
 	case g.machine.has(Echo):
-		_, _ = io.Copy(stream, conn.r)
-		_ = stream.Close()
+		_, _ = io.Copy(opened, conn.Reader)
+		_ = opened.Close()
 		return
 	default:
-		if first, err := conn.r.Peek(plain.PeekSize); err == nil && plain.IsOpen(first) {
+		if first, err := conn.Reader.Peek(plain.PeekSize); err == nil && plain.IsOpen(first) {
 			g.servePlain(conn)
 			return
 		}
@@ -169,9 +159,9 @@ func (g *guest) serveStream(stream net.Conn) {
 		if control.Clock != nil {
 			g.setClock(*control.Clock)
 		}
-		_ = wire.Write(stream, answer)
+		_ = wire.Write(opened, answer)
 	}
-	_ = stream.Close()
+	_ = opened.Close()
 	if control.Shutdown != nil && !g.machine.has(Deaf) {
 		g.powerOff("")
 	}

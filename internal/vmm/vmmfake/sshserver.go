@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/smolvm/smolvm/internal/agent/plain"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
@@ -221,23 +222,5 @@ func (g *guest) forward(newChannel ssh.NewChannel) {
 		refuse(newChannel, err)
 		return
 	}
-	defer func() { _ = conn.Close() }()
-	channel, requests, err := newChannel.Accept()
-	if err != nil {
-		return
-	}
-	defer func() { _ = channel.Close() }()
-	go ssh.DiscardRequests(requests)
-	var both sync.WaitGroup
-	both.Go(func() {
-		_, _ = io.Copy(conn, channel)
-		if half, ok := conn.(interface{ CloseWrite() error }); ok {
-			_ = half.CloseWrite()
-		}
-	})
-	both.Go(func() {
-		_, _ = io.Copy(channel, conn)
-		_ = channel.CloseWrite()
-	})
-	both.Wait()
+	plain.Join(newChannel, conn)
 }
