@@ -208,15 +208,7 @@ func findProgram(name string) (string, error) {
 	return filepath.Abs(path)
 }
 
-// note records an event. What was done has been done by then, so a failure to
-// write it down is no failure of the operation.
+// note records an event; see [teardown.Site.Note].
 func (m *Manager) note(ctx context.Context, id, action string, began time.Time, detail string) {
-	_ = m.store.AddEvent(context.WithoutCancel(ctx), smolvm.Event{
-		VMID:     id,
-		Actor:    m.actor,
-		Action:   action,
-		At:       began.UTC(),
-		Duration: time.Since(began),
-		Detail:   detail,
-	})
+	m.site().Note(ctx, id, action, began, detail)
 }

@@ -308,8 +308,9 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, method 
 		report.Verified, err = verify(*opts.Spec.Hello, identity, method != smolvm.StartBoot)
 	}
 	if err == nil && method != smolvm.StartBoot && opts.Spec.Hello != nil {
+		began := time.Now()
 		err = s.useGuest(ctx, opts)
-		report.Timeline = append(report.Timeline, smolvm.Phase{Name: "first use", Duration: time.Since(s.phaseBegan) - sum(phases)})
+		report.Timeline = append(report.Timeline, smolvm.Phase{Name: "first use", Duration: time.Since(began)})
 	}
 	if err == nil {
 		err = <-written
@@ -365,14 +366,6 @@ func (s *starting) useGuest(ctx context.Context, opts shim.LaunchOptions) error 
 		return err
 	}
 	return client.Ready(ctx)
-}
-
-// sum adds up phases.
-func sum(phases []smolvm.Phase) (total time.Duration) {
-	for _, phase := range phases {
-		total += phase.Duration
-	}
-	return total
 }
 
 // persistDisk has a new disk on stable storage, while the guest starts: a VM that is written

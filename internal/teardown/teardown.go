@@ -75,7 +75,7 @@ func RecordHalt(ctx context.Context, record shim.HaltRecord) error {
 	began := time.Now()
 	changed, err := site.Store.MarkHalted(ctx, record.ID, record.Run, record.Cause)
 	if changed {
-		site.note(ctx, record.ID, "paused", began, record.Cause)
+		site.Note(ctx, record.ID, "paused", began, record.Cause)
 	}
 	return errors.Join(err, site.Store.Close())
 }
@@ -95,7 +95,7 @@ func (s *Site) recordExit(ctx context.Context, record shim.ExitRecord) error {
 		return fmt.Errorf("record end of VM %q: %w", record.ID, err)
 	}
 	if changed {
-		s.note(ctx, record.ID, "exit", began, cause)
+		s.Note(ctx, record.ID, "exit", began, cause)
 	}
 	return s.EraseEphemeral(ctx, record.ID, record.RuntimeDir)
 }
@@ -125,7 +125,7 @@ func (s *Site) EraseEphemeral(ctx context.Context, id, runtimeDir string) error 
 		return fmt.Errorf("delete ephemeral VM %q: %w", id, err)
 	}
 	lock.Remove()
-	s.note(ctx, id, "delete", time.Now(), "it is ephemeral")
+	s.Note(ctx, id, "delete", time.Now(), "it is ephemeral")
 	return nil
 }
 
@@ -171,13 +171,13 @@ func (s *Site) Erase(ctx context.Context, vm store.VM, runtimeDir string) error 
 func (s *Site) Collect(ctx context.Context, id string) {
 	began := time.Now()
 	if err := s.Disks.Collect(ctx); err != nil {
-		s.note(ctx, id, "collect-failed", began, err.Error())
+		s.Note(ctx, id, "collect-failed", began, err.Error())
 	}
 }
 
-// note records an event. Errors are ignored: the operation has already succeeded, and the
+// Note records an event of a VM; without an id, of none. Errors are ignored: the operation has already succeeded, and the
 // event log is best effort.
-func (s *Site) note(ctx context.Context, id, action string, began time.Time, detail string) {
+func (s *Site) Note(ctx context.Context, id, action string, began time.Time, detail string) {
 	_ = s.Store.AddEvent(context.WithoutCancel(ctx), smolvm.Event{
 		VMID:     id,
 		Actor:    s.Actor,
