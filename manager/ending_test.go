@@ -283,12 +283,12 @@ func TestHostDiskFull(t *testing.T) {
 		t.Errorf("then it is %s (%s), %v", got.State, got.Cause, err)
 	}
 
-	fill(t, filler)
+	testenv.FillDisk(t, filler)
 	go func() { // it hangs until the VM ends
 		_, _ = m.Exec(ctx, "greedy", smolvm.Command{Args: []string{"sh", "-c", "dd if=/dev/zero of=/more bs=1M count=60; sync"}})
 	}()
 	awaitState(t, m, "greedy", smolvm.StatePaused)
-	fill(t, filler+"2") // what was given up meanwhile
+	testenv.FillDisk(t, filler+"2") // what was given up meanwhile
 	inTime(t, "exec", time.Second, func() error {
 		_, err := m.Exec(t.Context(), "greedy", smolvm.Command{Args: []string{"true"}})
 		if err == nil || !strings.Contains(err.Error(), "disk is full") {
@@ -309,12 +309,12 @@ func TestHostDiskFull(t *testing.T) {
 		_, err := other.Stop(t.Context(), "greedy", smolvm.StopOptions{})
 		return err
 	})
-	fill(t, filler+"3")
+	testenv.FillDisk(t, filler+"3")
 	inTime(t, "stop", 10*time.Second, func() error {
 		_, err := other.Stop(t.Context(), "modest", smolvm.StopOptions{})
 		return err
 	})
-	fill(t, filler+"4")
+	testenv.FillDisk(t, filler+"4")
 	for _, id := range []string{"greedy", "modest"} {
 		inTime(t, "delete", time.Second, func() error { return other.Delete(t.Context(), id, smolvm.DeleteOptions{}) })
 	}
@@ -327,21 +327,6 @@ func mustGet(t *testing.T, m *manager.Manager, id string) smolvm.VMInfo {
 		t.Fatal(err)
 	}
 	return vm
-}
-
-// fill writes a file until there is no room for another byte.
-func fill(t *testing.T, path string) {
-	t.Helper()
-	file, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = file.Close() }()
-	for block := make([]byte, 1<<20); len(block) > 0; {
-		if _, err := file.Write(block); err != nil {
-			block = block[:len(block)/2]
-		}
-	}
 }
 
 func awaitState(t *testing.T, m *manager.Manager, id string, state smolvm.VMState) smolvm.VMInfo {

@@ -23,6 +23,7 @@ import (
 	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/guest"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 // testGuest is the agent's SSH server, here on the host, behind connections that can be
@@ -90,8 +91,8 @@ func newGuestOf(t *testing.T, serve func(*guest.Server, net.Conn)) (*testGuest, 
 	t.Cleanup(func() { g.setHeld(false) })
 	client := agent.NewClient(agent.ClientConfig{
 		Dial: func(context.Context) (net.Conn, error) {
-			ours, outer := channelPair(t)
-			inner, theirs := channelPair(t)
+			ours, outer := testenv.UnixPair(t)
+			inner, theirs := testenv.UnixPair(t)
 			go g.pass(outer, inner)
 			go g.pass(inner, outer)
 			go serve(server, theirs)
@@ -571,7 +572,7 @@ func TestLyingGuest(t *testing.T) {
 	}
 	client := agent.NewClient(agent.ClientConfig{
 		Dial: func(context.Context) (net.Conn, error) {
-			ours, theirs := channelPair(t)
+			ours, theirs := testenv.UnixPair(t)
 			go serve(theirs)
 			return ours, nil
 		},

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -16,36 +15,16 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 // patience is how long a test waits for what must come.
 const patience = 30 * time.Second
 
-// channelPair returns both ends of a guest channel, as a VMM has it.
-func channelPair(t *testing.T) (host, guest *net.UnixConn) {
-	t.Helper()
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = listener.Close() }()
-	conn, err := net.Dial("unix", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	guest, err = listener.AcceptUnix()
-	if err != nil {
-		t.Fatal(err)
-	}
-	host = conn.(*net.UnixConn)
-	t.Cleanup(func() { _, _ = host.Close(), guest.Close() })
-	return host, guest
-}
-
 // handshake opens a channel to a guest that answers the hello, and does as it likes then.
 func handshake(t *testing.T, then func(guest *net.UnixConn)) *agent.Link {
 	t.Helper()
-	host, guest := channelPair(t)
+	host, guest := testenv.UnixPair(t)
 	go func() {
 		var hello wire.Hello
 		if wire.Read(guest, &hello) == nil && wire.Write(guest, wire.Answer{Version: "hostile"}) == nil {
@@ -193,7 +172,7 @@ func mustEnd(t *testing.T, name string, call func(context.Context) error) {
 // not.
 func TestAgentsProtocol(t *testing.T) {
 	for number, want := range map[int]error{0: nil, wire.Protocol: nil, wire.Protocol + 1: smolvm.ErrUnsupported} {
-		host, guest := channelPair(t)
+		host, guest := testenv.UnixPair(t)
 		told := make(chan int, 1)
 		go func() {
 			var hello wire.Hello
@@ -222,7 +201,7 @@ func TestGuestThatNeverAnswersHello(t *testing.T) {
 		"other answers": func(w io.Writer) error { return wire.Write(w, wire.Answer{Again: true}) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			host, guest := channelPair(t)
+			host, guest := testenv.UnixPair(t)
 			go func() {
 				for say(guest) == nil {
 				}

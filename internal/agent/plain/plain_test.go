@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"net"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -13,30 +11,10 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm/internal/agent/plain"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 const patience = 10 * time.Second
-
-// pair returns the two ends of a connection.
-func pair(t testing.TB) (client, server *net.UnixConn) {
-	t.Helper()
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = listener.Close() }()
-	conn, err := net.Dial("unix", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	server, err = listener.AcceptUnix()
-	if err != nil {
-		t.Fatal(err)
-	}
-	client = conn.(*net.UnixConn)
-	t.Cleanup(func() { _, _ = client.Close(), server.Close() })
-	return client, server
-}
 
 // end is one end of an open channel.
 type end struct {
@@ -46,7 +24,7 @@ type end struct {
 
 func open(t testing.TB) (client, server end) {
 	t.Helper()
-	ours, theirs := pair(t)
+	ours, theirs := testenv.UnixPair(t)
 	accepted := make(chan end, 1)
 	go func() {
 		asked, err := plain.Accept(theirs)
@@ -180,7 +158,7 @@ func TestClose(t *testing.T) {
 }
 
 func TestReject(t *testing.T) {
-	ours, theirs := pair(t)
+	ours, theirs := testenv.UnixPair(t)
 	go func() {
 		asked, err := plain.Accept(theirs)
 		if err != nil {
@@ -207,7 +185,7 @@ func TestOpenElsewhere(t *testing.T) {
 		"nothing":          {"", "EOF"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ours, theirs := pair(t)
+			ours, theirs := testenv.UnixPair(t)
 			go func() {
 				_, _ = io.WriteString(theirs, test.answer)
 				_ = theirs.CloseWrite()
@@ -244,7 +222,7 @@ func TestHostileEnd(t *testing.T) {
 		"a second open":      frame('O', "\x00\x04kind"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			ours, theirs := pair(t)
+			ours, theirs := testenv.UnixPair(t)
 			go func() {
 				asked := make([]byte, len(frame('O', "\x00\x04kind")))
 				_, _ = io.ReadFull(theirs, asked)
@@ -276,7 +254,7 @@ func FuzzServer(f *testing.F) {
 	f.Add([]byte(frame('O', "\x02me\x04kindpayload") + frame('D', "data") + frame('X', "")))
 	f.Add([]byte(frame('O', "\x00\x00") + frame('Q', "\x06signal\x00\x00\x00\x04KILL") + frame('C', "\x00\x00\x00\x00")))
 	f.Fuzz(func(t *testing.T, sent []byte) {
-		ours, theirs := pair(t)
+		ours, theirs := testenv.UnixPair(t)
 		go func() {
 			_, _ = ours.Write(sent)
 			_ = ours.CloseWrite()

@@ -298,19 +298,15 @@ func TestSaveOnFullDisk(t *testing.T) {
 	awaitBlocks(start(), 2)
 }
 
-// fillDisk writes a file until there is no room for another byte.
+// fillDisk is [testenv.FillDisk], and checks that it has done so.
 func fillDisk(t *testing.T, path string) {
 	t.Helper()
-	file, err := os.Create(path)
+	testenv.FillDisk(t, path)
+	file, err := os.OpenFile(path, os.O_APPEND|os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = file.Close() }()
-	for block := make([]byte, 1<<20); len(block) > 0; {
-		if _, err := file.Write(block); err != nil {
-			block = block[:len(block)/2]
-		}
-	}
 	if _, err := fmt.Fprint(file, "."); err == nil {
 		t.Error("there is room left")
 	}
