@@ -114,7 +114,7 @@ func guestPort(network, address string) (int, error) {
 	return int(port), nil
 }
 
-// guestClient is an open SSH connection to one run of a VM.
+// guestClient calls the agent in one run of a VM.
 type guestClient struct {
 	*agent.Client
 	run string
@@ -154,8 +154,8 @@ func (m *Manager) client(ctx context.Context, id, verb string) (*guestClient, er
 	return m.clientOf(vm)
 }
 
-// clientOf returns the connection that is open, or opens one. Of two that are
-// opened at the same time one is kept.
+// clientOf returns the client that there is of a VM's run, or makes one. Of two that are
+// made at the same time one is kept.
 func (m *Manager) clientOf(vm store.VM) (*guestClient, error) {
 	m.mu.Lock()
 	client := m.clients[vm.ID]

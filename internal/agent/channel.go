@@ -105,7 +105,7 @@ func Reset(ctx context.Context, channel Channel) error {
 	return nil
 }
 
-// Open opens one connection to the guest's SSH server.
+// Open opens one connection to the guest's agent.
 func (l *Link) Open(ctx context.Context) (net.Conn, error) {
 	stream, err := l.open(ctx)
 	if err != nil {

@@ -82,7 +82,7 @@ func (c *Client) DialGuest(ctx context.Context, port int) (net.Conn, error) {
 	return stream.Peeked{Conn: conn, Reader: reader}, nil
 }
 
-// DialAgent connects to the SSH server of the guest's agent.
+// DialAgent connects to the guest's agent.
 func (c *Client) DialAgent(ctx context.Context) (net.Conn, error) {
 	return dialUnix(ctx, AgentSocket(c.runtimeDir))
 }

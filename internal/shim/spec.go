@@ -68,7 +68,7 @@ type Origin struct {
 
 // ControlSocket and AgentSocket are the sockets in a VM's runtime directory. On
 // the first the shim answers the requests of [Client]; each connection to the
-// second is one SSH connection to the agent.
+// second is one to the guest's agent.
 func ControlSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "ctl") }
 
 // DrivesDir holds the links by which a VMM knows its drives. It is not the shim's runtime directory, as that of

@@ -144,7 +144,7 @@ func (s *process) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
 	stream.Splice(context.Background(), stream.Peeked{Conn: conn, Reader: reader}, guest)
 }
 
-// serveAgents connects each connection to the agent's SSH server.
+// serveAgents connects each connection to the guest's agent.
 func (s *process) serveAgents(listener net.Listener) {
 	stream.Accept(context.Background(), listener, func(conn net.Conn) { go s.connectAgent(conn) })
 }
