@@ -237,7 +237,7 @@ func (i *instance) ending(reason string) {
 }
 
 // watch waits for QEMU's end and finds out why it came.
-func (i *instance) watch() {
+func (i *instance) watch(tidied <-chan struct{}) {
 	<-i.child.Done()
 	<-i.qmp.done // all events have been handled then
 	i.console.drain()
@@ -247,6 +247,7 @@ func (i *instance) watch() {
 	i.mu.Lock()
 	i.limits.remove()
 	i.mu.Unlock()
+	<-tidied
 	close(i.done)
 }
 

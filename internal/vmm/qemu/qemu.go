@@ -145,8 +145,12 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 	inst.qmp = newQMP(inst.control, inst.handle)
 	inst.console.pump()
 	inst.log.pump()
-	go inst.watch()
-	go site.Tidy() // what VMs have left whose shim was killed
+	tidied := make(chan struct{})
+	go func() {
+		defer close(tidied)
+		site.Tidy() // what VMs have left whose shim was killed
+	}()
+	go inst.watch(tidied)
 	return inst, nil
 }
 
