@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -189,7 +190,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		config.Drives[i].Format = smolvm.DiskFormat(found.Format)
 	}
 	for i, line := range config.AuthorizedKeys {
-		if _, err := parseAuthorizedKey(line); err != nil {
+		if _, err := identity.ParseAuthorizedKey(line); err != nil {
 			bad(fmt.Sprintf("authorized_keys[%d]", i), err)
 		}
 	}
@@ -212,7 +213,7 @@ func checkDiskSize(config smolvm.VMConfig, root disk.Info) error {
 
 // reserve makes the VM's row with all its leases, in one transaction.
 func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, layer string) (store.VM, error) {
-	hostKey, err := newKey("smolvm host " + config.ID)
+	hostKey, err := identity.NewHostKey(config.ID)
 	if err != nil {
 		return store.VM{}, err
 	}
@@ -239,7 +240,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 		Layer:     layer,
 		Base:      base,
 		LogPath:   m.dir.Console(config.ID),
-		MachineID: newMachineID(),
+		MachineID: identity.NewMachineID(),
 		HostKey:   hostKey,
 		PortFree:  portFree,
 	})

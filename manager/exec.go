@@ -8,6 +8,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/store"
 )
@@ -213,7 +214,7 @@ func (m *Manager) connect(vm store.VM) (*guestClient, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, err := publicHostKey(vm)
+	key, err := identity.PublicHostKey(vm.HostKey)
 	if err != nil {
 		return nil, err
 	}

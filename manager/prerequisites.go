@@ -9,6 +9,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/host"
+	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -75,5 +76,5 @@ func requirementsOf(traits vmm.Traits) host.Requirements {
 
 // clientSigner is the data directory's key.
 func (m *Manager) clientSigner() (ssh.Signer, error) {
-	return clientKey(m.dir.Keys())
+	return identity.ClientKey(m.dir.Keys())
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
@@ -48,7 +49,7 @@ func (m *Manager) sshArgs(vm store.VM, opts smolvm.SSHOptions, host string) ([]s
 		if _, err := m.clientSigner(); err != nil { // makes the key, if need be
 			return nil, err
 		}
-		key = filepath.Join(m.dir.Keys(), clientKeyName)
+		key = identity.ClientKeyPath(m.dir.Keys())
 	}
 	args := append([]string{"ssh"}, identityArgs(key)...)
 	args = append(args, "-o", "IdentitiesOnly=yes")
@@ -110,7 +111,7 @@ func (m *Manager) writeKnownHosts(vm store.VM) (string, error) {
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}
-	key, err := publicHostKey(vm)
+	key, err := identity.PublicHostKey(vm.HostKey)
 	if err != nil {
 		return "", err
 	}

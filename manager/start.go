@@ -17,6 +17,7 @@ import (
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/glob"
+	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -315,30 +316,18 @@ func hasArg(bootArgs, name string) bool {
 
 // hello is what the guest is told of itself.
 func (m *Manager) hello(vm store.VM, plan smolvm.NetworkConfig) (*wire.Hello, error) {
-	host, err := hostKey(vm)
+	client, err := m.clientSigner()
 	if err != nil {
 		return nil, err
 	}
-	ours, err := m.clientSigner()
-	if err != nil {
-		return nil, err
-	}
-	authorized := [][]byte{ours.PublicKey().Marshal()}
-	for _, line := range vm.Config.AuthorizedKeys {
-		key, err := parseAuthorizedKey(line)
-		if err != nil {
-			return nil, fmt.Errorf("authorized key %q: %w", line, err)
-		}
-		authorized = append(authorized, key.Marshal())
-	}
-	return &wire.Hello{
+	return identity.Guest{
 		Hostname:       vm.Config.Hostname,
 		MachineID:      vm.MachineID,
-		HostKey:        host,
-		AuthorizedKeys: authorized,
+		HostKey:        vm.HostKey,
+		AuthorizedKeys: vm.Config.AuthorizedKeys,
 		Env:            vm.Config.Env,
 		Network:        wireNetwork(plan),
-	}, nil
+	}.Hello(client.PublicKey())
 }
 
 func wireNetwork(plan smolvm.NetworkConfig) *wire.Network {

@@ -2,17 +2,15 @@ package manager
 
 import (
 	"context"
-	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"os"
 	"time"
 
-	"golang.org/x/crypto/ssh"
-
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/step"
@@ -289,7 +287,7 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, method 
 	opts.Spec.Run = newRun()
 	if opts.Spec.Hello != nil {
 		hello := *opts.Spec.Hello
-		hello.BootID = shim.NewBootID()
+		hello.BootID = identity.NewBootID()
 		opts.Spec.Hello = &hello
 	}
 	written := s.persistDisk(method)
@@ -303,9 +301,9 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, method 
 	report.Method, report.Source, report.Limits = method, source, launched.Limits
 	report.Timeline = append(report.Timeline[:len(report.Timeline):len(report.Timeline)], phases...)
 	report.Warnings = append(report.Warnings[:len(report.Warnings):len(report.Warnings)], launched.Warnings...)
-	identity := launched.Answer.Identity
+	said := launched.Answer.Identity
 	if opts.Spec.Hello != nil {
-		report.Verified, err = verify(*opts.Spec.Hello, identity, method != smolvm.StartBoot)
+		report.Verified, err = identity.Verify(*opts.Spec.Hello, said, method != smolvm.StartBoot)
 	}
 	if err == nil && method != smolvm.StartBoot && opts.Spec.Hello != nil {
 		began := time.Now()
@@ -327,8 +325,8 @@ func (s *starting) attempt(ctx context.Context, opts shim.LaunchOptions, method 
 			At:          time.Now().UTC(),
 			Report:      report,
 			Identity: store.Identity{
-				BootID: identity.BootID, Random: identity.Random, MachineID: identity.MachineID,
-				HostKey: identity.HostKey, MAC: identity.MAC,
+				BootID: said.BootID, Random: said.Random, MachineID: said.MachineID,
+				HostKey: said.HostKey, MAC: said.MAC,
 			},
 		})
 	}
@@ -437,38 +435,4 @@ func guestPhases(steps []wire.Step) (kernel, identity time.Duration) {
 		at[step.Name] = step.At
 	}
 	return at["agent started"], at["ready"] - at["hello received"]
-}
-
-// verify compares what a guest says of itself with what it was told. Of what it was not
-// told, the database sees to it that no other VM has said the same.
-func verify(told wire.Hello, said wire.Identity, restored bool) (verified []string, err error) {
-	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(told.HostKey))
-	if err != nil {
-		return nil, fmt.Errorf("SSH host key: %w", err)
-	}
-	var mac string
-	if told.Network != nil {
-		mac = told.Network.MAC
-	}
-	for _, part := range []struct {
-		name, told, said string
-		optional         bool
-	}{
-		{"hostname", told.Hostname, said.Hostname, false},
-		{"machine-id", told.MachineID, said.MachineID, false},
-		{"SSH host key", ssh.FingerprintSHA256(hostKey.PublicKey()), said.HostKey, false},
-		{"boot id", told.BootID, said.BootID, !restored},
-		{"MAC", mac, said.MAC, said.MAC == ""},
-	} {
-		switch {
-		case part.told == part.said:
-			verified = append(verified, part.name)
-		case !part.optional:
-			return nil, fmt.Errorf("the guest's %s is %q, not %q", part.name, part.said, part.told)
-		}
-	}
-	if said.Random == "" {
-		return nil, errors.New("the guest has shown no random numbers")
-	}
-	return append(verified, "random numbers"), nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -160,7 +161,7 @@ func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMCo
 // network and the identity of nobody.
 func (m *Manager) strangerSpec(spec shim.Spec) (shim.Spec, error) {
 	plan := network.User(templateLease)
-	hello, err := shim.PlaceholderIdentity(wireNetwork(plan))
+	hello, err := identity.Placeholder(wireNetwork(plan))
 	if err != nil {
 		return spec, err
 	}

@@ -65,6 +65,7 @@ func tiers() [][]string {
 			"internal/agent", "internal/backing", "internal/host", "internal/image", "internal/network",
 			"internal/snapshot", "internal/store", "internal/vmm",
 		},
+		{"internal/identity"},     // what a guest is told of itself
 		{"internal/shim"},         // one running VM
 		{"internal/teardown"},     // its end
 		{"manager"},               // the engine

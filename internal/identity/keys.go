@@ -1,9 +1,8 @@
-package manager
+package identity
 
 import (
 	"crypto/ed25519"
 	"crypto/rand"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -12,13 +11,14 @@ import (
 	"path/filepath"
 
 	"golang.org/x/crypto/ssh"
-
-	"github.com/smolvm/smolvm/internal/store"
 )
 
-// clientKeyName is the file of the key by which this data directory logs in to
+// clientKeyName is the file of the key by which a data directory logs in to
 // its VMs; the public half is beside it.
 const clientKeyName = "id_ed25519"
+
+// NewHostKey makes the SSH host key of a VM, as PEM in OpenSSH's private key format.
+func NewHostKey(id string) (string, error) { return newKey("smolvm host " + id) }
 
 // newKey makes a key pair as PEM in OpenSSH's private key format.
 func newKey(comment string) (string, error) {
@@ -33,31 +33,31 @@ func newKey(comment string) (string, error) {
 	return string(pem.EncodeToMemory(block)), nil
 }
 
-// hostKey reads the private SSH host key of a VM.
-func hostKey(vm store.VM) (ed25519.PrivateKey, error) {
-	key, err := ssh.ParseRawPrivateKey([]byte(vm.HostKey))
+// hostKey reads a private SSH host key.
+func hostKey(text string) (ed25519.PrivateKey, error) {
+	key, err := ssh.ParseRawPrivateKey([]byte(text))
 	if err != nil {
-		return nil, fmt.Errorf("host key of VM %q: %w", vm.ID, err)
+		return nil, fmt.Errorf("host key: %w", err)
 	}
 	private, ok := key.(*ed25519.PrivateKey)
 	if !ok {
-		return nil, fmt.Errorf("host key of VM %q is a %T, not one of Ed25519", vm.ID, key)
+		return nil, fmt.Errorf("host key is a %T, not one of Ed25519", key)
 	}
 	return *private, nil
 }
 
-// publicHostKey is what clients know the VM by.
-func publicHostKey(vm store.VM) (ssh.PublicKey, error) {
-	private, err := hostKey(vm)
+// PublicHostKey returns the public half of a private SSH host key: what clients know a VM by.
+func PublicHostKey(text string) (ssh.PublicKey, error) {
+	private, err := hostKey(text)
 	if err != nil {
 		return nil, err
 	}
 	return ssh.NewPublicKey(private.Public())
 }
 
-// parseAuthorizedKey reads a public key that may log in. Options before it would ask for
+// ParseAuthorizedKey reads a public key that may log in. Options before it would ask for
 // what the guest's SSH server does not do, and so are refused.
-func parseAuthorizedKey(line string) (ssh.PublicKey, error) {
+func ParseAuthorizedKey(line string) (ssh.PublicKey, error) {
 	key, _, options, _, err := ssh.ParseAuthorizedKey([]byte(line))
 	if err != nil {
 		return nil, errors.New("is not a public key in OpenSSH's format")
@@ -68,16 +68,13 @@ func parseAuthorizedKey(line string) (ssh.PublicKey, error) {
 	return key, nil
 }
 
-// newMachineID makes a value for /etc/machine-id.
-func newMachineID() string {
-	var b [16]byte
-	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
-	return hex.EncodeToString(b[:])
-}
+// NewMachineID makes a value for /etc/machine-id.
+func NewMachineID() string { return randomHex(16) }
 
-// clientKey reads the data directory's key, making it the first time.
-func clientKey(keysDir string) (ssh.Signer, error) {
-	path := filepath.Join(keysDir, clientKeyName)
+// ClientKey reads the key by which a data directory logs in to its VMs, making it the first
+// time.
+func ClientKey(keysDir string) (ssh.Signer, error) {
+	path := ClientKeyPath(keysDir)
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := makeClientKey(keysDir); err != nil {
@@ -94,6 +91,9 @@ func clientKey(keysDir string) (ssh.Signer, error) {
 	}
 	return signer, nil
 }
+
+// ClientKeyPath is the file of [ClientKey].
+func ClientKeyPath(keysDir string) string { return filepath.Join(keysDir, clientKeyName) }
 
 // makeClientKey makes the key so that of several processes that do it at once,
 // one wins and all use the winner's.
@@ -118,7 +118,7 @@ func makeClientKey(keysDir string) error {
 	if err := errors.Join(writeErr, temp.Sync(), temp.Close()); err != nil {
 		return fmt.Errorf("write SSH key: %w", err)
 	}
-	path := filepath.Join(keysDir, clientKeyName)
+	path := ClientKeyPath(keysDir)
 	// A link fails where a rename would replace the key of a faster process.
 	if err := os.Link(temp.Name(), path); err != nil {
 		if errors.Is(err, fs.ErrExist) {

@@ -1,4 +1,4 @@
-package shim
+package identity
 
 import (
 	"crypto/ed25519"
@@ -9,9 +9,9 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// PlaceholderIdentity returns the hello for a guest that has no VM yet: a throwaway identity
+// Placeholder returns the hello for a guest that has no VM yet: a throwaway identity
 // that no key can log in with.
-func PlaceholderIdentity(network *wire.Network) (wire.Hello, error) {
+func Placeholder(network *wire.Network) (wire.Hello, error) {
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		return wire.Hello{}, err
@@ -20,7 +20,7 @@ func PlaceholderIdentity(network *wire.Network) (wire.Hello, error) {
 		// As short as can be: a name that grows costs a restored guest less than one
 		// that shrinks.
 		Hostname:  "t",
-		MachineID: randomHex(16),
+		MachineID: NewMachineID(),
 		BootID:    NewBootID(),
 		HostKey:   private,
 		Network:   network,
