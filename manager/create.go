@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/identity"
+	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -65,7 +65,7 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progres
 			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
 		}
 		defer release()
-		if root, err = disk.Inspect(rootfsOf(image, config.DiskSizeMiB), disk.Raw); err != nil {
+		if root, err = disk.Inspect(machine.Rootfs(image, config.DiskSizeMiB), disk.Raw); err != nil {
 			return smolvm.VMInfo{}, fmt.Errorf("create %q: image %s: %w", config.ID, config.Image, err)
 		}
 	}
@@ -123,7 +123,7 @@ func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.
 	}
 	step.Reached(ctx, "create/reserved")
 	reserved := time.Now()
-	err = m.ensureDisk(ctx, vm)
+	err = m.machines.EnsureDisk(ctx, vm)
 	step.Reached(ctx, "create/disk")
 	if err == nil && config.Ephemeral {
 		err = m.own(vm.ID)
@@ -177,13 +177,13 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	}
 	var root disk.Info
 	if config.RootfsPath != "" {
-		if root, _, err = declareDrive(rootDrive(*config)); err != nil {
+		if root, _, err = machine.Declare(machine.RootDrive(*config)); err != nil {
 			bad("rootfs_path", err)
 		}
 		config.RootfsFormat = smolvm.DiskFormat(root.Format)
 	}
 	for i, drive := range config.Drives {
-		found, err := m.usersDrive(drive)
+		found, err := m.machines.Users(drive)
 		if err != nil {
 			bad(fmt.Sprintf("drives[%d].path", i), err)
 		}
@@ -228,7 +228,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 			}
 		}
 	case path != "" && path != config.RootfsPath:
-		if base, _, err = m.usualBase(ctx, config, digest); err != nil {
+		if base, _, err = m.machines.UsualBase(ctx, config, digest); err != nil {
 			return store.VM{}, err
 		}
 	}
@@ -277,62 +277,4 @@ func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits) string {
 	default:
 		return m.dir.Disk(config.ID, backend.DiskFormats[0])
 	}
-}
-
-// baseOf returns the file that a VM's own disk is based on when it is new.
-func (m *Manager) baseOf(ctx context.Context, vm store.VM) (path, format string, err error) {
-	if vm.Layer == "" {
-		return m.usualBase(ctx, vm.Config, vm.Image)
-	}
-	if _, err := os.Stat(vm.Layer); err != nil {
-		return "", "", fmt.Errorf("the disk of the snapshot that it is restored from is missing: %w; delete the VM, and restore it anew", err)
-	}
-	return vm.Layer, disk.QCOW2, nil
-}
-
-// usualBase returns the root file system of a VM that is not restored from a snapshot.
-func (m *Manager) usualBase(ctx context.Context, config smolvm.VMConfig, digest string) (path, format string, err error) {
-	if digest == "" {
-		return config.RootfsPath, string(config.RootfsFormat), nil
-	}
-	image, err := m.images.Get(ctx, digest)
-	return rootfsOf(image, config.DiskSizeMiB), disk.Raw, err
-}
-
-// rootfsOf returns the root file system of an image for a disk of so many MiB; 0: as large
-// as the image wants it. A guest of an image makes it as large as the disk.
-func rootfsOf(image smolvm.Image, sizeMiB int64) string {
-	if sizeMiB == 0 || image.SmallRootfsPath == "" {
-		return image.RootfsPath
-	}
-	if usual, err := os.Stat(image.RootfsPath); err != nil || sizeMiB<<20 >= usual.Size() {
-		return image.RootfsPath
-	}
-	return image.SmallRootfsPath
-}
-
-// ensureDisk makes the disk of a new VM, unless one was retained from an earlier VM of
-// that id. A process that was killed while it created a VM may have left one without a
-// disk, so Start calls it too; but a disk that a guest has used is never made again.
-func (m *Manager) ensureDisk(ctx context.Context, vm store.VM) error {
-	if vm.DiskPath == "" {
-		return nil
-	}
-	_, err := os.Stat(vm.DiskPath)
-	switch {
-	case err == nil:
-		return nil
-	case !errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("find disk: %w", err)
-	case vm.State != smolvm.StateCreated || vm.DiskPath == vm.Config.RootfsPath:
-		return fmt.Errorf("its disk %s is missing; put it back, or delete the VM", vm.DiskPath)
-	}
-	overlay := backing.Overlay{Path: vm.DiskPath, Size: vm.Config.DiskSizeMiB << 20}
-	if overlay.Base, overlay.BaseFormat, err = m.baseOf(ctx, vm); err != nil {
-		return err
-	}
-	if vm.Layer == "" {
-		return m.disks.Create(ctx, overlay)
-	}
-	return m.disks.Derive(ctx, overlay)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/store"
@@ -41,6 +42,8 @@ type Manager struct {
 	disks  *backing.Disks
 	images *image.Store
 	host   *host.Host
+	// machines says what a VMM is to run for a VM.
+	machines *machine.Builder
 
 	templates, snapshots *snapshot.Store
 
@@ -124,6 +127,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 
 		diskBudget: budget, diskReserve: reserve,
 	}
+	m.machines = &machine.Builder{Dir: dir, Images: images, Disks: m.disks, Host: m.host}
 	return m, nil
 }
 

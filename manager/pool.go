@@ -385,7 +385,7 @@ func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Sna
 		return err
 	}
 	step.Reached(ctx, "fill/disk")
-	drive, err := m.ownDrive(diskPath)
+	drive, err := m.machines.Own(diskPath)
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/step"
@@ -26,11 +27,11 @@ import (
 // snapshotMeta is what is kept with a snapshot.
 type snapshotMeta struct {
 	// Format is [snapshotFormat]. Zero: from before there was one.
-	Format   int             `json:"format,omitempty"`
-	VMID     string          `json:"vm_id"`
-	Config   smolvm.VMConfig `json:"config"`
-	Image    string          `json:"image"`
-	Hardware hardware        `json:"hardware"`
+	Format   int              `json:"format,omitempty"`
+	VMID     string           `json:"vm_id"`
+	Config   smolvm.VMConfig  `json:"config"`
+	Image    string           `json:"image"`
+	Hardware machine.Hardware `json:"hardware"`
 	// MachineID is the VM's, by which it is told from a later one of the same id.
 	MachineID string `json:"machine_id,omitempty"`
 	// Layer is the name of the disk's layer; empty for a VM without a disk.
@@ -148,11 +149,11 @@ func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, 
 			return snapshotMeta{}, fmt.Errorf("%w: drive %s may be written to, and is not part of a snapshot", smolvm.ErrUnsupported, drive.Path)
 		}
 	}
-	machine, err := m.vmmConfig(ctx, vm, vm.Accelerator)
+	machine, err := m.machines.Config(ctx, vm, vm.Accelerator)
 	if err != nil {
 		return snapshotMeta{}, err
 	}
-	h, err := m.hardwareOf(vm.Backend, machine)
+	h, err := m.machines.HardwareOf(vm.Backend, machine)
 	if err != nil {
 		return snapshotMeta{}, err
 	}
@@ -329,41 +330,19 @@ func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from savedGuest
 }
 
 // compatible says why a VM can't go on from memory that was saved on some hardware.
-func (m *Manager) compatible(ctx context.Context, vm store.VM, saved hardware) error {
-	machine, err := m.vmmConfig(ctx, vm, m.host.Accelerator(ctx).Name)
+func (m *Manager) compatible(ctx context.Context, vm store.VM, saved machine.Hardware) error {
+	machine, err := m.machines.Config(ctx, vm, m.host.Accelerator(ctx).Name)
 	if err != nil {
 		return err
 	}
-	now, err := m.hardwareOf(vm.Backend, machine)
+	now, err := m.machines.HardwareOf(vm.Backend, machine)
 	if err != nil {
 		return err
 	}
-	if what := saved.difference(now); what != "" {
+	if what := saved.Difference(now); what != "" {
 		return fmt.Errorf("it was saved by another VMM or on another host: %s", what)
 	}
 	return nil
-}
-
-// difference says in what some hardware differs from what there is now; empty: in nothing.
-func (h hardware) difference(now hardware) string {
-	for _, part := range []struct {
-		name    string
-		was, is any
-	}{
-		{"backend", h.Backend, now.Backend},
-		{"accelerator", h.Accelerator, now.Accelerator},
-		{"program of the VMM", h.Program, now.Program},
-		{"layout of the devices", h.Layout, now.Layout},
-		{"CPU", h.CPU, now.CPU},
-		{"number of CPUs", h.VCPUs, now.VCPUs},
-		{"memory in MiB", h.MemoryMiB, now.MemoryMiB},
-		{"disks", fmt.Sprintf("%+v", h.Drives), fmt.Sprintf("%+v", now.Drives)},
-	} {
-		if part.was != part.is {
-			return fmt.Sprintf("its %s was %v, and is %v now", part.name, part.was, part.is)
-		}
-	}
-	return ""
 }
 
 // Fork makes children of a running VM: each goes on where the parent is, with an

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -15,7 +14,6 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/datadir"
-	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/network"
@@ -132,7 +130,7 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
 	accelerator := m.host.Accelerator(ctx)
-	machine, err := m.vmmConfig(ctx, vm, accelerator.Name)
+	machine, err := m.machines.Config(ctx, vm, accelerator.Name)
 	if err != nil {
 		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
@@ -182,136 +180,6 @@ func bootTimeout(opts smolvm.StartOptions, accelerator string) time.Duration {
 	default:
 		return emulationFactor * smolvm.DefaultBootTimeout
 	}
-}
-
-// vmmConfig says what the VMM is to run.
-func (m *Manager) vmmConfig(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {
-	config := vmm.Config{
-		ID:          vm.ID,
-		Accelerator: accelerator,
-		VCPUs:       vm.Config.VCPUs,
-		MemoryMiB:   vm.Config.MemoryMiB,
-		CPULimit:    vm.Config.CPULimit,
-		DiskLimit:   vmm.DiskLimit{BytesPerSecond: vm.Config.DiskBytesPerSecond, IOPS: vm.Config.DiskIOPS},
-		Kernel:      vm.Config.KernelPath,
-		Initrd:      vm.Config.InitrdPath,
-		BootArgs:    vm.Config.BootArgs,
-		NIC:         &vmm.NIC{MAC: network.User(vm.Lease).GuestMAC},
-		Channel:     vm.Config.UsesImage(),
-		ConsolePath: vm.LogPath,
-		LogPath:     filepath.Join(m.vmDir(vm.ID), "vmm.log"),
-	}
-	var err error
-	if vm.Config.UsesImage() {
-		image, err := m.images.Get(ctx, vm.Image)
-		if err != nil {
-			return config, err
-		}
-		config.Kernel, config.Initrd = image.KernelPath, image.InitrdPath
-		if config.BootArgs == "" {
-			config.BootArgs = image.BootArgs
-		}
-	} else if config.Kernel, err = m.images.Kernel(ctx, config.Kernel); err != nil {
-		return config, err
-	}
-	if vm.DiskPath != "" && !hasArg(config.BootArgs, "root") {
-		config.BootArgs += " root=/dev/vda rw"
-	}
-	config.Drives, err = m.drives(vm)
-	return config, err
-}
-
-// drives returns the disks of a VM, each with the files that it is based on. No format is
-// taken from what a disk holds, which a guest may have written.
-func (m *Manager) drives(vm store.VM) ([]vmm.Drive, error) {
-	users := vm.Config.Drives
-	var drives []vmm.Drive
-	switch vm.DiskPath {
-	case "":
-	case vm.Config.RootfsPath:
-		users = append([]smolvm.Drive{rootDrive(vm.Config)}, users...)
-	default:
-		root := rootDrive(vm.Config)
-		own, err := m.ownDrive(vm.DiskPath, declaredFiles(append([]smolvm.DiskFile{{Path: root.Path, Format: root.Format}}, root.Backing...))...)
-		if err != nil {
-			return nil, err
-		}
-		drives = append(drives, own)
-	}
-	for _, drive := range users {
-		found, err := m.usersDrive(drive)
-		if err != nil {
-			return nil, err
-		}
-		drives = append(drives, found)
-	}
-	return drives, nil
-}
-
-// usersDrive is a disk that the user names. One that is qcow2 is looked at each time, as it
-// may have been another VM's raw one meanwhile. It may also be the disk of a VM of ours.
-func (m *Manager) usersDrive(drive smolvm.Drive) (vmm.Drive, error) {
-	if drive.Format != smolvm.FormatRaw {
-		ours, err := m.disks.IsOurs(context.Background(), drive.Path)
-		if err != nil {
-			return vmm.Drive{}, err
-		}
-		if ours {
-			if len(drive.Backing) > 0 {
-				return vmm.Drive{}, fmt.Errorf("%s: it is the disk of a VM; what it is based on is known, and can't be named", drive.Path)
-			}
-			own, err := m.ownDrive(drive.Path)
-			own.ReadOnly = drive.ReadOnly
-			return own, err
-		}
-	}
-	info, chain, err := declareDrive(drive)
-	if errors.Is(err, disk.ErrNoFileSystem) {
-		err = nil // an empty drive is fine: the guest may make a file system on it
-	}
-	return vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly, Device: info.Device, Backing: chainFiles(chain)}, err
-}
-
-// rootDrive is the root file system that the user brings.
-func rootDrive(config smolvm.VMConfig) smolvm.Drive {
-	return smolvm.Drive{Path: config.RootfsPath, Format: config.RootfsFormat, Backing: config.RootfsBacking}
-}
-
-// declareDrive looks at a disk that the user names, and what it is based on.
-func declareDrive(drive smolvm.Drive) (disk.Info, []disk.File, error) {
-	return disk.DeclareChain(disk.File{Path: drive.Path, Format: string(drive.Format)}, declaredFiles(drive.Backing))
-}
-
-func declaredFiles(files []smolvm.DiskFile) []disk.File {
-	var declared []disk.File
-	for _, file := range files {
-		declared = append(declared, disk.File{Path: file.Path, Format: string(file.Format)})
-	}
-	return declared
-}
-
-func chainFiles(chain []disk.File) []vmm.DiskFile {
-	var files []vmm.DiskFile
-	for _, file := range chain {
-		files = append(files, vmm.DiskFile(file))
-	}
-	return files
-}
-
-// ownDrive is a disk in the data directory, which is qcow2 as we have made it. Declared as
-// for [backing.Disks.Chain].
-func (m *Manager) ownDrive(path string, declared ...disk.File) (vmm.Drive, error) {
-	chain, err := m.disks.Chain(path, declared...)
-	return vmm.Drive{Path: path, Format: disk.QCOW2, Backing: chainFiles(chain)}, err
-}
-
-func hasArg(bootArgs, name string) bool {
-	for arg := range strings.FieldsSeq(bootArgs) {
-		if strings.HasPrefix(arg, name+"=") {
-			return true
-		}
-	}
-	return false
 }
 
 // hello is what the guest is told of itself.

@@ -79,7 +79,7 @@ func (m *Manager) boot(ctx context.Context, vm store.VM, opts smolvm.StartOption
 	if vm.State == smolvm.StateCreated && vm.Layer != "" && from == nil {
 		s.warn(errors.New("it was to go on from a snapshot, or as a fork, and that was cut short; it was booted from the disk of that"))
 	}
-	if err := m.ensureDisk(ctx, vm); err != nil {
+	if err := m.machines.EnsureDisk(ctx, vm); err != nil {
 		return vm, nil, vmError("start", vm.ID, err)
 	}
 	step.Reached(ctx, "start/disk")
@@ -223,13 +223,13 @@ func (s *starting) restoreOnce(ctx context.Context, from savedGuest) error {
 	made := !s.touched && s.vm.State == smolvm.StateCreated && s.vm.Layer == from.base && disk.Pristine(s.vm.DiskPath)
 	s.touched = true
 	if !made {
-		if err := s.m.rebase(ctx, s.vm, from.base, disk.QCOW2); err != nil {
+		if err := s.m.machines.Rebase(ctx, s.vm, from.base, disk.QCOW2); err != nil {
 			return err
 		}
 	}
 	s.phase("disk")
 	launch := s.launch
-	drives, err := s.m.drives(s.vm) // its base is another one now
+	drives, err := s.m.machines.Drives(s.vm) // its base is another one now
 	if err != nil {
 		return err
 	}
@@ -260,17 +260,17 @@ func (s *starting) missed(ctx context.Context, method smolvm.StartMethod, source
 // cold boots the VM, from a disk as it was before other methods were tried.
 func (s *starting) cold(ctx context.Context, from *savedGuest) error {
 	if s.touched {
-		base, format, err := s.m.baseOf(ctx, s.vm)
+		base, format, err := s.m.machines.BaseOf(ctx, s.vm)
 		if from != nil {
 			base, format, err = from.base, disk.QCOW2, nil
 		}
 		if err != nil {
 			return err
 		}
-		if err := s.m.rebase(ctx, s.vm, base, format); err != nil {
+		if err := s.m.machines.Rebase(ctx, s.vm, base, format); err != nil {
 			return err
 		}
-		if s.launch.Spec.VMM.Drives, err = s.m.drives(s.vm); err != nil {
+		if s.launch.Spec.VMM.Drives, err = s.m.machines.Drives(s.vm); err != nil {
 			return err
 		}
 	}

@@ -8,15 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
+	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -33,29 +32,10 @@ const (
 	keyDigits, idDigits = 12, 6
 )
 
-// hardware is what a saved guest needs to find again to go on.
-type hardware struct {
-	Backend     string `json:"backend"`
-	Accelerator string `json:"accelerator"`
-	// Program is the VMM's, with what changes when it is upgraded.
-	Program string `json:"program"`
-	// Layout of the devices; see [vmm.Traits].
-	Layout    int         `json:"layout"`
-	CPU       string      `json:"cpu"`
-	VCPUs     int         `json:"vcpus"`
-	MemoryMiB int         `json:"memory_mib"`
-	Drives    []driveKind `json:"drives"`
-}
-
-type driveKind struct {
-	Format   string `json:"format"`
-	ReadOnly bool   `json:"read_only"`
-}
-
 // recipe is all that makes one template differ from another.
 type recipe struct {
-	Format   int      `json:"format"`
-	Hardware hardware `json:"hardware"`
+	Format   int              `json:"format"`
+	Hardware machine.Hardware `json:"hardware"`
 	// Image is a digest, over kernel, initramfs, agent and root file system.
 	Image       string `json:"image"`
 	BootArgs    string `json:"boot_args"`
@@ -80,50 +60,6 @@ func (r recipe) withCurrentHost(now recipe) recipe {
 	return r
 }
 
-// hardwareOf is the hardware of a VM that is run as config says.
-func (m *Manager) hardwareOf(backend string, config vmm.Config) (hardware, error) {
-	traits, err := vmm.Lookup(backend)
-	if err != nil {
-		return hardware{}, err
-	}
-	program, err := programStamp(traits)
-	if err != nil {
-		return hardware{}, err
-	}
-	h := hardware{
-		Backend:     backend,
-		Accelerator: config.Accelerator,
-		Program:     program,
-		Layout:      traits.Layout,
-		CPU:         m.host.CPUModel(),
-		VCPUs:       config.VCPUs,
-		MemoryMiB:   config.MemoryMiB,
-	}
-	for _, drive := range config.Drives {
-		h.Drives = append(h.Drives, driveKind{drive.Format, drive.ReadOnly})
-	}
-	return h, nil
-}
-
-// programStamp tells one build of a VMM from another without running it.
-func programStamp(traits vmm.Traits) (string, error) {
-	for _, name := range traits.Programs[0].Names {
-		path, err := exec.LookPath(name)
-		if err != nil {
-			continue
-		}
-		if path, err = filepath.EvalSymlinks(path); err != nil {
-			return "", err
-		}
-		info, err := os.Stat(path)
-		if err != nil {
-			return "", err
-		}
-		return fmt.Sprintf("%s %d %d", path, info.Size(), info.ModTime().UnixNano()), nil
-	}
-	return "", fmt.Errorf("%s is not installed", strings.Join(traits.Programs[0].Names, " or "))
-}
-
 // recipeOf is the recipe of the template that a VM could be cloned from. What a
 // template can't have it says in words: drives of the VM's own, or a guest that can't
 // be given an identity.
@@ -136,7 +72,7 @@ func (m *Manager) recipeOf(config smolvm.VMConfig, digest, backend string, machi
 	case len(config.Drives) > 0:
 		return recipe{}, errors.New("it has drives of its own")
 	}
-	h, err := m.hardwareOf(backend, machine)
+	h, err := m.machines.HardwareOf(backend, machine)
 	if err != nil {
 		return recipe{}, err
 	}
@@ -301,7 +237,7 @@ func (m *Manager) templateInfo(found snapshot.Snapshot) (smolvm.Template, error)
 // stale reports whether no start can be a clone of a recipe's template any more, because
 // the host or the program has changed.
 func (m *Manager) stale(r recipe) bool {
-	now, err := m.hardwareOf(r.Hardware.Backend, vmm.Config{Accelerator: r.Hardware.Accelerator})
+	now, err := m.machines.HardwareOf(r.Hardware.Backend, vmm.Config{Accelerator: r.Hardware.Accelerator})
 	return err != nil || r.key() != r.withCurrentHost(recipe{Format: templateFormat, Hardware: now}).key()
 }
 

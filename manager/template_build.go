@@ -15,6 +15,7 @@ import (
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/identity"
+	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -129,12 +130,12 @@ func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMCo
 		return shim.Spec{}, err
 	}
 	err = m.disks.Create(ctx, backing.Overlay{
-		Path: draft.Path(snapshot.DiskFile), Base: rootfsOf(image, r.DiskSizeMiB), BaseFormat: disk.Raw, Size: r.DiskSizeMiB << 20,
+		Path: draft.Path(snapshot.DiskFile), Base: machine.Rootfs(image, r.DiskSizeMiB), BaseFormat: disk.Raw, Size: r.DiskSizeMiB << 20,
 	})
 	if err != nil {
 		return shim.Spec{}, err
 	}
-	drive, err := m.ownDrive(draft.Path(snapshot.DiskFile))
+	drive, err := m.machines.Own(draft.Path(snapshot.DiskFile))
 	if err != nil {
 		return shim.Spec{}, err
 	}

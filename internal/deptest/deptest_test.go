@@ -66,6 +66,7 @@ func tiers() [][]string {
 			"internal/snapshot", "internal/store", "internal/vmm",
 		},
 		{"internal/identity"},     // what a guest is told of itself
+		{"internal/machine"},      // what a VMM is told of a VM
 		{"internal/shim"},         // one running VM
 		{"internal/teardown"},     // its end
 		{"manager"},               // the engine

@@ -1,0 +1,96 @@
+package machine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Drives returns the disks of a VM, each with the files that it is based on. No format is
+// taken from what a disk holds, which a guest may have written.
+func (b *Builder) Drives(vm store.VM) ([]vmm.Drive, error) {
+	users := vm.Config.Drives
+	var drives []vmm.Drive
+	switch vm.DiskPath {
+	case "":
+	case vm.Config.RootfsPath:
+		users = append([]smolvm.Drive{RootDrive(vm.Config)}, users...)
+	default:
+		root := RootDrive(vm.Config)
+		own, err := b.Own(vm.DiskPath, declaredFiles(append([]smolvm.DiskFile{{Path: root.Path, Format: root.Format}}, root.Backing...))...)
+		if err != nil {
+			return nil, err
+		}
+		drives = append(drives, own)
+	}
+	for _, drive := range users {
+		found, err := b.Users(drive)
+		if err != nil {
+			return nil, err
+		}
+		drives = append(drives, found)
+	}
+	return drives, nil
+}
+
+// Users returns a disk that the user names. One that is qcow2 is looked at each time, as it
+// may have been another VM's raw one meanwhile. It may also be the disk of a VM of ours.
+func (b *Builder) Users(drive smolvm.Drive) (vmm.Drive, error) {
+	if drive.Format != smolvm.FormatRaw {
+		ours, err := b.Disks.IsOurs(context.Background(), drive.Path)
+		if err != nil {
+			return vmm.Drive{}, err
+		}
+		if ours {
+			if len(drive.Backing) > 0 {
+				return vmm.Drive{}, fmt.Errorf("%s: it is the disk of a VM; what it is based on is known, and can't be named", drive.Path)
+			}
+			own, err := b.Own(drive.Path)
+			own.ReadOnly = drive.ReadOnly
+			return own, err
+		}
+	}
+	info, chain, err := Declare(drive)
+	if errors.Is(err, disk.ErrNoFileSystem) {
+		err = nil // an empty drive is fine: the guest may make a file system on it
+	}
+	return vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly, Device: info.Device, Backing: chainFiles(chain)}, err
+}
+
+// RootDrive returns the root file system that the user brings.
+func RootDrive(config smolvm.VMConfig) smolvm.Drive {
+	return smolvm.Drive{Path: config.RootfsPath, Format: config.RootfsFormat, Backing: config.RootfsBacking}
+}
+
+// Declare looks at a disk that the user names, and what it is based on.
+func Declare(drive smolvm.Drive) (disk.Info, []disk.File, error) {
+	return disk.DeclareChain(disk.File{Path: drive.Path, Format: string(drive.Format)}, declaredFiles(drive.Backing))
+}
+
+func declaredFiles(files []smolvm.DiskFile) []disk.File {
+	var declared []disk.File
+	for _, file := range files {
+		declared = append(declared, disk.File{Path: file.Path, Format: string(file.Format)})
+	}
+	return declared
+}
+
+func chainFiles(chain []disk.File) []vmm.DiskFile {
+	var files []vmm.DiskFile
+	for _, file := range chain {
+		files = append(files, vmm.DiskFile(file))
+	}
+	return files
+}
+
+// Own returns a disk in the data directory, which is qcow2 as we have made it. Declared as
+// for [backing.Disks.Chain].
+func (b *Builder) Own(path string, declared ...disk.File) (vmm.Drive, error) {
+	chain, err := b.Disks.Chain(path, declared...)
+	return vmm.Drive{Path: path, Format: disk.QCOW2, Backing: chainFiles(chain)}, err
+}

@@ -1,0 +1,73 @@
+// Package machine turns a VM's row into what a VMM runs: its kernel, its devices and its disks.
+package machine
+
+import (
+	"context"
+	"path/filepath"
+	"strings"
+
+	"github.com/smolvm/smolvm/internal/backing"
+	"github.com/smolvm/smolvm/internal/datadir"
+	"github.com/smolvm/smolvm/internal/host"
+	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Builder makes the machines of the VMs of a data directory.
+type Builder struct {
+	Dir    *datadir.Dir
+	Images *image.Store
+	Disks  *backing.Disks
+	Host   *host.Host
+}
+
+// Config returns what the VMM of a VM is to run on an accelerator.
+func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {
+	config := vmm.Config{
+		ID:          vm.ID,
+		Accelerator: accelerator,
+		VCPUs:       vm.Config.VCPUs,
+		MemoryMiB:   vm.Config.MemoryMiB,
+		CPULimit:    vm.Config.CPULimit,
+		DiskLimit:   vmm.DiskLimit{BytesPerSecond: vm.Config.DiskBytesPerSecond, IOPS: vm.Config.DiskIOPS},
+		Kernel:      vm.Config.KernelPath,
+		Initrd:      vm.Config.InitrdPath,
+		BootArgs:    vm.Config.BootArgs,
+		NIC:         &vmm.NIC{MAC: network.User(vm.Lease).GuestMAC},
+		Channel:     vm.Config.UsesImage(),
+		ConsolePath: vm.LogPath,
+		LogPath:     filepath.Join(b.Dir.VM(vm.ID), VMMLog),
+	}
+	var err error
+	if vm.Config.UsesImage() {
+		image, err := b.Images.Get(ctx, vm.Image)
+		if err != nil {
+			return config, err
+		}
+		config.Kernel, config.Initrd = image.KernelPath, image.InitrdPath
+		if config.BootArgs == "" {
+			config.BootArgs = image.BootArgs
+		}
+	} else if config.Kernel, err = b.Images.Kernel(ctx, config.Kernel); err != nil {
+		return config, err
+	}
+	if vm.DiskPath != "" && !hasArg(config.BootArgs, "root") {
+		config.BootArgs += " root=/dev/vda rw"
+	}
+	config.Drives, err = b.Drives(vm)
+	return config, err
+}
+
+// VMMLog is the name of the file with a VMM's own output, beside the log of the console.
+const VMMLog = "vmm.log"
+
+func hasArg(bootArgs, name string) bool {
+	for arg := range strings.FieldsSeq(bootArgs) {
+		if strings.HasPrefix(arg, name+"=") {
+			return true
+		}
+	}
+	return false
+}
