@@ -67,6 +67,7 @@ func tiers() [][]string {
 		},
 		{"internal/identity"},     // what a guest is told of itself
 		{"internal/machine"},      // what a VMM is told of a VM
+		{"internal/worker"},       // work in a process of its own
 		{"internal/shim"},         // one running VM
 		{"internal/teardown"},     // its end
 		{"manager"},               // the engine
