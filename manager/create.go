@@ -50,7 +50,7 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progres
 	if _, err := m.store.GetVM(ctx, config.ID); err == nil {
 		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w; choose another id, or delete it first", config.ID, smolvm.ErrVMAlreadyExists)
 	}
-	if err := m.checkRoom(); err != nil {
+	if err := m.budget.Check(); err != nil {
 		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
 	}
 	var digest string

@@ -25,7 +25,7 @@ func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smo
 	if err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
 	}
-	if err := m.checkRoom(); err != nil {
+	if err := m.budget.Check(); err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
 	}
 	built, err := m.images.Build(ctx, image.Recipe{

@@ -12,6 +12,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
+	"github.com/smolvm/smolvm/internal/budget"
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/host"
@@ -35,9 +36,8 @@ type Manager struct {
 	dataDir, socketDir string
 	backend            vmm.Traits
 	config             Config
-	// See [Config]; with the environment and the default filled in.
-	diskBudget, diskReserve int64
 
+	budget *budget.Budget
 	store  *store.Store
 	disks  *backing.Disks
 	images *image.Store
@@ -80,7 +80,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	budget, reserve, err := config.diskLimits()
+	limits, err := budget.Limits{Bytes: config.DiskBudget, Reserve: config.DiskReserve}.FromEnv()
 	if err != nil {
 		return nil, err
 	}
@@ -125,7 +125,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 		bootID:    sync.OnceValue(readBootID),
 		starts:    make(chan struct{}, config.maxStarts()),
 
-		diskBudget: budget, diskReserve: reserve,
+		budget: &budget.Budget{Dir: dir, Limits: limits},
 	}
 	m.machines = &machine.Builder{Dir: dir, Images: images, Disks: m.disks, Host: m.host}
 	return m, nil

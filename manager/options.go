@@ -5,6 +5,7 @@ import (
 	"runtime"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/budget"
 )
 
 // Config says how to open a [Manager]. The zero value is useful.
@@ -67,6 +68,10 @@ type TemplateConfig struct {
 	// recently used are removed. Zero: 4 GiB.
 	MaxBytes int64
 }
+
+// DefaultDiskReserve is how many bytes of the data directory's file system stay free, unless
+// that is small: then it is a twentieth of it.
+const DefaultDiskReserve = budget.DefaultReserve
 
 const templatesEnv = "SMOLVM_TEMPLATES"
 

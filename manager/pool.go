@@ -355,7 +355,7 @@ func (m *Manager) fillPool(ctx context.Context, id string) error {
 	}
 	missing := pool.Size - len(m.slots(id))
 	if missing > 0 {
-		if err := m.checkRoom(); err != nil {
+		if err := m.budget.Check(); err != nil {
 			return err
 		}
 	}

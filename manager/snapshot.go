@@ -116,7 +116,7 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 	if !vm.State.Alive() {
 		return nil, meta, stateError("snapshot", vm)
 	}
-	if err := m.checkRoom(); err != nil {
+	if err := m.budget.Check(); err != nil {
 		return nil, meta, fmt.Errorf("snapshot VM %q: %w", id, err)
 	}
 	if meta, err = m.snapshotMeta(ctx, vm); err != nil {

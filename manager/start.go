@@ -66,7 +66,7 @@ func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts smolvm.Star
 	if vm.State.Alive() {
 		return smolvm.VMInfo{}, stateError("start", vm)
 	}
-	if err := errors.Join(m.requireBackend(ctx, vm.Backend), requireOpenFiles(), m.checkRoom()); err != nil {
+	if err := errors.Join(m.requireBackend(ctx, vm.Backend), requireOpenFiles(), m.budget.Check()); err != nil {
 		return smolvm.VMInfo{}, vmError("start", id, err)
 	}
 	if from != nil && damage != nil {

@@ -40,7 +40,7 @@ func (m *Manager) startTask(t task, lock *os.File) (*worker.Worker, error) {
 		return nil, err
 	}
 	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend.Name, program, m.config.templateBytes()
-	t.DiskBudget, t.DiskReserve = m.diskBudget, m.diskReserve
+	t.DiskBudget, t.DiskReserve = m.budget.Limits.Bytes, m.budget.Limits.Reserve
 	return worker.Start(worker.Options{Program: program, Orders: t, LogPath: m.workerLog(), Lock: lock})
 }
 

@@ -72,7 +72,7 @@ type templateMeta struct {
 // buildTemplate makes a template, in a worker. The recipe's lock is held.
 func (m *Manager) buildTemplate(ctx context.Context, r recipe, config smolvm.VMConfig) (id string, err error) {
 	began := time.Now()
-	if err := m.checkRoom(); err != nil {
+	if err := m.budget.Check(); err != nil {
 		return "", err // the next start of its kind tries again
 	}
 	defer func() { m.noteTemplate(r, err) }()

@@ -65,9 +65,8 @@ func tiers() [][]string {
 			"internal/agent", "internal/backing", "internal/host", "internal/image", "internal/network",
 			"internal/snapshot", "internal/store", "internal/vmm",
 		},
-		{"internal/identity"},     // what a guest is told of itself
-		{"internal/machine"},      // what a VMM is told of a VM
-		{"internal/worker"},       // work in a process of its own
+		// Rooms that need no shim.
+		{"internal/budget", "internal/identity", "internal/machine", "internal/worker"},
 		{"internal/shim"},         // one running VM
 		{"internal/teardown"},     // its end
 		{"manager"},               // the engine

@@ -1,4 +1,5 @@
-package manager
+// Package budget bounds what a data directory takes of the host's disk.
+package budget
 
 import (
 	"cmp"
@@ -13,34 +14,52 @@ import (
 	"syscall"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/diskspace"
 	"github.com/smolvm/smolvm/internal/size"
 )
 
 const (
-	diskBudgetEnv  = "SMOLVM_DISK_BUDGET"
-	diskReserveEnv = "SMOLVM_DISK_RESERVE"
+	bytesEnv   = "SMOLVM_DISK_BUDGET"
+	reserveEnv = "SMOLVM_DISK_RESERVE"
 )
 
-// DefaultDiskReserve is how much of the data directory's file system stays free, unless
+// DefaultReserve is how much of the data directory's file system stays free, unless
 // that is small: then it is a twentieth.
-const DefaultDiskReserve = 256 << 20
+const DefaultReserve = 256 << 20
 
-// diskLimits finds out how many bytes the data directory may take (zero: as many as there
-// are), and how many are to stay free (negative: none; zero: the default).
-func (c Config) diskLimits() (budget, reserve int64, err error) {
-	budget, err = fromEnv(c.DiskBudget, diskBudgetEnv)
-	if err != nil {
-		return 0, 0, err
-	}
-	reserve, err = fromEnv(c.DiskReserve, diskReserveEnv)
-	if err == nil && reserve == 0 && os.Getenv(diskReserveEnv) != "" {
-		reserve = -1 // that is what a zero means to people
-	}
-	return budget, reserve, err
+// Limits are how much a data directory may take, in bytes.
+type Limits struct {
+	// Bytes is how many it may take. Zero: as many as there are.
+	Bytes int64
+	// Reserve is how many are to stay free on its file system. Zero: [DefaultReserve], or a
+	// twentieth of a small file system. Negative: none.
+	Reserve int64
 }
 
-// fromEnv is an option in bytes, or if that is zero what a variable says.
+// FromEnv returns the limits with those that are zero taken from the environment.
+func (l Limits) FromEnv() (Limits, error) {
+	bytes, err := fromEnv(l.Bytes, bytesEnv)
+	if err != nil {
+		return Limits{}, err
+	}
+	reserve, err := fromEnv(l.Reserve, reserveEnv)
+	if err != nil {
+		return Limits{}, err
+	}
+	if reserve == 0 && os.Getenv(reserveEnv) != "" {
+		reserve = -1 // that is what a zero means to people
+	}
+	return Limits{Bytes: bytes, Reserve: reserve}, nil
+}
+
+// Budget bounds one data directory.
+type Budget struct {
+	Dir    *datadir.Dir
+	Limits Limits
+}
+
+// fromEnv returns an option in bytes, or if that is zero what a variable says.
 func fromEnv(option int64, name string) (int64, error) {
 	text := os.Getenv(name)
 	if option != 0 || text == "" {
@@ -53,40 +72,40 @@ func fromEnv(option int64, name string) (int64, error) {
 	return mebibytes << 20, nil
 }
 
-// checkRoom fails if there is no room for what takes more of the disk. The error matches
+// Check fails if there is no room for what takes more of the disk. The error matches
 // [smolvm.ErrDiskBudget]. Two that check at once may both find room: the budget is for the
 // sum of what guests write over hours, not for the last megabyte.
-func (m *Manager) checkRoom() error {
-	free, total, err := diskspace.Of(m.dataDir)
+func (b *Budget) Check() error {
+	free, total, err := diskspace.Of(b.Dir.Root())
 	if err != nil {
 		return err
 	}
-	reserve := cmp.Or(m.diskReserve, min(DefaultDiskReserve, total/20))
+	reserve := cmp.Or(b.Limits.Reserve, min(DefaultReserve, total/20))
 	if free < reserve {
 		return fmt.Errorf("%w: %s are free on the file system of %s, and %s are to stay free ($%s): remove VMs, snapshots or images, or other files",
-			smolvm.ErrDiskBudget, size.Format(free), m.dataDir, size.Format(reserve), diskReserveEnv)
+			smolvm.ErrDiskBudget, size.Format(free), b.Dir.Root(), size.Format(reserve), reserveEnv)
 	}
-	if m.diskBudget == 0 {
+	if b.Limits.Bytes == 0 {
 		return nil
 	}
-	used, kinds, err := m.diskUsage()
+	used, kinds, err := b.usage()
 	if err != nil {
 		return fmt.Errorf("find out what is used of the disk budget: %w", err)
 	}
-	if used >= m.diskBudget {
+	if used >= b.Limits.Bytes {
 		return fmt.Errorf("%w: %s takes %s (%s), and %s are allowed ($%s): remove VMs, snapshots, templates or images",
-			smolvm.ErrDiskBudget, m.dataDir, size.Format(used), kinds, size.Format(m.diskBudget), diskBudgetEnv)
+			smolvm.ErrDiskBudget, b.Dir.Root(), size.Format(used), kinds, size.Format(b.Limits.Bytes), bytesEnv)
 	}
 	return nil
 }
 
-// diskUsage counts the bytes that the data directory takes on disk, holes not counted and
+// usage counts the bytes that the data directory takes on disk, holes not counted and
 // files of several names once; and lists what takes how much, the largest first.
-func (m *Manager) diskUsage() (total int64, kinds string, err error) {
+func (b *Budget) usage() (total int64, kinds string, err error) {
 	type file struct{ device, inode uint64 }
 	seen := map[file]bool{}
 	byKind := map[string]int64{}
-	err = filepath.WalkDir(m.dataDir, func(path string, entry fs.DirEntry, err error) error {
+	err = filepath.WalkDir(b.Dir.Root(), func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
 			return ignoreGone(err)
 		}
@@ -106,9 +125,9 @@ func (m *Manager) diskUsage() (total int64, kinds string, err error) {
 			seen[key] = true
 		}
 		const blockSize = 512 // of st_blocks, whatever the file system's is; see stat(3type)
-		name, _ := filepath.Rel(m.dataDir, path)
+		name, _ := filepath.Rel(b.Dir.Root(), path)
 		kind, _, found := strings.Cut(name, string(filepath.Separator))
-		if !found && strings.HasPrefix(name, filepath.Base(m.dir.Database())) {
+		if !found && strings.HasPrefix(name, filepath.Base(b.Dir.Database())) {
 			kind = "database"
 		}
 		byKind[kind] += stat.Blocks * blockSize
