@@ -14,6 +14,7 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -242,7 +243,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 		LogPath:   m.dir.Console(config.ID),
 		MachineID: identity.NewMachineID(),
 		HostKey:   hostKey,
-		PortFree:  portFree,
+		PortFree:  shim.PortFree,
 	})
 	switch {
 	case err == nil:

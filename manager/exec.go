@@ -115,6 +115,21 @@ func guestPort(network, address string) (int, error) {
 	return int(port), nil
 }
 
+// guests are the connections to the agents of VMs; it implements [start.Guests].
+type guests struct{ *Manager }
+
+// Ready implements [start.Guests].
+func (g guests) Ready(ctx context.Context, vm store.VM) error {
+	client, err := g.clientOf(vm)
+	if err != nil {
+		return err
+	}
+	return client.Ready(ctx)
+}
+
+// Forget implements [start.Guests].
+func (g guests) Forget(id string) { g.forgetClient(id) }
+
 // guestClient calls the agent in one run of a VM.
 type guestClient struct {
 	*agent.Client

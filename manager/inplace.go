@@ -12,16 +12,17 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/start"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
 // restoreInPlace has the VM that a snapshot was taken of go back to it. If it can't go on
 // from there, it is as it was before.
-func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from savedGuest, damage error, opts smolvm.RestoreOptions) (smolvm.VMInfo, error) {
+func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from start.Saved, damage error, opts smolvm.RestoreOptions) (smolvm.VMInfo, error) {
 	began := time.Now()
 	fail := func(err error) (smolvm.VMInfo, error) {
-		return smolvm.VMInfo{}, fmt.Errorf("restore snapshot %q in place: %w", from.source, err)
+		return smolvm.VMInfo{}, fmt.Errorf("restore snapshot %q in place: %w", from.Source, err)
 	}
 	switch {
 	case opts.ID != "" && opts.ID != meta.VMID:
@@ -42,8 +43,8 @@ func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from sa
 	if damage == nil {
 		damage = m.compatible(ctx, vm, meta.Hardware)
 	}
-	if damage != nil && from.must && !opts.Start.Cold {
-		return fail(notRestored(damage))
+	if damage != nil && from.Must && !opts.Start.Cold {
+		return fail(start.NotRestored(damage))
 	}
 	if err := m.keepDisk(ctx, before); err != nil {
 		return fail(err)
@@ -62,7 +63,7 @@ func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from sa
 	step.Reached(ctx, "in place/started")
 	_ = os.Remove(m.keptDisk(vm.ID)) // or the next start does it
 	m.site().Collect(context.WithoutCancel(ctx), vm.ID)
-	m.note(ctx, vm.ID, "restore", began, from.source)
+	m.note(ctx, vm.ID, "restore", began, from.Source)
 	return info, nil
 }
 

@@ -20,8 +20,11 @@ import (
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/start"
 	"github.com/smolvm/smolvm/internal/store"
+	"github.com/smolvm/smolvm/internal/template"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/warmpool"
 )
 
 const backendEnv = "SMOLVM_BACKEND"
@@ -45,10 +48,12 @@ type Manager struct {
 	// machines says what a VMM is to run for a VM.
 	machines *machine.Builder
 
-	templates, snapshots *snapshot.Store
+	snapshots *snapshot.Store
+	templates *template.Templates
+	pools     *warmpool.Pools
+	starter   *start.Starter
 
-	locks  flock.Queue   // those who wait for the lock of a VM
-	starts chan struct{} // has an element for each start under way; see startSlot
+	locks flock.Queue // those who wait for the lock of a VM
 
 	// actor names this process in events.
 	actor string
@@ -116,19 +121,37 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 		config:    config,
 		store:     state,
 		images:    images,
-		templates: templates,
 		snapshots: snapshots,
 		host:      host.New(host.Options{CacheDir: dir.Cache()}),
 		actor:     fmt.Sprintf("%s[%d]", filepath.Base(os.Args[0]), os.Getpid()),
 		clients:   map[string]*guestClient{},
 		owned:     map[string]*os.File{},
 		bootID:    sync.OnceValue(readBootID),
-		starts:    make(chan struct{}, config.maxStarts()),
 
 		budget: &budget.Budget{Dir: dir, Limits: limits},
 	}
-	m.machines = &machine.Builder{Dir: dir, Images: images, Disks: m.disks, Host: m.host}
+	m.wire(templates)
 	return m, nil
+}
+
+// wire gives each room of the engine what it needs of the others.
+func (m *Manager) wire(templates *snapshot.Store) {
+	m.machines = &machine.Builder{Dir: m.dir, Images: m.images, Disks: m.disks, Host: m.host}
+	m.templates = &template.Templates{
+		Dir: m.dir, Saved: templates, Disks: m.disks, Machines: m.machines, Budget: m.budget,
+		Program: m.shimCommand, HostBootID: m.bootID,
+		LogPath: m.workerLog(), MaxBytes: m.config.templateBytes(), Note: m.note,
+	}
+	m.pools = &warmpool.Pools{
+		Dir: m.dir, Store: m.store, Disks: m.disks, Machines: m.machines, Templates: m.templates, Budget: m.budget,
+		RuntimeDir: m.runtimeDir, Program: m.shimCommand, HostBootID: m.bootID, EnsureTemplate: m.BuildTemplate,
+	}
+	m.starter = &start.Starter{
+		Dir: m.dir, Store: m.store, Disks: m.disks, Machines: m.machines, Templates: m.templates, Pools: m.pools,
+		Turns: start.NewTurns(m.dir, m.config.maxStarts()), Guests: guests{m}, Background: background{m},
+		OnlyBoot:   !m.config.usesTemplates(),
+		RuntimeDir: m.runtimeDir, Program: m.shimCommand, HostBootID: m.bootID, ClientKey: m.clientSigner,
+	}
 }
 
 // VM returns a handle of the VM of that id, which need not be there yet.

@@ -29,12 +29,12 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 		return forward, &smolvm.NetworkError{ID: id, Op: "forward " + forward.String(), Err: err}
 	}
 	// The row comes first: it keeps other VMs off the port.
-	forward, err = m.store.AddForward(ctx, id, forward, portFree)
+	forward, err = m.store.AddForward(ctx, id, forward, shim.PortFree)
 	if err != nil {
 		return fail(err)
 	}
 	if vm.State.Alive() {
-		_, err := shim.NewClient(m.runtimeDir(id)).AddForward(ctx, shimForward(forward))
+		_, err := shim.NewClient(m.runtimeDir(id)).AddForward(ctx, shim.ForwardOf(forward))
 		if err != nil {
 			_ = m.store.RemoveForward(context.WithoutCancel(ctx), id, forward.Protocol, forward.HostPort)
 			return fail(err)
@@ -65,7 +65,7 @@ func (m *Manager) RemovePortForward(ctx context.Context, id string, forward smol
 	}
 	// The row goes last: as long as the port is held it belongs to this VM.
 	if vm.State.Alive() {
-		if err := shim.NewClient(m.runtimeDir(id)).RemoveForward(ctx, shimForward(vm.Forwards[i])); err != nil {
+		if err := shim.NewClient(m.runtimeDir(id)).RemoveForward(ctx, shim.ForwardOf(vm.Forwards[i])); err != nil {
 			return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
 		}
 	}

@@ -38,7 +38,7 @@ func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 	}
 	failed, err := m.store.TakeFailed(ctx)
 	dead, errs = append(dead, failed...), append(errs, err)
-	errs = append(errs, m.reclaim(ctx, known), m.templates.Clean(), m.snapshots.Clean(), m.reconcilePools(ctx), m.reclaimLayers(ctx), cgroup.Sweep("/", cgroup.IdleAge))
+	errs = append(errs, m.reclaim(ctx, known), m.templates.Saved.Clean(), m.snapshots.Clean(), m.pools.Reconcile(ctx), m.disks.Collect(ctx), cgroup.Sweep("/", cgroup.IdleAge))
 	return dead, errors.Join(errs...)
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/start"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -87,7 +88,7 @@ func (m *Manager) CreateSnapshot(ctx context.Context, id string, opts smolvm.Sna
 	step.Reached(ctx, "snapshot/saved")
 	found, err := draft.Commit(ctx, meta, m.bootID())
 	if err != nil {
-		return smolvm.Snapshot{}, errors.Join(snapshotError(err), m.reclaimLayers(context.WithoutCancel(ctx)))
+		return smolvm.Snapshot{}, errors.Join(snapshotError(err), m.disks.Collect(context.WithoutCancel(ctx)))
 	}
 	step.Reached(ctx, "snapshot/published")
 	m.note(ctx, id, "snapshot", began, name)
@@ -133,7 +134,7 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 	saved, err := m.saveInto(ctx, vm, draft, meta.Layer)
 	if err != nil {
 		ctx := context.WithoutCancel(ctx)
-		return nil, meta, errors.Join(fmt.Errorf("snapshot VM %q: %w", id, err), draft.Discard(), m.reclaimLayers(ctx))
+		return nil, meta, errors.Join(fmt.Errorf("snapshot VM %q: %w", id, err), draft.Discard(), m.disks.Collect(ctx))
 	}
 	meta.Pause, meta.Held, meta.Synced, meta.Exact = saved.Pause, saved.Held, saved.Synced, true
 	return draft, meta, nil
@@ -159,7 +160,7 @@ func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, 
 	}
 	meta := snapshotMeta{Format: snapshotFormat, VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, MachineID: vm.MachineID}
 	if vm.DiskPath != "" {
-		meta.Layer = "snapshot-" + newRun()
+		meta.Layer = "snapshot-" + shim.NewRun()
 	}
 	return meta, nil
 }
@@ -253,7 +254,7 @@ func (m *Manager) RemoveSnapshot(ctx context.Context, name string) error {
 	if err := m.snapshots.Remove(name); err != nil {
 		return snapshotError(err)
 	}
-	return m.reclaimLayers(ctx)
+	return m.disks.Collect(ctx)
 }
 
 // RestoreSnapshot makes a VM that goes on where a snapshot was taken, with an identity
@@ -276,14 +277,14 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts smolvm.
 	if err := compat.Check(fmt.Sprintf("snapshot %q", name), meta.Format, snapshotFormat); err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	from := savedGuest{
-		method:    smolvm.StartSnapshot,
-		source:    name,
-		files:     meta.restore(found.Path),
-		base:      m.dir.Layer(meta.Layer),
-		inSession: true,
-		must:      !opts.AllowCold,
-		doubts:    meta.doubts(name),
+	from := start.Saved{
+		Method:    smolvm.StartSnapshot,
+		Source:    name,
+		Files:     meta.restore(found.Path),
+		Base:      m.dir.Layer(meta.Layer),
+		InSession: true,
+		Must:      !opts.AllowCold,
+		Doubts:    meta.doubts(name),
 	}
 	if !opts.InPlace && !meta.Config.UsesImage() {
 		return smolvm.VMInfo{}, fmt.Errorf("restore snapshot %q: %w: its guest has no agent that could give it another identity, so there would be two VMs of the same address and keys; stop VM %q and restore it in place",
@@ -297,7 +298,7 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts smolvm.
 }
 
 // revive makes a VM of a saved one. Damage is why its memory can't be used, if not nil.
-func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from savedGuest, damage error, opts smolvm.RestoreOptions) (smolvm.VMInfo, error) {
+func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from start.Saved, damage error, opts smolvm.RestoreOptions) (smolvm.VMInfo, error) {
 	config := meta.Config
 	config.ID = opts.ID
 	if config.ID == "" {
@@ -315,7 +316,7 @@ func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from savedGuest
 	}
 	config.Ephemeral = opts.Ephemeral
 	config = config.WithDefaults()
-	vm, err := m.create(ctx, config, meta.Image, from.base)
+	vm, err := m.create(ctx, config, meta.Image, from.Base)
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
@@ -354,19 +355,19 @@ func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) 
 	if vm, err := m.lookup(ctx, id); err == nil && !vm.Config.UsesImage() {
 		return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w: its guest has no agent that could give a child another identity", id, smolvm.ErrUnsupported)
 	}
-	draft, meta, err := m.save(ctx, id, "fork-"+newRun())
+	draft, meta, err := m.save(ctx, id, "fork-"+shim.NewRun())
 	if err != nil {
 		return smolvm.Forked{}, err
 	}
 	// The children have its memory mapped, and its disk is a layer.
 	defer func() { _ = draft.Discard() }()
-	from := savedGuest{
-		method:    smolvm.StartSnapshot,
-		source:    id,
-		files:     meta.restore(draft.Path),
-		base:      m.dir.Layer(meta.Layer),
-		inSession: true,
-		must:      !opts.AllowCold,
+	from := start.Saved{
+		Method:    smolvm.StartSnapshot,
+		Source:    id,
+		Files:     meta.restore(draft.Path),
+		Base:      m.dir.Layer(meta.Layer),
+		InSession: true,
+		Must:      !opts.AllowCold,
 	}
 	forked := smolvm.Forked{Pause: meta.Pause, Children: make([]smolvm.VMInfo, count)}
 	group, groupCtx := errgroup.WithContext(ctx)
@@ -386,7 +387,7 @@ func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) 
 				err = errors.Join(err, m.Delete(context.WithoutCancel(ctx), child.ID, smolvm.DeleteOptions{}))
 			}
 		}
-		return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w", id, errors.Join(err, m.reclaimLayers(context.WithoutCancel(ctx))))
+		return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w", id, errors.Join(err, m.disks.Collect(context.WithoutCancel(ctx))))
 	}
 	step.Reached(ctx, "fork/children")
 	m.note(ctx, id, "fork", began, fmt.Sprintf("%d", count))

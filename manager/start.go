@@ -4,32 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
-	"path/filepath"
 	"syscall"
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/agent/wire"
-	"github.com/smolvm/smolvm/internal/backing"
-	"github.com/smolvm/smolvm/internal/datadir"
-	"github.com/smolvm/smolvm/internal/glob"
-	"github.com/smolvm/smolvm/internal/identity"
-	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/start"
 	"github.com/smolvm/smolvm/internal/store"
-	"github.com/smolvm/smolvm/internal/vmm"
-)
-
-const (
-	// guestSSHPort is where every guest's SSH server is, ours or its own.
-	guestSSHPort = 22
-	// emulationFactor is how many times longer things may take without hardware
-	// virtualization; a kernel boots about ten times slower, a guest that is up
-	// works about four times slower.
-	emulationFactor = 4
 )
 
 // Start starts a VM that does not run, and returns when it is ready as its
@@ -51,7 +34,7 @@ func (m *Manager) Start(ctx context.Context, id string, opts smolvm.StartOptions
 
 // startFrom is Start of a VM that is to go on from a saved guest, if that is not nil, and
 // nothing is wrong with it.
-func (m *Manager) startFrom(ctx context.Context, id string, opts smolvm.StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
+func (m *Manager) startFrom(ctx context.Context, id string, opts smolvm.StartOptions, from *start.Saved, damage error) (smolvm.VMInfo, error) {
 	vm, lock, err := m.acquire(ctx, id)
 	if err != nil {
 		return smolvm.VMInfo{}, err
@@ -61,7 +44,7 @@ func (m *Manager) startFrom(ctx context.Context, id string, opts smolvm.StartOpt
 }
 
 // startLocked is startFrom for the holder of the VM's lock.
-func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts smolvm.StartOptions, from *savedGuest, damage error) (smolvm.VMInfo, error) {
+func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts smolvm.StartOptions, from *start.Saved, damage error) (smolvm.VMInfo, error) {
 	began, id := time.Now(), vm.ID
 	if vm.State.Alive() {
 		return smolvm.VMInfo{}, stateError("start", vm)
@@ -70,9 +53,12 @@ func (m *Manager) startLocked(ctx context.Context, vm store.VM, opts smolvm.Star
 		return smolvm.VMInfo{}, vmError("start", id, err)
 	}
 	if from != nil && damage != nil {
-		damage = fmt.Errorf("%s %s: %w", from.method, from.source, damage)
+		damage = fmt.Errorf("%s %s: %w", from.Method, from.Source, damage)
 	}
-	vm, report, err := m.boot(ctx, vm, opts, from, damage)
+	if from == nil {
+		_ = os.Remove(m.keptDisk(id)) // of a process that was killed
+	}
+	vm, report, err := m.starter.Start(ctx, start.Plan{VM: vm, Options: opts, From: from, Damage: damage})
 	if err != nil {
 		m.note(ctx, id, "start-failed", began, err.Error())
 		return smolvm.VMInfo{}, err
@@ -96,123 +82,6 @@ func requireOpenFiles() error {
 	}
 	return &smolvm.Error{Hint: "raise the limit, as with `ulimit -n 1024`",
 		Err: fmt.Errorf("a process may have only %d files open, and a VM needs %d", limit.Max, minOpenFiles)}
-}
-
-// failed writes down a start that did not succeed. A start that the caller gave up, or in
-// which the guest did not run, leaves the VM in the state that it was in.
-func (m *Manager) failed(ctx context.Context, vm store.VM, ran bool, cause error) error {
-	err := vmError("start", vm.ID, cause)
-	if ctx.Err() != nil && !errors.Is(cause, smolvm.ErrBootTimeout) {
-		return err
-	}
-	ctx = context.WithoutCancel(ctx)
-	if ran {
-		return errors.Join(err, m.store.MarkFailed(ctx, vm.ID, cause.Error(), time.Now().UTC()))
-	}
-	return errors.Join(err, m.store.MarkNotStarted(ctx, vm.ID, vm.State, "its start failed: "+cause.Error()))
-}
-
-// prepare makes the directories of a start, and the shim's orders.
-func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOptions) (shim.LaunchOptions, error) {
-	command, err := m.shimCommand()
-	if err != nil {
-		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
-	}
-	dir := m.vmDir(vm.ID)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
-	}
-	if err := removeAll(dir, "*"+backing.OverlaySuffix); err != nil { // of a run that died while it was saved
-		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
-	}
-	runtimeDir := m.runtimeDir(vm.ID)
-	if err := datadir.MakeRuntimeParent(runtimeDir); err != nil {
-		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
-	}
-	accelerator := m.host.Accelerator(ctx)
-	machine, err := m.machines.Config(ctx, vm, accelerator.Name)
-	if err != nil {
-		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
-	}
-	plan := network.User(vm.Lease)
-	attached := network.ConfigOf(plan)
-	spec := shim.Spec{
-		ID:           vm.ID,
-		Run:          newRun(),
-		Backend:      vm.Backend,
-		VMM:          machine,
-		Network:      &attached,
-		Ready:        vm.Config.Ready,
-		ReadyTimeout: bootTimeout(opts, accelerator.Name),
-		TTL:          vm.Config.TTL,
-		WarmUp:       m.warmUpOf(vm),
-		Ephemeral:    vm.Config.Ephemeral,
-		RuntimeDir:   runtimeDir,
-		Origin:       shim.Origin{DataDir: m.dataDir, State: vm.State},
-	}
-	if vm.Config.UsesImage() {
-		if spec.Hello, err = m.hello(vm, plan); err != nil {
-			return shim.LaunchOptions{}, vmError("start", vm.ID, err)
-		}
-	}
-	return shim.LaunchOptions{
-		Program: command,
-		Spec:    spec,
-		LogPath: filepath.Join(dir, "shim.log"),
-	}, nil
-}
-
-// removeAll removes the files below dir that match a pattern.
-func removeAll(dir, pattern string) error {
-	paths, err := glob.In(dir, pattern)
-	for _, path := range paths {
-		err = errors.Join(err, os.Remove(path))
-	}
-	return err
-}
-
-func bootTimeout(opts smolvm.StartOptions, accelerator string) time.Duration {
-	switch {
-	case opts.Timeout != 0:
-		return opts.Timeout
-	case accelerator == vmm.KVM:
-		return smolvm.DefaultBootTimeout
-	default:
-		return emulationFactor * smolvm.DefaultBootTimeout
-	}
-}
-
-// hello is what the guest is told of itself.
-func (m *Manager) hello(vm store.VM, plan smolvm.NetworkConfig) (*wire.Hello, error) {
-	client, err := m.clientSigner()
-	if err != nil {
-		return nil, err
-	}
-	return identity.Guest{
-		Hostname:       vm.Config.Hostname,
-		MachineID:      vm.MachineID,
-		HostKey:        vm.HostKey,
-		AuthorizedKeys: vm.Config.AuthorizedKeys,
-		Env:            vm.Config.Env,
-		Network:        wireNetwork(plan),
-	}.Hello(client.PublicKey())
-}
-
-func wireNetwork(plan smolvm.NetworkConfig) *wire.Network {
-	return &wire.Network{
-		MAC:     plan.GuestMAC,
-		Address: netip.PrefixFrom(plan.GuestIP, plan.Prefix.Bits()),
-		Gateway: plan.Gateway,
-		DNS:     []netip.Addr{plan.Gateway},
-	}
-}
-
-// warmUpOf is what a VM runs in a cold boot: only in the first that succeeds, as in a clone.
-func (m *Manager) warmUpOf(vm store.VM) string {
-	if vm.State != smolvm.StateCreated && vm.Run != "" {
-		return ""
-	}
-	return vm.Config.WarmUp
 }
 
 // shimCommand is the program that becomes the shim.

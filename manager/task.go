@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/template"
 	"github.com/smolvm/smolvm/internal/worker"
 )
 
@@ -29,7 +30,7 @@ type task struct {
 }
 
 type templateTask struct {
-	Recipe recipe          `json:"recipe"`
+	Kind   template.Kind   `json:"recipe"`
 	Config smolvm.VMConfig `json:"config"`
 }
 
@@ -64,6 +65,17 @@ func (m *Manager) startTaskAside(t task, lock *os.File) error {
 	return err
 }
 
+// background has the next start of a kind prepared; it implements [start.Background].
+type background struct{ *Manager }
+
+// FillPool implements [start.Background].
+func (b background) FillPool(key string) error { return b.startTaskAside(task{Pool: key}, nil) }
+
+// BuildTemplate implements [start.Background].
+func (b background) BuildTemplate(kind template.Kind, config smolvm.VMConfig, lock *os.File) error {
+	return b.startTaskAside(task{Template: &templateTask{Kind: kind, Config: config}}, lock)
+}
+
 // workerLog is what workers, and the shims that they start, have to say.
 func (m *Manager) workerLog() string { return filepath.Join(m.dir.Cache(), "tasks.log") }
 
@@ -87,9 +99,9 @@ func (t *task) run(ctx context.Context) (id string, err error) {
 	m.actor = fmt.Sprintf("task[%d]", os.Getpid())
 	switch {
 	case t.Template != nil:
-		id, err = m.buildTemplate(ctx, t.Template.Recipe, t.Template.Config)
+		id, err = m.templates.Build(ctx, t.Template.Kind, t.Template.Config)
 	case t.Pool != "":
-		err = m.fillPool(ctx, t.Pool)
+		err = m.pools.Fill(ctx, t.Pool)
 	default:
 		err = errors.New("the orders have no task that this program knows")
 	}

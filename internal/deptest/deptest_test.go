@@ -68,6 +68,9 @@ func tiers() [][]string {
 		// Rooms that need no shim.
 		{"internal/budget", "internal/identity", "internal/machine", "internal/worker"},
 		{"internal/shim"},         // one running VM
+		{"internal/template"},     // guests that were saved before anybody wanted them
+		{"internal/warmpool"},     // VMs that wait for their users
+		{"internal/start"},        // the ways to start a VM
 		{"internal/teardown"},     // its end
 		{"manager"},               // the engine
 		{"internal/shim/program"}, // what programs are that serve as shims

@@ -3,6 +3,7 @@
 package glob
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,4 +20,13 @@ func In(dir, pattern string) ([]string, error) {
 		names[i] = filepath.Join(dir, name)
 	}
 	return names, nil
+}
+
+// Remove removes the files below dir that match a pattern of [fs.Glob].
+func Remove(dir, pattern string) error {
+	paths, err := In(dir, pattern)
+	for _, path := range paths {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
 }

@@ -7,9 +7,11 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
@@ -48,6 +50,16 @@ func (g Guest) Hello(client ssh.PublicKey) (*wire.Hello, error) {
 		Env:            g.Env,
 		Network:        g.Network,
 	}, nil
+}
+
+// NetworkOf returns what a guest is told of a network that was planned.
+func NetworkOf(plan smolvm.NetworkConfig) *wire.Network {
+	return &wire.Network{
+		MAC:     plan.GuestMAC,
+		Address: netip.PrefixFrom(plan.GuestIP, plan.Prefix.Bits()),
+		Gateway: plan.Gateway,
+		DNS:     []netip.Addr{plan.Gateway},
+	}
 }
 
 // Verify compares what a guest says of itself with what it was told, and returns the names of

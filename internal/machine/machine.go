@@ -5,7 +5,9 @@ import (
 	"context"
 	"path/filepath"
 	"strings"
+	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/host"
@@ -58,6 +60,19 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 	}
 	config.Drives, err = b.Drives(vm)
 	return config, err
+}
+
+// EmulationFactor is how many times longer things may take without hardware virtualization: a
+// kernel boots about ten times slower, a guest that is up works about four times slower.
+const EmulationFactor = 4
+
+// BootTimeout returns how long a VM may take to become ready on an accelerator, unless its
+// user says otherwise.
+func BootTimeout(accelerator string) time.Duration {
+	if accelerator == vmm.KVM {
+		return smolvm.DefaultBootTimeout
+	}
+	return EmulationFactor * smolvm.DefaultBootTimeout
 }
 
 // VMMLog is the name of the file with a VMM's own output, beside the log of the console.

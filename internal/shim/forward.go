@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
 // Forward is one port forward of a running VM.
@@ -20,6 +21,27 @@ type Forward struct {
 	Host netip.AddrPort `json:"host"`
 	// GuestPort is connected to.
 	GuestPort int `json:"guest_port"`
+}
+
+// ForwardOf returns a port forward as a shim is told it.
+func ForwardOf(f smolvm.PortForward) Forward {
+	return Forward{Protocol: f.Protocol, Host: netip.AddrPortFrom(f.HostAddr, uint16(f.HostPort)), GuestPort: f.GuestPort}
+}
+
+// SSHForward returns the forward of a host's port to a guest's SSH server.
+func SSHForward(addr netip.Addr, port int) Forward {
+	return ForwardOf(smolvm.PortForward{Protocol: smolvm.TCP, HostAddr: addr, HostPort: port, GuestPort: wire.SSHPort})
+}
+
+// PortFree reports whether a host's port can be bound now. Another program may still take it
+// before a VM starts.
+func PortFree(protocol smolvm.Protocol, addr netip.Addr, port int) bool {
+	listener, err := ForwardOf(smolvm.PortForward{Protocol: protocol, HostAddr: addr, HostPort: port}).Listen(context.Background())
+	if err != nil {
+		return false
+	}
+	_ = listener.Close()
+	return true
 }
 
 // Listen binds the host port of a forward. The error matches [smolvm.ErrPortInUse] if

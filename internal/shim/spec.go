@@ -1,6 +1,8 @@
 package shim
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"os"
 	"path/filepath"
@@ -56,6 +58,14 @@ type Spec struct {
 	RuntimeDir string `json:"runtime_dir"`
 	// Origin comes back in [ExitRecord] and [HaltRecord].
 	Origin Origin `json:"origin"`
+}
+
+// NewRun makes a name for one run of a VM, by which the end of that run is told from the end
+// of any other.
+func NewRun() string {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
+	return hex.EncodeToString(b[:])
 }
 
 // Origin says where the VM of a shim belongs.

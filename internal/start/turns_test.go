@@ -1,4 +1,4 @@
-package manager
+package start
 
 import (
 	"context"
@@ -8,27 +8,28 @@ import (
 	"testing"
 	"time"
 
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // However many starts there are in however many processes, only so many go on at a time, and
 // none waits for ever for one that does not end.
 func TestStartTurns(t *testing.T) {
-	dir := t.TempDir()
-	open := func() *Manager {
-		m, err := Open(t.Context(), Config{DataDir: dir, SocketDir: dir, MaxStarts: 2})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = m.Close() })
-		return m
+	t.Parallel()
+	dir, err := datadir.Open(datadir.Options{Path: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
 	}
-	managers := []*Manager{open(), open()} // as in two processes
+	const limit = 200 * time.Millisecond                  // so that the test need not wait for long
+	turns := []*Turns{NewTurns(dir, 2), NewTurns(dir, 2)} // as in two processes
+	for _, one := range turns {
+		one.limit = limit
+	}
 	var now, most atomic.Int32
 	var starts sync.WaitGroup
 	for i := range 50 {
 		starts.Go(func() {
-			end, err := managers[i%2].startTurn(t.Context(), vmm.TCG)
+			end, err := turns[i%2].Take(t.Context(), vmm.TCG)
 			if err != nil {
 				t.Error(err)
 				return
@@ -46,25 +47,25 @@ func TestStartTurns(t *testing.T) {
 		t.Errorf("%d starts were under way at once, want 2", most.Load())
 	}
 	for range 2 { // they do not end
-		if _, err := managers[0].startTurn(t.Context(), vmm.KVM); err != nil {
+		if _, err := turns[0].Take(t.Context(), vmm.KVM); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for _, m := range managers {
-		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-		_, err := m.startTurn(ctx, vmm.KVM)
+	for _, one := range turns {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		_, err := one.Take(ctx, vmm.KVM)
 		cancel()
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("a wait that was given up: %v", err)
 		}
 	}
 	began := time.Now()
-	end, err := managers[1].startTurn(t.Context(), vmm.KVM)
+	end, err := turns[1].Take(t.Context(), vmm.KVM)
 	if err != nil {
 		t.Fatal(err)
 	}
 	end()
-	if took := time.Since(began); took < turnTime/2 {
+	if took := time.Since(began); took < limit/2 {
 		t.Errorf("a start had its turn after %s, beside two that are under way", took)
 	}
 }

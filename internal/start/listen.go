@@ -1,4 +1,4 @@
-package manager
+package start
 
 import (
 	"context"
@@ -18,17 +18,17 @@ type boundForward struct {
 	forward  shim.Forward
 }
 
-// listen binds the host ports of the VM. The SSH port moves on if another program
+// bind binds the host ports of the VM. The SSH port moves on if another program
 // has taken it since it was reserved; a port that the user named is an error then.
-func (m *Manager) listen(ctx context.Context, vm *store.VM) ([]boundForward, error) {
+func (s *Starter) bind(ctx context.Context, vm *store.VM) ([]boundForward, error) {
 	var bound []boundForward
-	sshListener, err := m.listenSSH(ctx, vm)
+	sshListener, err := s.bindSSH(ctx, vm)
 	if err != nil {
 		return nil, err
 	}
-	bound = append(bound, boundForward{sshListener, sshForward(vm.Config.SSHHostAddr, vm.SSHPort)})
+	bound = append(bound, boundForward{sshListener, shim.SSHForward(vm.Config.SSHHostAddr, vm.SSHPort)})
 	for _, forward := range vm.Forwards {
-		forwarded := shimForward(forward)
+		forwarded := shim.ForwardOf(forward)
 		listener, err := forwarded.Listen(ctx)
 		if err != nil {
 			closeAll(bound)
@@ -39,8 +39,8 @@ func (m *Manager) listen(ctx context.Context, vm *store.VM) ([]boundForward, err
 	return bound, nil
 }
 
-func (m *Manager) listenSSH(ctx context.Context, vm *store.VM) (io.Closer, error) {
-	listener, err := sshForward(vm.Config.SSHHostAddr, vm.SSHPort).Listen(ctx)
+func (s *Starter) bindSSH(ctx context.Context, vm *store.VM) (io.Closer, error) {
+	listener, err := shim.SSHForward(vm.Config.SSHHostAddr, vm.SSHPort).Listen(ctx)
 	if err == nil {
 		return listener, nil
 	}
@@ -49,8 +49,8 @@ func (m *Manager) listenSSH(ctx context.Context, vm *store.VM) (io.Closer, error
 	}
 	// The port that is found free stays bound from that moment on, so no other
 	// program can take it before it is ours in the database as well.
-	port, err := m.store.MoveSSHPort(ctx, vm.ID, func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
-		candidate, err := sshForward(addr, port).Listen(ctx)
+	port, err := s.Store.MoveSSHPort(ctx, vm.ID, func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
+		candidate, err := shim.SSHForward(addr, port).Listen(ctx)
 		if err != nil {
 			return false
 		}
@@ -68,25 +68,6 @@ func (m *Manager) listenSSH(ctx context.Context, vm *store.VM) (io.Closer, error
 	}
 	vm.SSHPort = port
 	return listener, nil
-}
-
-func sshForward(addr netip.Addr, port int) shim.Forward {
-	return shimForward(smolvm.PortForward{Protocol: smolvm.TCP, HostAddr: addr, HostPort: port, GuestPort: guestSSHPort})
-}
-
-func shimForward(f smolvm.PortForward) shim.Forward {
-	return shim.Forward{Protocol: f.Protocol, Host: netip.AddrPortFrom(f.HostAddr, uint16(f.HostPort)), GuestPort: f.GuestPort}
-}
-
-// portFree reports whether a port can be bound now. Another program may still take
-// it before the VM starts; Start then moves to another one.
-func portFree(protocol smolvm.Protocol, addr netip.Addr, port int) bool {
-	listener, err := shimForward(smolvm.PortForward{Protocol: protocol, HostAddr: addr, HostPort: port}).Listen(context.Background())
-	if err != nil {
-		return false
-	}
-	_ = listener.Close()
-	return true
 }
 
 func closeAll(forwards []boundForward) {
