@@ -10,11 +10,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/errcode"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
+	"github.com/smolvm/smolvm/internal/shim"
 )
 
 // task is work for a process of its own, which is the program that serves as shim: it
@@ -28,6 +30,9 @@ type task struct {
 	// Those of [Config].
 	DiskBudget  int64 `json:"disk_budget,omitempty"`
 	DiskReserve int64 `json:"disk_reserve,omitempty"`
+
+	// ReportStart has the worker report that it has begun; see [taskResult].
+	ReportStart bool `json:"report_start,omitempty"`
 
 	Template *templateTask `json:"template,omitempty"`
 	// Pool is the id of a pool to be filled.
@@ -44,11 +49,17 @@ type taskOrders struct {
 	Task *task `json:"task"`
 }
 
-// taskResult is what it reports.
+// taskResult is what it reports: first that it has begun, if it was asked to, and then how
+// the task went.
 type taskResult struct {
-	ID    string           `json:"id,omitempty"`
-	Error *errcode.Failure `json:"error,omitempty"`
+	Started bool             `json:"started,omitempty"`
+	ID      string           `json:"id,omitempty"`
+	Error   *errcode.Failure `json:"error,omitempty"`
 }
+
+// workerAnswerTime is how long a worker may take to report that it has begun. That is done in
+// milliseconds, on a busy host in seconds.
+const workerAnswerTime = time.Minute
 
 // Files that a task inherits: where it reports to, and a lock that it holds as long as
 // it lives.
@@ -57,31 +68,37 @@ const (
 	taskLockFD    = 4
 )
 
+// worker is the process of a task.
+type worker struct {
+	cmd     *exec.Cmd
+	reports *os.File
+}
+
 // startTask starts a task. Lock, if not nil, is the task's from then on.
-func (m *Manager) startTask(t task, lock *os.File) (reports *os.File, wait func() error, err error) {
+func (m *Manager) startTask(t task, lock *os.File) (*worker, error) {
 	program, err := m.shimCommand()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend.Name, program, m.config.templateBytes()
-	t.DiskBudget, t.DiskReserve = m.diskBudget, m.diskReserve
+	t.DiskBudget, t.DiskReserve, t.ReportStart = m.diskBudget, m.diskReserve, true
 	text, err := json.Marshal(taskOrders{Task: &t})
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	log, err := ring.Append(m.workerLog(), ring.LogBytes)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer func() { _ = log.Close() }()
 	reports, theirs, err := os.Pipe()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer func() { _ = theirs.Close() }()
 	orders, ordersWrite, err := os.Pipe()
 	if err != nil {
-		return nil, nil, errors.Join(err, reports.Close())
+		return nil, errors.Join(err, reports.Close())
 	}
 	defer func() { _, _ = orders.Close(), ordersWrite.Close() }()
 	cmd := exec.Command(program[0], append(program[1:len(program):len(program)], "task")...) //nolint:noctx // it outlives the call that starts it
@@ -93,35 +110,69 @@ func (m *Manager) startTask(t task, lock *os.File) (reports *os.File, wait func(
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
-		return nil, nil, errors.Join(err, reports.Close())
+		return nil, errors.Join(err, reports.Close())
 	}
+	w := &worker{cmd: cmd, reports: reports}
+	_ = ordersWrite.SetWriteDeadline(time.Now().Add(workerAnswerTime))
 	if _, err := ordersWrite.Write(append(text, '\n')); err != nil {
-		return nil, nil, errors.Join(err, reports.Close(), cmd.Process.Kill(), cmd.Wait())
+		return nil, w.silent(err)
 	}
-	return reports, cmd.Wait, nil
+	return w, nil
+}
+
+// result returns what the worker reports when its task is over. A worker that has not begun
+// in the time that is given is killed.
+func (w *worker) result(limit time.Duration) (taskResult, error) {
+	_ = w.reports.SetReadDeadline(time.Now().Add(limit))
+	decoder := json.NewDecoder(w.reports)
+	var got taskResult
+	err := decoder.Decode(&got)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return taskResult{}, w.silent(fmt.Errorf("no answer within %s", limit))
+	}
+	if err == nil && got.Started {
+		_ = w.reports.SetReadDeadline(time.Time{})
+		got = taskResult{}
+		err = decoder.Decode(&got)
+	}
+	if errors.Is(err, os.ErrClosed) {
+		return taskResult{}, err // nobody waits for it any more
+	}
+	_ = w.reports.Close()
+	switch waitErr := w.cmd.Wait(); {
+	case err == nil && got.Error != nil:
+		err = got.Error.Err()
+	case waitErr != nil:
+		err = fmt.Errorf("%s as a worker: %w", w.cmd.Path, waitErr)
+	case err != nil:
+		err = w.noWorker(fmt.Errorf("it ended without a report (%w)", err))
+	}
+	return got, err
+}
+
+// silent kills a worker that does not do what workers do, and returns the error of that.
+func (w *worker) silent(why error) error {
+	_, _, _ = w.reports.Close(), w.cmd.Process.Kill(), w.cmd.Wait()
+	return w.noWorker(why)
+}
+
+func (w *worker) noWorker(why error) error {
+	return &smolvm.Error{Hint: shim.NoShimHint, Err: fmt.Errorf("the program %q did not answer as a worker: %w", w.cmd.Args, why)}
 }
 
 // runTask runs a task and returns what it has made. If ctx is done first, the task goes
 // on: somebody else may wait for it.
 func (m *Manager) runTask(ctx context.Context, t task, lock *os.File) (id string, err error) {
-	reports, wait, err := m.startTask(t, lock)
+	w, err := m.startTask(t, lock)
 	if err != nil {
 		return "", err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = reports.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = w.reports.Close() })
 	defer stop()
-	var result taskResult
-	text, err := io.ReadAll(reports)
+	result, err := w.result(workerAnswerTime)
 	if ctx.Err() != nil {
-		go func() { _ = wait() }()
+		go func() { _ = w.cmd.Wait() }()
 		return "", context.Cause(ctx)
-	}
-	_ = reports.Close()
-	if waitErr := wait(); err == nil {
-		err = waitErr
-	}
-	if json.Unmarshal(text, &result) == nil && result.Error != nil {
-		return "", result.Error.Err()
 	}
 	return result.ID, err
 }
@@ -132,12 +183,11 @@ func (m *Manager) workerLog() string { return filepath.Join(m.dir.Cache(), "task
 // startTaskAside starts a task that nobody waits for. That it can't be started only
 // makes the next start slower.
 func (m *Manager) startTaskAside(t task, lock *os.File) error {
-	reports, wait, err := m.startTask(t, lock)
+	w, err := m.startTask(t, lock)
 	if err != nil {
 		return err
 	}
-	_ = reports.Close()
-	go func() { _ = wait() }()
+	go func() { _, _ = w.result(workerAnswerTime) }()
 	return nil
 }
 
@@ -161,6 +211,10 @@ func (t task) run(ctx context.Context) error {
 	if err := proc.CloseInherited(taskLockFD); err != nil {
 		return err
 	}
+	reports := os.NewFile(taskReportsFD, "reports")
+	if t.ReportStart {
+		_ = json.NewEncoder(reports).Encode(taskResult{Started: true}) // to nobody, if the Manager is gone
+	}
 	m, err := open(ctx, Config{
 		DataDir: t.DataDir, SocketDir: t.SocketDir, Backend: t.Backend, ShimCommand: t.Shim,
 		Templates: TemplateConfig{MaxBytes: t.MaxBytes}, DiskBudget: t.DiskBudget, DiskReserve: t.DiskReserve,
@@ -178,7 +232,7 @@ func (t task) run(ctx context.Context) error {
 	}
 	result.Error = errcode.Of(err)
 	if text, err := json.Marshal(result); err == nil {
-		_, _ = os.NewFile(taskReportsFD, "reports").Write(text) // to nobody, most of the time
+		_, _ = reports.Write(text)
 	}
 	return err
 }

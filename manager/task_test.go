@@ -31,3 +31,21 @@ func TestTaskErrors(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A program that is no worker makes no pool and no template.
+func TestTaskByOtherProgram(t *testing.T) {
+	config := useFake(t)
+	config.Templates = manager.TemplateConfig{}
+	config.ShimCommand = []string{"true"}
+	m := openAt(t, config)
+	if pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1}); err == nil || !strings.Contains(smolvm.HintOf(err), "shim.Main") {
+		t.Errorf("SetPool: %+v, %v", pool, err)
+	}
+	pools, err := m.Pools(t.Context())
+	if err != nil || len(pools) != 1 {
+		t.Fatalf("pools are %+v, %v", pools, err)
+	}
+	if err := m.RemovePool(t.Context(), pools[0].ID); err != nil {
+		t.Error(err)
+	}
+}
