@@ -230,8 +230,7 @@ func (m *Manager) drives(vm store.VM) ([]vmm.Drive, error) {
 	case vm.Config.RootfsPath:
 		users = append([]smolvm.Drive{rootDrive(vm.Config)}, users...)
 	default:
-		root := rootDrive(vm.Config)
-		own, err := m.ownDrive(vm.DiskPath, declaredFiles(append([]smolvm.DiskFile{{Path: root.Path, Format: root.Format}}, root.Backing...))...)
+		own, err := m.ownDrive(vm.DiskPath, rootFiles(vm.Config)...)
 		if err != nil {
 			return nil, err
 		}
@@ -256,12 +255,7 @@ func (m *Manager) usersDrive(drive smolvm.Drive) (vmm.Drive, error) {
 			return vmm.Drive{}, err
 		}
 		if ours {
-			if len(drive.Backing) > 0 {
-				return vmm.Drive{}, fmt.Errorf("%s: it is the disk of a VM; what it is based on is known, and can't be named", drive.Path)
-			}
-			own, err := m.ownDrive(drive.Path)
-			own.ReadOnly = drive.ReadOnly
-			return own, err
+			return m.vmsDrive(context.Background(), drive)
 		}
 	}
 	info, chain, err := declareDrive(drive)
