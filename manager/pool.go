@@ -52,6 +52,8 @@ const fillers = 2
 type slot struct {
 	ShimPID   int    `json:"shim_pid"`
 	ShimStart uint64 `json:"shim_start"`
+	VMMPID    int    `json:"vmm_pid,omitempty"`
+	VMMStart  uint64 `json:"vmm_start,omitempty"`
 	BootID    string `json:"boot_id"`
 
 	dir string
@@ -117,11 +119,7 @@ func (m *Manager) Pools(ctx context.Context) ([]smolvm.Pool, error) {
 	}
 	pools := make([]smolvm.Pool, 0, len(rows))
 	for _, row := range rows {
-		pool, err := m.poolInfo(ctx, row.ID)
-		if err != nil {
-			return nil, err
-		}
-		pools = append(pools, pool)
+		pools = append(pools, m.poolOf(row))
 	}
 	return pools, nil
 }
@@ -131,11 +129,15 @@ func (m *Manager) poolInfo(ctx context.Context, id string) (smolvm.Pool, error) 
 	if err != nil {
 		return smolvm.Pool{}, err
 	}
+	return m.poolOf(row), nil
+}
+
+func (m *Manager) poolOf(row store.Pool) smolvm.Pool {
 	config := row.Config
 	return smolvm.Pool{
-		ID: id, Size: row.Size, Ready: len(m.slots(id)), Image: config.Image, VCPUs: config.VCPUs,
+		ID: row.ID, Size: row.Size, Ready: len(m.slots(row.ID)), Image: config.Image, VCPUs: config.VCPUs,
 		MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
-	}, nil
+	}
 }
 
 // RemovePool ends a pool, and the VMs in it that nobody has claimed. The error matches
@@ -277,7 +279,7 @@ func (m *Manager) removeSlot(ctx context.Context, s slot, dir string) error {
 }
 
 // dismiss ends the shim of a slot, unless it has been claimed: it is a VM's then, whatever
-// the slot's file says. It reports whether the slot's shim is gone.
+// the slot's file says. It reports whether the slot's shim is gone, and its VMM with it.
 func (m *Manager) dismiss(ctx context.Context, s slot, dir string) (bool, error) {
 	if s.ShimPID == 0 || !m.slotAlive(s) {
 		return true, nil
@@ -295,7 +297,10 @@ func (m *Manager) dismiss(ctx context.Context, s slot, dir string) (bool, error)
 	// One that listens but does not answer hangs, or is of an older program.
 	bounded, cancelKill := context.WithTimeoutCause(ctx, killTime, errUnkillable)
 	defer cancelKill()
-	return true, proc.Kill(bounded, s.ShimPID, s.ShimStart)
+	if err := proc.Kill(bounded, s.ShimPID, s.ShimStart); err != nil {
+		return true, err
+	}
+	return true, proc.Wait(bounded, s.VMMPID, s.VMMStart) // it ends after its shim
 }
 
 // dismissTime is how long a shim may take to agree to its end.
@@ -363,9 +368,25 @@ func (m *Manager) fillPool(ctx context.Context, id string) error {
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(fillers)
 	for range missing {
-		group.Go(func() error { return m.fillSlot(groupCtx, id, found, meta.Recipe) })
+		group.Go(func() error {
+			if m.poolRemoved(groupCtx, id) {
+				return nil
+			}
+			return m.fillSlot(groupCtx, id, found, meta.Recipe)
+		})
 	}
-	return group.Wait()
+	err = group.Wait()
+	if ctx := context.WithoutCancel(ctx); m.poolRemoved(ctx, id) {
+		// Whoever has removed it waits for the lock, or does not any more.
+		return errors.Join(m.emptyPool(ctx, id, false), m.removePoolDir(id))
+	}
+	return err
+}
+
+// poolRemoved reports whether a pool is not to be any more.
+func (m *Manager) poolRemoved(ctx context.Context, id string) bool {
+	_, err := m.store.GetPool(ctx, id)
+	return errors.Is(err, smolvm.ErrPoolNotFound)
 }
 
 // fillSlot makes one VM that stands by.
@@ -421,7 +442,9 @@ func (m *Manager) fillSlot(ctx context.Context, id string, template snapshot.Sna
 		return err
 	}
 	step.Reached(ctx, "fill/launched")
-	text, err := json.Marshal(slot{ShimPID: launched.PID, ShimStart: launched.Start, BootID: m.bootID()})
+	text, err := json.Marshal(slot{
+		ShimPID: launched.PID, ShimStart: launched.Start, VMMPID: launched.VMMPID, VMMStart: launched.VMMStart, BootID: m.bootID(),
+	})
 	if err == nil {
 		err = os.WriteFile(filepath.Join(dir, slotFile), text, 0o600)
 	}

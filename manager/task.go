@@ -216,7 +216,8 @@ func (t task) run(ctx context.Context) error {
 		_ = json.NewEncoder(reports).Encode(taskResult{Started: true}) // to nobody, if the Manager is gone
 	}
 	m, err := open(ctx, Config{
-		DataDir: t.DataDir, SocketDir: t.SocketDir, Backend: t.Backend, ShimCommand: t.Shim,
+		Existing: true, // it may have been removed since
+		DataDir:  t.DataDir, SocketDir: t.SocketDir, Backend: t.Backend, ShimCommand: t.Shim,
 		Templates: TemplateConfig{MaxBytes: t.MaxBytes}, DiskBudget: t.DiskBudget, DiskReserve: t.DiskReserve,
 	})
 	var result taskResult
