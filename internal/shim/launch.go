@@ -87,7 +87,8 @@ type Report struct {
 	Committed bool `json:"committed,omitempty"`
 }
 
-// Argument is the first argument of a program that is started as the shim of its own VMs.
+// Argument is the first argument of a program that is started as the shim of a VM, or as a
+// worker: smolvm, or any that calls Main of this module's package shim.
 const Argument = "smolvm-shim"
 
 // The files that a shim inherits beside its standard streams: where it reports to, and the
@@ -210,7 +211,8 @@ func (o LaunchOptions) ended(err error, logStart int64) error {
 	if len(o.Program) == 0 {
 		return fmt.Errorf("the shim that stood by did not report (%w)", err)
 	}
-	return fmt.Errorf("shim %q did not report (%w); %s", o.Program, err, o.logEnd(logStart))
+	return &smolvm.Error{Hint: NoShimHint,
+		Err: fmt.Errorf("shim %q did not report (%w); %s", o.Program, err, o.logEnd(logStart))}
 }
 
 // logEnd quotes what the shim has logged since its log was of that size.

@@ -60,7 +60,7 @@ func TestLaunchFails(t *testing.T) {
 			text: "/nonexistent/shim"},
 		"program that is no shim": {change: func(o *shim.LaunchOptions) {
 			o.Program = []string{"/bin/sh", "-c", "echo this is no shim; echo; exit 3"}
-		}, text: "its log says: this is no shim"},
+		}, text: "its log says: this is no shim", is: isHinted},
 		"program that says nothing": {change: func(o *shim.LaunchOptions) {
 			o.Program = []string{"/bin/sh", "-c", "cat > /dev/null"}
 			o.Spec.ReadyTimeout, o.AnswerTime = 0, 100*time.Millisecond
