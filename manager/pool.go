@@ -328,6 +328,9 @@ func lockSlot(dir string) (*os.File, error) {
 
 // fillPool makes a pool have as many VMs as it is to have.
 func (m *Manager) fillPool(ctx context.Context, id string) error {
+	if _, err := os.Stat(m.poolDir(id)); errors.Is(err, fs.ErrNotExist) && m.poolRemoved(ctx, id) {
+		return nil // the lock would make its directory again
+	}
 	lock, err := m.lockPool(ctx, id)
 	if err != nil {
 		return err
