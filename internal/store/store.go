@@ -22,8 +22,8 @@ import (
 // Writers don't hold them up, nor the other way round.
 const maxReaders = 4
 
-// ErrPoolFull says that all leases, or all host ports, are taken.
-var ErrPoolFull = errors.New("pool is used up")
+// ErrNoneFree reports that all leases, or all host ports, are taken.
+var ErrNoneFree = errors.New("none is free")
 
 // Range is a range of integers, both ends included.
 type Range struct{ First, Last int }

@@ -81,7 +81,7 @@ type PortFree func(protocol smolvm.Protocol, addr netip.Addr, port int) bool
 // host port open, the lowest free one is chosen.
 //
 // The error matches [smolvm.ErrVMAlreadyExists], [smolvm.ErrPortInUse] if another
-// VM has the host port of a forward, or [ErrPoolFull].
+// VM has the host port of a forward, or [ErrNoneFree].
 func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 	vm := VM{
 		ID:        n.Config.ID,
