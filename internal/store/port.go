@@ -186,7 +186,7 @@ type port struct {
 	forward smolvm.PortForward
 }
 
-// fields are the port's fields: whether its kind is ssh, protocol, host_addr, host_port and
+// fields returns the port's fields: whether its kind is ssh, protocol, host_addr, host_port and
 // guest_port.
 func (p *port) fields() []any {
 	f := &p.forward
