@@ -189,7 +189,8 @@ type Drive struct {
 	Format DiskFormat `json:"format,omitempty"`
 	// Backing are the files that a qcow2 image is based on, all of them, the nearest first.
 	// They are only read, and must not change. What the image itself says of their names and
-	// formats is not followed.
+	// formats is not followed. For the disk of a VM of the same data directory there is nothing
+	// to name, unless the VM is deleted and its root file system was a file of yours.
 	Backing []DiskFile `json:"backing,omitempty"`
 	// ReadOnly keeps the guest from writing to it; several running VMs may then
 	// share it.

@@ -116,7 +116,7 @@ func open(ctx context.Context, program string) (_ *manager.Manager, dir string, 
 	m, err := manager.Open(ctx, manager.Config{
 		DataDir:     filepath.Join(dir, "data"),
 		SocketDir:   filepath.Join(dir, "run"),
-		ShimCommand: []string{program, "shim"},
+		ShimCommand: []string{program, "smolvm-shim"},
 		AgentPath:   "bin/smolvm-agent",
 	})
 	if err != nil {

@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -186,6 +187,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	for i, drive := range config.Drives {
 		found, err := m.machines.Users(drive)
 		if err != nil {
+			hint = cmp.Or(hint, smolvm.HintOf(err))
 			bad(fmt.Sprintf("drives[%d].path", i), err)
 		}
 		config.Drives[i].Format = smolvm.DiskFormat(found.Format)

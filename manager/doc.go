@@ -25,7 +25,7 @@
 //
 // A running VM has one small process of smolvm's own beside it, its shim, which
 // is the parent of the VMM. The shim is another program (the CLI with the argument
-// "shim"); it is found beside the running program or in PATH, or named by
+// "smolvm-shim"); it is found beside the running program or in PATH, or named by
 // [Config]. VMs outlive the process that started them.
 //
 // # Errors

@@ -195,3 +195,58 @@ func TestSmallDisk(t *testing.T) {
 		t.Errorf("after it was grown the guest says %q", got)
 	}
 }
+
+// The disk of a VM whose root file system is based on other files of the user's can be a drive
+// of another VM, also when it was retained: then the user names the files again.
+func TestDriveBasedOnUsersFiles(t *testing.T) {
+	m := openFake(t)
+	ctx := t.Context()
+	dir := tempDir(t)
+	base, top := filepath.Join(dir, "base.img"), filepath.Join(dir, "top.qcow2")
+	content := make([]byte, driveSize)
+	copy(content[0x438:], "\x53\xef") // looks like ext4 to a probe
+	if err := os.WriteFile(base, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(top, qcow2Header(base, ""), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	images, err := m.Images(ctx)
+	if err != nil || len(images) != 1 {
+		t.Fatalf("images are %v, %v", images, err)
+	}
+	below := []smolvm.DiskFile{{Path: base, Format: smolvm.FormatRaw}}
+	owner := mustCreate(t, m, smolvm.VMConfig{
+		ID: "owner", RetainDisk: true, KernelPath: images[0].KernelPath, RootfsPath: top, RootfsFormat: smolvm.FormatQCOW2, RootfsBacking: below,
+	})
+	all := append([]smolvm.DiskFile{{Path: top, Format: smolvm.FormatQCOW2}}, below...)
+	start := func(id string, backing []smolvm.DiskFile) error {
+		t.Helper()
+		drive := smolvm.Drive{Path: owner.DiskPath, Format: smolvm.FormatQCOW2, ReadOnly: true, Backing: backing}
+		if _, err := m.Create(ctx, smolvm.VMConfig{ID: id, Drives: []smolvm.Drive{drive}}, smolvm.CreateOptions{}); err != nil {
+			return err
+		}
+		_, err := m.Start(ctx, id, smolvm.StartOptions{})
+		return errors.Join(err, m.Delete(ctx, id, smolvm.DeleteOptions{}))
+	}
+	if err := start("other", nil); err != nil {
+		t.Errorf("a VM with the disk of another: %v", err)
+	}
+	if err := start("named", all); err == nil || !strings.Contains(err.Error(), "what it is based on is known") {
+		t.Errorf("a VM's disk with files that are known: %v", err)
+	}
+	if err := m.Delete(ctx, owner.ID, smolvm.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, backing := range [][]smolvm.DiskFile{nil, below, all[:1], {all[0], {Path: top, Format: smolvm.FormatQCOW2}}} {
+		if err := start("wrong", backing); err == nil || !strings.Contains(smolvm.HintOf(err), "backing=") {
+			t.Errorf("a retained disk with %v: %v, hint %q", backing, err, smolvm.HintOf(err))
+		}
+	}
+	if err := start("retained", all); err != nil {
+		t.Errorf("a VM with a retained disk: %v", err)
+	}
+	if err := os.Remove(owner.DiskPath); err != nil {
+		t.Error(err)
+	}
+}

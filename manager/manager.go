@@ -136,7 +136,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 
 // wire gives each room of the engine what it needs of the others.
 func (m *Manager) wire(templates *snapshot.Store) {
-	m.machines = &machine.Builder{Dir: m.dir, Images: m.images, Disks: m.disks, Host: m.host}
+	m.machines = &machine.Builder{Dir: m.dir, Images: m.images, Disks: m.disks, Store: m.store, Host: m.host}
 	m.templates = &template.Templates{
 		Dir: m.dir, Saved: templates, Disks: m.disks, Machines: m.machines, Budget: m.budget,
 		Program: m.shimCommand, HostBootID: m.bootID,

@@ -23,9 +23,6 @@ import (
 const shimCommand = shim.Argument
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == "shim" { // as the smolvm program that it stands in for
-		os.Args[1] = shim.Argument
-	}
 	program.Main(backends()...)
 	if len(os.Args) > 1 && os.Args[1] == childCommand {
 		os.Exit(childMain(os.Args[2:]))

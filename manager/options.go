@@ -32,7 +32,7 @@ type Config struct {
 	Backend string
 
 	// ShimCommand is the program that becomes a VM's shim, with its arguments:
-	// this module's own CLI with the argument "shim". Empty: the program named
+	// this module's own CLI with the argument "smolvm-shim". Empty: the program named
 	// smolvm beside the running one, or in PATH.
 	ShimCommand []string
 	// Embedded makes this program the shim of its VMs, in the place of ShimCommand: the

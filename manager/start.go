@@ -100,7 +100,7 @@ func (m *Manager) shimCommand() ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w; install the smolvm CLI, name it with the ShimCommand option, or make this program its own shim with the Embedded option", err)
 	}
-	return []string{path, "shim"}, nil
+	return []string{path, shim.Argument}, nil
 }
 
 // readBootID names the host's present boot; empty if that can't be found out.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/template"
 	"github.com/smolvm/smolvm/internal/worker"
 )
@@ -42,7 +43,7 @@ func (m *Manager) startTask(t task, lock *os.File) (*worker.Worker, error) {
 	}
 	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend.Name, program, m.config.templateBytes()
 	t.DiskBudget, t.DiskReserve = m.budget.Limits.Bytes, m.budget.Limits.Reserve
-	return worker.Start(worker.Options{Program: program, Orders: t, LogPath: m.workerLog(), Lock: lock})
+	return worker.Start(worker.Options{Program: program, Orders: t, LogPath: m.workerLog(), Hint: shim.NoShimHint, Lock: lock})
 }
 
 // runTask has a worker do a task, and returns what it has made. If ctx is done first, the
@@ -90,7 +91,8 @@ func RunWorker(ctx context.Context, orders io.Reader) error {
 // run does the task.
 func (t *task) run(ctx context.Context) (id string, err error) {
 	m, err := open(ctx, Config{
-		DataDir: t.DataDir, SocketDir: t.SocketDir, Backend: t.Backend, ShimCommand: t.Shim,
+		Existing: true, // it may have been removed since
+		DataDir:  t.DataDir, SocketDir: t.SocketDir, Backend: t.Backend, ShimCommand: t.Shim,
 		Templates: TemplateConfig{MaxBytes: t.MaxBytes}, DiskBudget: t.DiskBudget, DiskReserve: t.DiskReserve,
 	})
 	if err != nil {

@@ -15,13 +15,13 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// call is a channel of ours to the guest's agent.
+// call is an open channel to the guest's agent, for one command, copy or connection.
 type call struct {
 	ssh.Channel
 	client *Client
 	// connected is closed once Channel is set.
 	connected chan struct{}
-	// kills: when the call is given up, what it has started is to end.
+	// kills reports whether what the call has started is to end when the call is given up.
 	kills bool
 
 	// over is closed when the guest has closed the channel as well, or the connection
@@ -90,7 +90,7 @@ func (k *call) forsake(opened <-chan error) {
 	}
 }
 
-// abandon gives the call up, without waiting for the guest. If the guest does not confirm
+// abandon gives the call up without waiting for the guest. If the guest does not confirm
 // it soon, the connection takes no further calls.
 func (k *call) abandon() {
 	go func() {
@@ -151,7 +151,7 @@ func (k *call) follow(requests <-chan *ssh.Request) {
 	k.end()
 }
 
-// notePID passes on a process id that the guest tells; the first only.
+// notePID passes on the first process id that the guest sends.
 func (k *call) notePID(request *ssh.Request) {
 	var message struct{ PID uint32 }
 	if request.Type != wire.PIDRequest || ssh.Unmarshal(request.Payload, &message) != nil {

@@ -1,6 +1,6 @@
 // Package agent is the host's side of the guest channel: the handshake with the agent,
-// shutting the guest down, running commands in it and copying files. What runs in the guest is package guest; what both must agree on
-// is package wire.
+// shutting the guest down, running commands in it and copying files. What runs in the guest is
+// package guest; what both must agree on is package wire.
 package agent
 
 import (
@@ -70,7 +70,7 @@ func Handshake(ctx context.Context, channel Channel, hello wire.Hello) (*Link, w
 // saved in the middle of, each leaves at most one.
 const maxAnswers = 16
 
-// readAnswer reads the next answer that says that a session is over, or that does not.
+// readAnswer reads answers up to the next one that is the end of a session, or that is not.
 func readAnswer(channel io.Reader, again bool) (wire.Answer, error) {
 	for range maxAnswers {
 		answer, err := wire.ReadAnswer(channel)
@@ -81,8 +81,8 @@ func readAnswer(channel io.Reader, again bool) (wire.Answer, error) {
 	return wire.Answer{}, fmt.Errorf("%w: it answers without end", wire.ErrProtocol)
 }
 
-// Reset ends the session that a guest was saved in the middle of, and makes it ready for a
-// handshake.
+// Reset ends the session in the middle of which a guest was saved, and makes the guest ready
+// for a handshake.
 func Reset(ctx context.Context, channel Channel) error {
 	stop := context.AfterFunc(ctx, func() { _ = channel.Close() })
 	// The guest may have to get rid of something before it reads on.
@@ -231,7 +231,7 @@ func (l *Link) Release(ctx context.Context) error {
 	return Reset(ctx, l.end.channel)
 }
 
-// Done is closed when the channel has ended.
+// Done returns a channel of Go's that is closed when the guest channel has ended.
 func (l *Link) Done() <-chan struct{} { return l.session.CloseChan() }
 
 // Close ends the channel and all connections over it.

@@ -173,7 +173,8 @@ func algorithms() ssh.Config {
 	}
 }
 
-// Done is closed when the client has been closed, or its SSH connection has ended.
+// Done returns a channel that is closed when the client has been closed, or its SSH connection
+// has ended.
 func (c *Client) Done() <-chan struct{} { return c.done }
 
 // answerTime is how long a guest may take to confirm that a call was given up. An emulated

@@ -28,7 +28,7 @@ func (c *Client) Dial(ctx context.Context, network, address string) (net.Conn, e
 	return newConn(call, guestAddr{network, address}), nil
 }
 
-// dialRequest is the request of a channel to an address; see RFC 4254, section 7.2, and
+// dialRequest returns the request of a channel to an address; see RFC 4254, section 7.2, and
 // OpenSSH's PROTOCOL, section 2.4.
 func dialRequest(network, address string) (kind string, payload []byte, err error) {
 	switch network {

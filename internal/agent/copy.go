@@ -17,7 +17,7 @@ import (
 
 // CopyOptions says how to copy. The zero value is useful.
 type CopyOptions struct {
-	// IntoDir says that the target must be an existing directory.
+	// IntoDir requires the target to be an existing directory.
 	IntoDir bool
 	// KeepLinks makes symbolic links from a guest wherever they lead.
 	KeepLinks bool

@@ -29,7 +29,7 @@ import (
 	"github.com/smolvm/smolvm/internal/flock"
 )
 
-// References are what is written down of bases. Paths are absolute.
+// References are the records of which disk is based on which. Paths are absolute.
 type References interface {
 	// AddBase writes down that a disk is based on another, or is about to be.
 	AddBase(ctx context.Context, path, base string) error
@@ -70,13 +70,13 @@ func (d *Disks) Lock(ctx context.Context) (unlock func(), err error) {
 
 // Overlay is a disk to be made over another.
 type Overlay struct {
-	// Path of the new disk.
+	// Path is the path of the new disk.
 	Path string
-	// Base is what it is to be based on, and BaseFormat its format.
+	// Base is the file that the new disk is to be based on, and BaseFormat that file's format.
 	Base, BaseFormat string
-	// Size of the new disk in bytes. Zero: the base's.
+	// Size is that of the new disk, in bytes. Zero: the base's.
 	Size int64
-	// Replace and Sync as in [disk.Overlay].
+	// Replace and Sync are as in [disk.Overlay].
 	Replace, Sync bool
 }
 
@@ -101,7 +101,7 @@ func (d *Disks) Derive(ctx context.Context, o Overlay) error {
 	return d.Create(ctx, o)
 }
 
-// Persist has a disk, and its name, on stable storage.
+// Persist writes a disk, and its name, to stable storage.
 func (d *Disks) Persist(path string) error {
 	file, err := os.Open(path)
 	if err == nil {
@@ -113,7 +113,7 @@ func (d *Disks) Persist(path string) error {
 	return nil
 }
 
-// nameOf is the name by which a header has a base.
+// nameOf returns the name by which a header has a base.
 func (d *Disks) nameOf(base string) string {
 	name := d.dir.Rel(base)
 	if filepath.IsAbs(name) {
@@ -195,7 +195,8 @@ func (d *Disks) Chain(path string, declared ...File) ([]File, error) {
 	return append(chain, below...), nil
 }
 
-// isUsers reports whether a file is a user's: what it is based on is not what its header says.
+// isUsers reports whether a file is a user's: its base is the one that the user has named, and
+// not the one in its header.
 func (d *Disks) isUsers(path string, declared []File) bool {
 	return d.dir.Rel(path) == path || len(declared) > 0 && declared[0].Path == path
 }
@@ -251,7 +252,8 @@ func (d *Disks) Root(path string) (string, error) {
 	return chain[len(chain)-1].Path, nil
 }
 
-// Adopt writes down what a disk is based on that is, or is about to be, at name as well.
+// Adopt writes down the base of a disk for another name that the disk has, or is about to
+// get.
 func (d *Disks) Adopt(ctx context.Context, path, name string) error {
 	base, err := d.baseOf(path, disk.QCOW2)
 	if err != nil || base.Path == "" {

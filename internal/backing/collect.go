@@ -200,8 +200,8 @@ func (c *collection) checkFiles() error {
 	return nil
 }
 
-// baseOfAny is baseOf for a file of which is known no more than that it is in a directory
-// for disks. It may be taken for an overlay that it is not: then a layer stays.
+// baseOfAny returns the base of a file of which no more is known than that it is in a
+// directory for disks. It may be taken for an overlay that it is not: then a layer stays.
 func (c *collection) baseOfAny(path string) (File, error) {
 	info, err := disk.Probe(path)
 	if ignoreNoFileSystem(err) != nil {
@@ -218,7 +218,7 @@ func (c *collection) need(layer string) {
 	}
 }
 
-// left reports whether there are candidates that nothing needs so far.
+// left reports whether there are candidates that have not been found to be needed so far.
 func (c *collection) left() bool {
 	for layer := range c.candidates {
 		if !c.needed[layer] {
@@ -248,7 +248,7 @@ func list(dir string) ([]string, error) {
 	return paths, nil
 }
 
-// listDeep returns the paths of what is so many directories deep.
+// listDeep returns the paths of the files that are so many directories deep.
 func listDeep(dir string, depth int) ([]string, error) {
 	paths, err := list(dir)
 	if err != nil || depth == 1 {

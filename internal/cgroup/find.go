@@ -30,7 +30,7 @@ const (
 
 var controllers = []string{Memory, PIDs, CPU}
 
-// parentName is the directory that our groups are in.
+// parentName is the name of the directory that our groups are in.
 const parentName = "smolvm"
 
 // Site is where this process may make groups. The zero value is nowhere.
@@ -49,7 +49,7 @@ type v2Place struct {
 	controllers []string
 }
 
-// ErrNoAccess says that it is this user who may not make groups.
+// ErrNoAccess reports that groups can be made on this host, but not by this user.
 var ErrNoAccess = errors.New("this user may not make control groups")
 
 // Other reasons why a controller can't be used.
@@ -184,7 +184,7 @@ type mount struct {
 	controllers []string // of version 1
 }
 
-// dir is the directory of a group, as in /proc/self/cgroup.
+// dir returns the directory of a group, as in /proc/self/cgroup.
 func (m mount) dir(root, group string) string {
 	// In a container the mount may be of a part of the hierarchy only.
 	inner, ok := strings.CutPrefix(group, strings.TrimSuffix(m.root, "/"))

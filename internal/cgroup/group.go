@@ -52,7 +52,7 @@ type Group struct {
 	v2   string // empty: none
 }
 
-// ErrUnavailable says that no group can be made for a limit.
+// ErrUnavailable reports that no group can be made for a limit.
 var ErrUnavailable = errors.New("control groups can't be used")
 
 // Create makes a group. Limits whose controllers can't be used here are left out, but for
@@ -262,7 +262,7 @@ func (g *Group) SetCPUs(cpus float64, pid int) error {
 // Has reports whether the group bounds what a controller controls.
 func (g *Group) Has(controller string) bool { return g.dirs[controller] != "" }
 
-// Path is the group's directory, that of the memory if there are several.
+// Path returns the group's directory, that of the memory if there are several.
 func (g *Group) Path() string {
 	for _, controller := range controllers {
 		if dir := g.dirs[controller]; dir != "" {

@@ -23,6 +23,7 @@ import (
 	"os"
 
 	"github.com/smolvm/smolvm"
+	internalshim "github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/manager"
 	"github.com/smolvm/smolvm/shim"
 )
@@ -37,8 +38,9 @@ const (
 	statusSignal = 128
 )
 
-// shimName is the hidden command that turns this program into the shim of a VM.
-const shimName = "shim"
+// formerShim is the argument by which programs with package manager of an earlier build start
+// this one as the shim of a VM; see COMPATIBILITY.md. It is [internalshim.Argument] now.
+const formerShim = "shim"
 
 // Program is the smolvm command with all that it needs of the outside.
 type Program struct {
@@ -53,7 +55,7 @@ type Program struct {
 // are passed on to a command in a guest.
 func (p Program) Run(ctx context.Context, args []string) int {
 	// A shim lives as long as its VM, so it is spared what only commands need.
-	if len(args) > 0 && args[0] == shimName {
+	if len(args) > 0 && (args[0] == internalshim.Argument || args[0] == formerShim) {
 		return p.runShim(ctx)
 	}
 	ctx, signals := watchSignals(ctx)
@@ -111,7 +113,7 @@ func (a *app) open(ctx context.Context) (*manager.Manager, error) {
 		Existing:    !a.makes,
 		SocketDir:   a.socketDir,
 		Backend:     a.backend,
-		ShimCommand: []string{self, shimName},
+		ShimCommand: []string{self, internalshim.Argument},
 	}
 	m, err := manager.Open(ctx, config)
 	var noted interface{ Note() string } = m

@@ -106,7 +106,7 @@ func mebibytes(n int) string {
 	return fmt.Sprintf("%dM", n)
 }
 
-// shortDigest is the beginning of a digest, long enough to name an image.
+// shortDigest returns the beginning of a digest, long enough to name an image.
 func shortDigest(digest string) string {
 	const digits = 12
 	digest = strings.TrimPrefix(digest, "sha256:")

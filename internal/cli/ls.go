@@ -117,7 +117,8 @@ func vmTable(vms []smolvm.VMInfo, now time.Time) *table {
 	return t
 }
 
-// vmStateCell is the state of a VM, and of one that is paused by whom or why.
+// vmStateCell returns the cell with a VM's state; that of a paused VM tells who has paused
+// it, or why.
 func vmStateCell(vm smolvm.VMInfo) cell {
 	c := stateCell(vm.State)
 	switch {
@@ -138,7 +139,7 @@ func boots(config smolvm.VMConfig) string {
 	return filepath.Base(config.KernelPath)
 }
 
-// sshAddress is where the VM's SSH port can be reached; empty while it can't.
+// sshAddress returns where the VM's SSH port can be reached; empty while it can't.
 func sshAddress(vm smolvm.VMInfo) string {
 	if !vm.State.Alive() || vm.Network.SSHHostPort == 0 {
 		return ""

@@ -8,7 +8,8 @@ import (
 	"github.com/spf13/cobra/doc"
 )
 
-// manCommand is for those who package smolvm.
+// manCommand returns the hidden command that writes manual pages, for those who package
+// smolvm.
 func (a *app) manCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    "man DIR",

@@ -68,8 +68,8 @@ func addTo(parent *cobra.Command, group string, commands ...*cobra.Command) {
 	}
 }
 
-// requireSubcommand is what a command that only has subcommands does by itself: show
-// its help, or say that there is no such subcommand.
+// requireSubcommand runs a command that only has subcommands: it shows the command's help,
+// or fails as there is no such subcommand.
 func (a *app) requireSubcommand(cmd *cobra.Command, args []string) error {
 	a.ran = true
 	if len(args) == 0 {

@@ -28,5 +28,5 @@ func (a *app) shellCommand() *cobra.Command {
 	return cmd
 }
 
-// loginShell is there in every image.
+// loginShell returns the command line of a login shell that every image has.
 func loginShell() []string { return []string{"sh", "-l"} }

@@ -14,12 +14,12 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-// interruptError says that a signal ended what was being done.
+// interruptError reports that a signal ended what was being done.
 type interruptError struct{ signal unix.Signal }
 
 func (e *interruptError) Error() string { return "interrupted by " + unix.SignalName(e.signal) }
 
-// Is makes it a cancelled context's error.
+// Is has the error match that of a cancelled context.
 func (e *interruptError) Is(target error) bool { return target == context.Canceled }
 
 // signals decides what a signal to this process does. At first it cancels the
@@ -33,7 +33,8 @@ type signals struct {
 	forward func(unix.Signal) // nil: cancel
 }
 
-// passedOn are further signals that are of use to a command.
+// passedOn returns the signals, beside those that end a program, that are passed on to a
+// command.
 func passedOn() []os.Signal {
 	return []os.Signal{unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2}
 }
@@ -108,7 +109,7 @@ func (s *signals) passOn(ctx context.Context) (_ context.Context, names <-chan s
 	}
 }
 
-// timeoutError says that a command took longer than it was given.
+// timeoutError reports that a command took longer than it was given.
 type timeoutError struct{ limit time.Duration }
 
 func (e *timeoutError) Error() string {

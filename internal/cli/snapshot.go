@@ -168,12 +168,12 @@ held for some hundredths of a second. If one of them can't go on there, none is 
 	return cmd
 }
 
-// allowColdFlag says what to do without the memory that a VM is to go on from.
+// allowColdFlag adds the flag that allows a boot if the saved memory of a VM can't be used.
 func allowColdFlag(cmd *cobra.Command, allow *bool) {
 	cmd.Flags().BoolVar(allow, "allow-cold", false, "if the saved memory can't be used, boot from the disk, with a warning")
 }
 
-// timingsFlag reports whether the phases of a start are to be printed.
+// timingsFlag adds the flag that has the phases of a start printed, and returns its value.
 func timingsFlag(cmd *cobra.Command) *bool {
 	return cmd.Flags().Bool("timings", false, "print on standard error how the VM was started and how long each phase took")
 }

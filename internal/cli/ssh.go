@@ -67,7 +67,7 @@ func (a *app) printSSH(cmd *cobra.Command, id string, options smolvm.SSHOptions)
 	})
 }
 
-// execSSH puts ssh in the place of this process, which has no further use.
+// execSSH replaces this process by ssh.
 func (a *app) execSSH(cmd *cobra.Command, id, user string, command []string) error {
 	var argv []string
 	err := a.withManager(cmd.Context(), func(m smolvm.Service) (err error) {

@@ -31,7 +31,7 @@ func (a *app) startCommand() *cobra.Command {
 	return cmd
 }
 
-// startFlags are the flags that say how to start a VM.
+// startFlags adds the flags that say how to start a VM.
 func startFlags(cmd *cobra.Command, options *smolvm.StartOptions) {
 	cmd.Flags().DurationVar(&options.Timeout, "boot-timeout", 0,
 		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization)")

@@ -46,7 +46,7 @@ func (a *app) stopCommand() *cobra.Command {
 	return cmd
 }
 
-// idsOrAll is for commands that take the ids of VMs or --all, but not both.
+// idsOrAll returns the check of arguments that are either ids of VMs or --all.
 func idsOrAll(all *bool) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if *all {

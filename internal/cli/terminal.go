@@ -24,7 +24,7 @@ func terminal(stream any) (fd int, ok bool) {
 	return fd, term.IsTerminal(fd)
 }
 
-// terminalWidth is the width of a stream in characters; 0 if it is no terminal.
+// terminalWidth returns the width of a stream in characters; 0 if it is no terminal.
 func terminalWidth(stream any) int {
 	fd, ok := terminal(stream)
 	if !ok {

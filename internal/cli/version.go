@@ -12,7 +12,7 @@ import (
 type version struct {
 	Version string `json:"version"`
 	Commit  string `json:"commit,omitempty"`
-	// Modified says that the build had changes which are in no commit.
+	// Modified reports whether the build had changes that are in no commit.
 	Modified bool   `json:"modified,omitempty"`
 	Go       string `json:"go"`
 	OS       string `json:"os"`

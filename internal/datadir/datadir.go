@@ -57,68 +57,68 @@ type Dir struct {
 	note   string
 }
 
-// Root is the directory's real path: absolute, and without symbolic links.
+// Root returns the directory's real path: absolute, and without symbolic links.
 func (d *Dir) Root() string { return d.root }
 
-// ID tells this directory from all others on this host, a copy of it too. It stays the
-// same when the directory is renamed.
+// ID returns a name that no other directory on this host has, nor a copy of this one. It stays
+// the same when the directory is renamed.
 func (d *Dir) ID() string { return d.id }
 
 // Note says in a sentence what is unusual about the directory; empty if nothing is.
 func (d *Dir) Note() string { return d.note }
 
-// Database is the path of the state database.
+// Database returns the path of the state database.
 func (d *Dir) Database() string { return d.path(databaseName) }
 
-// Disks is the directory of the VMs' own disks, and Disk the path of one of them.
+// Disks returns the directory of the VMs' own disks.
 func (d *Dir) Disks() string { return d.path(disksName) }
 
-// Disk is the path of the disk of a VM, whose format is the file name's ending.
+// Disk returns the path of the disk of a VM, whose format is the file name's ending.
 func (d *Dir) Disk(id, format string) string { return d.path(disksName, id+"."+format) }
 
-// Layers is the directory of the disks that others are based on.
+// Layers returns the directory of the disks that others are based on.
 func (d *Dir) Layers() string { return d.path(layersName) }
 
-// Layer is the path of a layer.
+// Layer returns the path of a layer.
 func (d *Dir) Layer(name string) string { return d.path(layersName, name+".qcow2") }
 
-// LayersLock is the path of the lock that is held while a disk gets a base or loses it.
+// LayersLock returns the path of the lock that is held while a disk gets a base or loses it.
 func (d *Dir) LayersLock() string { return d.path(layersName, ".lock") }
 
-// Images is the directory of the image store.
+// Images returns the directory of the image store.
 func (d *Dir) Images() string { return d.path(imagesName) }
 
-// Templates is the directory of the templates.
+// Templates returns the directory of the templates.
 func (d *Dir) Templates() string { return d.path(templatesName) }
 
-// Snapshots is the directory of the snapshots.
+// Snapshots returns the directory of the snapshots.
 func (d *Dir) Snapshots() string { return d.path(snapshotsName) }
 
-// Pools is the directory of the pools.
+// Pools returns the directory of the pools.
 func (d *Dir) Pools() string { return d.path(poolName) }
 
-// Pool is the directory of one pool.
+// Pool returns the directory of one pool.
 func (d *Dir) Pool(kind string) string { return d.path(poolName, kind) }
 
-// VMs is the directory of the VMs' logs.
+// VMs returns the directory of the VMs' logs.
 func (d *Dir) VMs() string { return d.path(vmsName) }
 
-// VM is the directory of the logs of one VM.
+// VM returns the directory of the logs of one VM.
 func (d *Dir) VM(id string) string { return d.path(vmsName, id) }
 
-// Console is the path of the log of a VM's console.
+// Console returns the path of the log of a VM's console.
 func (d *Dir) Console(id string) string { return d.path(vmsName, id, "console.log") }
 
-// Keys is the directory of the keys.
+// Keys returns the directory of the keys.
 func (d *Dir) Keys() string { return d.path(keysName) }
 
-// Locks is the directory of the VMs' locks.
+// Locks returns the directory of the VMs' locks.
 func (d *Dir) Locks() string { return d.path(locksName) }
 
-// Lock is the path of one lock.
+// Lock returns the path of one lock.
 func (d *Dir) Lock(name string) string { return d.path(locksName, name) }
 
-// Cache is the directory of what can be made again.
+// Cache returns the directory of files that can be made again.
 func (d *Dir) Cache() string { return d.path(cacheName) }
 
 func (d *Dir) path(parts ...string) string {
@@ -129,7 +129,7 @@ func (d *Dir) path(parts ...string) string {
 // stays right when the directory moves. What is outside keeps its absolute path.
 func (d *Dir) Rel(path string) string { return Rel(d.root, path) }
 
-// Abs is the opposite of [Dir.Rel].
+// Abs returns the path of a file from its name as [Dir.Rel] gives it.
 func (d *Dir) Abs(name string) string { return Abs(d.root, name) }
 
 // Rel is [Dir.Rel] for a directory that is at root.

@@ -18,12 +18,12 @@ const (
 	systemDataDir = "/var/lib/smolvm"
 )
 
-// ErrMissing says that there is no data directory yet, and that none was to be made.
+// ErrMissing reports that there is no data directory yet, and that none was to be made.
 var ErrMissing = errors.New("there is no data directory yet")
 
-// Options of [Open].
+// Options are the options of [Open].
 type Options struct {
-	// Path of the directory. Empty: $SMOLVM_DATA_DIR; else smolvm in the user's state
+	// Path is the path of the directory. Empty: $SMOLVM_DATA_DIR; else smolvm in the user's state
 	// directory; else /var/lib/smolvm.
 	Path string
 	// Existing opens a directory that is there, and makes none; the error matches
@@ -126,7 +126,7 @@ func canBeMade(dir string) bool {
 	}
 }
 
-// userDataDir is the usual directory of this user; empty if there is none. A relative
+// userDataDir returns the usual directory of this user; empty if there is none. A relative
 // path in the environment is ignored, as the XDG Base Directory Specification wants it:
 // it would be another directory in each working directory. Under cron and systemd $HOME
 // may not be set.

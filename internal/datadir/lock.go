@@ -59,10 +59,10 @@ func (d *Dir) OpenLock(name string) (*os.File, error) {
 	return os.OpenFile(d.Lock(name), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, fileMode)
 }
 
-// Unlock lets the next one in.
+// Unlock releases the lock.
 func (l *VMLock) Unlock() { _ = l.file.Close() }
 
-// Remove unlocks for good: the VM is gone.
+// Remove releases the lock and removes its file, as the VM is gone.
 func (l *VMLock) Remove() {
 	// While the lock is held, so that nobody can hold the file that is removed
 	// without finding out in isCurrent.

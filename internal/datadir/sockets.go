@@ -30,11 +30,11 @@ func LocateSockets(option string) (string, error) {
 	return privateTempDir(), nil
 }
 
-// privateTempDir is the directory below /tmp that belongs to this user. It does
+// privateTempDir returns the directory below /tmp that belongs to this user. It does
 // not follow TMPDIR, which may differ between the processes of one user.
 func privateTempDir() string { return "/tmp/smolvm-" + strconv.Itoa(os.Getuid()) }
 
-// Runtime is the directory of a VM's sockets. It follows from the data directory's
+// Runtime returns the directory of a VM's sockets. It follows from the data directory's
 // identity and the VM's id alone, so that every process finds it. The identity is part
 // of the name because VMs of the same id in two data directories may share a socket
 // directory. The longest name of a socket in it has nameLength bytes.

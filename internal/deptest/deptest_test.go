@@ -95,9 +95,16 @@ func place(path string) (tier int, name string, ok bool) {
 
 // forTests reports whether a package is for tests only.
 func forTests(path string) bool {
-	return path == "internal/deptest" || path == "internal/testenv" || strings.HasPrefix(path, "internal/testenv/") ||
-		strings.HasPrefix(path, "internal/") && (strings.HasSuffix(path, "test") || strings.HasSuffix(path, "fake"))
+	for _, name := range testPackages() {
+		if path == name || strings.HasPrefix(path, name+"/") {
+			return true
+		}
+	}
+	return strings.HasPrefix(path, "internal/") && (strings.HasSuffix(path, "test") || strings.HasSuffix(path, "fake"))
 }
+
+// testPackages are the packages for tests only whose names don't say so.
+func testPackages() []string { return []string{"internal/testenv"} }
 
 // onlyBy are packages that one other only may import.
 func onlyBy() map[string]string {
@@ -129,7 +136,7 @@ func wrong(from, to string) string {
 		return from + " is in no tier: give it one"
 	case !toOK:
 		return to + " is in no tier: give it one"
-	case fromName == toName, toTier < fromTier, allowed(from, to):
+	case fromName == toName, toTier < fromTier, allowed()[imported{from, to}] != "":
 		return ""
 	case toTier == fromTier:
 		return "peers don't know each other; who is above them moves data between them"
@@ -138,10 +145,14 @@ func wrong(from, to string) string {
 }
 
 // allowed are the peers that may know each other, each with its reason.
-func allowed(from, to string) bool {
-	// The list of modules in an initramfs is read by the agent.
-	return from == "internal/image" && to == "internal/agent/wire"
+func allowed() map[imported]string {
+	return map[imported]string{
+		{"internal/image", "internal/agent/wire"}: "the list of modules in an initramfs is read by the agent",
+	}
 }
+
+// imported is an import of one package of this module by another.
+type imported struct{ from, to string }
 
 // short returns a package's path in this module; ok is false for one of another.
 func short(path string) (_ string, ok bool) {
@@ -166,10 +177,91 @@ func TestImports(t *testing.T) {
 			}
 		}
 	}
-	// A rule about a package that is gone guards nothing.
+	for _, rule := range staleRules(packages) {
+		t.Error(rule)
+	}
+}
+
+// staleRules returns what is wrong with the rules about packages that are gone: such a rule
+// guards nothing.
+func staleRules(packages map[string]pkg) []string {
+	var stale []string
+	has := func(name string) bool {
+		for path := range packages {
+			if p, ok := short(path); ok && (p == name || strings.HasPrefix(p, name+"/")) {
+				return true
+			}
+		}
+		return false
+	}
+	imports := func(i imported) bool {
+		return slices.Contains(packages[module+"/"+i.from].Imports, module+"/"+i.to)
+	}
+	for _, names := range tiers() {
+		for _, name := range names {
+			if !has(name) {
+				stale = append(stale, "a tier has "+name+", which is no package")
+			}
+		}
+	}
 	for only, by := range onlyBy() {
-		if !slices.Contains(packages[module+"/"+by].Imports, module+"/"+only) {
-			t.Errorf("%s does not import %s, as the rules have it", by, only)
+		if !imports(imported{by, only}) {
+			stale = append(stale, by+" does not import "+only+", as the rules have it")
+		}
+	}
+	for i, why := range allowed() {
+		if !imports(i) {
+			stale = append(stale, i.from+" does not import "+i.to+" any more, which it may as "+why)
+		}
+	}
+	for _, name := range testPackages() {
+		if !has(name) {
+			stale = append(stale, name+" is said to be for tests, and is no package")
+		}
+	}
+	for _, dep := range tooLargeForAgent() {
+		if name, _, _ := strings.Cut(dep, "/"); !strings.Contains(name, ".") {
+			continue // the standard library loses no package
+		}
+		begins := func(path string) bool { return strings.HasPrefix(path, dep) }
+		if !slices.ContainsFunc(packages[module+"/cmd/smolvm"].Deps, begins) {
+			stale = append(stale, "not even smolvm links "+dep+", which the agent must not: name what it links in its place")
+		}
+	}
+	slices.Sort(stale)
+	return stale
+}
+
+// Each rule is found out when a package that it names is gone.
+func TestStaleRules(t *testing.T) {
+	all := list(t, module+"/...")
+	for _, test := range []struct{ gone, want string }{
+		{"internal/ring", "internal/ring, which is no package"},
+		{"test", "test, which is no package"},
+		{".", "., which is no package"},
+		{"internal/vmm/qemu", "shim does not import internal/vmm/qemu"},
+		{"internal/agent/wire", "internal/image does not import internal/agent/wire"},
+		{"internal/testenv", "internal/testenv is said to be for tests"},
+		{"gvisor.dev", "not even smolvm links gvisor.dev/"},
+	} {
+		gone := module + "/" + test.gone
+		switch test.gone {
+		case ".":
+			gone = module
+		case "gvisor.dev":
+			gone = test.gone
+		}
+		is := func(path string) bool { return path == gone || gone != module && strings.HasPrefix(path, gone+"/") }
+		packages := map[string]pkg{}
+		for path, p := range all {
+			if !is(path) {
+				p.Imports, p.Deps = slices.DeleteFunc(slices.Clone(p.Imports), is), slices.DeleteFunc(slices.Clone(p.Deps), is)
+				packages[path] = p
+			}
+		}
+		stale := staleRules(packages)
+		if !slices.ContainsFunc(stale, func(rule string) bool { return strings.Contains(rule, test.want) }) {
+			t.Errorf("without %s the stale rules are %q, want %q", test.gone, stale, test.want)
 		}
 	}
 }
@@ -237,10 +329,16 @@ func TestAgentSize(t *testing.T) {
 	}
 }
 
+// tooLargeForAgent are packages, or what their paths begin with, that smolvm links and that
+// have no place in its agent.
+func tooLargeForAgent() []string {
+	return []string{"net/http", "database/sql", "modernc.org/", "github.com/spf13/cobra", "gvisor.dev/", "github.com/vishvananda/netlink"}
+}
+
 // The agent goes into every guest, and into memory that guests need.
 func TestAgentStaysSmall(t *testing.T) {
 	agent := list(t, module+"/cmd/smolvm-agent")[module+"/cmd/smolvm-agent"]
-	for _, forbidden := range []string{"net/http", "database/sql", "modernc.org/", "github.com/spf13/cobra", "gvisor.dev/", "github.com/vishvananda/netlink"} {
+	for _, forbidden := range tooLargeForAgent() {
 		for _, dep := range agent.Deps {
 			if strings.HasPrefix(dep, forbidden) {
 				t.Errorf("the agent depends on %s: it would not stay below 6 MB", dep)

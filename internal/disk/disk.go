@@ -22,14 +22,14 @@ const (
 )
 
 var (
-	// ErrNoFileSystem says that a raw disk holds neither a file system nor a partition
+	// ErrNoFileSystem reports that a raw disk holds neither a file system nor a partition
 	// table that we know.
 	ErrNoFileSystem = errors.New("holds no file system that is known (ext4, xfs, btrfs, squashfs, erofs, iso9660, vfat), and no partition table")
-	// ErrUndeclared says that a format must be declared.
+	// ErrUndeclared reports that a format must be declared.
 	ErrUndeclared = errors.New("looks like qcow2; say format qcow2 if it is, or format raw if that is what a guest has written into it")
 )
 
-// Info is what a disk file says of itself.
+// Info is what a disk file's header, or its beginning, says of it.
 type Info struct {
 	// Format is [Raw] or [QCOW2].
 	Format string
@@ -40,14 +40,14 @@ type Info struct {
 	// Backing is the name of the file that a qcow2 disk is an overlay of, as its header
 	// has it, and BackingFormat that file's format; empty if it is none.
 	Backing, BackingFormat string
-	// Device says that it is a block device.
+	// Device reports whether the file is a block device.
 	Device bool
 }
 
 // File is one file of the chain that makes a disk, as it is declared.
 type File struct {
 	Path, Format string
-	// Device says that it is a block device.
+	// Device reports whether the file is a block device.
 	Device bool
 }
 
@@ -113,7 +113,8 @@ func checkLoop(chain []File) error {
 	return nil
 }
 
-// declare is Declare; based says that there is a file which the disk is based on.
+// declare is Declare; based reports whether the user has named a file that the disk is based
+// on.
 func declare(path, format string, based bool) (Info, error) {
 	return inspect(path, func(file io.ReaderAt, info Info) (Info, error) {
 		switch format {

@@ -8,7 +8,7 @@ import (
 	"os"
 )
 
-// Grow makes one of our own overlays larger, which nobody may have open. Sizes are in
+// Grow makes an overlay of ours larger. Nobody may have it open. Sizes are in
 // bytes. What it holds stays, and the new part reads as zeros.
 func Grow(path string, size int64) (err error) {
 	file, err := os.OpenFile(path, os.O_RDWR, 0)

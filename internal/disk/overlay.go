@@ -14,7 +14,7 @@ import (
 
 // Overlay is a disk to be made over another one.
 type Overlay struct {
-	// Path of the new disk.
+	// Path is the path of the new disk.
 	Path string
 	// Base is the file that it is based on, which must not change from then on, and
 	// BaseFormat its format.
@@ -22,11 +22,11 @@ type Overlay struct {
 	// BaseName is the name by which the new disk's header has its base. Empty: Base's
 	// absolute path.
 	BaseName string
-	// Size of the new disk in bytes. Zero: the base's. It can't be smaller.
+	// Size is that of the new disk, in bytes. Zero: the base's. It can't be smaller.
 	Size int64
-	// Replace puts it in the place of a file that may be there, at once.
+	// Replace has the new disk replace a file at Path, if there is one, in one step.
 	Replace bool
-	// Sync has the disk, and its name, on stable storage before it is used.
+	// Sync writes the disk, and its name, to stable storage before CreateOverlay returns.
 	Sync bool
 }
 
@@ -82,8 +82,8 @@ func CreateOverlay(ctx context.Context, o Overlay) error {
 	return nil
 }
 
-// emptyOverlay is the whole file. Its clusters: the header; the refcount table; one
-// refcount block; the L1 table, which may take several.
+// emptyOverlay returns the whole file of an overlay without data. Its clusters: the header;
+// the refcount table; one refcount block; the L1 table, which may take several.
 func emptyOverlay(base, baseFormat string, size int64) []byte {
 	l1Entries := (size + perL1Entry - 1) / perL1Entry
 	l1Clusters := (l1Entries*8 + clusterSize - 1) / clusterSize
@@ -174,7 +174,7 @@ func link(temp, path string) error {
 // TempPrefix begins the names of files that are not complete yet.
 const TempPrefix = ".disk-"
 
-// SyncDir has the names in a directory on stable storage.
+// SyncDir writes the names in a directory to stable storage.
 func SyncDir(path string) error {
 	dir, err := os.Open(path)
 	if err != nil {

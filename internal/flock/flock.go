@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrLocked says that somebody else holds the lock.
+// ErrLocked reports that somebody else holds the lock.
 var ErrLocked = errors.New("file is locked by somebody else")
 
 // A lock that is held is tried again at intervals that grow from the first to the last: to
@@ -63,7 +63,7 @@ type Queue struct {
 	lines map[string]*line
 }
 
-// line is those who hold or wait for the lock of one name.
+// line holds those who have or wait for the lock of one name.
 type line struct {
 	turn  chan struct{} // has one element while nobody has the turn
 	count int

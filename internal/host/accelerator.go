@@ -49,7 +49,7 @@ type probed struct {
 	Problem string `json:"problem,omitempty"`
 }
 
-// slowError says that KVM runs a guest, but so slowly that emulation is faster.
+// slowError reports that KVM runs a guest, but so slowly that emulation is faster.
 type slowError struct{ done, of int }
 
 func (e *slowError) Error() string {

@@ -31,7 +31,7 @@ type Program struct {
 	Optional bool
 }
 
-// commonPrograms are needed whatever the backend.
+// commonPrograms returns the programs that VMs need whatever their backend.
 func commonPrograms() []Program {
 	return []Program{
 		{

@@ -90,7 +90,7 @@ func (a *apt) run(ctx context.Context, name string, args ...string) (out, compla
 	return outBuf.String(), complaint, err
 }
 
-// lastWords is the end of a program's complaint, as one line.
+// lastWords returns the end of a program's complaint, as one line.
 func lastWords(text string) string {
 	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' })
 	return strings.Join(lines[max(0, len(lines)-3):], "; ")

@@ -35,7 +35,7 @@ const (
 	formPacked             // a bzImage, which holds an ELF kernel
 )
 
-// arch is the architecture whose kernels are in that form, as Go names it; empty where
+// arch returns the architecture whose kernels are in that form, as Go names it; empty where
 // the file itself tells.
 func (f form) arch() string {
 	switch f {
@@ -71,7 +71,7 @@ func kernelForm(r io.ReaderAt) (form, error) {
 	return 0, errNotKernel
 }
 
-// formOf is [kernelForm] of a file.
+// formOf finds out in which form the kernel in a file is; see [kernelForm].
 func formOf(path string) (form, error) {
 	file, err := openRegular(path, errNotKernel)
 	if err != nil {
@@ -104,7 +104,7 @@ func checkArch(arch string) error {
 	return fmt.Errorf("is for %s; guests on this host are %s", arch, runtime.GOARCH)
 }
 
-// archOf is the architecture of an ELF file, as Go names it where it does.
+// archOf returns the architecture of an ELF file, as Go names it where it does.
 func archOf(machine elf.Machine) string {
 	switch machine {
 	case elf.EM_X86_64, elf.EM_386: // a 64-bit processor boots both

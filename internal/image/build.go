@@ -192,7 +192,7 @@ func consoleDevice() string {
 	return "ttyS0"
 }
 
-// debArch is the architecture as Debian names it, which for ours is as Go does.
+// debArch returns the architecture as Debian names it, which for ours is as Go does.
 func debArch() string { return runtime.GOARCH }
 
 // ingredients are the files that an image is made from.

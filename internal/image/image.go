@@ -59,7 +59,7 @@ func isDigest(name string) bool {
 	return len(name) == 64 && !strings.ContainsFunc(name, func(r rune) bool { return !strings.ContainsRune("0123456789abcdef", r) })
 }
 
-// imageFiles are the files of an image beside its metadata.
+// imageFiles returns the files of an image beside its metadata.
 func imageFiles() []string { return []string{kernelFile, initramfsFile, rootfsFile} }
 
 // Store keeps images below a directory. Any number of processes may use it.
@@ -294,7 +294,7 @@ func writeJSON(path string, value any) error {
 	return os.WriteFile(path, text, 0o600)
 }
 
-// usage is the space that the files in a directory take, in bytes.
+// usage returns the space that the files in a directory take, in bytes.
 func usage(dir string) int64 {
 	var total int64
 	_ = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
@@ -359,7 +359,7 @@ func (s *Store) remove(digest string) error {
 	return os.RemoveAll(gone)
 }
 
-// errKept says that an image is not to be removed.
+// errKept reports that an image is not to be removed.
 var errKept = errors.New("image is kept")
 
 // Prune removes every image that keep does not want, what killed builds have left,

@@ -37,7 +37,7 @@ type moduleSet struct {
 	builtin map[string]bool
 }
 
-// moduleName is the name by which the kernel knows a module's file.
+// moduleName returns the name by which the kernel knows a module's file.
 func moduleName(file string) string {
 	name, _, _ := strings.Cut(path.Base(file), ".ko")
 	return strings.ReplaceAll(name, "-", "_")

@@ -25,7 +25,7 @@ const rootfsSize = 8 << 30
 // userID is the id of the default image's user and of its group.
 const userID = 1000
 
-// baseFiles are the files of the default image beside busybox.
+// baseFiles returns the files of the default image beside busybox.
 func baseFiles() map[string]string {
 	return map[string]string{
 		"etc/passwd": "root:x:0:0:root:/root:/bin/sh\n" +
@@ -47,7 +47,8 @@ func baseFiles() map[string]string {
 	}
 }
 
-// baseDirs are its directories, with their modes. Each comes after the one it is in.
+// baseDirs returns the directories of the default image, with their modes. Each comes after
+// the one it is in.
 func baseDirs() []struct {
 	name string
 	mode fs.FileMode
@@ -182,7 +183,7 @@ func measure(dir string) (bytes, files int64, err error) {
 	return bytes, files, err
 }
 
-// smallSize is the size of a file system for a tree that takes so much, in bytes: with
+// smallSize returns the size of a file system for a tree that takes so much, in bytes: with
 // its journal, its tables, and some room to start with.
 func smallSize(tree int64) int64 {
 	return (tree*5/4 + journalSize<<20 + smallStep + smallStep - 1) / smallStep * smallStep

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
+	"slices"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
@@ -21,8 +23,7 @@ func (b *Builder) Drives(vm store.VM) ([]vmm.Drive, error) {
 	case vm.Config.RootfsPath:
 		users = append([]smolvm.Drive{RootDrive(vm.Config)}, users...)
 	default:
-		root := RootDrive(vm.Config)
-		own, err := b.Own(vm.DiskPath, declaredFiles(append([]smolvm.DiskFile{{Path: root.Path, Format: root.Format}}, root.Backing...))...)
+		own, err := b.Own(vm.DiskPath, rootFiles(vm.Config)...)
 		if err != nil {
 			return nil, err
 		}
@@ -47,12 +48,7 @@ func (b *Builder) Users(drive smolvm.Drive) (vmm.Drive, error) {
 			return vmm.Drive{}, err
 		}
 		if ours {
-			if len(drive.Backing) > 0 {
-				return vmm.Drive{}, fmt.Errorf("%s: it is the disk of a VM; what it is based on is known, and can't be named", drive.Path)
-			}
-			own, err := b.Own(drive.Path)
-			own.ReadOnly = drive.ReadOnly
-			return own, err
+			return b.vmsDrive(context.Background(), drive)
 		}
 	}
 	info, chain, err := Declare(drive)
@@ -60,6 +56,51 @@ func (b *Builder) Users(drive smolvm.Drive) (vmm.Drive, error) {
 		err = nil // an empty drive is fine: the guest may make a file system on it
 	}
 	return vmm.Drive{Path: drive.Path, Format: info.Format, ReadOnly: drive.ReadOnly, Device: info.Device, Backing: chainFiles(chain)}, err
+}
+
+// vmsDrive returns the disk of a VM, which may be deleted, as a drive of another VM. The files
+// of the user's that it is based on are those that the VM was created with. If its disk was
+// retained nobody knows them any more, and the user names them again.
+func (b *Builder) vmsDrive(ctx context.Context, drive smolvm.Drive) (vmm.Drive, error) {
+	vms, err := b.Store.ListVMs(ctx, "")
+	if err != nil {
+		return vmm.Drive{}, err
+	}
+	path := filepath.Join(b.Dir.Disks(), filepath.Base(drive.Path))
+	declared := declaredFiles(drive.Backing)
+	i := slices.IndexFunc(vms, func(vm store.VM) bool { return vm.DiskPath == path })
+	if i >= 0 {
+		if len(declared) > 0 {
+			return vmm.Drive{}, fmt.Errorf("%s: it is the disk of VM %q; what it is based on is known, and can't be named", drive.Path, vms[i].ID)
+		}
+		declared = rootFiles(vms[i].Config)
+	}
+	own, err := b.Own(drive.Path, declared...)
+	own.ReadOnly = drive.ReadOnly
+	if i >= 0 {
+		return own, err
+	}
+	if err == nil && !endsWith(own.Backing, declared) {
+		err = fmt.Errorf("%s: it is not based on the files that were named", drive.Path)
+	}
+	if err != nil {
+		err = &smolvm.Error{Err: err, Hint: "the VM of this disk is deleted: name all files of yours that the disk is based on, as in " +
+			"`--drive PATH:qcow2,backing=NEAREST:qcow2,backing=NEXT:raw`, and none of smolvm's own"}
+	}
+	return own, err
+}
+
+// rootFiles returns the user's files that the disk of a VM is based on, the nearest first.
+func rootFiles(config smolvm.VMConfig) []disk.File {
+	root := RootDrive(config)
+	return declaredFiles(append([]smolvm.DiskFile{{Path: root.Path, Format: root.Format}}, root.Backing...))
+}
+
+// endsWith reports whether a chain ends with such files.
+func endsWith(chain []vmm.DiskFile, files []disk.File) bool {
+	return len(chain) >= len(files) && slices.EqualFunc(chain[len(chain)-len(files):], files, func(file vmm.DiskFile, want disk.File) bool {
+		return file.Path == want.Path && file.Format == want.Format
+	})
 }
 
 // RootDrive returns the root file system that the user brings.

@@ -22,6 +22,7 @@ type Builder struct {
 	Dir    *datadir.Dir
 	Images *image.Store
 	Disks  *backing.Disks
+	Store  *store.Store
 	Host   *host.Host
 }
 

@@ -13,10 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errGone says that there is no such process, or only its remains.
+// errGone reports that there is no such process, or only its remains.
 var errGone = errors.New("process is gone")
 
-// StartTime is when a process started, in clock ticks since the host's boot: the
+// StartTime returns when a process started, in clock ticks since the host's boot: the
 // 22nd field of /proc/<pid>/stat; see proc(5).
 func StartTime(pid int) (uint64, error) {
 	start, state, err := stat(pid)
@@ -36,7 +36,7 @@ func Alive(pid int, start uint64) bool {
 	return err == nil && got == start
 }
 
-// CPUTime is the CPU time that a process has used, in steps of a clock tick: the 14th and
+// CPUTime returns the CPU time that a process has used, in steps of a clock tick: the 14th and
 // 15th fields of /proc/<pid>/stat.
 func CPUTime(pid int) (time.Duration, error) {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")

@@ -40,9 +40,9 @@ func Start(cmd *exec.Cmd) (*Child, error) {
 	return StartIn(cmd, func(fork func() error) error { return fork() })
 }
 
-// StartIn is [Start] with within called on the thread that forks, to make of it, while it
-// calls fork, what the child is to inherit. A thread that can't be made again what it was
-// does no harm: nothing else will run on it.
+// StartIn is [Start], but calls within on the thread that forks. Within gives the thread what
+// the child is to inherit, and calls fork. It need not restore the thread: nothing else will
+// run on it.
 func StartIn(cmd *exec.Cmd, within func(fork func() error) error) (*Child, error) {
 	attr := &syscall.SysProcAttr{}
 	if cmd.SysProcAttr != nil {
@@ -82,10 +82,10 @@ func (c *Child) wait(cmd *exec.Cmd) {
 	close(c.done)
 }
 
-// PID of the child.
+// PID returns the process id of the child.
 func (c *Child) PID() int { return c.pid }
 
-// Done is closed when the child has ended and has been reaped.
+// Done returns a channel that is closed when the child has ended and has been reaped.
 func (c *Child) Done() <-chan struct{} { return c.done }
 
 // Exit says how the child ended, as in "exit status 1" or "signal: killed". It may
@@ -101,7 +101,7 @@ func (c *Child) Exit() string {
 // only after Done is closed.
 func (c *Child) Success() bool { return c.waitErr == nil && c.state.Success() }
 
-// CPUTime is the processor time that the child has used. It may be called only after Done
+// CPUTime returns the processor time that the child has used. It may be called only after Done
 // is closed.
 func (c *Child) CPUTime() time.Duration {
 	if c.state == nil {

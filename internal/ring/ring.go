@@ -23,13 +23,13 @@ import (
 
 // Limits of the logs that smolvm keeps, in bytes for each of the two files.
 const (
-	// ConsoleBytes is that of a guest's console. A boot prints some 30 KB.
+	// ConsoleBytes is the limit of a guest's console. A boot prints some 30 KB.
 	ConsoleBytes = 4 << 20
-	// LogBytes is that of the logs of programs of the host.
+	// LogBytes is the limit of the logs of programs of the host.
 	LogBytes = 1 << 20
 )
 
-// Previous is the file that the one at path has taken the place of.
+// Previous returns the path of a log's older file, which the one at path has replaced.
 func Previous(path string) string { return path + ".1" }
 
 // Log is a log that is written to. Its methods may be called from any goroutine.
@@ -134,7 +134,7 @@ func (l *Log) put(p []byte) {
 	}
 }
 
-// cause is an error without the name of the file, which may be another one by now.
+// cause returns an error without the name of the file, which may be another one by now.
 func cause(err error) error {
 	if path, ok := errors.AsType[*fs.PathError](err); ok {
 		return path.Err
@@ -152,7 +152,7 @@ func (l *Log) turn() {
 	l.size = 0
 }
 
-// path is where the file is now: it may have been renamed since it was opened. It is
+// path returns where the file is now: it may have been renamed since it was opened. It is
 // empty if the file has been deleted.
 func (l *Log) path() string {
 	path, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(int(l.file.Fd())))

@@ -76,13 +76,19 @@ func Dismiss(ctx context.Context, standbyDir string) error {
 
 // Claim is [Launch] by a shim that stands by. Program and LogPath of the options are not
 // used. The error matches [ErrGone] if the shim is not there any more, or has been
-// claimed by somebody else.
+// claimed by somebody else. A shim that hangs is an error, as in [Launch]; it is the
+// caller's to end.
 func Claim(ctx context.Context, slot Slot, opts LaunchOptions) (*Launched, error) {
-	conn, err := dialUnix(ctx, ClaimSocket(slot.StandbyDir))
+	opts.Program = nil
+	bounded, cancel := context.WithTimeoutCause(ctx, opts.answerTime(), opts.silent(opts.answerTime(), 0))
+	defer cancel()
+	conn, err := dialUnix(bounded, ClaimSocket(slot.StandbyDir))
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = conn.Close() }()
+	stop := context.AfterFunc(bounded, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
 	p, err := makePipes(opts.Listeners)
 	if err != nil {
 		return nil, fmt.Errorf("claim a VM: %w", err)
@@ -104,6 +110,9 @@ func Claim(ctx context.Context, slot Slot, opts LaunchOptions) (*Launched, error
 	}
 	if err != nil {
 		_, _ = p.ordersWrite.Close(), p.reportsRead.Close()
+		if bounded.Err() != nil {
+			return nil, fmt.Errorf("claim a VM: %w", context.Cause(bounded))
+		}
 		return nil, fmt.Errorf("claim a VM: %w: %w", ErrGone, err)
 	}
 	l := &Launched{
@@ -115,7 +124,7 @@ func Claim(ctx context.Context, slot Slot, opts LaunchOptions) (*Launched, error
 	for _, file := range p.theirs() {
 		_ = file.Close() // so that the shim's end ends the reports
 	}
-	if err := l.order(ctx, opts, 0); err != nil {
+	if err := l.order(ctx, opts, opts.answerTime(), 0); err != nil {
 		_, _ = l.orders.Close(), l.pipe.Close()
 		return nil, err
 	}

@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"syscall"
@@ -41,6 +42,9 @@ type LaunchOptions struct {
 	Listeners []io.Closer
 	// LogPath receives what the shim itself has to say.
 	LogPath string
+	// AnswerTime is how much longer than Spec.ReadyTimeout the shim may take to report that
+	// its VM is ready, or why it is not. Zero: 30 seconds.
+	AnswerTime time.Duration
 }
 
 // Launched is a shim whose VM is ready. Until [Launched.Commit] the VM ends when
@@ -83,7 +87,8 @@ type Report struct {
 	Committed bool `json:"committed,omitempty"`
 }
 
-// Argument is the first argument of a program that is started as the shim of its own VMs.
+// Argument is the first argument of a program that is started as the shim of a VM, or as a
+// worker: smolvm, or any that calls Main of this module's package shim.
 const Argument = "smolvm-shim"
 
 // The files that a shim inherits beside its standard streams: where it reports to, and the
@@ -99,27 +104,56 @@ const (
 	// abortTime is how long a shim may take to end its VM, before it is killed, and
 	// the VMM with it.
 	abortTime = 10 * time.Second
+	// answerTime is the default of [LaunchOptions.AnswerTime]. In it a shim whose time is over
+	// ends its VMM and reports that; on a busy host that takes seconds.
+	answerTime = 30 * time.Second
+	// commitTime is how long a shim may take to confirm a commit. It gives a few files their
+	// names before.
+	commitTime = time.Minute
 )
+
+// NoShimHint is what to do about a program that was started as a shim and is none.
+const NoShimHint = "the program must be smolvm of this version, or call shim.Main (package github.com/smolvm/smolvm/shim) first in its main"
 
 // Launch starts a shim and returns when its VM is ready. If it fails, or ctx is done
 // first, nothing is left. The error matches [smolvm.ErrBootTimeout] if the VM was not
-// ready in time, and is a [*smolvm.PrerequisiteError] if the host lacks something.
+// ready in time, and is a [*smolvm.PrerequisiteError] if the host lacks something. A shim
+// that reports nothing in the time that [LaunchOptions] give it is an error too.
 func Launch(ctx context.Context, opts LaunchOptions) (*Launched, error) {
 	logStart := sizeOf(opts.LogPath)
 	l, err := spawn(opts)
 	if err != nil {
 		return nil, fmt.Errorf("start shim: %w", err)
 	}
-	if err := l.order(ctx, opts, logStart); err != nil {
+	if err := l.order(ctx, opts, opts.answerTime(), logStart); err != nil {
 		l.Abort(context.WithoutCancel(ctx))
 		return nil, err
 	}
 	return l, nil
 }
 
-// order gives the shim its orders and waits until the VM is ready. One that is claimed
-// has them already.
-func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64) error {
+// answerTime returns how long a shim may take from its start to its report.
+func (o LaunchOptions) answerTime() time.Duration {
+	return sum(o.Spec.ReadyTimeout, cmp.Or(o.AnswerTime, answerTime))
+}
+
+// sum adds times that are not negative, up to the longest there is.
+func sum(times ...time.Duration) time.Duration {
+	total := time.Duration(0)
+	for _, t := range times {
+		if total > math.MaxInt64-t {
+			return math.MaxInt64
+		}
+		total += t
+	}
+	return total
+}
+
+// order gives the shim its orders and waits at most limit until the VM is ready. A shim that
+// is claimed has its orders already.
+func (l *Launched) order(caller context.Context, opts LaunchOptions, limit time.Duration, logStart int64) error {
+	ctx, cancel := context.WithTimeout(caller, limit)
+	defer cancel()
 	stop := context.AfterFunc(ctx, func() {
 		past := time.Unix(1, 0)
 		_, _ = l.orders.SetWriteDeadline(past), l.pipe.SetReadDeadline(past)
@@ -138,12 +172,15 @@ func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64
 		got, err = l.next()
 	}
 	switch {
+	case caller.Err() != nil:
+		err = fmt.Errorf("wait for the VM: %w", context.Cause(caller))
 	case ctx.Err() != nil:
-		err = fmt.Errorf("wait for the VM: %w", context.Cause(ctx))
+		err = opts.silent(limit, logStart)
 	case err != nil:
-		// Most likely the program is no shim; its words say what it is.
-		err = fmt.Errorf("shim %q did not report (%w); its log says: %s",
-			opts.Program, err, tail(opts.LogPath, logStart))
+		if l.exited != nil {
+			l.Abort(ctx) // it has said in its log what it has to say when it is gone
+		}
+		err = opts.ended(err, logStart)
 	case got.Failure != nil:
 		err = got.Failure.Err()
 	}
@@ -156,6 +193,34 @@ func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64
 	}
 	l.Timeline, l.Warnings, l.Limits = got.Timeline, got.Warnings, got.Limits
 	return nil
+}
+
+// silent returns the error of a shim that has reported nothing in time. Most likely the
+// program is no shim.
+func (o LaunchOptions) silent(limit time.Duration, logStart int64) error {
+	if len(o.Program) == 0 {
+		return fmt.Errorf("the shim that stood by did not answer within %s", limit)
+	}
+	return &smolvm.Error{Hint: NoShimHint,
+		Err: fmt.Errorf("the program %q did not answer as a shim within %s; %s", o.Program, limit, o.logEnd(logStart))}
+}
+
+// ended returns the error of a shim that has ended without a report. Most likely the program
+// is no shim; its words say what it is.
+func (o LaunchOptions) ended(err error, logStart int64) error {
+	if len(o.Program) == 0 {
+		return fmt.Errorf("the shim that stood by did not report (%w)", err)
+	}
+	return &smolvm.Error{Hint: NoShimHint,
+		Err: fmt.Errorf("shim %q did not report (%w); %s", o.Program, err, o.logEnd(logStart))}
+}
+
+// logEnd quotes what the shim has logged since its log was of that size.
+func (o LaunchOptions) logEnd(logStart int64) string {
+	if text := tail(o.LogPath, logStart); text != "" {
+		return "its log says: " + text
+	}
+	return "its log is empty"
 }
 
 // spawn starts the process, with nothing of ours but what it needs.
@@ -266,9 +331,11 @@ func (l *Launched) next() (Report, error) {
 }
 
 // Commit makes the VM independent of this process, but for an ephemeral one, which
-// ends when this process does. It returns when the shim has confirmed. If it fails,
-// the VM has ended or is to be ended by Abort.
+// ends when this process does. It returns when the shim has confirmed, or has not in a
+// minute. If it fails, the VM has ended or is to be ended by Abort.
 func (l *Launched) Commit() error {
+	limit := time.Now().Add(commitTime)
+	_, _ = l.orders.SetWriteDeadline(limit), l.pipe.SetReadDeadline(limit)
 	_, err := l.orders.WriteString(CommitOrder + "\n")
 	var got Report
 	if err == nil || errors.Is(err, syscall.EPIPE) { // then the shim has said why it ended

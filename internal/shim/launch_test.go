@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -15,10 +16,13 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/stream"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -56,7 +60,18 @@ func TestLaunchFails(t *testing.T) {
 			text: "/nonexistent/shim"},
 		"program that is no shim": {change: func(o *shim.LaunchOptions) {
 			o.Program = []string{"/bin/sh", "-c", "echo this is no shim; echo; exit 3"}
-		}, text: "its log says: this is no shim"},
+		}, text: "its log says: this is no shim", is: isHinted},
+		"program that says nothing": {change: func(o *shim.LaunchOptions) {
+			o.Program = []string{"/bin/sh", "-c", "cat > /dev/null"}
+			o.Spec.ReadyTimeout, o.AnswerTime = 0, 100*time.Millisecond
+		}, text: "did not answer as a shim within 100ms; its log is empty", is: isHinted},
+		"program that reads nothing": {change: func(o *shim.LaunchOptions) {
+			o.Program = []string{"tail", "-f", "/dev/null"}
+			o.Spec.VMM.BootArgs = strings.Repeat("more than a pipe holds ", 1<<13)
+			o.Spec.ReadyTimeout, o.AnswerTime = 0, 100*time.Millisecond
+		}, text: "did not answer as a shim within 100ms", is: isHinted},
+		"endless time": {args: dies, change: func(o *shim.LaunchOptions) { o.Spec.ReadyTimeout = math.MaxInt64 },
+			text: "exit status 1"},
 		"forwards without a network": {args: hasAgent, change: func(o *shim.LaunchOptions) {
 			o.Listeners = []io.Closer{listen(t)}
 			o.Spec.Forwards = []shim.Forward{{GuestPort: 80}}
@@ -90,6 +105,99 @@ func TestLaunchFails(t *testing.T) {
 			}
 		})
 	}
+}
+
+// isHinted reports whether an error says what is to be done about a program that is no shim.
+func isHinted(err error) bool { return strings.Contains(smolvm.HintOf(err), "shim.Main") }
+
+// A program that is no shim freezes nothing, and is not waited for without end.
+func TestFreezeBySilentProgram(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	f.opts.Program = []string{"/bin/sh", "-c", "cat > /dev/null"}
+	f.opts.Spec.ReadyTimeout, f.opts.AnswerTime = 0, 100*time.Millisecond
+	f.opts.Spec.Freeze = &shim.FreezeOrder{}
+	if err := shim.Freeze(t.Context(), f.opts); !isHinted(err) {
+		t.Errorf("Freeze: %v", err)
+	}
+	if left := testenv.Processes(f.opts.Spec.ID); len(left) > 0 {
+		t.Errorf("when Freeze has returned there are processes: %q", left)
+	}
+}
+
+// A shim that hangs where it stands by, before it takes a claim or after, is not waited for
+// without end.
+func TestClaimOfHungShim(t *testing.T) {
+	t.Parallel()
+	for name, accept := range map[string]bool{"takes nothing": false, "reports nothing": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			listener, err := stream.ListenUnix(shim.ClaimSocket(dir))
+			if err != nil {
+				t.Fatal(err)
+			}
+			over, ended := make(chan struct{}), make(chan struct{})
+			go func() {
+				defer close(ended)
+				conn, err := listener.Accept()
+				if err != nil {
+					return
+				}
+				defer func() { _ = conn.Close() }()
+				if unixConn, ok := conn.(*net.UnixConn); ok && accept {
+					for _, file := range takeClaim(t, unixConn) {
+						defer func() { _ = file.Close() }()
+					}
+				}
+				<-over
+			}()
+			defer func() {
+				close(over)
+				_ = listener.Close()
+				<-ended
+			}()
+			lock, err := os.Open(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = lock.Close() }()
+			f := newFixture(t)
+			f.opts.Spec.ReadyTimeout, f.opts.AnswerTime = 0, 100*time.Millisecond
+			if !accept {
+				f.opts.Spec.VMM.BootArgs = strings.Repeat("more than a socket holds ", 1<<16)
+			}
+			_, err = shim.Claim(t.Context(), shim.Slot{StandbyDir: dir, Dir: dir, Lock: lock}, f.opts)
+			if err == nil || !strings.Contains(err.Error(), "did not answer within 100ms") {
+				t.Errorf("Claim: %v", err)
+			}
+		})
+	}
+}
+
+// takeClaim reads a claim, and returns the files that come with it.
+func takeClaim(t *testing.T, conn *net.UnixConn) []*os.File {
+	rights := make([]byte, unix.CmsgSpace(4*8))
+	_, n, _, _, err := conn.ReadMsgUnix(make([]byte, 64<<10), rights)
+	if err != nil {
+		t.Error(err)
+		return nil
+	}
+	messages, err := unix.ParseSocketControlMessage(rights[:n])
+	if err != nil {
+		t.Error(err)
+	}
+	var files []*os.File
+	for _, message := range messages {
+		fds, err := unix.ParseUnixRights(&message)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, fd := range fds {
+			files = append(files, os.NewFile(uintptr(fd), "claimed"))
+		}
+	}
+	return files
 }
 
 func listen(t testing.TB) net.Listener {

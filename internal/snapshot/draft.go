@@ -17,7 +17,7 @@ import (
 
 // Draft is a snapshot that is being made.
 type Draft struct {
-	// Diskless says that the guest has no disk.
+	// Diskless reports whether the guest has no disk.
 	Diskless bool
 
 	store *Store
@@ -49,10 +49,10 @@ func (s *Store) Draft(name string) (*Draft, error) {
 	return d, nil
 }
 
-// Path of one of its files.
+// Path returns the path of one of the draft's files.
 func (d *Draft) Path(name string) string { return filepath.Join(d.dir, name) }
 
-// Discard removes what there is of it. After a Commit it does nothing.
+// Discard removes the files of the draft. After a Commit it does nothing.
 func (d *Draft) Discard() error {
 	if d.lock != nil {
 		defer func() { _ = d.lock.Close() }()
@@ -60,7 +60,7 @@ func (d *Draft) Discard() error {
 	return os.RemoveAll(d.dir)
 }
 
-// Commit makes it a snapshot: with the sums of its files, and all of it on disk.
+// Commit makes the draft a snapshot: with the sums of its files, and all of it on disk.
 func (d *Draft) Commit(ctx context.Context, meta any, bootID string) (Snapshot, error) {
 	fail := func(err error) (Snapshot, error) {
 		return Snapshot{}, fmt.Errorf("make snapshot %q: %w", d.name, errors.Join(err, d.Discard()))
@@ -116,7 +116,7 @@ func syncFile(path string) error {
 	return errors.Join(file.Sync(), file.Close())
 }
 
-// Clean removes what processes that were killed have left.
+// Clean removes the files that killed processes have left.
 func (s *Store) Clean() error {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {

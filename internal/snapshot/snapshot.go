@@ -56,19 +56,19 @@ type Snapshot struct {
 	Name      string
 	CreatedAt time.Time
 	UsedAt    time.Time
-	// Size is what it takes on disk, in bytes.
+	// Size is the room that the snapshot takes on disk, in bytes.
 	Size int64
-	// Meta is what its maker has to say of it.
+	// Meta is JSON that the maker of the snapshot keeps with it.
 	Meta json.RawMessage
 
 	dir   string
 	files []file
 }
 
-// Path of one of the snapshot's files.
+// Path returns the path of one of the snapshot's files.
 func (s Snapshot) Path(name string) string { return filepath.Join(s.dir, name) }
 
-// record is what is kept in recordFile.
+// record is the content of recordFile.
 type record struct {
 	CreatedAt time.Time       `json:"created_at"`
 	Files     []file          `json:"files"`
@@ -110,7 +110,7 @@ func (s *Store) Get(name string) (Snapshot, error) {
 	return found, nil
 }
 
-// allocated is how much of a file is no hole, in bytes.
+// allocated returns how much of a file is no hole, in bytes.
 func allocated(path string) int64 {
 	var stat unix.Stat_t
 	if unix.Stat(path, &stat) != nil {
@@ -136,7 +136,7 @@ func (s *Store) List() ([]Snapshot, error) {
 	return all, nil
 }
 
-// Used notes that a snapshot is of use: see [Snapshot].UsedAt.
+// Used notes that a snapshot has been used just now; see [Snapshot].UsedAt.
 func (s *Store) Used(found Snapshot) {
 	now := time.Now()
 	_ = os.Chtimes(found.Path(recordFile), now, now)
@@ -157,7 +157,7 @@ func (s *Store) Remove(name string) error {
 	return os.RemoveAll(trash)
 }
 
-// Verify returns nil if the files are those that were saved. Contents are compared once
+// Verify returns nil if the files are as they were saved. Contents are compared once
 // for each boot of the host; after that, it is enough that no file has been touched
 // since.
 func (s *Store) Verify(ctx context.Context, found Snapshot, bootID string) error {

@@ -19,8 +19,8 @@ func (s *Store) insertBase(ctx context.Context, tx *sql.Tx, path, base string) e
 	return err
 }
 
-// PersistBase is [Store.AddBase] of what must survive a power cut once it has returned, with
-// all that was written before.
+// PersistBase is [Store.AddBase] for a base that must survive a power cut once PersistBase
+// has returned, with all that was written before.
 func (s *Store) PersistBase(ctx context.Context, path, base string) error {
 	return s.updateDurably(ctx, func(tx *sql.Tx) error {
 		// A row that is there already may not be on the disk yet: what is not written is not
@@ -58,8 +58,8 @@ func (s *Store) IsDisk(ctx context.Context, path string) (bool, error) {
 	return count > 0, err
 }
 
-// IsBased reports whether a disk file is written down as based on another, which only those
-// are that this data directory has made.
+// IsBased reports whether a disk file is written down as based on another. Only disks that
+// this data directory has made are.
 func (s *Store) IsBased(ctx context.Context, path string) (bool, error) {
 	var count int
 	err := s.view(ctx, func(tx *sql.Tx) error {
@@ -68,8 +68,8 @@ func (s *Store) IsBased(ctx context.Context, path string) (bool, error) {
 	return count > 0, err
 }
 
-// FormerRoot returns where the data directory was when its database had absolute paths in
-// it; empty if it never had.
+// FormerRoot returns the path at which the data directory was when its database had absolute
+// paths in it; empty if it never had.
 func (s *Store) FormerRoot(ctx context.Context) (string, error) {
 	var root string
 	err := s.view(ctx, func(tx *sql.Tx) error {
@@ -82,8 +82,8 @@ func (s *Store) FormerRoot(ctx context.Context) (string, error) {
 	return root, err
 }
 
-// ForgetRuns makes all VMs that are alive stopped: the database was copied from another
-// data directory, and their processes belong to that.
+// ForgetRuns marks all VMs that are alive as stopped. It is for a database that was copied
+// from another data directory, to which their processes belong.
 func (s *Store) ForgetRuns(ctx context.Context, cause string) error {
 	return s.update(ctx, func(tx *sql.Tx) error {
 		now := s.opts.Now().UTC()

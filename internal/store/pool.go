@@ -3,255 +3,76 @@ package store
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"net/netip"
-	"slices"
-
-	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/smolvm/smolvm"
 )
 
-// guestSSHPort is where the forward of kind ssh leads to.
-const guestSSHPort = 22
-
-// Kinds of ports.
-const (
-	kindSSH     = "ssh"
-	kindForward = "forward"
-)
-
-// MoveSSHPort gives a VM the lowest free port for SSH in place of the one it has,
-// which another program has taken, and returns the new one. Free is not asked again
-// once it has accepted a port, so it may bind it. The error matches
-// [smolvm.ErrVMNotFound] or [ErrPoolFull].
-func (s *Store) MoveSSHPort(ctx context.Context, id string, free PortFree) (int, error) {
-	var port int
-	err := s.update(ctx, func(tx *sql.Tx) error {
-		var seq int64
-		var addr netip.Addr
-		err := tx.QueryRowContext(ctx, `SELECT ports.seq, host_addr FROM vms JOIN ports ON vm = vms.seq
-			WHERE id = ? AND kind = ?`, id, kindSSH).Scan(&seq, address{&addr})
-		if errors.Is(err, sql.ErrNoRows) {
-			return notFound(id)
-		}
-		if err != nil {
-			return err
-		}
-		if port, err = s.choosePort(ctx, tx, smolvm.TCP, addr, free); err != nil {
-			return err
-		}
-		_, err = tx.ExecContext(ctx, "UPDATE ports SET host_port = ? WHERE seq = ?", port, seq)
-		return err
-	})
-	return port, err
+// Pool is a number of VMs to be kept ready.
+type Pool struct {
+	ID     string
+	Size   int
+	Config smolvm.VMConfig
 }
 
-// AddForward adds a port forward to a VM, and returns it with the host port that was
-// chosen if the forward leaves that open. The error matches [smolvm.ErrVMNotFound],
-// [smolvm.ErrPortInUse] if a VM has the host port, or [ErrPoolFull].
-func (s *Store) AddForward(ctx context.Context, id string, forward smolvm.PortForward, free PortFree) (smolvm.PortForward, error) {
-	err := s.update(ctx, func(tx *sql.Tx) error {
-		vm, err := seqOf(ctx, tx, id)
+// SetPool makes or changes a pool.
+func (s *Store) SetPool(ctx context.Context, pool Pool) error {
+	config, err := json.Marshal(pool.Config)
+	if err != nil {
+		return err
+	}
+	return s.update(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, `INSERT INTO pools (id, size, config) VALUES (?, ?, ?)
+			ON CONFLICT (id) DO UPDATE SET size = excluded.size, config = excluded.config`, pool.ID, pool.Size, string(config))
+		return err
+	})
+}
+
+// GetPool reads a pool. The error matches [smolvm.ErrPoolNotFound].
+func (s *Store) GetPool(ctx context.Context, id string) (Pool, error) {
+	pools, err := s.pools(ctx, "WHERE id = ?", id)
+	if err == nil && len(pools) == 0 {
+		err = fmt.Errorf("%w: %q", smolvm.ErrPoolNotFound, id)
+	}
+	if err != nil {
+		return Pool{}, err
+	}
+	return pools[0], nil
+}
+
+// Pools lists the pools.
+func (s *Store) Pools(ctx context.Context) ([]Pool, error) { return s.pools(ctx, "ORDER BY id") }
+
+func (s *Store) pools(ctx context.Context, clause string, args ...any) ([]Pool, error) {
+	var pools []Pool
+	err := s.view(ctx, func(tx *sql.Tx) (err error) {
+		rows, err := tx.QueryContext(ctx, "SELECT id, size, config FROM pools "+clause, args...)
 		if err != nil {
 			return err
 		}
-		if forward.HostPort == 0 {
-			port, err := s.choosePort(ctx, tx, forward.Protocol, forward.HostAddr, free)
-			if err != nil {
+		defer func() { err = errors.Join(err, rows.Close()) }()
+		for rows.Next() {
+			var pool Pool
+			var config string
+			if err := rows.Scan(&pool.ID, &pool.Size, &config); err != nil {
 				return err
 			}
-			forward.HostPort = port
-		}
-		return insertPort(ctx, tx, vm, kindForward, forward)
-	})
-	return forward, err
-}
-
-// RemoveForward removes the port forward of a host port from a VM. The error matches
-// [smolvm.ErrNotFound] if the VM has none.
-func (s *Store) RemoveForward(ctx context.Context, id string, protocol smolvm.Protocol, hostPort int) error {
-	return s.update(ctx, func(tx *sql.Tx) error {
-		result, err := tx.ExecContext(ctx,
-			"DELETE FROM ports WHERE protocol = ? AND host_port = ? AND kind = ? AND vm = (SELECT seq FROM vms WHERE id = ?)",
-			text[smolvm.Protocol]{&protocol}, hostPort, kindForward, id)
-		if err != nil {
-			return err
-		}
-		n, err := result.RowsAffected()
-		if err == nil && n == 0 {
-			err = fmt.Errorf("forward of host port %d/%s to VM %q: %w", hostPort, protocol, id, smolvm.ErrNotFound)
-		}
-		return err
-	})
-}
-
-// chooseLease returns the lowest lease that no VM has.
-func chooseLease(ctx context.Context, tx *sql.Tx, leases Range) (int, error) {
-	lease, err := lowestFree(ctx, tx, "vms", "lease", "true", leases.First)
-	if err == nil && lease > leases.Last {
-		err = fmt.Errorf("%w: all leases from %d to %d are taken; delete VMs that are not needed",
-			ErrPoolFull, leases.First, leases.Last)
-	}
-	return lease, err
-}
-
-// insertPorts gives a new VM its port for SSH and those of its forwards.
-func (s *Store) insertPorts(ctx context.Context, tx *sql.Tx, vm int64, n NewVM) (int, []smolvm.PortForward, error) {
-	forwards := slices.Clone(n.Config.PortForwards)
-	// What is chosen here must not be what a later forward asks for.
-	spare := func(protocol smolvm.Protocol, addr netip.Addr, port int) bool {
-		asked := slices.ContainsFunc(forwards, func(f smolvm.PortForward) bool { return f.HostPort == port && f.Protocol == protocol })
-		return !asked && (n.PortFree == nil || n.PortFree(protocol, addr, port))
-	}
-	sshPort, err := s.choosePort(ctx, tx, smolvm.TCP, n.Config.SSHHostAddr, spare)
-	if err != nil {
-		return 0, nil, err
-	}
-	err = insertPort(ctx, tx, vm, kindSSH,
-		smolvm.PortForward{Protocol: smolvm.TCP, HostAddr: n.Config.SSHHostAddr, HostPort: sshPort, GuestPort: guestSSHPort})
-	for i := 0; i < len(forwards) && err == nil; i++ {
-		if forwards[i].HostPort == 0 {
-			if forwards[i].HostPort, err = s.choosePort(ctx, tx, forwards[i].Protocol, forwards[i].HostAddr, spare); err != nil {
-				break
+			if err := json.Unmarshal([]byte(config), &pool.Config); err != nil {
+				return fmt.Errorf("pool %q: %w", pool.ID, err)
 			}
+			pools = append(pools, pool)
 		}
-		err = insertPort(ctx, tx, vm, kindForward, forwards[i])
-	}
-	return sshPort, forwards, err
+		return rows.Err()
+	})
+	return pools, err
 }
 
-// choosePort returns the lowest host port of a protocol that no VM has and that is free.
-func (s *Store) choosePort(ctx context.Context, tx *sql.Tx, protocol smolvm.Protocol, addr netip.Addr, free PortFree) (int, error) {
-	ports := s.opts.Ports
-	condition := "protocol = 'tcp'"
-	if protocol == smolvm.UDP {
-		condition = "protocol = 'udp'"
-	}
-	for from := ports.First; ; {
-		port, err := lowestFree(ctx, tx, "ports", "host_port", condition, from)
-		if err != nil {
-			return 0, err
-		}
-		if port > ports.Last {
-			return 0, fmt.Errorf("%w: all host ports from %d to %d are taken, by VMs or by other programs",
-				ErrPoolFull, ports.First, ports.Last)
-		}
-		if free == nil || free(protocol, addr, port) {
-			return port, nil
-		}
-		from = port + 1
-	}
-}
-
-// lowestFree returns the lowest value, not below from, that an integer column does not
-// have, which is unique among the rows of a condition. It halves the range in which that value is: a range without a gap
-// has as many rows as it has values. To count is much cheaper than to look for the
-// gap row by row.
-func lowestFree(ctx context.Context, tx *sql.Tx, table, column, condition string, from int) (int, error) {
-	var highest int
-	err := tx.QueryRowContext(ctx, fmt.Sprintf("SELECT coalesce(max(%s), 0) FROM %s WHERE %s", column, table, condition)).Scan(&highest)
-	if err != nil {
-		return 0, err
-	}
-	// Parsing it takes longer than running it.
-	count, err := tx.PrepareContext(ctx, fmt.Sprintf("SELECT count(*) FROM %s WHERE %s AND %s BETWEEN ? AND ?", table, condition, column))
-	if err != nil {
-		return 0, err
-	}
-	defer func() { _ = count.Close() }()
-	low, high := from, highest+1 // all from low down are taken, and high is free
-	for low < high {
-		middle := low + (high-low)/2
-		var taken int
-		if err := count.QueryRowContext(ctx, low, middle).Scan(&taken); err != nil {
-			return 0, err
-		}
-		if taken == middle-low+1 {
-			low = middle + 1
-		} else {
-			high = middle
-		}
-	}
-	return low, nil
-}
-
-// insertPort reserves the host port of a forward.
-func insertPort(ctx context.Context, tx *sql.Tx, vm int64, kind string, f smolvm.PortForward) error {
-	_, err := tx.ExecContext(ctx,
-		"INSERT INTO ports (vm, kind, protocol, host_addr, host_port, guest_port) VALUES (?, ?, ?, ?, ?, ?)",
-		vm, kind, text[smolvm.Protocol]{&f.Protocol}, address{&f.HostAddr}, f.HostPort, f.GuestPort)
-	if resultCode(err) != sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+// DeletePool removes a pool; one that is not there is fine.
+func (s *Store) DeletePool(ctx context.Context, id string) error {
+	return s.update(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "DELETE FROM pools WHERE id = ?", id)
 		return err
-	}
-	var owner string
-	err = tx.QueryRowContext(ctx, "SELECT id FROM vms JOIN ports ON vm = vms.seq WHERE protocol = ? AND host_port = ?",
-		text[smolvm.Protocol]{&f.Protocol}, f.HostPort).Scan(&owner)
-	if err != nil {
-		return err
-	}
-	return fmt.Errorf("port %d: %w by VM %q", f.HostPort, smolvm.ErrPortInUse, owner)
-}
-
-// selectPorts fills in the ports of VMs; bySeq says at which place the VM of a
-// number is.
-func selectPorts(ctx context.Context, tx *sql.Tx, vms []VM, bySeq map[int64]int) error {
-	if len(vms) == 0 {
-		return nil
-	}
-	seqs := slices.Collect(maps.Keys(bySeq))
-	rows, err := tx.QueryContext(ctx, `SELECT vm, kind = 'ssh', protocol, host_addr, host_port, guest_port FROM ports
-		WHERE vm BETWEEN ? AND ? ORDER BY seq`, slices.Min(seqs), slices.Max(seqs))
-	if err != nil {
-		return err
-	}
-	defer func() { _ = rows.Close() }()
-	var seq int64
-	var p port
-	fields := append([]any{&seq}, p.fields()...)
-	for rows.Next() {
-		if err := rows.Scan(fields...); err != nil {
-			return err
-		}
-		if i, ok := bySeq[seq]; ok { // else it is of a VM that was not asked for
-			p.addTo(&vms[i])
-		}
-	}
-	return rows.Err()
-}
-
-// port is a row of table ports.
-type port struct {
-	ssh     bool
-	forward smolvm.PortForward
-}
-
-// fields are the port's fields: whether its kind is ssh, protocol, host_addr, host_port and
-// guest_port.
-func (p *port) fields() []any {
-	f := &p.forward
-	return []any{&p.ssh, text[smolvm.Protocol]{&f.Protocol}, address{&f.HostAddr}, number[int]{&f.HostPort}, number[int]{&f.GuestPort}}
-}
-
-// addTo gives a VM the port, if there is one.
-func (p *port) addTo(vm *VM) {
-	switch {
-	case p.forward.HostPort == 0:
-	case p.ssh:
-		vm.SSHPort, vm.Config.SSHHostAddr = p.forward.HostPort, p.forward.HostAddr
-	default:
-		vm.Forwards = append(vm.Forwards, p.forward)
-	}
-}
-
-// seqOf returns the number of a VM's row.
-func seqOf(ctx context.Context, tx *sql.Tx, id string) (int64, error) {
-	var seq int64
-	err := tx.QueryRowContext(ctx, "SELECT seq FROM vms WHERE id = ?", id).Scan(&seq)
-	if errors.Is(err, sql.ErrNoRows) {
-		return 0, notFound(id)
-	}
-	return seq, err
+	})
 }

@@ -22,7 +22,7 @@ const vmColumns = `seq, id, state, vcpus, memory_mib, image_name, options,
 	lease, image, backend, disk_path, layer, log_path, machine_id, host_key, created_at,
 	run, pid, pid_start, shim_pid, shim_start, boot_id, accelerator, cause, started_at, stopped_at`
 
-// row is a VM as table vms has it.
+// row is a row of table vms.
 type row struct {
 	VM
 	seq     int64
@@ -30,7 +30,7 @@ type row struct {
 	root    string // see [file]
 }
 
-// fields are the row's fields in the order of [vmColumns], to be written from or
+// fields returns the row's fields in the order of [vmColumns], to be written from or
 // read into.
 func (r *row) fields() []any {
 	return []any{

@@ -15,7 +15,7 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-// Started is what is to be kept of a start. The fields are as in [VM].
+// Started holds the data that is kept of a start. The fields are as in [VM].
 type Started struct {
 	Run                 string
 	PID, ShimPID        int
@@ -30,11 +30,12 @@ type Started struct {
 // Identity holds the values that must be unique to each guest. Empty ones are unknown.
 type Identity struct{ BootID, Random, MachineID, HostKey, MAC string }
 
-// ErrDuplicateIdentity says that another VM has a part of a guest's identity.
+// ErrDuplicateIdentity reports that another VM has a part of a guest's identity.
 var ErrDuplicateIdentity = errors.New("another VM has the same identity")
 
-// MarkStarted makes a VM running that was not alive. The error matches
-// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is alive, or [ErrDuplicateIdentity].
+// MarkStarted marks a VM as running that was not alive. The error matches
+// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is alive, or
+// [ErrDuplicateIdentity].
 func (s *Store) MarkStarted(ctx context.Context, id string, started Started) error {
 	// Durably, and its creation with it: from now on the guest has data.
 	return s.updateDurably(ctx, func(tx *sql.Tx) error {
@@ -111,8 +112,8 @@ func (s *Store) MarkEnded(ctx context.Context, id, run string, state smolvm.VMSt
 	return changed && err == nil, err
 }
 
-// TakeFailed returns the ids of VMs whose run has ended in error since it was last called, and
-// that are in error still, in the order in which they were created.
+// TakeFailed returns the ids of the VMs whose runs have ended in error since its last call and
+// that are still in that state, in the order in which the VMs were created.
 func (s *Store) TakeFailed(ctx context.Context) ([]string, error) {
 	const failed = " FROM vms WHERE failed_at IS NOT NULL AND state = ?"
 	var ids []string
@@ -139,8 +140,8 @@ func (s *Store) TakeFailed(ctx context.Context) ([]string, error) {
 	return ids, err
 }
 
-// MarkNotStarted writes down why a VM is in the state that it was in before a start, which
-// did not come so far as to run it. The error matches [smolvm.ErrVMNotFound].
+// MarkNotStarted writes down why a start failed before its guest ran. The VM stays in the
+// state in which it was before. The error matches [smolvm.ErrVMNotFound].
 func (s *Store) MarkNotStarted(ctx context.Context, id string, state smolvm.VMState, cause string) error {
 	return s.update(ctx, func(tx *sql.Tx) error {
 		if _, err := stateOf(ctx, tx, id); err != nil {
@@ -164,8 +165,8 @@ func (s *Store) MarkFailed(ctx context.Context, id, cause string, at time.Time) 
 	})
 }
 
-// SetConfig replaces the configuration of a VM, but for what decides which VM it is: its
-// id, image, backend and ports. The error matches [smolvm.ErrVMNotFound].
+// SetConfig replaces the configuration of a VM except for its id, image, backend and ports,
+// which decide which VM it is. The error matches [smolvm.ErrVMNotFound].
 func (s *Store) SetConfig(ctx context.Context, id string, config smolvm.VMConfig) error {
 	return s.update(ctx, func(tx *sql.Tx) error {
 		vms, err := s.selectVMs(ctx, tx, 1, "WHERE id = ?", id)
@@ -185,7 +186,7 @@ func (s *Store) SetConfig(ctx context.Context, id string, config smolvm.VMConfig
 	})
 }
 
-// MarkHalted makes a VM paused that its VMM has paused by itself in a run, and writes down
+// MarkHalted marks a VM as paused whose VMM has paused it by itself in a run, and writes down
 // why. It reports whether that changed anything; it does not if the VM is not alive in that
 // run any more.
 func (s *Store) MarkHalted(ctx context.Context, id, run, cause string) (bool, error) {
@@ -203,8 +204,8 @@ func (s *Store) MarkHalted(ctx context.Context, id, run, cause string) (bool, er
 	return changed && err == nil, err
 }
 
-// SetState moves a VM from one of some states to another, in which there is no cause. The error matches
-// [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is in none of them.
+// SetState moves a VM from one of some states to another, and clears its cause. The error
+// matches [smolvm.ErrVMNotFound], or [smolvm.ErrInvalidState] if the VM is in none of them.
 func (s *Store) SetState(ctx context.Context, id string, from []smolvm.VMState, to smolvm.VMState) error {
 	return s.update(ctx, func(tx *sql.Tx) error {
 		if err := requireState(ctx, tx, id, from...); err != nil {

@@ -22,13 +22,13 @@ import (
 // Writers don't hold them up, nor the other way round.
 const maxReaders = 4
 
-// ErrPoolFull says that all leases, or all host ports, are taken.
-var ErrPoolFull = errors.New("pool is used up")
+// ErrNoneFree reports that all leases, or all host ports, are taken.
+var ErrNoneFree = errors.New("none is free")
 
 // Range is a range of integers, both ends included.
 type Range struct{ First, Last int }
 
-// Options of a [Store]. The zero value is the one to use outside of tests.
+// Options are the options of a [Store]. The zero value is the one to use outside of tests.
 type Options struct {
 	// Now is the clock. Nil: [time.Now].
 	Now func() time.Time
@@ -111,7 +111,7 @@ func open(ctx context.Context, path string, opts Options, steps []string) (*Stor
 	return s, nil
 }
 
-// makeFile makes an empty file, which is an empty database, unless there is one.
+// makeFile makes an empty file, which is an empty database, unless there is a file.
 // SQLite would make it readable for everybody, and there are private keys in it.
 func makeFile(path string) error {
 	// Not by open and close: a process that closes any descriptor of a file loses
@@ -131,7 +131,7 @@ func dsn(path, lock, pragma string) string {
 	return (&url.URL{Scheme: "file", Path: path, RawQuery: query.Encode()}).String()
 }
 
-// Path of the database file.
+// Path returns the path of the database file.
 func (s *Store) Path() string { return s.path }
 
 // Close closes the database. Closing it again does nothing.
@@ -144,8 +144,8 @@ func (s *Store) view(ctx context.Context, f func(tx *sql.Tx) error) error {
 	return s.explain(s.withRoom(func() error { return transact(ctx, s.read, &sql.TxOptions{ReadOnly: true}, f) }))
 }
 
-// query reads what a single statement finds, which is a transaction of its own. Statements are
-// prepared once, as that takes longer than running them.
+// query reads the rows that a single statement finds; the statement is a transaction of its
+// own. It is prepared once, as that takes longer than running it.
 func (s *Store) query(ctx context.Context, text string, scan func(*sql.Rows) error, args ...any) error {
 	return s.explain(s.withRoom(func() error {
 		statement, err := s.prepare(ctx, text)
@@ -160,7 +160,7 @@ func (s *Store) query(ctx context.Context, text string, scan func(*sql.Rows) err
 	}))
 }
 
-// prepare returns a statement of reading. Closing the store closes it.
+// prepare returns a prepared statement for reading. Closing the store closes it.
 func (s *Store) prepare(ctx context.Context, text string) (*sql.Stmt, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -179,7 +179,8 @@ func (s *Store) update(ctx context.Context, f func(tx *sql.Tx) error) error {
 	return s.explain(s.withRoom(func() error { return transact(ctx, s.write, nil, f) }))
 }
 
-// withRoom does what may need room on the disk, again if it was full and some could be made.
+// withRoom calls do, which may need room on the disk, and calls it again if the disk was full
+// and some room could be made.
 // Even reading takes a file: the index of the write-ahead log.
 func (s *Store) withRoom(do func() error) error {
 	for {
@@ -194,8 +195,9 @@ func (s *Store) withRoom(do func() error) error {
 	}
 }
 
-// updateDurably is update of what must survive a power cut once it has returned, with all
-// that was written before. It takes some milliseconds longer, as a disk is waited for.
+// updateDurably runs f as update does. What f writes, and all that was written before,
+// survives a power cut once updateDurably has returned; waiting for the disk takes some
+// milliseconds.
 func (s *Store) updateDurably(ctx context.Context, f func(tx *sql.Tx) error) error {
 	return s.explain(s.withRoom(func() error {
 		conn, err := s.write.Conn(ctx)
@@ -253,7 +255,7 @@ func (s *Store) explain(err error) error {
 	}
 }
 
-// resultCode is SQLite's extended result code; 0 if err is not SQLite's.
+// resultCode returns SQLite's extended result code; 0 if err is not SQLite's.
 func resultCode(err error) int {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		return e.Code()

@@ -12,7 +12,7 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-// VM is what is kept of a VM.
+// VM holds the data that is kept of a VM.
 type VM struct {
 	ID    string
 	State smolvm.VMState
@@ -57,7 +57,7 @@ type VM struct {
 	CreatedAt, StartedAt, StoppedAt time.Time
 }
 
-// NewVM is what is to be kept of a new VM.
+// NewVM holds the data that is to be kept of a new VM.
 type NewVM struct {
 	// Config with its defaults filled in.
 	Config smolvm.VMConfig
@@ -81,7 +81,7 @@ type PortFree func(protocol smolvm.Protocol, addr netip.Addr, port int) bool
 // host port open, the lowest free one is chosen.
 //
 // The error matches [smolvm.ErrVMAlreadyExists], [smolvm.ErrPortInUse] if another
-// VM has the host port of a forward, or [ErrPoolFull].
+// VM has the host port of a forward, or [ErrNoneFree].
 func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 	vm := VM{
 		ID:        n.Config.ID,
@@ -128,7 +128,7 @@ func (s *Store) GetVM(ctx context.Context, id string) (VM, error) {
 	return vm, err
 }
 
-// minPart is how many VMs are worth a transaction of their own to read.
+// minPart is the number of VMs from which on a transaction of its own to read them pays.
 const minPart = 1000
 
 // ListVMs reads all VMs in that state, or in any if it is empty, in the order in

@@ -54,6 +54,8 @@ type Slot struct {
 type record struct {
 	ShimPID   int    `json:"shim_pid"`
 	ShimStart uint64 `json:"shim_start"`
+	VMMPID    int    `json:"vmm_pid,omitempty"`
+	VMMStart  uint64 `json:"vmm_start,omitempty"`
 	BootID    string `json:"boot_id"`
 }
 
@@ -168,7 +170,7 @@ func (s Slot) remove(ctx context.Context) error {
 }
 
 // dismiss ends the shim of a slot, unless it has been claimed: it is a VM's then, whatever
-// the slot's file says. It reports whether the slot's shim is gone.
+// the slot's file says. It reports whether the slot's shim is gone, and its VMM with it.
 func (s Slot) dismiss(ctx context.Context) (gone bool, err error) {
 	if s.ShimPID == 0 || !s.alive() {
 		return true, nil
@@ -186,7 +188,10 @@ func (s Slot) dismiss(ctx context.Context) (gone bool, err error) {
 	// One that listens but does not answer hangs, or is of an older program.
 	bounded, cancelKill := context.WithTimeoutCause(ctx, killTime, errUnkillable)
 	defer cancelKill()
-	return true, proc.Kill(bounded, s.ShimPID, s.ShimStart)
+	if err := proc.Kill(bounded, s.ShimPID, s.ShimStart); err != nil {
+		return true, err
+	}
+	return true, proc.Wait(bounded, s.VMMPID, s.VMMStart) // it ends after its shim
 }
 
 // claimed reports whether the shim of a slot is that of a VM.

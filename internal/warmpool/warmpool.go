@@ -60,11 +60,15 @@ func (p *Pools) Info(ctx context.Context, id string) (smolvm.Pool, error) {
 	if err != nil {
 		return smolvm.Pool{}, err
 	}
+	return p.info(row), nil
+}
+
+func (p *Pools) info(row store.Pool) smolvm.Pool {
 	config := row.Config
 	return smolvm.Pool{
-		ID: id, Size: row.Size, Ready: len(p.Slots(id)), Image: config.Image, VCPUs: config.VCPUs,
+		ID: row.ID, Size: row.Size, Ready: len(p.Slots(row.ID)), Image: config.Image, VCPUs: config.VCPUs,
 		MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
-	}, nil
+	}
 }
 
 // List returns the pools.
@@ -75,11 +79,7 @@ func (p *Pools) List(ctx context.Context) ([]smolvm.Pool, error) {
 	}
 	pools := make([]smolvm.Pool, 0, len(rows))
 	for _, row := range rows {
-		pool, err := p.Info(ctx, row.ID)
-		if err != nil {
-			return nil, err
-		}
-		pools = append(pools, pool)
+		pools = append(pools, p.info(row))
 	}
 	return pools, nil
 }
@@ -150,6 +150,9 @@ func (p *Pools) lock(ctx context.Context, id string) (*os.File, error) {
 // Fill makes a pool have as many VMs as it is to have, in a worker. A pool that is no more is
 // emptied.
 func (p *Pools) Fill(ctx context.Context, id string) error {
+	if _, err := os.Stat(p.Dir.Pool(id)); errors.Is(err, fs.ErrNotExist) && p.removed(ctx, id) {
+		return nil // the lock would make its directory again
+	}
 	lock, err := p.lock(ctx, id)
 	if err != nil {
 		return err
@@ -186,9 +189,25 @@ func (p *Pools) Fill(ctx context.Context, id string) error {
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(fillers)
 	for range missing {
-		group.Go(func() error { return p.fillSlot(groupCtx, id, from, kind) })
+		group.Go(func() error {
+			if p.removed(groupCtx, id) {
+				return nil
+			}
+			return p.fillSlot(groupCtx, id, from, kind)
+		})
 	}
-	return group.Wait()
+	err = group.Wait()
+	if ctx := context.WithoutCancel(ctx); p.removed(ctx, id) {
+		// Whoever has removed it waits for the lock, or does not any more.
+		return errors.Join(p.empty(ctx, id, false), p.removeDir(id))
+	}
+	return err
+}
+
+// removed reports whether a pool is not to be any more.
+func (p *Pools) removed(ctx context.Context, id string) bool {
+	_, err := p.Store.GetPool(ctx, id)
+	return errors.Is(err, smolvm.ErrPoolNotFound)
 }
 
 // fillSlot makes one VM that stands by.
@@ -215,7 +234,9 @@ func (p *Pools) fillSlot(ctx context.Context, id string, from snapshot.Snapshot,
 		return err
 	}
 	step.Reached(ctx, "fill/launched")
-	text, err := json.Marshal(record{ShimPID: launched.PID, ShimStart: launched.Start, BootID: p.HostBootID()})
+	text, err := json.Marshal(record{
+		ShimPID: launched.PID, ShimStart: launched.Start, VMMPID: launched.VMMPID, VMMStart: launched.VMMStart, BootID: p.HostBootID(),
+	})
 	if err == nil {
 		err = os.WriteFile(filepath.Join(s.dir, slotFile), text, 0o600)
 	}

@@ -7,6 +7,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,7 +16,9 @@ import (
 	"os"
 	"os/exec"
 	"syscall"
+	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/errcode"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
@@ -32,20 +35,32 @@ type Options struct {
 	Orders any
 	// LogPath is the file to which the worker's output is appended; see package ring.
 	LogPath string
+	// Hint is what to do about a program that does not answer as a worker.
+	Hint string
 	// Lock is the worker's from then on, as long as it lives; it may be nil.
 	Lock *os.File
+
+	limit time.Duration // zero: answerTime
 }
 
-// line is how orders are told from those of a shim.
+// line is the line of orders, by which they are told from those of a shim.
 type line struct {
-	Task json.RawMessage `json:"task"`
+	// ReportStart has the worker report that it has begun; see [report].
+	ReportStart bool            `json:"report_start,omitempty"`
+	Task        json.RawMessage `json:"task"`
 }
 
-// result is what a worker reports.
-type result struct {
-	ID    string           `json:"id,omitempty"`
-	Error *errcode.Failure `json:"error,omitempty"`
+// report is what a worker reports: first that it has begun, if it was asked to, and then how
+// its work went.
+type report struct {
+	Started bool             `json:"started,omitempty"`
+	ID      string           `json:"id,omitempty"`
+	Error   *errcode.Failure `json:"error,omitempty"`
 }
+
+// answerTime is how long a worker may take to report that it has begun. That is done in
+// milliseconds, on a busy host in seconds.
+const answerTime = time.Minute
 
 // Files that a worker inherits: where it reports to, and the lock.
 const (
@@ -55,8 +70,11 @@ const (
 
 // Worker is a worker that was started. Its caller calls Wait or Release.
 type Worker struct {
+	cmd     *exec.Cmd
 	reports *os.File
-	exited  func() error
+	// limit is how long it may take to report that it has begun.
+	limit time.Duration
+	hint  string
 }
 
 // Start starts a worker. It goes on when this process ends.
@@ -65,7 +83,7 @@ func Start(opts Options) (*Worker, error) {
 	if err != nil {
 		return nil, err
 	}
-	text, err := json.Marshal(line{Task: task})
+	text, err := json.Marshal(line{Task: task, ReportStart: true})
 	if err != nil {
 		return nil, err
 	}
@@ -96,10 +114,12 @@ func Start(opts Options) (*Worker, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, errors.Join(err, reports.Close())
 	}
+	w := &Worker{cmd: cmd, reports: reports, limit: cmp.Or(opts.limit, answerTime), hint: opts.Hint}
+	_ = ordersWrite.SetWriteDeadline(time.Now().Add(w.limit))
 	if _, err := ordersWrite.Write(append(text, '\n')); err != nil {
-		return nil, errors.Join(err, reports.Close(), cmd.Process.Kill(), cmd.Wait())
+		return nil, w.silent(err)
 	}
-	return &Worker{reports: reports, exited: cmd.Wait}, nil
+	return w, nil
 }
 
 // Wait returns the id of what the worker has made. If ctx is done first, the worker goes on:
@@ -107,26 +127,57 @@ func Start(opts Options) (*Worker, error) {
 func (w *Worker) Wait(ctx context.Context) (id string, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = w.reports.Close() })
 	defer stop()
-	text, err := io.ReadAll(w.reports)
+	got, err := w.result()
 	if ctx.Err() != nil {
-		w.Release()
+		go func() { _ = w.cmd.Wait() }()
 		return "", context.Cause(ctx)
 	}
-	_ = w.reports.Close()
-	if exitErr := w.exited(); err == nil {
-		err = exitErr
-	}
-	var r result
-	if json.Unmarshal(text, &r) == nil && r.Error != nil {
-		return "", r.Error.Err()
-	}
-	return r.ID, err
+	return got.ID, err
 }
 
 // Release lets the worker go on with nobody to wait for it.
 func (w *Worker) Release() {
+	go func() { _, _ = w.result() }()
+}
+
+// result returns what the worker reports when its work is over. A worker that has not begun
+// in time is killed.
+func (w *Worker) result() (report, error) {
+	_ = w.reports.SetReadDeadline(time.Now().Add(w.limit))
+	decoder := json.NewDecoder(w.reports)
+	var got report
+	err := decoder.Decode(&got)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return report{}, w.silent(fmt.Errorf("no answer within %s", w.limit))
+	}
+	if err == nil && got.Started {
+		_ = w.reports.SetReadDeadline(time.Time{})
+		got = report{}
+		err = decoder.Decode(&got)
+	}
+	if errors.Is(err, os.ErrClosed) {
+		return report{}, err // nobody waits for it any more
+	}
 	_ = w.reports.Close()
-	go func() { _ = w.exited() }()
+	switch exitErr := w.cmd.Wait(); {
+	case err == nil && got.Error != nil:
+		err = got.Error.Err()
+	case exitErr != nil:
+		err = fmt.Errorf("%s as a worker: %w", w.cmd.Path, exitErr)
+	case err != nil:
+		err = w.noWorker(fmt.Errorf("it ended without a report (%w)", err))
+	}
+	return got, err
+}
+
+// silent kills a worker that does not do what workers do, and returns the error of that.
+func (w *Worker) silent(why error) error {
+	_, _, _ = w.reports.Close(), w.cmd.Process.Kill(), w.cmd.Wait()
+	return w.noWorker(why)
+}
+
+func (w *Worker) noWorker(why error) error {
+	return &smolvm.Error{Hint: w.hint, Err: fmt.Errorf("the program %q did not answer as a worker: %w", w.cmd.Args, why)}
 }
 
 // Serve makes this process a worker: it reads orders into a value, does the work, which
@@ -146,9 +197,13 @@ func Serve(ctx context.Context, orders io.Reader, into any, work func(context.Co
 	if err := proc.CloseInherited(lockFD); err != nil {
 		return err
 	}
+	reports := os.NewFile(reportsFD, "reports")
+	if read.ReportStart {
+		_ = json.NewEncoder(reports).Encode(report{Started: true}) // to nobody, if its starter is gone
+	}
 	id, err := work(ctx)
-	if text, encodeErr := json.Marshal(result{ID: id, Error: errcode.Of(err)}); encodeErr == nil {
-		_, _ = os.NewFile(reportsFD, "reports").Write(text) // to nobody, most of the time
+	if text, encodeErr := json.Marshal(report{ID: id, Error: errcode.Of(err)}); encodeErr == nil {
+		_, _ = reports.Write(text)
 	}
 	return err
 }

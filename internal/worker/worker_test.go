@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -133,20 +133,61 @@ func TestServeRefusesOrders(t *testing.T) {
 	}
 }
 
-// A program that is no worker says so by its end.
-func TestNoWorker(t *testing.T) {
+// A program that is no worker is not waited for without end, nor taken for one that has
+// succeeded; a worker that has begun has all the time it needs.
+func TestPrograms(t *testing.T) {
 	t.Parallel()
-	w, err := Start(Options{Program: []string{"false"}, Orders: orders{}, LogPath: filepath.Join(t.TempDir(), "log")})
-	if err != nil {
-		t.Fatal(err)
+	for name, test := range map[string]struct {
+		script string // with its reports on descriptor 3
+		limit  time.Duration
+		id     string
+		text   string // in the error
+		hinted bool
+	}{
+		"says nothing":          {script: "exec sleep 1000", limit: 50 * time.Millisecond, text: "no answer within 50ms", hinted: true},
+		"ends without words":    {script: "exit 0", text: "without a report", hinted: true},
+		"fails":                 {script: "exit 3", text: "exit status 3"},
+		"talks of other things": {script: "echo hello >&3", text: "without a report", hinted: true},
+		"reports":               {script: `echo '{"id":"x"}' >&3`, id: "x"},
+		"has begun, and ends":   {script: `echo '{"started":true}' >&3; echo '{"id":"x"}' >&3`, id: "x"},
+		"has begun, and fails":  {script: `echo '{"started":true}' >&3; echo '{"error":{"message":"no luck"}}' >&3; exit 1`, text: "no luck"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w, err := Start(Options{
+				Program: []string{"/bin/sh", "-c", test.script}, Orders: orders{},
+				LogPath: filepath.Join(t.TempDir(), "log"), Hint: "install it", limit: test.limit,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			id, err := w.Wait(t.Context())
+			if w.cmd.ProcessState == nil {
+				t.Error("the process is left behind")
+			}
+			if test.text == "" && err == nil && id == test.id {
+				return
+			}
+			if err == nil || test.text == "" || !strings.Contains(err.Error(), test.text) {
+				t.Errorf("it has made %q, %v; want id %q, or an error with %q", id, err, test.id, test.text)
+			}
+			if hinted := smolvm.HintOf(err) != ""; hinted != test.hinted {
+				t.Errorf("the hint of %v is %q", err, smolvm.HintOf(err))
+			}
+		})
 	}
-	if id, err := w.Wait(t.Context()); err == nil {
-		t.Errorf("it has made %q", id)
-	}
-	if _, err := Start(Options{Program: []string{"/no/such/program"}, Orders: orders{}, LogPath: filepath.Join(t.TempDir(), "log")}); err == nil {
-		t.Error("no program is started")
-	}
-	if _, err := Start(Options{Program: []string{"true"}, Orders: io.Discard, LogPath: "/no/such/directory/log"}); err == nil {
-		t.Error("there is a log where none can be")
+}
+
+func TestNothingToStart(t *testing.T) {
+	t.Parallel()
+	log := filepath.Join(t.TempDir(), "log")
+	for name, opts := range map[string]Options{
+		"no program":        {Program: []string{"/no/such/program"}, Orders: orders{}, LogPath: log},
+		"no place for logs": {Program: []string{"true"}, Orders: orders{}, LogPath: "/no/such/directory/log"},
+		"no JSON":           {Program: []string{"true"}, Orders: make(chan int), LogPath: log},
+	} {
+		if _, err := Start(opts); err == nil {
+			t.Errorf("%s: a worker is started", name)
+		}
 	}
 }

@@ -118,14 +118,17 @@ func (u *upgrade) removeAll(t *testing.T) {
 	p.run(t, "template", "prune", "--all")
 	p.run(t, "reconcile")
 	for _, one := range []program{u.old, u.new} {
+		shims := func() []string {
+			return append(testenv.Processes(one.path+" shim"), testenv.Processes(one.path+" smolvm-shim")...)
+		}
 		// A shim may be about to go: its VM is gone already.
 		for range 100 {
-			if len(testenv.Processes(one.path+" shim")) == 0 {
+			if len(shims()) == 0 {
 				break
 			}
 			p.run(t, "events", "--limit", "1") // takes its time
 		}
-		for _, left := range testenv.Processes(one.path + " shim") {
+		for _, left := range shims() {
 			t.Errorf("left behind: a process of %s: %s", one, left)
 		}
 	}

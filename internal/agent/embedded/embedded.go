@@ -16,7 +16,7 @@ import (
 	"strings"
 )
 
-// ErrNotBuiltIn says that this program carries no agent.
+// ErrNotBuiltIn reports that this program carries no agent.
 var ErrNotBuiltIn = errors.New("no agent is built into this program")
 
 // Extract puts the agent into dir, if it is not there yet, and returns its path.

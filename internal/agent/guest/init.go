@@ -129,7 +129,7 @@ func (a *agent) step(name string) {
 	}
 }
 
-// init is the life of PID 1.
+// init runs the agent as PID 1, to the end of the VM.
 func (a *agent) init() error {
 	if err := mountBasics(); err != nil {
 		return err
@@ -192,7 +192,7 @@ func (a *agent) handOver(init string, port *os.File) error {
 	return nil
 }
 
-// serveBeside is the life of the agent beside another init.
+// serveBeside runs the agent beside another init, to the end of the guest channel.
 func (a *agent) serveBeside() error {
 	if err := unix.SetNonblock(servePort, true); err != nil {
 		return fmt.Errorf("guest channel: %w", err)

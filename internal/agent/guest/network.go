@@ -61,7 +61,7 @@ func (n *guestNetwork) adopt(want *wire.Network) error {
 	return nil
 }
 
-// mac is the interface's hardware address; empty before it is set up.
+// mac returns the interface's hardware address; empty before it is set up.
 func (n *guestNetwork) mac() string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -146,7 +146,7 @@ func findInterface(fd int, mac string) (string, error) {
 	return "", fmt.Errorf("no interface has the address %s", mac)
 }
 
-// hardwareAddress is the MAC of an interface, nil if there is no such interface.
+// hardwareAddress returns the MAC of an interface, nil if there is no such interface.
 func hardwareAddress(fd int, name string) net.HardwareAddr {
 	r := newIfreq(name)
 	if r.do(fd, unix.SIOCGIFHWADDR) != nil {
@@ -179,7 +179,7 @@ func (r *ifreq) do(fd int, request uintptr) error {
 	return nil
 }
 
-// sockaddr is struct sockaddr_in with no port.
+// sockaddr returns struct sockaddr_in with no port.
 func sockaddr(addr netip.Addr) (raw [16]byte) {
 	*(*uint16)(unsafe.Pointer(&raw)) = unix.AF_INET
 	four := addr.As4()

@@ -130,9 +130,9 @@ func (s *Server) Serve(conn net.Conn) {
 	s.serve(conn, identity, identity.config)
 }
 
-// ServeTrusted is Serve for a connection that comes over the guest channel, and has a method
-// CloseWrite. Whoever can open one holds the VM itself, so no key is asked for, and it may
-// be a channel without SSH around it.
+// ServeTrusted is Serve for a connection that comes over the guest channel. The connection
+// must have a method CloseWrite. Whoever can open one holds the VM itself, so no key is asked
+// for, and it may be a channel without SSH around it.
 func (s *Server) ServeTrusted(conn net.Conn) {
 	peeked, ok := conn.(stream.Peeked)
 	if !ok {
@@ -166,7 +166,7 @@ func (s *Server) servePlain(conn stream.Peeked, identity identity) {
 	login{server: s, user: user, env: identity.env}.handle(channel)
 }
 
-// fingerprint is that of the host key.
+// fingerprint returns the fingerprint of the host key; empty if there is no key yet.
 func (s *Server) fingerprint() string {
 	key := s.current().hostKey
 	if key == nil {

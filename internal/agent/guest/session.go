@@ -55,7 +55,7 @@ func (l login) exec(newChannel ssh.NewChannel) {
 	l.run(channel, requests, command)
 }
 
-// commandUser is the user that a request's command is to run as.
+// commandUser returns the user that a request's command is to run as.
 func (l login) commandUser(request wire.ExecRequest) (account, error) {
 	switch {
 	case len(request.Args) == 0:
@@ -79,7 +79,8 @@ func workingDir(asked string, user account) string {
 	return "/"
 }
 
-// environment is what a command of the user gets; what comes later wins.
+// environment returns the variables of a command of the user. Of two with the same name the
+// later counts.
 func (l login) environment(user account, tty *wire.TTY, asked []string) []string {
 	env := append(user.environment(), l.env...)
 	if tty != nil {

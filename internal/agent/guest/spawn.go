@@ -44,7 +44,7 @@ type job struct {
 	sink     *os.File   // our end of what it reads from
 }
 
-// errNotFound says that the command is not there.
+// errNotFound reports that the command is not there.
 var errNotFound = errors.New("command not found")
 
 // start starts the command in a session, and so a process group, of its own.

@@ -29,7 +29,7 @@ func openUevents() (*uevents, error) {
 // Close stops listening.
 func (u *uevents) Close() error { return unix.Close(u.fd) }
 
-// until calls try now and after every event, until it says that it is done.
+// until calls try now and after every event, until try reports that it is done.
 func (u *uevents) until(try func() (bool, error)) error {
 	buf := make([]byte, 8<<10)
 	for {

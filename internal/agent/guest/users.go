@@ -41,7 +41,7 @@ func findAccount(name string) (account, error) {
 	return account{}, fmt.Errorf("no user %q in the guest", name)
 }
 
-// ownAccount is that of the agent, which is root but in tests.
+// ownAccount returns the account that the agent runs as: root's, except in tests.
 func ownAccount() (account, error) {
 	if uid := os.Getuid(); uid != 0 {
 		return findUID(uint32(uid)), nil
@@ -154,7 +154,8 @@ func parseGroups(r io.Reader, name string) []uint32 {
 	return gids
 }
 
-// credential is what a process of the user runs under; nil leaves it as it is.
+// credential returns the ids that a process of the user runs under; nil if they are the
+// agent's own.
 func (a account) credential() *syscall.Credential {
 	if int(a.uid) == os.Getuid() && int(a.gid) == os.Getgid() {
 		return nil
@@ -167,7 +168,7 @@ func (a account) credential() *syscall.Credential {
 	return credential
 }
 
-// environment is that of a command of the user, before what was asked for.
+// environment returns the variables that every command of the user has.
 func (a account) environment() []string {
 	return []string{
 		"PATH=" + defaultPath,

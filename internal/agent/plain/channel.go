@@ -112,7 +112,7 @@ const PeekSize = 2
 // IsOpen reports whether a connection begins with an open, and not with SSH or a message.
 func IsOpen(first []byte) bool { return len(first) > 1 && first[0] == frameOpen && first[1] == 0 }
 
-// Identity is that of the guest which the client means.
+// Identity returns the identity of the guest that the client means.
 func (n *NewChannel) Identity() string { return n.identity }
 
 // ChannelType implements [ssh.NewChannel].

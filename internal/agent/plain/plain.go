@@ -57,7 +57,7 @@ const (
 // ErrSSH is the error of [Open] when the other end speaks SSH only.
 var ErrSSH = errors.New("the agent speaks SSH only")
 
-// errProtocol is what the other end may not send.
+// errProtocol reports that the other end has sent what it may not send.
 var errProtocol = errors.New("the guest's agent does not keep to the protocol")
 
 // Conn is what a channel needs of a connection. CloseWrite closes the channel for the other
@@ -264,7 +264,7 @@ func (c *Channel) takeData(to *bytes.Buffer, body []byte) error {
 	return nil
 }
 
-// read is Read of data (0) or standard error (1).
+// read implements Read for data (0) and for standard error (1).
 func (c *Channel) read(from int, p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -298,7 +298,7 @@ func (c *Channel) read(from int, p []byte) (int, error) {
 	return 0, io.EOF
 }
 
-// send is Write of data or standard error.
+// send implements Write for data and for standard error.
 func (c *Channel) send(kind byte, p []byte) (int, error) {
 	done := 0
 	for done < len(p) {

@@ -49,7 +49,7 @@ func (s *sender) content(file *os.File, path string, stat *unix.Stat_t) error {
 	return s.out.EndFile("")
 }
 
-// shrunk tells of a file whose length has changed since it was opened. Files of the
+// shrunk notes that the length of a file has changed since it was opened. Files of the
 // kernel's may be shorter than they say all the time.
 func (s *sender) shrunk(file *os.File, path string, was, read int64) {
 	if stat, err := fstat(file); err == nil && stat.Size != was && read < was {
@@ -57,7 +57,7 @@ func (s *sender) shrunk(file *os.File, path string, was, read int64) {
 	}
 }
 
-// readError is that of the file, not of the stream.
+// readError is the error of a file that could not be read, and not of the stream.
 type readError struct{ err error }
 
 func (e *readError) Error() string { return e.err.Error() }

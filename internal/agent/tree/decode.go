@@ -47,7 +47,7 @@ type Decoder struct {
 	Limits Limits
 	// Note is called for each note; it may be nil.
 	Note func(Note)
-	// HardLinks says that hard links may come.
+	// HardLinks allows hard links in the stream.
 	HardLinks bool
 
 	r        *bufio.Reader

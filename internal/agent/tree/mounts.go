@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mounts knows which file systems are not made of files that somebody has put there.
+// mounts knows the file systems whose files the kernel makes up; see kernelFS.
 type mounts struct{ kinds map[uint64]string }
 
-// kernelFS are the types of file systems whose files the kernel makes up.
+// kernelFS reports whether the kernel makes up the files of a type of file systems.
 func kernelFS(kind string) bool {
 	switch kind {
 	case "proc", "sysfs", "devtmpfs", "devpts", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs",

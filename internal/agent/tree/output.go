@@ -14,7 +14,8 @@ import (
 // output is a file that is being received.
 type output struct {
 	file *os.File
-	// stream says that the file is written to from where it is, and that is all.
+	// stream reports whether the file is written to from where it is, with nothing else done
+	// to it.
 	stream bool
 	// done, if it is not nil, is called before the file is closed.
 	done func()
@@ -26,13 +27,14 @@ type output struct {
 	old   *unix.Stat_t
 	mode  uint32
 	mtime time.Time
-	// fresh says that the file did not exist: it goes if it does not get complete.
+	// fresh reports whether the file did not exist before. It is removed if it does not become
+	// complete.
 	fresh bool
-	// inPlace says that the old file must stay the same one, with the new content.
+	// inPlace reports whether the new content must be written into the old file.
 	inPlace bool
 }
 
-// writeError is that of a file that could not be written, not of the stream.
+// writeError is the error of a file that could not be written, and not of the stream.
 type writeError struct{ err error }
 
 func (e *writeError) Error() string { return e.err.Error() }

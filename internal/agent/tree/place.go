@@ -24,7 +24,7 @@ type Target struct {
 	Contents bool
 	// IntoDir says that Path must be an existing directory.
 	IntoDir bool
-	// Untrusted says that whoever sends may mean harm to whoever receives: see
+	// Untrusted reports whether the sender may mean harm to the receiver: see
 	// [Receive].
 	Untrusted bool
 	// KeepLinks has links of an untrusted sender made wherever they lead.
@@ -43,7 +43,7 @@ type place struct {
 	special func(context.Context) (*os.File, error)
 }
 
-// errOver is the error of a file that would take the place of a directory, or the
+// errOver returns the error of a file that would take the place of a directory, or the
 // other way round.
 func errOver(path, what string) error {
 	return &fs.PathError{Op: "write", Path: path, Err: errors.New(what)}
@@ -119,7 +119,7 @@ func (t Target) new(kind Kind) (place, error) {
 	return in(path, name)
 }
 
-// in is the place that a path names in its directory.
+// in returns the place that a path names in its directory.
 func in(path, name string) (place, error) {
 	parent := path[:len(path)-len(name)]
 	if parent == "" {
@@ -129,7 +129,7 @@ func in(path, name string) (place, error) {
 	return place{path: path, dir: dir, name: name}, err
 }
 
-// over finds the place of something that exists and is not a directory.
+// over returns the place of something that exists and is not a directory.
 func (t Target) over(path string, kind Kind) (place, error) {
 	if kind == Dir {
 		return place{}, errOver(path, "it is not a directory, and the source is one")
@@ -161,12 +161,12 @@ func (t Target) over(path string, kind Kind) (place, error) {
 	return in(path, path[strings.LastIndexByte(path, '/')+1:])
 }
 
-// link is where a path leads.
+// link is the end to which a symbolic link leads.
 type link struct {
 	path string
 	// own is a descriptor of this process, -1 if it is none of those.
 	own int
-	// proc says that the way ends in the kernel's /proc, where files are what they are,
+	// proc reports whether the path ends in the kernel's /proc, where files are what they are,
 	// and links such as /proc/self/fd/1 lead to things without a path.
 	proc bool
 }

@@ -124,7 +124,7 @@ func (r *receiver) path(name string) string {
 	return strings.TrimSuffix(path+"/"+name, "/")
 }
 
-// failed tells of an error that concerns one file only, and returns all others.
+// failed notes an error that concerns one file only, and returns any other.
 func (r *receiver) failed(name string, err error) error {
 	switch {
 	case err == nil:
@@ -146,7 +146,8 @@ func isFinal(err error) bool {
 	return false
 }
 
-// plain is an error without the name of the file, which the message has already.
+// plain returns the text of an error without the name of the file, which the message has
+// already.
 func plain(err error) string {
 	var inner *fs.PathError
 	if errors.As(err, &inner) {
@@ -334,7 +335,7 @@ func (r *receiver) rootFile(entry Entry) error {
 	return nil
 }
 
-// withoutPath is an error of the system's, without the name of a file.
+// withoutPath returns an error without the name of a file that the system's error has.
 func withoutPath(err error) error {
 	var inner *fs.PathError
 	if errors.As(err, &inner) {

@@ -221,7 +221,7 @@ func (s *sender) file(fd int, path, name string) error {
 	return s.content(file, path, &stat)
 }
 
-// left tells that something could not be sent. That it is not there any more is no
+// left notes that something could not be sent. That it is not there any more is no
 // failure: the tree is then as it is without it.
 func (s *sender) left(path string, err error) {
 	var inner *fs.PathError

@@ -76,7 +76,7 @@ type Entry struct {
 	Size int64
 	// Link is where a link leads: for a HardLink a path from the tree's root.
 	Link string
-	// Implicit says that the sender knows nothing of a directory but its name.
+	// Implicit reports whether the sender knows nothing of a directory but its name.
 	Implicit bool
 }
 
@@ -86,7 +86,7 @@ type Note struct {
 	Path string
 	// Text says what happened to it.
 	Text string
-	// Failed says that the copy is not complete because of it.
+	// Failed reports whether the copy is incomplete because of it.
 	Failed bool
 }
 

@@ -9,7 +9,7 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// MuxConfig is how the guest's end of a channel is set up.
+// MuxConfig returns the settings of yamux for the guest's end of a channel.
 func MuxConfig() *yamux.Config {
 	config := yamux.DefaultConfig()
 	// A host that is starved, or a guest that was paused, answers late; that is no
@@ -31,7 +31,7 @@ const (
 	closeTimeout = time.Minute
 )
 
-// HostMuxConfig is how the host's end of a channel is set up. yamux's own timeout for
+// HostMuxConfig returns the settings of yamux for the host's end. yamux's own timeout for
 // writes can't know whether the guest is paused, so there is none: whoever uses the
 // session waits no longer than its context, and what the channel is written by ends the
 // session when a guest that runs takes nothing.
@@ -45,8 +45,9 @@ func HostMuxConfig() *yamux.Config {
 // the rest was drawn at random, so it does not occur in a session by chance.
 const breakSequence = Magic + "break 5e1c09f2a7d84b36c1f0"
 
-// Break is what a host sends to a guest that still believes in a session with another
-// host: nothing may follow before the guest has said that it waits for a hello.
+// Break returns the bytes that end a session from outside. A guest that was saved in the
+// middle of a session resumes with that session open; its new host sends Break, and nothing
+// more before the guest has said that it waits for a hello.
 func Break() []byte { return []byte(breakSequence) }
 
 // errBreak ends a session.

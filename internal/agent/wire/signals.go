@@ -9,11 +9,11 @@ var signalNumbers = map[string]int{
 	"XCPU": 24, "XFSZ": 25, "VTALRM": 26, "PROF": 27, "WINCH": 28, "IO": 29, "PWR": 30, "SYS": 31,
 }
 
-// SignalNumber is the number of a signal by its name without "SIG"; zero if there
+// SignalNumber returns the number of a signal by its name without "SIG"; zero if there
 // is none of that name.
 func SignalNumber(name string) int { return signalNumbers[name] }
 
-// SignalName is the name of a signal without "SIG"; empty if it has none.
+// SignalName returns the name of a signal without "SIG"; empty if it has none.
 func SignalName(number int) string {
 	for name, n := range signalNumbers {
 		if n == number {

@@ -137,7 +137,7 @@ type Answer struct {
 	Warnings []string `json:"warnings,omitempty"`
 	// Identity is what the guest has become.
 	Identity Identity `json:"identity"`
-	// Again says that a session is over, and that the agent waits for the next
+	// Again reports that a session is over, and that the agent waits for the next
 	// hello. It is sent unasked, and nothing else with it.
 	Again bool `json:"again,omitempty"`
 	// Error says why the guest can't be used; the agent then serves nothing.
@@ -213,7 +213,7 @@ func Write(w io.Writer, message any) error {
 // reads not a byte beyond the message, as r may go on with another protocol.
 func Read(r io.Reader, message any) error { return read(r, message, math.MaxInt, MaxMessage) }
 
-// read is Read with limits of what is skipped and of the message, in bytes.
+// read is Read with limits, in bytes, for what is skipped and for the message.
 func read(r io.Reader, message any, maxSkip, maxSize int) error {
 	br := byteReader{r: r}
 	if err := skipToMagic(r, maxSkip); err != nil {

@@ -347,7 +347,7 @@ func setDevice(i *inode, dev uint64) {
 	binary.LittleEndian.PutUint32(i.content[4:], minor&0xff|major<<8|(minor&^0xff)<<12)
 }
 
-// kindOf is a file's type as directories have it.
+// kindOf returns a file's type as directories have it.
 func kindOf(mode uint32) byte {
 	switch mode & unix.S_IFMT {
 	case unix.S_IFREG:

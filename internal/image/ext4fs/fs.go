@@ -235,7 +235,7 @@ func (fs *fileSystem) newInode(dir bool) (uint32, error) {
 	}
 }
 
-// inodeAt is where an inode is, in bytes.
+// inodeAt returns where an inode is, in bytes.
 func (fs *fileSystem) inodeAt(number uint32) int64 {
 	table := address(fs.groups[(number-1)/fs.inodesPerGroup].desc, 0x08)
 	return int64(table)*blockSize + int64((number-1)%fs.inodesPerGroup)*inodeSize

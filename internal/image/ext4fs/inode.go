@@ -34,7 +34,7 @@ type inode struct {
 	xattrAt  uint64 // the block of attributes that don't fit
 }
 
-// seedOf is what checksums of an inode's metadata go on from.
+// seedOf returns what checksums of an inode's metadata go on from.
 func (fs *fileSystem) seedOf(number uint32) uint32 {
 	le := binary.LittleEndian
 	return checksum(checksum(fs.seed, le.AppendUint32(nil, number)), make([]byte, 4)) // its generation is 0
@@ -114,7 +114,7 @@ func (fs *fileSystem) setExtents(i *inode, extents []extent) error {
 	return nil
 }
 
-// extentNode is a header with records.
+// extentNode returns a header with records.
 func extentNode(records [][]byte, room, depth uint16) []byte {
 	le := binary.LittleEndian
 	node := le.AppendUint16(nil, extentsMagic)

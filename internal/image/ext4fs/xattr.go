@@ -23,7 +23,7 @@ type xattr struct {
 	value []byte
 }
 
-// prefixes are the first parts of names, by their numbers.
+// prefixes returns the first parts of names, by their numbers.
 func prefixes() map[string]byte {
 	return map[string]byte{
 		"user.": 1, "system.posix_acl_access": 2, "system.posix_acl_default": 3, "trusted.": 4, "security.": 6,
@@ -141,7 +141,7 @@ func layOut(attributes []xattr, before, room int) []byte {
 	return b
 }
 
-// hashXattr is the hash of an attribute, as in the kernel's fs/ext4/xattr.c.
+// hashXattr returns the hash of an attribute, as in the kernel's fs/ext4/xattr.c.
 func hashXattr(a xattr) uint32 {
 	var hash uint32
 	for _, c := range []byte(a.name) {
@@ -154,7 +154,7 @@ func hashXattr(a xattr) uint32 {
 	return hash
 }
 
-// xattrBlock is a block of attributes.
+// xattrBlock returns a block of attributes.
 func (f *filler) xattrBlock(at uint64, attributes []xattr) []byte {
 	le := binary.LittleEndian
 	block := le.AppendUint32(nil, xattrMagic)

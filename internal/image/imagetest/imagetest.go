@@ -54,5 +54,5 @@ func Kernel(machine elf.Machine, pvh bool) []byte {
 	return file
 }
 
-// TinyKernel is a [Kernel] that the default backend boots on x86-64.
+// TinyKernel returns a [Kernel] that the default backend boots on x86-64.
 func TinyKernel() []byte { return Kernel(elf.EM_X86_64, true) }

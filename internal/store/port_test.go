@@ -180,7 +180,7 @@ func TestMoveSSHPort(t *testing.T) {
 	}
 }
 
-func TestPoolFull(t *testing.T) {
+func TestNoneFree(t *testing.T) {
 	t.Parallel()
 	leases := openTemp(t, Options{Leases: Range{2, 3}})
 	ports := openTemp(t, Options{Ports: Range{2200, 2201}})
@@ -193,24 +193,24 @@ func TestPoolFull(t *testing.T) {
 	_, forwardErr := ports.AddForward(t.Context(), "a", forward(0, 80), nil)
 	_, moveErr := ports.MoveSSHPort(t.Context(), "a", nil)
 	for text, err := range map[string]error{"all leases from 2 to 3": leaseErr, "all host ports from 2200 to 2201": portErr} {
-		if !errors.Is(err, ErrPoolFull) || !strings.Contains(err.Error(), text) {
-			t.Errorf("error = %v, want ErrPoolFull with %q", err, text)
+		if !errors.Is(err, ErrNoneFree) || !strings.Contains(err.Error(), text) {
+			t.Errorf("error = %v, want ErrNoneFree with %q", err, text)
 		}
 	}
 	for _, err := range []error{forwardErr, moveErr} {
-		if !errors.Is(err, ErrPoolFull) {
-			t.Errorf("error = %v, want ErrPoolFull", err)
+		if !errors.Is(err, ErrNoneFree) {
+			t.Errorf("error = %v, want ErrNoneFree", err)
 		}
 	}
-	// Ports that are asked for by number need not be of the pool.
+	// Ports that are asked for by number need not be in the range.
 	if _, err := ports.AddForward(t.Context(), "a", forward(80, 80), nil); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestPoolModel compares leases and SSH ports with a model: each new VM gets the
+// TestPortModel compares leases and SSH ports with a model: each new VM gets the
 // lowest of both that no living VM has.
-func TestPoolModel(t *testing.T) {
+func TestPortModel(t *testing.T) {
 	t.Parallel()
 	dir, databases := t.TempDir(), 0
 	rapid.Check(t, func(rt *rapid.T) {
@@ -234,8 +234,8 @@ func TestPoolModel(t *testing.T) {
 				id := fmt.Sprintf("vm-%d", created)
 				vm, err := s.CreateVM(t.Context(), newVM(id))
 				if len(leases) == 8 {
-					if !errors.Is(err, ErrPoolFull) {
-						rt.Fatalf("error = %v, want ErrPoolFull", err)
+					if !errors.Is(err, ErrNoneFree) {
+						rt.Fatalf("error = %v, want ErrNoneFree", err)
 					}
 					return
 				}
