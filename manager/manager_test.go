@@ -41,6 +41,7 @@ func tempDir(t testing.TB) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		testenv.AwaitUnused(t, dir)
 		if err := os.RemoveAll(dir); err != nil {
 			t.Errorf("remove test directory: %v", err)
 		}
@@ -111,6 +112,7 @@ func openAt(t testing.TB, config manager.Config) *manager.Manager {
 				t.Errorf("delete %s: %v", vm.ID, err)
 			}
 		}
+		testenv.AwaitUnused(t, config.DataDir)
 		if _, err := m.PruneTemplates(ctx, smolvm.PruneTemplateOptions{All: true}); err != nil {
 			t.Errorf("prune templates: %v", err)
 		}

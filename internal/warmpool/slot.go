@@ -25,7 +25,10 @@ const (
 	slotDisk    = "disk.qcow2"
 	slotConsole = "console.log"
 	slotLog     = "shim.log"
+	// slotFile is the slot's record. It has the name pendingFile until the slot's shim has
+	// been told that it stays: up to then the shim ends with the process that fills the slot.
 	slotFile    = "slot.json"
+	pendingFile = "slot.pending"
 )
 
 // claimedSuffix ends the name of a slot's directory once it is being claimed. It has left
@@ -67,16 +70,16 @@ func (p *Pools) Slots(id string) []Slot {
 		if strings.HasSuffix(filepath.Dir(path), claimedSuffix) {
 			continue
 		}
-		if s, err := p.readSlot(filepath.Dir(path)); err == nil && s.alive() {
+		if s, err := p.readSlot(filepath.Dir(path), slotFile); err == nil && s.alive() {
 			alive = append(alive, s)
 		}
 	}
 	return alive
 }
 
-func (p *Pools) readSlot(dir string) (Slot, error) {
+func (p *Pools) readSlot(dir, file string) (Slot, error) {
 	s := Slot{pools: p, dir: dir}
-	text, err := os.ReadFile(filepath.Join(dir, slotFile))
+	text, err := os.ReadFile(filepath.Join(dir, file))
 	if err == nil {
 		err = json.Unmarshal(text, &s.record)
 	}
@@ -219,9 +222,12 @@ func (p *Pools) empty(ctx context.Context, id string, deadOnly bool) error {
 			continue
 		}
 		dir := filepath.Join(p.Dir.Pool(id), entry.Name())
-		s, err := p.readSlot(dir)
+		s, err := p.readSlot(dir, slotFile)
 		if deadOnly && err == nil && s.alive() && !strings.HasSuffix(dir, claimedSuffix) {
 			continue
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			s, _ = p.readSlot(dir, pendingFile) // without one no shim was started, or it has ended
 		}
 		lock, err := s.lock()
 		if err != nil {

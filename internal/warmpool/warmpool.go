@@ -237,12 +237,17 @@ func (p *Pools) fillSlot(ctx context.Context, id string, from snapshot.Snapshot,
 	text, err := json.Marshal(record{
 		ShimPID: launched.PID, ShimStart: launched.Start, VMMPID: launched.VMMPID, VMMStart: launched.VMMStart, BootID: p.HostBootID(),
 	})
+	pending := filepath.Join(s.dir, pendingFile)
 	if err == nil {
-		err = os.WriteFile(filepath.Join(s.dir, slotFile), text, 0o600)
+		err = os.WriteFile(pending, text, 0o600)
 	}
 	if err == nil {
 		step.Reached(ctx, "fill/written")
 		err = launched.Commit()
+	}
+	if err == nil {
+		step.Reached(ctx, "fill/committed")
+		err = os.Rename(pending, filepath.Join(s.dir, slotFile))
 	}
 	if err != nil {
 		launched.Abort(context.WithoutCancel(ctx))
