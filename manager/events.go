@@ -14,7 +14,7 @@ func (m *Manager) Events(ctx context.Context, opts smolvm.EventOptions) ([]smolv
 	if limit <= 0 {
 		limit = smolvm.DefaultEventLimit
 	}
-	events, err := m.store.Events(ctx, opts.VM, limit)
+	events, err := m.store.Events().Newest(ctx, opts.VM, limit)
 	if err != nil {
 		return nil, fmt.Errorf("list events: %w", err)
 	}

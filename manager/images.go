@@ -149,7 +149,7 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 	for _, snapshot := range snapshots {
 		users[snapshot.Image] = append(users[snapshot.Image], "snapshot "+snapshot.Name)
 	}
-	pools, err := m.store.Pools(ctx)
+	pools, err := m.store.Pools().List(ctx)
 	if err != nil {
 		return nil, err
 	}

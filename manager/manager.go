@@ -114,7 +114,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 	}
 	m := &Manager{
 		dir:       dir,
-		disks:     backing.New(dir, state),
+		disks:     backing.New(dir, state.Bases()),
 		dataDir:   dir.Root(),
 		socketDir: socketDir,
 		backend:   backend,

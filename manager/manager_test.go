@@ -41,7 +41,6 @@ func tempDir(t testing.TB) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		testenv.AwaitUnused(t, dir)
 		if err := os.RemoveAll(dir); err != nil {
 			t.Errorf("remove test directory: %v", err)
 		}

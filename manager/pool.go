@@ -58,7 +58,7 @@ func (m *Manager) definePool(ctx context.Context, opts smolvm.PoolOptions) (stri
 		return "", err
 	}
 	config.Image = kind.Image // whatever its name will mean
-	return kind.Key(), m.store.SetPool(ctx, store.Pool{ID: kind.Key(), Size: opts.Size, Config: config})
+	return kind.Key(), m.store.Pools().Set(ctx, store.Pool{ID: kind.Key(), Size: opts.Size, Config: config})
 }
 
 // Pools lists the pools.

@@ -195,7 +195,7 @@ func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Dra
 		return saved, err
 	}
 	step.Reached(ctx, "save/saved")
-	return saved, errors.Join(m.store.PersistBase(ctx, vm.DiskPath, m.dir.Layer(layer)), disk.SyncDir(m.DiskDir()))
+	return saved, errors.Join(m.store.Bases().Persist(ctx, vm.DiskPath, m.dir.Layer(layer)), disk.SyncDir(m.DiskDir()))
 }
 
 // makeLayer makes a disk a layer and the disk of a draft as well, and an overlay of it.
@@ -213,7 +213,7 @@ func (m *Manager) makeLayer(ctx context.Context, path, draft, layer, overlay str
 		return err
 	}
 	base := m.dir.Layer(layer)
-	if err := m.store.AddBase(ctx, overlay, base); err != nil {
+	if err := m.store.Bases().Add(ctx, overlay, base); err != nil {
 		return err
 	}
 	return m.disks.Create(ctx, backing.Overlay{Path: overlay, Base: base, BaseFormat: disk.QCOW2, Sync: true})

@@ -37,13 +37,13 @@ func (m *Manager) watch(ctx context.Context, opts smolvm.WatchOptions, each func
 	defer changes.close()
 	after := opts.After
 	if after == 0 {
-		if after, err = m.store.LastEvent(ctx); err != nil {
+		if after, err = m.store.Events().Last(ctx); err != nil {
 			return err
 		}
 	}
 	const batch = 1000
 	for {
-		events, err := m.store.EventsAfter(ctx, opts.VM, after, batch)
+		events, err := m.store.Events().After(ctx, opts.VM, after, batch)
 		if err != nil {
 			return err
 		}

@@ -31,12 +31,12 @@ import (
 
 // References are the records of which disk is based on which. Paths are absolute.
 type References interface {
-	// AddBase writes down that a disk is based on another, or is about to be.
-	AddBase(ctx context.Context, path, base string) error
-	// RemoveBase takes that back.
-	RemoveBase(ctx context.Context, path, base string) error
-	// BasedOn returns the disks that are written down as based on a file.
-	BasedOn(ctx context.Context, base string) ([]string, error)
+	// Add writes down that a disk is based on another, or is about to be.
+	Add(ctx context.Context, path, base string) error
+	// Remove takes that back.
+	Remove(ctx context.Context, path, base string) error
+	// On returns the disks that are written down as based on a file.
+	On(ctx context.Context, base string) ([]string, error)
 	// IsBased reports whether a disk is written down as based on any.
 	IsBased(ctx context.Context, path string) (bool, error)
 	// IsDisk reports whether a file is the disk of a VM.
@@ -95,7 +95,7 @@ func (d *Disks) Derive(ctx context.Context, o Overlay) error {
 		return err
 	}
 	defer unlock()
-	if err := d.refs.AddBase(ctx, o.Path, o.Base); err != nil {
+	if err := d.refs.Add(ctx, o.Path, o.Base); err != nil {
 		return err
 	}
 	return d.Create(ctx, o)
@@ -259,7 +259,7 @@ func (d *Disks) Adopt(ctx context.Context, path, name string) error {
 	if err != nil || base.Path == "" {
 		return err
 	}
-	return d.refs.AddBase(ctx, name, base.Path)
+	return d.refs.Add(ctx, name, base.Path)
 }
 
 // AddLayer makes a disk a layer as well. The lock must be held.

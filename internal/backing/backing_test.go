@@ -40,7 +40,7 @@ func benchAt(t *testing.T, path string) *bench {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = state.Close() })
-	b := &bench{T: t, dir: dir, state: state, disks: backing.New(dir, state)}
+	b := &bench{T: t, dir: dir, state: state, disks: backing.New(dir, state.Bases())}
 	b.image = filepath.Join(dir.Images(), strings.Repeat("ab", 32), "rootfs")
 	b.must(os.MkdirAll(filepath.Dir(b.image), 0o700))
 	b.must(os.WriteFile(b.image, make([]byte, 1<<20), 0o600))
@@ -117,7 +117,7 @@ func TestCollect(t *testing.T) {
 	b.deleteVM("child")
 	b.collect()
 	b.layers()
-	if left, err := b.state.BasedOn(t.Context(), b.dir.Layer("first")); err != nil || len(left) != 0 {
+	if left, err := b.state.Bases().On(t.Context(), b.dir.Layer("first")); err != nil || len(left) != 0 {
 		t.Errorf("rows are left: %q, %v", left, err)
 	}
 }
@@ -135,10 +135,10 @@ func TestRowsAndFilesKeepLayers(t *testing.T) {
 	b.collect()
 	b.layers("layer")
 	b.must(os.Rename(elsewhere, path))
-	b.must(b.state.RemoveBase(t.Context(), path, b.dir.Layer("layer")))
+	b.must(b.state.Bases().Remove(t.Context(), path, b.dir.Layer("layer")))
 	b.collect()
 	b.layers("layer")
-	b.must(b.state.AddBase(t.Context(), filepath.Join(b.dir.VM("gone"), "x.overlay"), b.dir.Layer("layer")))
+	b.must(b.state.Bases().Add(t.Context(), filepath.Join(b.dir.VM("gone"), "x.overlay"), b.dir.Layer("layer")))
 	b.deleteVM("web")
 	b.collect()
 	b.layers()
@@ -175,7 +175,7 @@ func TestUnreadableDiskKeepsLayers(t *testing.T) {
 				b.save("web", "layer")
 				path := b.dir.Disk("web", "qcow2")
 				if !written { // as by a version that wrote nothing down
-					b.must(b.state.RemoveBase(t.Context(), path, b.dir.Layer("layer")))
+					b.must(b.state.Bases().Remove(t.Context(), path, b.dir.Layer("layer")))
 				}
 				test.harm(b, path)
 				err := b.disks.Collect(t.Context())

@@ -75,7 +75,7 @@ func (d *Disks) forget(ctx context.Context, path, base string) error {
 	if base == "" {
 		return nil
 	}
-	return d.refs.RemoveBase(ctx, path, base)
+	return d.refs.Remove(ctx, path, base)
 }
 
 // collection is one look for layers that nothing needs.
@@ -128,7 +128,7 @@ func (c *collection) findCandidates() error {
 // checkReferences marks a layer as needed if a disk is written down as based on it. What
 // is written down but is not so any more is removed.
 func (c *collection) checkReferences(ctx context.Context, layer string) error {
-	paths, err := c.refs.BasedOn(ctx, layer)
+	paths, err := c.refs.On(ctx, layer)
 	if err != nil {
 		return err
 	}
@@ -146,7 +146,7 @@ func (c *collection) checkReferences(ctx context.Context, layer string) error {
 			needed = base.Path == layer
 		}
 		if err == nil && !needed {
-			err = c.refs.RemoveBase(ctx, path, layer)
+			err = c.refs.Remove(ctx, path, layer)
 		}
 		if err != nil {
 			return err

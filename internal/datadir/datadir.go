@@ -51,14 +51,12 @@ const (
 
 // Dir is a data directory.
 type Dir struct {
-	root   string
+	Layout
+
 	id     string
 	copied bool
 	note   string
 }
-
-// Root returns the directory's real path: absolute, and without symbolic links.
-func (d *Dir) Root() string { return d.root }
 
 // ID returns a name that no other directory on this host has, nor a copy of this one. It stays
 // the same when the directory is renamed.
@@ -66,64 +64,6 @@ func (d *Dir) ID() string { return d.id }
 
 // Note says in a sentence what is unusual about the directory; empty if nothing is.
 func (d *Dir) Note() string { return d.note }
-
-// Database returns the path of the state database.
-func (d *Dir) Database() string { return d.path(databaseName) }
-
-// Disks returns the directory of the VMs' own disks.
-func (d *Dir) Disks() string { return d.path(disksName) }
-
-// Disk returns the path of the disk of a VM, whose format is the file name's ending.
-func (d *Dir) Disk(id, format string) string { return d.path(disksName, id+"."+format) }
-
-// Layers returns the directory of the disks that others are based on.
-func (d *Dir) Layers() string { return d.path(layersName) }
-
-// Layer returns the path of a layer.
-func (d *Dir) Layer(name string) string { return d.path(layersName, name+".qcow2") }
-
-// LayersLock returns the path of the lock that is held while a disk gets a base or loses it.
-func (d *Dir) LayersLock() string { return d.path(layersName, ".lock") }
-
-// Images returns the directory of the image store.
-func (d *Dir) Images() string { return d.path(imagesName) }
-
-// Templates returns the directory of the templates.
-func (d *Dir) Templates() string { return d.path(templatesName) }
-
-// Snapshots returns the directory of the snapshots.
-func (d *Dir) Snapshots() string { return d.path(snapshotsName) }
-
-// Pools returns the directory of the pools.
-func (d *Dir) Pools() string { return d.path(poolName) }
-
-// Pool returns the directory of one pool.
-func (d *Dir) Pool(kind string) string { return d.path(poolName, kind) }
-
-// VMs returns the directory of the VMs' logs.
-func (d *Dir) VMs() string { return d.path(vmsName) }
-
-// VM returns the directory of the logs of one VM.
-func (d *Dir) VM(id string) string { return d.path(vmsName, id) }
-
-// Console returns the path of the log of a VM's console.
-func (d *Dir) Console(id string) string { return d.path(vmsName, id, "console.log") }
-
-// Keys returns the directory of the keys.
-func (d *Dir) Keys() string { return d.path(keysName) }
-
-// Locks returns the directory of the VMs' locks.
-func (d *Dir) Locks() string { return d.path(locksName) }
-
-// Lock returns the path of one lock.
-func (d *Dir) Lock(name string) string { return d.path(locksName, name) }
-
-// Cache returns the directory of files that can be made again.
-func (d *Dir) Cache() string { return d.path(cacheName) }
-
-func (d *Dir) path(parts ...string) string {
-	return filepath.Join(append([]string{d.root}, parts...)...)
-}
 
 // Rel returns the name of a file within the directory, which is what is kept of it: it
 // stays right when the directory moves. What is outside keeps its absolute path.

@@ -48,7 +48,7 @@ func Open(opts Options) (*Dir, error) {
 	if err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", path, err)
 	}
-	d := &Dir{root: root, note: note}
+	d := &Dir{Layout: Layout{root: root}, note: note}
 	if opts.Existing {
 		if isMissing(d.Database()) && isMissing(d.Images()) {
 			return nil, &missing{error: fmt.Errorf("%s: %w", path, ErrMissing), note: note}

@@ -71,7 +71,7 @@ func TestNamesAreRelative(t *testing.T) {
 	n.DiskPath, n.LogPath, n.Layer = root+"/disks/web.qcow2", root+"/vms/web/console.log", root+"/layers/saved.qcow2"
 	n.Base = n.Layer
 	mustCreate(t, s, n)
-	if err := s.AddBase(t.Context(), n.DiskPath, root+"/layers/l.qcow2"); err != nil {
+	if err := s.Bases().Add(t.Context(), n.DiskPath, root+"/layers/l.qcow2"); err != nil {
 		t.Fatal(err)
 	}
 	for table, columns := range map[string][]string{"vms": {"disk_path", "log_path", "layer"}, "bases": {"path", "base"}} {
@@ -86,11 +86,11 @@ func TestNamesAreRelative(t *testing.T) {
 	if err != nil || vm.DiskPath != n.DiskPath || vm.LogPath != n.LogPath || vm.Layer != n.Layer {
 		t.Errorf("it is read as %+v, %v", vm, err)
 	}
-	users, err := s.BasedOn(t.Context(), n.Base)
+	users, err := s.Bases().On(t.Context(), n.Base)
 	if err != nil || !slices.Equal(users, []string{n.DiskPath}) {
 		t.Errorf("BasedOn = %q, %v", users, err)
 	}
-	if is, err := s.IsDisk(t.Context(), n.DiskPath); err != nil || !is {
+	if is, err := s.Bases().IsDisk(t.Context(), n.DiskPath); err != nil || !is {
 		t.Errorf("IsDisk = %v, %v", is, err)
 	}
 }
@@ -106,10 +106,10 @@ func TestBasesOfRetainedDisks(t *testing.T) {
 		if err := s.DeleteVM(t.Context(), "web"); err != nil {
 			t.Fatal(err)
 		}
-		if users, err := s.BasedOn(t.Context(), "/base"); err != nil || len(users) != map[bool]int{true: 1}[retain] {
+		if users, err := s.Bases().On(t.Context(), "/base"); err != nil || len(users) != map[bool]int{true: 1}[retain] {
 			t.Errorf("retained: %v; users are %q, %v", retain, users, err)
 		}
-		if err := s.RemoveBase(t.Context(), n.DiskPath, "/base"); err != nil {
+		if err := s.Bases().Remove(t.Context(), n.DiskPath, "/base"); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -17,22 +17,28 @@ type Pool struct {
 	Config smolvm.VMConfig
 }
 
-// SetPool makes or changes a pool.
-func (s *Store) SetPool(ctx context.Context, pool Pool) error {
+// Pools are the records of the pools.
+type Pools struct{ s *Store }
+
+// Pools returns the records of the pools.
+func (s *Store) Pools() Pools { return Pools{s} }
+
+// Set makes or changes a pool.
+func (p Pools) Set(ctx context.Context, pool Pool) error {
 	config, err := json.Marshal(pool.Config)
 	if err != nil {
 		return err
 	}
-	return s.update(ctx, func(tx *sql.Tx) error {
+	return p.s.update(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `INSERT INTO pools (id, size, config) VALUES (?, ?, ?)
 			ON CONFLICT (id) DO UPDATE SET size = excluded.size, config = excluded.config`, pool.ID, pool.Size, string(config))
 		return err
 	})
 }
 
-// GetPool reads a pool. The error matches [smolvm.ErrPoolNotFound].
-func (s *Store) GetPool(ctx context.Context, id string) (Pool, error) {
-	pools, err := s.pools(ctx, "WHERE id = ?", id)
+// Get reads a pool. The error matches [smolvm.ErrPoolNotFound].
+func (p Pools) Get(ctx context.Context, id string) (Pool, error) {
+	pools, err := p.query(ctx, "WHERE id = ?", id)
 	if err == nil && len(pools) == 0 {
 		err = fmt.Errorf("%w: %q", smolvm.ErrPoolNotFound, id)
 	}
@@ -42,12 +48,12 @@ func (s *Store) GetPool(ctx context.Context, id string) (Pool, error) {
 	return pools[0], nil
 }
 
-// Pools lists the pools.
-func (s *Store) Pools(ctx context.Context) ([]Pool, error) { return s.pools(ctx, "ORDER BY id") }
+// List lists the pools.
+func (p Pools) List(ctx context.Context) ([]Pool, error) { return p.query(ctx, "ORDER BY id") }
 
-func (s *Store) pools(ctx context.Context, clause string, args ...any) ([]Pool, error) {
+func (p Pools) query(ctx context.Context, clause string, args ...any) ([]Pool, error) {
 	var pools []Pool
-	err := s.view(ctx, func(tx *sql.Tx) (err error) {
+	err := p.s.view(ctx, func(tx *sql.Tx) (err error) {
 		rows, err := tx.QueryContext(ctx, "SELECT id, size, config FROM pools "+clause, args...)
 		if err != nil {
 			return err
@@ -69,9 +75,9 @@ func (s *Store) pools(ctx context.Context, clause string, args ...any) ([]Pool, 
 	return pools, err
 }
 
-// DeletePool removes a pool; one that is not there is fine.
-func (s *Store) DeletePool(ctx context.Context, id string) error {
-	return s.update(ctx, func(tx *sql.Tx) error {
+// Delete removes a pool; one that is not there is fine.
+func (p Pools) Delete(ctx context.Context, id string) error {
+	return p.s.update(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, "DELETE FROM pools WHERE id = ?", id)
 		return err
 	})

@@ -107,15 +107,15 @@ func TestIdentityOfOneVM(t *testing.T) {
 func TestPools(t *testing.T) {
 	t.Parallel()
 	s := openTemp(t, Options{})
-	if _, err := s.GetPool(t.Context(), "p"); !errors.Is(err, smolvm.ErrPoolNotFound) {
+	if _, err := s.Pools().Get(t.Context(), "p"); !errors.Is(err, smolvm.ErrPoolNotFound) {
 		t.Errorf("a pool that is not there: %v", err)
 	}
 	config := smolvm.VMConfig{ID: "x", WarmUp: "python3 -c 'import json'"}.WithDefaults()
 	for _, size := range []int{2, 5} {
-		if err := s.SetPool(t.Context(), Pool{ID: "p", Size: size, Config: config}); err != nil {
+		if err := s.Pools().Set(t.Context(), Pool{ID: "p", Size: size, Config: config}); err != nil {
 			t.Fatal(err)
 		}
-		got, err := s.GetPool(t.Context(), "p")
+		got, err := s.Pools().Get(t.Context(), "p")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -123,15 +123,15 @@ func TestPools(t *testing.T) {
 			t.Errorf("pool (-want +got):\n%s", diff)
 		}
 	}
-	if all, err := s.Pools(t.Context()); err != nil || len(all) != 1 {
+	if all, err := s.Pools().List(t.Context()); err != nil || len(all) != 1 {
 		t.Errorf("pools are %v, %v", all, err)
 	}
 	for range 2 { // one that is not there is fine
-		if err := s.DeletePool(t.Context(), "p"); err != nil {
+		if err := s.Pools().Delete(t.Context(), "p"); err != nil {
 			t.Error(err)
 		}
 	}
-	if all, err := s.Pools(t.Context()); err != nil || len(all) != 0 {
+	if all, err := s.Pools().List(t.Context()); err != nil || len(all) != 0 {
 		t.Errorf("pools are %v, %v", all, err)
 	}
 }

@@ -284,7 +284,7 @@ func TestEvents(t *testing.T) {
 		{VMID: "web", Actor: "shim[3]", Action: "exit", Detail: "guest powered off"},
 	}
 	for _, e := range events {
-		if err := s.AddEvent(t.Context(), e); err != nil {
+		if err := s.Events().Add(t.Context(), e); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -307,7 +307,7 @@ func TestEvents(t *testing.T) {
 		{"no", 10, nil},
 	}
 	for _, test := range tests {
-		got, err := s.Events(t.Context(), test.vm, test.limit)
+		got, err := s.Events().Newest(t.Context(), test.vm, test.limit)
 		if diff := cmp.Diff(test.want, got); diff != "" || err != nil {
 			t.Errorf("Events(%q, %d): %v (-want +got):\n%s", test.vm, test.limit, err, diff)
 		}
@@ -318,7 +318,7 @@ func TestOldEventsAreDropped(t *testing.T) {
 	t.Parallel()
 	s := openTemp(t, Options{})
 	for range 3 {
-		if err := s.AddEvent(t.Context(), smolvm.Event{VMID: "web", Action: "old"}); err != nil {
+		if err := s.Events().Add(t.Context(), smolvm.Event{VMID: "web", Action: "old"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -327,11 +327,11 @@ func TestOldEventsAreDropped(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.AddEvent(t.Context(), smolvm.Event{VMID: "web", Action: "new"}); err != nil {
+	if err := s.Events().Add(t.Context(), smolvm.Event{VMID: "web", Action: "new"}); err != nil {
 		t.Fatal(err)
 	}
 	var got []string
-	events, err := s.Events(t.Context(), "", 0)
+	events, err := s.Events().Newest(t.Context(), "", 0)
 	for _, e := range events {
 		got = append(got, fmt.Sprintf("%d %s", e.ID, e.Action))
 	}

@@ -105,7 +105,7 @@ func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 			return err
 		}
 		if n.Base != "" {
-			if err := s.insertBase(ctx, tx, n.DiskPath, n.Base); err != nil {
+			if err := s.Bases().insert(ctx, tx, n.DiskPath, n.Base); err != nil {
 				return err
 			}
 		}

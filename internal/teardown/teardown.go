@@ -51,7 +51,7 @@ func open(ctx context.Context, dataDir string) (*Site, error) {
 	return &Site{
 		Dir:   dir,
 		Store: state,
-		Disks: backing.New(dir, state),
+		Disks: backing.New(dir, state.Bases()),
 		Actor: fmt.Sprintf("shim[%d]", os.Getpid()),
 	}, nil
 }
@@ -178,7 +178,7 @@ func (s *Site) Collect(ctx context.Context, id string) {
 // Note records an event of a VM; without an id, of none. Errors are ignored: the operation has already succeeded, and the
 // event log is best effort.
 func (s *Site) Note(ctx context.Context, id, action string, began time.Time, detail string) {
-	_ = s.Store.AddEvent(context.WithoutCancel(ctx), smolvm.Event{
+	_ = s.Store.Events().Add(context.WithoutCancel(ctx), smolvm.Event{
 		VMID:     id,
 		Actor:    s.Actor,
 		Action:   action,

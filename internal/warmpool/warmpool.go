@@ -56,7 +56,7 @@ type Pools struct {
 
 // Info returns what users get to see of a pool. The error matches [smolvm.ErrPoolNotFound].
 func (p *Pools) Info(ctx context.Context, id string) (smolvm.Pool, error) {
-	row, err := p.Store.GetPool(ctx, id)
+	row, err := p.Store.Pools().Get(ctx, id)
 	if err != nil {
 		return smolvm.Pool{}, err
 	}
@@ -73,7 +73,7 @@ func (p *Pools) info(row store.Pool) smolvm.Pool {
 
 // List returns the pools.
 func (p *Pools) List(ctx context.Context) ([]smolvm.Pool, error) {
-	rows, err := p.Store.Pools(ctx)
+	rows, err := p.Store.Pools().List(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -87,10 +87,10 @@ func (p *Pools) List(ctx context.Context) ([]smolvm.Pool, error) {
 // Remove ends a pool, and the VMs in it that nobody has claimed. The error matches
 // [smolvm.ErrPoolNotFound].
 func (p *Pools) Remove(ctx context.Context, id string) error {
-	if _, err := p.Store.GetPool(ctx, id); err != nil {
+	if _, err := p.Store.Pools().Get(ctx, id); err != nil {
 		return &smolvm.Error{Op: "remove", Kind: "pool", Hint: "`smolvm pool ls` lists the pools", Err: err}
 	}
-	if err := p.Store.DeletePool(ctx, id); err != nil {
+	if err := p.Store.Pools().Delete(ctx, id); err != nil {
 		return err
 	}
 	step.Reached(ctx, "pool/row")
@@ -158,7 +158,7 @@ func (p *Pools) Fill(ctx context.Context, id string) error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
-	pool, err := p.Store.GetPool(ctx, id)
+	pool, err := p.Store.Pools().Get(ctx, id)
 	if errors.Is(err, smolvm.ErrPoolNotFound) {
 		return errors.Join(p.empty(ctx, id, false), p.removeDir(id))
 	}
@@ -206,7 +206,7 @@ func (p *Pools) Fill(ctx context.Context, id string) error {
 
 // removed reports whether a pool is not to be any more.
 func (p *Pools) removed(ctx context.Context, id string) bool {
-	_, err := p.Store.GetPool(ctx, id)
+	_, err := p.Store.Pools().Get(ctx, id)
 	return errors.Is(err, smolvm.ErrPoolNotFound)
 }
 
@@ -308,7 +308,7 @@ func (p *Pools) Reconcile(ctx context.Context) error {
 			continue
 		}
 		if flock.TryLock(lock) == nil {
-			_, err := p.Store.GetPool(ctx, entry.Name())
+			_, err := p.Store.Pools().Get(ctx, entry.Name())
 			gone := errors.Is(err, smolvm.ErrPoolNotFound)
 			errs = append(errs, p.empty(ctx, entry.Name(), !gone))
 			if gone {

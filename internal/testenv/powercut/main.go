@@ -46,7 +46,7 @@ func run(ctx context.Context, what, path string) error {
 	if err != nil {
 		return err
 	}
-	s := site{dir: dir, state: state, disks: backing.New(dir, state)}
+	s := site{dir: dir, state: state, disks: backing.New(dir, state.Bases())}
 	s.image = filepath.Join(dir.Images(), strings.Repeat("ab", 32), "rootfs")
 	if what == "check" {
 		return s.check(ctx)
@@ -124,7 +124,7 @@ func (s site) save(ctx context.Context, id, path string) error {
 	if err != nil {
 		return err
 	}
-	return s.state.PersistBase(ctx, path, layer)
+	return s.state.Bases().Persist(ctx, path, layer)
 }
 
 // check prints what is not as the lines on standard input say.
@@ -196,7 +196,7 @@ func (s site) checkVM(ctx context.Context, id, want string, saved bool) error {
 	if len(chain) < len(files) {
 		return fmt.Errorf("its disk is based on %v, want %v", chain, files)
 	}
-	based, err := s.state.BasedOn(ctx, files[0])
+	based, err := s.state.Bases().On(ctx, files[0])
 	if err == nil && !slices.Contains(based, path) {
 		err = fmt.Errorf("it is not written down that %s is based on %s", path, files[0])
 	}
