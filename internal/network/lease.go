@@ -21,6 +21,10 @@ const (
 	LastIndex  = 65534
 )
 
+// TAP connects the guest by a TAP interface of the host, which takes a privilege. No shim
+// knows this mode yet.
+const TAP smolvm.NetworkMode = "tap"
+
 // User is the network of a VM that is connected by a user-space TCP/IP stack. Each
 // VM has a network of its own there, so the addresses are the same for all of
 // them, and the same as those of QEMU's own user network. What is not derived from

@@ -14,7 +14,6 @@ package shim
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -128,7 +127,7 @@ func (l *Launched) order(ctx context.Context, opts LaunchOptions, logStart int64
 	var err error
 	if l.exited != nil {
 		var spec []byte
-		opts.Spec.Protocol = cmp.Or(opts.Spec.Protocol, Protocol)
+		opts.Spec.Protocol = opts.Spec.protocol()
 		if spec, err = json.Marshal(opts.Spec); err == nil {
 			_, err = l.orders.Write(append(spec, '\n'))
 		}

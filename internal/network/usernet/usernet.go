@@ -79,7 +79,7 @@ func (n *Network) SetGuestMAC(mac string) error {
 	return nil
 }
 
-// Problem says what the network can't do on this host; nil if there is nothing. All else
+// Problem returns what the network can't do on this host; nil if there is nothing. All else
 // works.
 func (n *Network) Problem() error { return n.problem }
 
