@@ -135,8 +135,12 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 	if err != nil {
 		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
-	plan := network.User(vm.Lease)
-	attached := network.ConfigOf(plan)
+	at, err := addresses(vm)
+	if err != nil {
+		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
+	}
+	machine.NIC = &vmm.NIC{MAC: at.MAC}
+	attached := at.Config()
 	spec := shim.Spec{
 		ID:           vm.ID,
 		Run:          newRun(),
@@ -152,7 +156,7 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 		Origin:       shim.Origin{DataDir: m.dataDir, State: vm.State},
 	}
 	if vm.Config.UsesImage() {
-		if spec.Hello, err = m.hello(vm, plan); err != nil {
+		if spec.Hello, err = m.hello(vm, at); err != nil {
 			return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 		}
 	}
@@ -183,7 +187,7 @@ func bootTimeout(opts smolvm.StartOptions, accelerator string) time.Duration {
 	}
 }
 
-// vmmConfig says what the VMM is to run.
+// vmmConfig says what the VMM is to run, but for the network.
 func (m *Manager) vmmConfig(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {
 	config := vmm.Config{
 		ID:          vm.ID,
@@ -195,7 +199,6 @@ func (m *Manager) vmmConfig(ctx context.Context, vm store.VM, accelerator string
 		Kernel:      vm.Config.KernelPath,
 		Initrd:      vm.Config.InitrdPath,
 		BootArgs:    vm.Config.BootArgs,
-		NIC:         &vmm.NIC{MAC: network.User(vm.Lease).GuestMAC},
 		Channel:     vm.Config.UsesImage(),
 		ConsolePath: vm.LogPath,
 		LogPath:     filepath.Join(m.vmDir(vm.ID), "vmm.log"),
@@ -314,7 +317,7 @@ func hasArg(bootArgs, name string) bool {
 }
 
 // hello is what the guest is told of itself.
-func (m *Manager) hello(vm store.VM, plan smolvm.NetworkConfig) (*wire.Hello, error) {
+func (m *Manager) hello(vm store.VM, at network.Addresses) (*wire.Hello, error) {
 	host, err := hostKey(vm)
 	if err != nil {
 		return nil, err
@@ -337,16 +340,21 @@ func (m *Manager) hello(vm store.VM, plan smolvm.NetworkConfig) (*wire.Hello, er
 		HostKey:        host,
 		AuthorizedKeys: authorized,
 		Env:            vm.Config.Env,
-		Network:        wireNetwork(plan),
+		Network:        wireNetwork(at),
 	}, nil
 }
 
-func wireNetwork(plan smolvm.NetworkConfig) *wire.Network {
+// addresses returns what follows from a VM's lease, in the mode in which it is connected.
+func addresses(vm store.VM) (network.Addresses, error) {
+	return network.Plan(smolvm.NetworkUser, vm.Lease)
+}
+
+func wireNetwork(at network.Addresses) *wire.Network {
 	return &wire.Network{
-		MAC:     plan.GuestMAC,
-		Address: netip.PrefixFrom(plan.GuestIP, plan.Prefix.Bits()),
-		Gateway: plan.Gateway,
-		DNS:     []netip.Addr{plan.Gateway},
+		MAC:     at.MAC,
+		Address: netip.PrefixFrom(at.Guest, at.Prefix.Bits()),
+		Gateway: at.Gateway,
+		DNS:     []netip.Addr{at.DNS},
 	}
 }
 

@@ -17,7 +17,6 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
-	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -27,8 +26,6 @@ const (
 	// when the guest is taken through other steps before it is frozen, or is saved in
 	// another way.
 	templateFormat = 2
-	// templateLease is an index that no VM gets; see package network.
-	templateLease = network.FirstIndex - 1
 	// keyDigits of a key begin a template's id; the rest of the id is drawn at random.
 	keyDigits, idDigits = 12, 6
 )

@@ -18,6 +18,7 @@ import (
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/step"
+	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -159,14 +160,17 @@ func (m *Manager) templateSpec(ctx context.Context, r recipe, config smolvm.VMCo
 // strangerSpec completes the spec of a VM that nobody has asked for yet: with the
 // network and the identity of nobody.
 func (m *Manager) strangerSpec(spec shim.Spec) (shim.Spec, error) {
-	plan := network.User(templateLease)
-	hello, err := shim.PlaceholderIdentity(wireNetwork(plan))
+	at, err := addresses(store.VM{Lease: network.PlaceholderIndex})
+	if err != nil {
+		return spec, err
+	}
+	hello, err := shim.PlaceholderIdentity(wireNetwork(at))
 	if err != nil {
 		return spec, err
 	}
 	spec.ID, spec.Run = spec.VMM.ID, newRun()
-	spec.VMM.NIC = &vmm.NIC{MAC: plan.GuestMAC}
-	attached := network.ConfigOf(plan)
+	spec.VMM.NIC = &vmm.NIC{MAC: at.MAC}
+	attached := at.Config()
 	spec.Network = &attached
 	spec.Hello = &hello
 	spec.Ready = smolvm.ReadyAgent

@@ -30,11 +30,6 @@ type Config struct {
 	MTU int `json:"mtu,omitempty"`
 }
 
-// ConfigOf returns the configuration of a network that was planned.
-func ConfigOf(plan smolvm.NetworkConfig) Config {
-	return Config{Mode: plan.Mode, Prefix: plan.Prefix, Gateway: plan.Gateway, Guest: plan.GuestIP, GuestMAC: plan.GuestMAC}
-}
-
 // UsedMode returns the mode that a configuration stands for; nil stands for no network, and
 // has none.
 func (c *Config) UsedMode() smolvm.NetworkMode {
