@@ -89,7 +89,11 @@ func (n *Network) Search() []string { return n.names.conf.get().Search }
 // mayKnow reports whether the guest may be told of an address that only the host knows.
 func (n *Network) mayKnow(name string, addr netip.Addr) bool {
 	own, err := isOwn(addr)
-	return n.outbound.policy.allows(name, addr, 0) == nil && err == nil && !own
+	return n.outbound.judge(network.Flow{
+		To:    netip.AddrPortFrom(addr, 0),
+		Names: network.Names{Asked: []string{name}},
+		Host:  own || err != nil,
+	}) == nil
 }
 
 // Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.
