@@ -88,8 +88,8 @@ type Names struct {
 	// port); empty: nothing, or nothing yet. They prove nothing: the guest chooses them.
 	SNI, Host string
 	// Hidden reports that the flow's protocol is one that states a name, and that the name
-	// can't be read: TLS without SNI or with an encrypted hello, QUIC. No rule allows such a
-	// flow by name.
+	// can't be read: TLS without SNI or with an encrypted hello, QUIC. No rule with a domain
+	// allows such a flow, and each one that denies does so.
 	Hidden bool
 }
 
@@ -182,16 +182,16 @@ func (p Policy) judge(f Flow, v view) Verdict {
 	if len(closed) > 0 {
 		return Verdict{Closed: closed[0]}
 	}
-	return Verdict{Allowed: p.lets(), Provisional: byName}
+	return Verdict{Allowed: p.allowsByDefault(), Provisional: byName}
 }
 
-// lets reports whether flows that no rule matches are let out.
-func (p Policy) lets() bool { return p.Default == DefaultAllow || p.Default == "" }
+// allowsByDefault reports whether flows that no rule matches are let out.
+func (p Policy) allowsByDefault() bool { return p.Default == DefaultAllow || p.Default == "" }
 
 // restricts reports whether the policy says by which name, or whether at all, a guest gets
 // out. Then the sandbox's resolver must be the only one.
 func (p Policy) restricts() bool {
-	return !p.lets() || slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Domain != "" })
+	return !p.allowsByDefault() || slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Domain != "" })
 }
 
 // Question returns whether the sandbox's resolver tells the guest what a name leads to: if a

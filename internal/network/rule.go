@@ -318,7 +318,9 @@ func (r Rule) matches(f Flow, v view) bool {
 		return r.CIDR.Contains(f.To.Addr())
 	case r.Domain == "":
 		return true
-	case r.Action == Allow && (v.hidden || !v.proved || !isPublic(f.To.Addr())):
+	case v.hidden:
+		return r.Action == Deny // it may be that name
+	case r.Action == Allow && (!v.proved || !isPublic(f.To.Addr())):
 		return false
 	}
 	return r.hasName(v.names)

@@ -19,16 +19,16 @@ func (p Policy) Within(q Policy) bool {
 	return p.flows().within(q.flows(), restricted) && p.questions().within(q.questions(), restricted)
 }
 
-// ladder is rules in order, and what becomes of what none of them matches.
-type ladder struct {
+// ruleList is rules in order, and whether what none of them matches is allowed.
+type ruleList struct {
 	rules []Rule
 	open  bool
 }
 
-func (p Policy) flows() ladder { return ladder{p.Rules, p.lets()} }
+func (p Policy) flows() ruleList { return ruleList{p.Rules, p.allowsByDefault()} }
 
-func (p Policy) questions() ladder {
-	l := ladder{open: p.Default != DefaultDeny}
+func (p Policy) questions() ruleList {
+	l := ruleList{open: p.Default != DefaultDeny}
 	for _, rule := range p.Rules {
 		if asks, ok := rule.question(); ok {
 			l.rules = append(l.rules, asks)
@@ -37,7 +37,7 @@ func (p Policy) questions() ladder {
 	return l
 }
 
-func (l ladder) within(outer ladder, restricted bool) bool {
+func (l ruleList) within(outer ruleList, restricted bool) bool {
 	for i, rule := range l.rules {
 		if rule.Action == Allow && !outer.admits(rule, l.rules[:i], restricted) {
 			return false
@@ -48,7 +48,7 @@ func (l ladder) within(outer ladder, restricted bool) bool {
 
 // admits reports whether all is allowed that an allowing rule allows and that none of the
 // denying rules before it denies.
-func (l ladder) admits(allowed Rule, before []Rule, restricted bool) bool {
+func (l ruleList) admits(allowed Rule, before []Rule, restricted bool) bool {
 	denied := func(what Rule) bool {
 		return slices.ContainsFunc(before, func(b Rule) bool { return b.Action == Deny && b.includes(what) })
 	}
