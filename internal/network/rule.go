@@ -320,10 +320,10 @@ func (r Rule) matches(f Flow, v view) bool {
 		return true
 	case v.hidden:
 		return r.Action == Deny // it may be that name
-	case r.Action == Allow && (!v.proved || !isPublic(f.To.Addr())):
-		return false
+	case r.Action == Deny:
+		return r.hasName(v.names)
 	}
-	return r.hasName(v.names)
+	return v.proved && r.hasName(v.names) && isPublic(f.To.Addr())
 }
 
 // hasName reports whether the rule is about one of some names, or about all.
