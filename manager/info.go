@@ -8,7 +8,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/datadir"
-	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/store"
@@ -136,7 +136,9 @@ func (m *Manager) shimAlive(vm store.VM) bool {
 
 // info is what callers get to see of a row.
 func (m *Manager) info(vm store.VM) smolvm.VMInfo {
-	plan := network.User(vm.Lease)
+	// A VM that this build can't connect is shown without addresses; its start is refused.
+	at, _ := machine.Addresses(vm)
+	plan := at.Public()
 	plan.SSHHostAddr = vm.Config.SSHHostAddr
 	plan.SSHHostPort = vm.SSHPort
 	plan.PortForwards = vm.Forwards

@@ -313,6 +313,18 @@ func TestManagerLinksNoVMM(t *testing.T) {
 	}
 }
 
+// What a guest may reach is decided by functions of plain data: they open nothing, ask
+// nothing, and are the same whichever way a guest is connected.
+func TestNetworkPolicyIsPure(t *testing.T) {
+	path := module + "/internal/network"
+	for _, dep := range list(t, path)[path].Deps {
+		first, _, _ := strings.Cut(dep, "/")
+		if dep != module && strings.Contains(first, ".") {
+			t.Errorf("internal/network depends on %s: it has the standard library and the contract only", dep)
+		}
+	}
+}
+
 // maxAgent is how large the agent may be, in bytes.
 const maxAgent = 6_000_000
 

@@ -11,8 +11,8 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/network"
 )
 
 // Guest is what a guest is to become.
@@ -53,12 +53,12 @@ func (g Guest) Hello(client ssh.PublicKey) (*wire.Hello, error) {
 }
 
 // NetworkOf returns what a guest is told of a network that was planned.
-func NetworkOf(plan smolvm.NetworkConfig) *wire.Network {
+func NetworkOf(at network.Addresses) *wire.Network {
 	return &wire.Network{
-		MAC:     plan.GuestMAC,
-		Address: netip.PrefixFrom(plan.GuestIP, plan.Prefix.Bits()),
-		Gateway: plan.Gateway,
-		DNS:     []netip.Addr{plan.Gateway},
+		MAC:     at.MAC,
+		Address: netip.PrefixFrom(at.Guest, at.Prefix.Bits()),
+		Gateway: at.Gateway,
+		DNS:     []netip.Addr{at.DNS},
 	}
 }
 

@@ -26,7 +26,12 @@ type Builder struct {
 	Host   *host.Host
 }
 
-// Config returns what the VMM of a VM is to run on an accelerator.
+// Addresses returns what follows from a VM's lease, in the mode in which it is connected.
+func Addresses(vm store.VM) (network.Addresses, error) {
+	return network.Plan(smolvm.NetworkUser, vm.Lease)
+}
+
+// Config returns what the VMM of a VM is to run on an accelerator, but for the network.
 func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {
 	config := vmm.Config{
 		ID:          vm.ID,
@@ -38,7 +43,6 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 		Kernel:      vm.Config.KernelPath,
 		Initrd:      vm.Config.InitrdPath,
 		BootArgs:    vm.Config.BootArgs,
-		NIC:         &vmm.NIC{MAC: network.User(vm.Lease).GuestMAC},
 		Channel:     vm.Config.UsesImage(),
 		ConsolePath: vm.LogPath,
 		LogPath:     filepath.Join(b.Dir.VM(vm.ID), VMMLog),

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -11,8 +12,11 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-// Config describes the network of one VM, however it is connected. It is plain data.
+// Config describes the network of one VM, however it is connected. It is plain data, which
+// travels in a shim's orders.
 type Config struct {
+	// Mode is how the guest is connected. Empty: [smolvm.NetworkUser].
+	Mode smolvm.NetworkMode `json:"mode,omitempty"`
 	// Prefix is the network; Gateway is the host's side of it, where DNS also
 	// answers; Guest is the guest's address, which DHCP gives to GuestMAC.
 	Prefix   netip.Prefix `json:"prefix"`
@@ -26,17 +30,22 @@ type Config struct {
 	MTU int `json:"mtu,omitempty"`
 }
 
-// ConfigOf returns the configuration of a network that was planned.
-func ConfigOf(plan smolvm.NetworkConfig) Config {
-	return Config{Prefix: plan.Prefix, Gateway: plan.Gateway, Guest: plan.GuestIP, GuestMAC: plan.GuestMAC}
+// UsedMode returns the mode that a configuration stands for; nil stands for no network, and
+// has none.
+func (c *Config) UsedMode() smolvm.NetworkMode {
+	if c == nil {
+		return ""
+	}
+	return cmp.Or(c.Mode, smolvm.NetworkUser)
 }
 
 // ErrRefused matches the error of a connection to a port of the guest on which nothing
 // listens at the guest's network address.
 var ErrRefused = errors.New("connection was refused")
 
-// Attachment is the network of one VM while the VM runs: what package session needs of it,
-// whichever way the guest is connected.
+// Attachment is the network of one VM while the VM runs: what the shim's process needs of it,
+// whichever way the guest is connected. Each mode has a package that makes one of a [Config].
+// All methods may be called at the same time as others.
 type Attachment interface {
 	// Link is what the VMM attaches the guest's interface to.
 	Link() Link
@@ -45,17 +54,16 @@ type Attachment interface {
 	// DialGuest connects to a TCP port of the guest's address. The error matches
 	// [ErrRefused] if nothing listens there.
 	DialGuest(ctx context.Context, port int) (net.Conn, error)
-	// Forward connects each connection of a listener to one that dial makes. Closing what
-	// it returns closes the listener and its connections; so does closing the network.
-	Forward(listener net.Listener, dial func(context.Context) (net.Conn, error)) io.Closer
+	// Forward connects each connection of a listener to a TCP port of the guest. Closing
+	// what it returns closes the listener and its connections; so does closing the network.
+	Forward(listener net.Listener, guestPort int) io.Closer
 	// ForwardPackets takes the datagrams that come to a socket to a UDP port of the guest,
 	// and the answers back, until what it returns, or the network, is closed.
 	ForwardPackets(conn *net.UDPConn, guestPort int) io.Closer
 	// Search returns the domains that the host's own resolver searches at the moment.
 	Search() []string
-	// Problem returns what the network can't do on this host; nil if there is nothing.
-	Problem() error
-	// Close ends all of it, and returns when nothing of it runs any more.
+	// Close ends all of it, and returns when nothing of it runs any more. It may be called
+	// again.
 	Close() error
 }
 

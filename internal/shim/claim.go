@@ -2,7 +2,6 @@ package shim
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -98,7 +97,7 @@ func Claim(ctx context.Context, slot Slot, opts LaunchOptions) (*Launched, error
 			_ = file.Close()
 		}
 	}()
-	opts.Spec.Protocol = cmp.Or(opts.Spec.Protocol, Protocol)
+	opts.Spec.Protocol = opts.Spec.protocol()
 	text, err := json.Marshal(ClaimOrder{Spec: opts.Spec, Dir: slot.Dir, Names: slot.Names})
 	if err == nil {
 		files := append([]*os.File{p.ordersRead, p.reportsWrite, slot.Lock}, p.listeners...)

@@ -162,7 +162,7 @@ func (l *Launched) order(caller context.Context, opts LaunchOptions, limit time.
 	var err error
 	if l.exited != nil {
 		var spec []byte
-		opts.Spec.Protocol = cmp.Or(opts.Spec.Protocol, Protocol)
+		opts.Spec.Protocol = opts.Spec.protocol()
 		if spec, err = json.Marshal(opts.Spec); err == nil {
 			_, err = l.orders.Write(append(spec, '\n'))
 		}

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -52,8 +53,12 @@ func TestLaunchFails(t *testing.T) {
 		"VMM missing":    {args: missing, text: "start fake: backend fake can't run on this host", is: prerequisite},
 		"other backend":  {change: func(o *shim.LaunchOptions) { o.Spec.Backend = "other" }, text: `"other" is not part`},
 		"agent expected": {change: func(o *shim.LaunchOptions) { o.Spec.Hello = nil }, text: "without an agent"},
-		"newer orders": {change: func(o *shim.LaunchOptions) { o.Spec.Protocol = shim.Protocol + 1 },
+		"newer orders": {change: func(o *shim.LaunchOptions) { o.Spec.Protocol = shim.OrderProtocol + 1 },
 			text: "knows formats up to"},
+		"other network mode": {change: func(o *shim.LaunchOptions) {
+			o.Spec.Network = testNetwork()
+			o.Spec.Network.Mode = "carrier-pigeon"
+		}, text: `network mode "carrier-pigeon" is not known`, is: func(err error) bool { return errors.Is(err, smolvm.ErrUnsupported) && smolvm.HintOf(err) != "" }},
 		"no directory": {change: func(o *shim.LaunchOptions) { o.Spec.RuntimeDir = "/dev/null/vm" }, text: "/dev/null"},
 		"no program":   {change: func(o *shim.LaunchOptions) { o.Program = nil }, text: "no program"},
 		"program that is not there": {change: func(o *shim.LaunchOptions) { o.Program = []string{"/nonexistent/shim"} },
@@ -216,6 +221,41 @@ func testNetwork() *network.Config {
 		Gateway:  netip.MustParseAddr("10.0.2.2"),
 		Guest:    netip.MustParseAddr("10.0.2.15"),
 		GuestMAC: "02:00:ac:10:00:02",
+	}
+}
+
+// An order is sent with the lowest number with which no shim misunderstands it, so that an
+// older shim does what it can do, and refuses what it would do in another way.
+func TestOrderNumber(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		network *network.Config
+		want    int
+	}{
+		"no network":                      {nil, shim.Protocol},
+		"mode of before there were modes": {&network.Config{}, shim.Protocol},
+		"user":                            {&network.Config{Mode: smolvm.NetworkUser}, shim.Protocol},
+		"TAP":                             {&network.Config{Mode: network.TAP}, shim.OrderProtocol},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t)
+			order := filepath.Join(t.TempDir(), "order")
+			f.opts.Spec.Network = test.network
+			f.opts.Program = []string{"/bin/sh", "-c", "head -n 1 >" + order}
+			if launched, err := shim.Launch(t.Context(), f.opts); err == nil {
+				launched.Abort(t.Context())
+				t.Fatal("Launch succeeds by a program that is no shim")
+			}
+			text, err := os.ReadFile(order)
+			var sent shim.Spec
+			if err == nil {
+				err = json.Unmarshal(text, &sent)
+			}
+			if err != nil || sent.Protocol != test.want {
+				t.Errorf("the order is number %d (%v), want %d: %s", sent.Protocol, err, test.want, text)
+			}
+		})
 	}
 }
 

@@ -6,9 +6,15 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// Protocol is the number of what shims and their clients say to each other: orders, claims,
-// requests and answers. See package compat.
+// Protocol is the number of what shims and their clients say to each other. See package
+// compat.
 const Protocol = 1
+
+// OrderProtocol is the highest number of an order or a claim that this build's shims know.
+// Most have [Protocol]. One for a network in another mode than user has 2: a shim from
+// before there were modes would ignore the mode, and connect the guest in another way than
+// it was asked to.
+const OrderProtocol = 2
 
 // Operations of the control socket. A connection carries one request and one
 // response, a line of JSON each; after a successful dial it is the connection.

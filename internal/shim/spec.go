@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -16,8 +17,8 @@ import (
 
 // Spec is what a shim is to run. It travels as JSON on the shim's standard input.
 type Spec struct {
-	// Protocol is the sender's. Zero: from before it was told; [Launch] and [Claim] send
-	// [Protocol] then.
+	// Protocol is what a shim must know to do as it is told. Zero: from before it was told;
+	// [Launch] and [Claim] send the number that the rest of the order needs then.
 	Protocol int `json:"protocol,omitempty"`
 	// ID of the VM, and Run, which is unique to this start of it.
 	ID  string `json:"id"`
@@ -25,7 +26,8 @@ type Spec struct {
 
 	Backend string     `json:"backend"`
 	VMM     vmm.Config `json:"vmm"`
-	// Network is the VM's rootless network; nil: the VM has no network.
+	// Network is the VM's network; nil: the VM has none. A mode that the shim does not know
+	// is refused.
 	Network *network.Config `json:"network,omitempty"`
 	// Forwards are set up at the start. The launcher has bound their ports
 	// already; see [Launch].
@@ -58,6 +60,15 @@ type Spec struct {
 	RuntimeDir string `json:"runtime_dir"`
 	// Origin comes back in [ExitRecord] and [HaltRecord].
 	Origin Origin `json:"origin"`
+}
+
+// protocol returns the number that an order is sent with: its own, or the lowest with which
+// no shim misunderstands it.
+func (s Spec) protocol() int {
+	if s.Network.UsedMode() == smolvm.NetworkUser || s.Network == nil {
+		return cmp.Or(s.Protocol, Protocol)
+	}
+	return cmp.Or(s.Protocol, OrderProtocol)
 }
 
 // NewRun makes a name for one run of a VM, by which the end of that run is told from the end

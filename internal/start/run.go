@@ -15,11 +15,11 @@ import (
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
-	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/template"
+	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // run is one start of a VM.
@@ -108,8 +108,12 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	if err != nil {
 		return shim.LaunchOptions{}, err
 	}
-	plan := network.User(vm.Lease)
-	attached := network.ConfigOf(plan)
+	at, err := machine.Addresses(vm)
+	if err != nil {
+		return shim.LaunchOptions{}, err
+	}
+	runs.NIC = &vmm.NIC{MAC: at.MAC}
+	attached := at.Config()
 	spec := shim.Spec{
 		ID:           vm.ID,
 		Run:          shim.NewRun(),
@@ -135,7 +139,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 			HostKey:        vm.HostKey,
 			AuthorizedKeys: vm.Config.AuthorizedKeys,
 			Env:            vm.Config.Env,
-			Network:        identity.NetworkOf(plan),
+			Network:        identity.NetworkOf(at),
 		}.Hello(client.PublicKey())
 		if err != nil {
 			return shim.LaunchOptions{}, err

@@ -173,7 +173,7 @@ func TestBrokenOff(t *testing.T) {
 		ended <- err
 	})
 	listener := listenHost(t)
-	n.Forward(listener, n.dialer())
+	n.Forward(listener, echoPort)
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)

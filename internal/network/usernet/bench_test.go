@@ -16,7 +16,7 @@ func BenchmarkForward(b *testing.B) {
 		close(received)
 	})
 	listener := listenHost(b)
-	n.Forward(listener, n.dialer())
+	n.Forward(listener, echoPort)
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		b.Fatal(err)

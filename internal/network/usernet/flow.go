@@ -11,6 +11,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/smolvm/smolvm"
 )
 
 const (
@@ -42,7 +44,7 @@ type flow struct {
 // read, so it does not wait for anything. It reports whether the datagram was taken; of
 // one that was not, the stack tells the guest by ICMP that the port is unreachable.
 func (o *outbound) send(request *udp.ForwarderRequest) bool {
-	outside, err := o.dial(destination(request.ID()), "udp4")
+	outside, err := o.dial(destination(request.ID()), smolvm.UDP)
 	if err != nil {
 		return false
 	}
@@ -54,7 +56,7 @@ func (o *outbound) send(request *udp.ForwarderRequest) bool {
 	}
 	f := &flow{guest: gonet.NewUDPConn(&queue, endpoint), outside: outside, checked: time.Now()}
 	from, to := addrPort(outside.LocalAddr()), addrPort(outside.RemoteAddr())
-	f.check = func() error { return o.check("udp4", from, to) }
+	f.check = func() error { return o.check(smolvm.UDP, from, to) }
 	f.touch()
 	if !o.beginFlow(f) {
 		f.close()

@@ -8,10 +8,10 @@ import (
 	"github.com/smolvm/smolvm/internal/stream"
 )
 
-// Forward connects each connection of a listener to one that dial makes, of
-// [Network.DialGuest] most likely. Closing what it returns closes the listener and its
-// connections.
-func (n *Network) Forward(listener net.Listener, dial func(context.Context) (net.Conn, error)) io.Closer {
+// Forward connects each connection of a listener to one to a TCP port of the guest. Closing
+// what it returns closes the listener and its connections.
+func (n *Network) Forward(listener net.Listener, guestPort int) io.Closer {
+	dial := func(ctx context.Context) (net.Conn, error) { return n.DialGuest(ctx, guestPort) }
 	f := &forward{network: n, Closer: stream.Forward(listener, dial)}
 	if !n.track(f) {
 		_ = f.Close()

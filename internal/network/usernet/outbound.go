@@ -16,6 +16,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/stream"
 )
 
@@ -31,7 +33,8 @@ const (
 // of this process. So the host trusts it as if it came from the host; what listens
 // on the host for the host alone must be out of its reach.
 type outbound struct {
-	policy policy
+	policy network.Policy
+	inside netip.Prefix // the VM's own network, which holds nobody else
 	routes hostRoutes
 	conns  *kind // over TCP
 	ctx    context.Context
@@ -45,9 +48,9 @@ type outbound struct {
 
 // newOutbound makes the way out for what the stack itself does not serve. An error says
 // what it can't do; it can be used all the same.
-func newOutbound(s *stack.Stack, policy policy, conns *kind) (*outbound, error) {
+func newOutbound(s *stack.Stack, config Config, conns *kind) (*outbound, error) {
 	routes, err := newHostRoutes()
-	o := &outbound{policy: policy, routes: routes, conns: conns, flows: map[*flow]struct{}{}}
+	o := &outbound{policy: policyOf(config), inside: config.Prefix, routes: routes, conns: conns, flows: map[*flow]struct{}{}}
 	o.ctx, o.cancel = context.WithCancel(context.Background())
 	s.SetTransportProtocolHandler(tcp.ProtocolNumber, tcp.NewForwarder(s, tcpBuffer, maxDials, o.connect).HandlePacket)
 	s.SetTransportProtocolHandler(udp.ProtocolNumber, udp.NewForwarder(s, o.send).HandlePacket)
@@ -80,7 +83,7 @@ func (o *outbound) connect(request *tcp.ForwarderRequest) {
 		request.Complete(true)
 		return
 	}
-	outside, err := o.dial(destination(request.ID()), "tcp4")
+	outside, err := o.dial(destination(request.ID()), smolvm.TCP)
 	if err != nil {
 		place.release()
 		request.Complete(true)
@@ -112,39 +115,46 @@ func destination(id stack.TransportEndpointID) netip.AddrPort {
 }
 
 // check returns an error that matches [errRefused] if the guest may not have an address:
-// by the policy, or because it is the host's at the moment. From is as for
-// [hostRoutes.check].
-func (o *outbound) check(network string, from, to netip.AddrPort) error {
-	if err := o.policy.allows("", to.Addr(), to.Port()); err != nil {
-		return err
+// by the policy, or because it is the host's at the moment and the policy does not name the
+// host. From is as for [hostRoutes.check].
+func (o *outbound) check(protocol smolvm.Protocol, from, to netip.AddrPort) error {
+	f := network.Flow{Protocol: protocol, To: to}
+	if err := o.judge(f); err != nil {
+		return err // so the kernel need not be asked
 	}
-	protocol := unix.IPPROTO_TCP
-	if network == "udp4" {
-		protocol = unix.IPPROTO_UDP
+	own := o.routes.check(protocol, from, to)
+	if own == nil && from.Addr() == to.Addr() {
+		own = fmt.Errorf("%s: %w: the host connects to itself", to, errRefused)
 	}
-	return o.routes.check(protocol, from, to)
+	if own == nil {
+		return nil
+	}
+	if f.Host = true; o.judge(f) == nil {
+		return nil
+	}
+	return own
 }
 
 // dial connects to the outside, if that is where the address is, and if the guest may.
-func (o *outbound) dial(to netip.AddrPort, network string) (net.Conn, error) {
-	if err := o.check(network, netip.AddrPort{}, to); err != nil {
+func (o *outbound) dial(to netip.AddrPort, protocol smolvm.Protocol) (net.Conn, error) {
+	if err := o.check(protocol, netip.AddrPort{}, to); err != nil {
 		return nil, err
 	}
 	dialer := net.Dialer{Timeout: dialTimeout}
-	if network == "udp4" {
+	if protocol == smolvm.UDP {
 		dialer.Control = noBroadcast
 	}
-	conn, err := dialer.DialContext(o.ctx, network, to.String())
+	conn, err := dialer.DialContext(o.ctx, string(protocol)+"4", to.String())
 	if err != nil {
 		return nil, err
 	}
 	// Meanwhile the host may have been given the address, and only now is it known which
 	// port and address of the host itself the kernel has chosen.
 	from, remote := addrPort(conn.LocalAddr()), addrPort(conn.RemoteAddr())
-	if remote != to || from.Addr() == to.Addr() {
-		err = fmt.Errorf("%s: %w: it is connected to %s from %s", to, errRefused, remote, from)
+	if remote != to {
+		err = fmt.Errorf("%s: %w: it is connected to %s", to, errRefused, remote)
 	} else {
-		err = o.check(network, from, to)
+		err = o.check(protocol, from, to)
 	}
 	if err != nil {
 		_ = conn.Close()

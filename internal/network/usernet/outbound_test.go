@@ -16,6 +16,8 @@ import (
 	"github.com/miekg/dns"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+
+	"github.com/smolvm/smolvm"
 )
 
 // hostAddrs lists the host's own addresses, and those that mean it or all its
@@ -63,7 +65,7 @@ func TestHostUnreachable(t *testing.T) {
 	for _, addr := range hostAddrs(t) {
 		dials.Go(func() {
 			to := netip.AddrPortFrom(addr, port)
-			if conn, err := n.outbound.dial(to, "tcp4"); err == nil {
+			if conn, err := n.outbound.dial(to, smolvm.TCP); err == nil {
 				t.Errorf("%s can be reached", to)
 				_ = conn.Close()
 			}

@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm"
 )
 
 // hostRoutes tells which addresses are the host's own. It asks the kernel each time, which
@@ -43,7 +45,7 @@ func newHostRoutes() (hostRoutes, error) {
 // would get to itself, or to more than one host. The protocol is TCP's or UDP's; from is
 // where it is sent from, and is not valid before that is known. The kernel is asked with
 // all of these, as its rules may choose the route by any of them.
-func (r hostRoutes) check(protocol int, from, to netip.AddrPort) error {
+func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) error {
 	refuse := func(why any) error { return fmt.Errorf("%s: %w: %v", to.Addr(), errRefused, why) }
 	// Some are in no table that is asked for this destination: those of interfaces in a
 	// VRF, for one.
@@ -56,7 +58,11 @@ func (r hostRoutes) check(protocol int, from, to netip.AddrPort) error {
 	if r.byInterface {
 		return nil
 	}
-	kind, err := routeType(protocol, from, to)
+	number := unix.IPPROTO_TCP
+	if protocol == smolvm.UDP {
+		number = unix.IPPROTO_UDP
+	}
+	kind, err := routeType(number, from, to)
 	switch {
 	case err != nil:
 		// There is no way to it, or one that is closed: the guest learns no more.

@@ -38,8 +38,7 @@ func (n *Network) build(mac net.HardwareAddr) (err error) {
 	if n.stack, err = newStack(n.config, link); err != nil {
 		return err
 	}
-	rules := policy{inside: n.config.Prefix, metadata: n.config.Metadata}
-	n.outbound, n.problem = newOutbound(n.stack, rules, &kind{account: n.account, limit: n.limits.outgoing})
+	n.outbound, n.problem = newOutbound(n.stack, n.config, &kind{account: n.account, limit: n.limits.outgoing})
 	if err := n.serveDNS(); err != nil {
 		return err
 	}

@@ -79,7 +79,7 @@ func (n *Network) SetGuestMAC(mac string) error {
 	return nil
 }
 
-// Problem says what the network can't do on this host; nil if there is nothing. All else
+// Problem returns what the network can't do on this host; nil if there is nothing. All else
 // works.
 func (n *Network) Problem() error { return n.problem }
 
@@ -89,7 +89,11 @@ func (n *Network) Search() []string { return n.names.conf.get().Search }
 // mayKnow reports whether the guest may be told of an address that only the host knows.
 func (n *Network) mayKnow(name string, addr netip.Addr) bool {
 	own, err := isOwn(addr)
-	return n.outbound.policy.allows(name, addr, 0) == nil && err == nil && !own
+	return n.outbound.judge(network.Flow{
+		To:    netip.AddrPortFrom(addr, 0),
+		Names: network.Names{Asked: []string{name}},
+		Host:  own || err != nil,
+	}) == nil
 }
 
 // Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.

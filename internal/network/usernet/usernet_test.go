@@ -17,11 +17,6 @@ import (
 	"github.com/smolvm/smolvm/internal/network"
 )
 
-// dialer returns a function that connects to the guest's echoPort.
-func (n *Network) dialer() func(context.Context) (net.Conn, error) {
-	return func(ctx context.Context) (net.Conn, error) { return n.DialGuest(ctx, echoPort) }
-}
-
 func TestNewRefuses(t *testing.T) {
 	for name, change := range map[string]func(*Config){
 		"no addresses":            func(c *Config) { *c = Config{} },
@@ -85,7 +80,7 @@ func TestForward(t *testing.T) {
 		inGuest <- r
 	})
 	listener := listenHost(t)
-	n.Forward(listener, n.dialer())
+	n.Forward(listener, echoPort)
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -108,7 +103,7 @@ func TestForwardHalfClose(t *testing.T) {
 		_, _ = fmt.Fprintf(conn, "got %s", request)
 	})
 	listener := listenHost(t)
-	n.Forward(listener, n.dialer())
+	n.Forward(listener, echoPort)
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -137,8 +132,8 @@ func TestForwardClose(t *testing.T) {
 		return conn
 	}
 	first, second := listenHost(t), listenHost(t)
-	closer := n.Forward(first, n.dialer())
-	n.Forward(second, n.dialer())
+	closer := n.Forward(first, echoPort)
+	n.Forward(second, echoPort)
 	ends, stays := dial(first), dial(second)
 	if err := closer.Close(); err != nil {
 		t.Errorf("close: %v", err)
@@ -174,7 +169,7 @@ func TestForwardRefused(t *testing.T) {
 	n := newNetwork(t)
 	newGuest(t, n)
 	listener := listenHost(t)
-	n.Forward(listener, n.dialer())
+	n.Forward(listener, echoPort)
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -198,7 +193,7 @@ func TestClose(t *testing.T) {
 	g := newGuest(t, n)
 	g.listen(func(conn net.Conn) { _, _ = io.Copy(conn, conn) })
 	listener := listenHost(t)
-	n.Forward(listener, n.dialer())
+	n.Forward(listener, echoPort)
 	conn, err := n.DialGuest(t.Context(), 8080)
 	if err != nil {
 		t.Fatal(err)
@@ -224,7 +219,7 @@ func TestClose(t *testing.T) {
 		t.Error("DialGuest succeeds on a closed network")
 	}
 	late := listenHost(t)
-	_ = n.Forward(late, n.dialer()).Close()
+	_ = n.Forward(late, echoPort).Close()
 	if _, err := net.Dial("tcp", late.Addr().String()); err == nil {
 		t.Error("a forward of a closed network listens")
 	}

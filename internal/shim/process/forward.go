@@ -32,9 +32,7 @@ func listenerOf(file *os.File) (io.Closer, error) {
 func (s *process) forward(listener io.Closer, guestPort int) io.Closer {
 	switch l := listener.(type) {
 	case net.Listener:
-		return s.network.Forward(l, func(ctx context.Context) (net.Conn, error) {
-			return s.network.DialGuest(ctx, guestPort)
-		})
+		return s.network.Forward(l, guestPort)
 	case *net.UDPConn:
 		return s.network.ForwardPackets(l, guestPort)
 	}

@@ -24,7 +24,7 @@ import (
 	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/compat"
-	"github.com/smolvm/smolvm/internal/network/usernet"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -56,7 +56,7 @@ type process struct {
 	claimed []io.Closer // of the forwards, if the shim stood by
 	slot    *slotFiles  // nil when the start has been confirmed
 
-	network  *usernet.Network
+	network  network.Attachment // nil: the VM has none
 	instance vmm.Instance
 	ran      bool        // the guest's CPUs have run
 	link     *agent.Link // nil without an agent
@@ -103,7 +103,7 @@ func Main(ctx context.Context, opts Options) error {
 	if err != nil {
 		return fmt.Errorf("read orders (a shim is started by smolvm, not by hand): %w", err)
 	}
-	if err := compat.Check("the shim's order", s.spec.Protocol, shim.Protocol); err != nil {
+	if err := compat.Check("the shim's order", s.spec.Protocol, shim.OrderProtocol); err != nil {
 		return err
 	}
 	if err := keepInherited(len(s.spec.Forwards)); err != nil {
@@ -258,13 +258,10 @@ func (s *process) startNetwork(u *cleanupStack) (err error) {
 	if s.network != nil {
 		err = s.network.SetGuestMAC(s.spec.Network.GuestMAC)
 	} else {
-		s.network, err = usernet.New(*s.spec.Network)
+		s.network, err = s.attach(*s.spec.Network)
 	}
 	if err != nil {
 		return err
-	}
-	if problem := s.network.Problem(); problem != nil && s.instance == nil {
-		s.warn(problem.Error())
 	}
 	u.add(func() { _ = s.network.Close() })
 	s.step(stepNetwork)

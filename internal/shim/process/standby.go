@@ -151,7 +151,7 @@ func (s *process) takeClaim(conn *net.UnixConn) (err error) {
 		err = json.Unmarshal(text, &c)
 	}
 	if err == nil {
-		err = compat.Check("the claim", c.Spec.Protocol, shim.Protocol)
+		err = compat.Check("the claim", c.Spec.Protocol, shim.OrderProtocol)
 	}
 	if err != nil {
 		return err
@@ -159,6 +159,9 @@ func (s *process) takeClaim(conn *net.UnixConn) (err error) {
 	if c.Dismiss {
 		_, _ = conn.Write([]byte(shim.Dismissed))
 		return errDismissed
+	}
+	if was, is := s.spec.Network.UsedMode(), c.Spec.Network.UsedMode(); is != was {
+		return fmt.Errorf("%w: the VM stands by with network mode %q, and %q is asked for", smolvm.ErrUnsupported, was, is)
 	}
 	const own = 3 // orders, reports, lock
 	if len(files) != own+len(c.Spec.Forwards) {

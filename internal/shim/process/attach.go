@@ -1,0 +1,31 @@
+package process
+
+import (
+	"fmt"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/usernet"
+)
+
+// attach connects the VM as its configuration says, and warns of what the network can't do
+// on this host. The error matches [smolvm.ErrUnsupported] if this build does not know the
+// mode.
+func (s *process) attach(config network.Config) (network.Attachment, error) {
+	switch mode := config.UsedMode(); mode {
+	case smolvm.NetworkUser:
+		n, err := usernet.New(config)
+		if err != nil {
+			return nil, err
+		}
+		if problem := n.Problem(); problem != nil {
+			s.warn(problem.Error())
+		}
+		return n, nil
+	default:
+		return nil, &smolvm.Error{
+			Hint: "start the VM with the smolvm that it was created with, or a newer one",
+			Err:  fmt.Errorf("connect the VM: %w: network mode %q is not known to this shim", smolvm.ErrUnsupported, mode),
+		}
+	}
+}
