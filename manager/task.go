@@ -74,8 +74,9 @@ type worker struct {
 	reports *os.File
 }
 
-// startTask starts a task. Lock, if not nil, is the task's from then on.
-func (m *Manager) startTask(t task, lock *os.File) (*worker, error) {
+// startTask starts a task, which goes on when ctx is done. Lock, if not nil, is the task's from
+// then on.
+func (m *Manager) startTask(ctx context.Context, t task, lock *os.File) (*worker, error) {
 	program, err := m.shimCommand()
 	if err != nil {
 		return nil, err
@@ -114,14 +115,17 @@ func (m *Manager) startTask(t task, lock *os.File) (*worker, error) {
 	}
 	w := &worker{cmd: cmd, reports: reports}
 	_ = ordersWrite.SetWriteDeadline(time.Now().Add(workerAnswerTime))
+	stop := context.AfterFunc(ctx, func() { _ = ordersWrite.SetWriteDeadline(time.Unix(1, 0)) })
+	defer stop()
 	if _, err := ordersWrite.Write(append(text, '\n')); err != nil {
 		return nil, w.silent(err)
 	}
 	return w, nil
 }
 
-// result returns what the worker reports when its task is over. A worker that has not begun
-// in the time that is given is killed.
+// result returns what the worker reports when its task is over, and has ended. A worker that
+// has not begun in the time that is given is killed, and so is one that goes on for as long
+// after its report.
 func (w *worker) result(limit time.Duration) (taskResult, error) {
 	_ = w.reports.SetReadDeadline(time.Now().Add(limit))
 	decoder := json.NewDecoder(w.reports)
@@ -135,10 +139,9 @@ func (w *worker) result(limit time.Duration) (taskResult, error) {
 		got = taskResult{}
 		err = decoder.Decode(&got)
 	}
-	if errors.Is(err, os.ErrClosed) {
-		return taskResult{}, err // nobody waits for it any more
-	}
 	_ = w.reports.Close()
+	kill := time.AfterFunc(limit, func() { _ = w.cmd.Process.Kill() })
+	defer kill.Stop()
 	switch waitErr := w.cmd.Wait(); {
 	case err == nil && got.Error != nil:
 		err = got.Error.Err()
@@ -162,19 +165,27 @@ func (w *worker) noWorker(why error) error {
 
 // runTask runs a task and returns what it has made. If ctx is done first, the task goes
 // on: somebody else may wait for it.
-func (m *Manager) runTask(ctx context.Context, t task, lock *os.File) (id string, err error) {
-	w, err := m.startTask(t, lock)
+func (m *Manager) runTask(ctx context.Context, t task, lock *os.File) (string, error) {
+	w, err := m.startTask(ctx, t, lock)
+	if ctx.Err() != nil && err != nil {
+		return "", context.Cause(ctx)
+	}
 	if err != nil {
 		return "", err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = w.reports.Close() })
-	defer stop()
-	result, err := w.result(workerAnswerTime)
-	if ctx.Err() != nil {
-		go func() { _ = w.cmd.Wait() }()
+	ended := make(chan struct{})
+	var result taskResult
+	var failure error
+	go func() {
+		defer close(ended)
+		result, failure = w.result(workerAnswerTime)
+	}()
+	select {
+	case <-ended:
+		return result.ID, failure
+	case <-ctx.Done():
 		return "", context.Cause(ctx)
 	}
-	return result.ID, err
 }
 
 // workerLog is what workers, and the shims that they start, have to say.
@@ -183,7 +194,7 @@ func (m *Manager) workerLog() string { return filepath.Join(m.dir.Cache(), "task
 // startTaskAside starts a task that nobody waits for. That it can't be started only
 // makes the next start slower.
 func (m *Manager) startTaskAside(t task, lock *os.File) error {
-	w, err := m.startTask(t, lock)
+	w, err := m.startTask(context.Background(), t, lock)
 	if err != nil {
 		return err
 	}

@@ -26,6 +26,8 @@ func TestWorkerResult(t *testing.T) {
 		"fails":              {script: "exit 3", limit: time.Minute, text: "exit status 3"},
 		"talks of something else": {script: "echo hello >&3", limit: time.Minute,
 			text: "without a report", hinted: true},
+		"talks, and goes on": {script: "echo hello >&3; exec sleep 1000", limit: 5 * time.Second,
+			text: "signal: killed"},
 		"reports":             {script: `echo '{"id":"x"}' >&3`, limit: time.Minute, id: "x"},
 		"has begun, and ends": {script: `echo '{"started":true}' >&3; echo '{"id":"x"}' >&3`, limit: time.Minute, id: "x"},
 		"has begun, and fails": {script: `echo '{"started":true}' >&3; echo '{"error":{"message":"no luck"}}' >&3; exit 1`,
