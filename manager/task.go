@@ -35,21 +35,22 @@ type templateTask struct {
 	Config smolvm.VMConfig `json:"config"`
 }
 
-// startTask starts a worker. Lock, if not nil, is the worker's from then on.
-func (m *Manager) startTask(t task, lock *os.File) (*worker.Worker, error) {
+// startTask starts a worker, which goes on when ctx is done. Lock, if not nil, is the worker's
+// from then on.
+func (m *Manager) startTask(ctx context.Context, t task, lock *os.File) (*worker.Worker, error) {
 	program, err := m.shimCommand()
 	if err != nil {
 		return nil, err
 	}
 	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend.Name, program, m.config.templateBytes()
 	t.DiskBudget, t.DiskReserve = m.budget.Limits.Bytes, m.budget.Limits.Reserve
-	return worker.Start(worker.Options{Program: program, Orders: t, LogPath: m.workerLog(), Hint: shim.NoShimHint, Lock: lock})
+	return worker.Start(ctx, worker.Options{Program: program, Orders: t, LogPath: m.workerLog(), Hint: shim.NoShimHint, Lock: lock})
 }
 
 // runTask has a worker do a task, and returns what it has made. If ctx is done first, the
 // worker goes on: somebody else may wait for it.
 func (m *Manager) runTask(ctx context.Context, t task, lock *os.File) (id string, err error) {
-	w, err := m.startTask(t, lock)
+	w, err := m.startTask(ctx, t, lock)
 	if err != nil {
 		return "", err
 	}
@@ -59,7 +60,7 @@ func (m *Manager) runTask(ctx context.Context, t task, lock *os.File) (id string
 // startTaskAside has a worker do a task that nobody waits for. That it can't be started only
 // makes the next start slower.
 func (m *Manager) startTaskAside(t task, lock *os.File) error {
-	w, err := m.startTask(t, lock)
+	w, err := m.startTask(context.Background(), t, lock)
 	if err == nil {
 		w.Release()
 	}

@@ -2,15 +2,15 @@
 // chains of files that they make.
 //
 // A layer is a disk that does not change any more and that others are overlays of: the
-// disk of a template or a snapshot, which has the same file under a name of its own. It is
-// needed as long as it has that other name, or some disk is based on it. Who is based on
-// whom is written down before it comes about (see [References]), and the files say it as
-// well: a layer goes only if both agree that nobody needs it. What can't be read counts
-// as a doubt, and ends a collection.
+// disk of a template or a snapshot, which has the same file under another name. A layer is
+// needed as long as it has that other name, or some disk is based on it. Which disk is based
+// on which is written down before the disk is made (see [References]), and the headers of the
+// files say it as well: a layer is removed only if both agree that it is not needed. A file
+// that can't be read leaves a doubt, and ends a collection.
 //
-// The name of its base in an overlay's header is relative, and as seen from a directory
-// just below the data directory, for which both disks/ and layers/ will do. VMMs don't go
-// by it: they are given the chain.
+// An overlay's header names its base by a relative path, as seen from a directory just below
+// the data directory, so that it is right in disks/ and in layers/. VMMs don't use that name:
+// they are given the chain.
 package backing
 
 import (

@@ -14,7 +14,7 @@ const completionLong = `Print a script that completes smolvm's commands, flags, 
   zsh     source <(smolvm completion zsh)
   fish    smolvm completion fish | source
 
-Put the line into your shell's start-up file to have it always.`
+Put the line into your shell's start-up file to have completions in every shell.`
 
 func (a *app) completionCommand() *cobra.Command {
 	return &cobra.Command{

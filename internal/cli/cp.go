@@ -12,29 +12,29 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const cpLong = `Copy files and directories, with all in them, into a VM, out of one, or between two.
+const cpLong = `Copy files and directories, with their contents, into a VM, out of one, or between two.
 
 ID:PATH is a path in the VM; without a leading / it starts at root's home directory.
-A path of this host that has a colon in it can be written as ./PATH. What lands where
-is as with cp -r and docker cp: a directory that is there already receives the source
-under its own name, or with SRC/. the contents of the source. Of several sources the
-destination must be a directory. "-" is a tar stream: of standard output as the
-destination, of standard input as the source, for a directory in a VM.
+A path of this host that has a colon in it can be written as ./PATH. As with cp -r and
+docker cp, a directory that exists receives the source under its own name, or with SRC/.
+the contents of the source. For several sources the destination must be a directory.
+"-" is a tar stream: as the destination it goes to standard output; as the source it
+comes from standard input, and the destination is a directory in a VM.
 
 Modes, times, symbolic links and holes are kept, owners and hard links are not. A file
-that is there already is replaced when the new one has come whole, and keeps its owner
-and mode, so a copy that fails leaves the old file; it is written over in its place if
-it has several names, is a mount point, or its directory can't be written. A FIFO or a
-device as the destination is written to; in a directory those are left out, as sockets
-are. Of the kernel's file systems, such as /proc, only the directories are copied, unless
-the source is in them.
+that exists keeps its owner and mode, and is replaced once the new one is complete, so a
+copy that fails leaves the old file. It is overwritten in its place if it has several
+names, is a mount point, or its directory can't be written to. A FIFO or a device as the
+destination is written to; inside a directory FIFOs, devices and sockets are left out. Of
+the kernel's file systems, such as /proc, only the directories are copied, unless the
+source is in them.
 
-What comes out of a VM can't hurt: set-id bits are dropped, no link is followed where it
-goes, and symbolic links that lead out of what is copied, absolute ones too, are left
-out with a warning; --links all makes them as they are.
+A copy out of a VM can't harm this host: set-id bits are dropped, no link at the
+destination is followed, and symbolic links that lead out of what is copied, absolute
+ones too, are left out with a warning; --links all makes them as they are.
 
-What can't be read or written is told and left out, the rest is copied, and the exit
-status is 1.`
+A file that can't be read or written is reported and left out, the rest is copied, and
+the exit status is 1.`
 
 const cpExample = `  smolvm cp main.py web:/srv/
   smolvm cp web:/var/log/messages .

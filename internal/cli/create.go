@@ -11,8 +11,8 @@ const createLong = `Create a VM, without starting it, and print its id.
 The VM boots IMAGE, by default ` + "`base`" + `, which is built when it is first needed. It
 keeps its disk, its port forwards and its SSH port until it is removed.
 
-With --kernel the VM boots files of your own instead, untouched: there is no agent
-in it, so it is reached by its console log, its ports and its own SSH server.`
+With --kernel the VM boots files of your own instead, as they are: there is no agent in
+it, so you reach it by its console log, its ports and its own SSH server.`
 
 const createExample = `  smolvm create --name web -p 8080:80
   smolvm create --vcpus 4 --memory 2G --disk-size 8G

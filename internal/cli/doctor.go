@@ -11,8 +11,8 @@ import (
 	"github.com/smolvm/smolvm/internal/termsafe"
 )
 
-const doctorLong = `Check what this host can do and what it lacks, and print the command that fixes each
-lack. The exit status is 1 if VMs can't run here.`
+const doctorLong = `Check what this host can do and what it lacks, and print for each lack the command that
+fixes it. The exit status is 1 if VMs can't run here.`
 
 func (a *app) doctorCommand() *cobra.Command {
 	return &cobra.Command{

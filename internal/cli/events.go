@@ -11,9 +11,9 @@ import (
 	"github.com/smolvm/smolvm/internal/termsafe"
 )
 
-const eventsLong = `List what happened to a VM, or to all VMs: the newest events, the newest last. Events
-of VMs that have been removed are kept. With --follow those that come are printed as well,
-until this is interrupted; as JSON, that is one object a line.`
+const eventsLong = `List the newest events of a VM, or of all VMs, the newest last. Events of VMs that have
+been removed are kept. With --follow new events are printed as they happen, until the
+command is interrupted; as JSON they are one object a line.`
 
 func (a *app) eventsCommand() *cobra.Command {
 	var limit int

@@ -11,13 +11,14 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const execLong = `Run a command in a running VM, with our standard streams, and exit with its status.
+const execLong = `Run a command in a running VM, with the standard streams of this program, and exit with
+the command's status.
 
 The command is run as it is, without a shell; use sh -c 'LINE' for a shell's syntax.
-Signals are passed on to it. A command that is still there 10 seconds after it was
-interrupted, or when it is interrupted again, is ended, with all that it has started.
+Signals are passed on to it. A command that has not ended 10 seconds after it was
+interrupted, or when it is interrupted again, is killed with all that it has started.
 
-Exit status 126 is that of a command that can't be run, 127 of one that is not found.`
+The exit status is 126 if the command can't be run, and 127 if it is not found.`
 
 const execExample = `  smolvm exec web -- ls -l /
   smolvm exec -t web -- top

@@ -19,7 +19,7 @@ const usageTemplate = `Usage:
 {{- if .Aliases}}
 
 Also known as:
-  {{.NameAndAliases}}{{end}}
+  {{range $i, $alias := .Aliases}}{{if $i}}, {{end}}{{$alias}}{{end}}{{end}}
 {{- if .HasExample}}
 
 Examples:

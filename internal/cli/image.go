@@ -63,7 +63,7 @@ func (a *app) imageLsCommand() *cobra.Command {
 
 const imageBuildLong = `Build an image and print its digest. Without flags it is the default image: the
 distribution's kernel, fetched by the host's package manager, and a small busybox
-system. What is there already is used again.`
+system. Packages and images that are there already are used again.`
 
 func (a *app) imageBuildCommand() *cobra.Command {
 	var options smolvm.BuildOptions
@@ -81,7 +81,7 @@ func (a *app) imageBuildCommand() *cobra.Command {
 	flags.StringVar(&options.Kernel, "kernel", "", "kernel in `FILE`, as ELF or bzImage")
 	flags.StringVar(&options.ModulesDir, "modules", "", "modules of --kernel in `DIR`, as under /lib/modules")
 	flags.BoolVar(&options.Force, "force", false, "build even if the same image is there")
-	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show how it goes on")
+	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
 	complete(cmd, "modules", directories)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {

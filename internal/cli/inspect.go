@@ -6,7 +6,7 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const inspectLong = `Print all that is known of VMs as JSON: one object for each id, one after the other,
+const inspectLong = `Print everything that is known of VMs, as JSON: one object for each id, one after the other,
 so that ` + "`smolvm inspect web | jq .state`" + ` works.`
 
 // inspected is what inspect prints of a VM.
@@ -18,7 +18,7 @@ type inspected struct {
 func (a *app) inspectCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:               "inspect ID...",
-		Short:             "Print all that is known of VMs as JSON",
+		Short:             "Print everything that is known of VMs, as JSON",
 		Long:              inspectLong,
 		Args:              needs(1, anyNumber, "the ids of VMs"),
 		ValidArgsFunction: a.vmIDs(),

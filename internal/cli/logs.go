@@ -9,12 +9,12 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const logsLong = `Print the guest's console: what its kernel and its agent have said in all the runs
-of the VM. Output of commands is not in it. Of a console that is longer than 4 MiB the
-beginning is dropped.
+const logsLong = `Print the guest's console: what its kernel and its agent have printed in all runs of the
+VM. The output of commands is not in it. If it is longer than 4 MiB, its beginning is
+dropped.
 
-On a terminal only text and colours are shown: a guest could make it do other things.
-Elsewhere every byte passes as it is, and with --raw on a terminal too.`
+On a terminal only text and colours are shown, as a guest could send control sequences to
+it. With --raw, and where the output is no terminal, every byte is passed on as it is.`
 
 func (a *app) logsCommand() *cobra.Command {
 	var options smolvm.LogOptions

@@ -15,9 +15,9 @@ import (
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
-const lsLong = `List VMs, the oldest first: all of them, or those that meet all that is given. An ID
-may be a pattern, as in 'web-*', which the shell must not expand; an ID of no VM is
-an error.`
+const lsLong = `List VMs, the oldest first: all of them, or those that meet all conditions. An ID may be
+a pattern, as in 'web-*', in quotes so that the shell does not expand it; an ID that no
+VM has is an error.`
 
 const lsExample = `  smolvm ls 'web-*'
   smolvm ls --state running --label team=blue

@@ -11,8 +11,8 @@ import (
 func (a *app) pauseCommand() *cobra.Command {
 	return a.eachVMCommand(&cobra.Command{
 		Use:   "pause ID...",
-		Short: "Hold running VMs",
-		Long: `Hold running VMs, and print their ids: their CPUs stop, their memory stays, and
+		Short: "Pause running VMs",
+		Long: `Pause running VMs, and print their ids: their CPUs stop, their memory stays, and
 connections to them wait until they are resumed.`,
 	}, smolvm.Service.Pause, smolvm.StateRunning)
 }
@@ -20,8 +20,8 @@ connections to them wait until they are resumed.`,
 func (a *app) resumeCommand() *cobra.Command {
 	return a.eachVMCommand(&cobra.Command{
 		Use:   "resume ID...",
-		Short: "Let paused VMs go on",
-		Long:  `Let paused VMs go on, with their clocks set, and print their ids.`,
+		Short: "Resume paused VMs",
+		Long:  `Resume paused VMs, set their clocks, and print their ids.`,
 	}, smolvm.Service.Resume, smolvm.StatePaused)
 }
 

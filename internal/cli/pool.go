@@ -89,7 +89,7 @@ func (a *app) poolLsCommand() *cobra.Command {
 
 func (a *app) poolRmCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "rm ID...", Aliases: []string{"delete"}, Short: "End pools, and the VMs in them that nobody has taken",
+		Use: "rm ID...", Aliases: []string{"delete"}, Short: "Remove pools, with the VMs that are ready in them",
 		Args: needs(1, anyNumber, "the ids of pools"),
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
 			return a.withManager(cmd.Context(), func(m smolvm.Service) error {

@@ -31,10 +31,10 @@ func (a *app) portAddCommand() *cobra.Command {
 		Long: `Add port forwards, and print the host's address and port of each. The address is
 127.0.0.1 unless given; use 0.0.0.0 to let other hosts connect. Without a host port,
 a free one is chosen. The protocol is tcp or udp. A range of ports, such as
-8000-8010:8000-8010, is a forward for each.
+8000-8010:8000-8010, makes a forward for each port.
 
-The guest is reached at its own address: a server in it that listens on 127.0.0.1
-alone is not.`,
+Connections go to the guest's own address: they don't reach a server in the guest that
+listens on 127.0.0.1 only.`,
 		Example:           "  smolvm port add web 8080:80\n  smolvm port add web 0.0.0.0:8443:443\n  smolvm port add dns 5353:53/udp",
 		Args:              needs(2, anyNumber, "the id of a VM, and ports"),
 		ValidArgsFunction: first(a.vmIDs()),
@@ -68,8 +68,8 @@ func (a *app) portRmCommand() *cobra.Command {
 		Use:     "rm ID HOSTPORT[/PROTOCOL]...",
 		Aliases: []string{"delete"},
 		Short:   "Remove port forwards, with their connections",
-		Long: `Remove port forwards, with their connections. The protocol is tcp or udp; without, it
-is tcp. All forwards of a range of host ports are removed by HOSTPORT-HOSTPORT.`,
+		Long: `Remove port forwards, with their connections. The protocol is tcp (default) or udp.
+HOSTPORT-HOSTPORT removes the forwards of a range of host ports.`,
 		Example: "  smolvm port rm web 8080 5353/udp",
 		Args:    needs(2, anyNumber, "the id of a VM, and host ports"),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {

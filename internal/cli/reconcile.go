@@ -6,10 +6,10 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const reconcileLong = `Make what is written down agree with what is so, after a crash: VMs that are said to
-run but are dead get the state error; what is left of VMs that are gone is removed. The
-ids of all VMs that have failed while they ran since the last time are printed. Nothing
-depends on it: every other command does the same for the VMs that it looks at.`
+const reconcileLong = `Clean up after a crash: VMs that are recorded as running and are dead get the state error,
+and what removed VMs have left is removed. The ids of all VMs that have failed since the
+last reconcile are printed. Nothing depends on this command: every other command does the
+same for the VMs that it looks at.`
 
 func (a *app) reconcileCommand() *cobra.Command {
 	return &cobra.Command{

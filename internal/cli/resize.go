@@ -13,8 +13,8 @@ func (a *app) resizeCommand() *cobra.Command {
 	cmd := a.eachVMCommand(&cobra.Command{
 		Use:   "resize --disk-size SIZE ID...",
 		Short: "Make the disks of stopped VMs larger",
-		Long: `Make the disks of VMs that don't run larger, and print their ids. A guest made from an
-image has its root file system grown when it is started the next time.`,
+		Long: `Make the disks of VMs larger that don't run, and print their ids. The root file system of
+a VM of an image grows at the VM's next start.`,
 	}, func(m smolvm.Service, ctx context.Context, id string) (smolvm.VMInfo, error) {
 		return m.Resize(ctx, id, options)
 	}, smolvm.StateCreated, smolvm.StateStopped)

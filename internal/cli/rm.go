@@ -8,9 +8,8 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const rmLong = `Remove VMs with all that belongs to them, and print their ids. A VM that runs is
-ended first, at once; with --timeout its guest is shut down in an orderly way, as by
-stop.`
+const rmLong = `Remove VMs with all that belongs to them, and print their ids. A VM that runs is ended
+at once; with --timeout its guest is shut down first, as by stop.`
 
 func (a *app) rmCommand() *cobra.Command {
 	var force, all bool
@@ -22,7 +21,7 @@ func (a *app) rmCommand() *cobra.Command {
 		Long:              rmLong,
 		ValidArgsFunction: a.vmIDs(),
 	}
-	cmd.Flags().BoolVarP(&force, "force", "f", false, "don't mind a VM that is not there")
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "no error if a VM is not there")
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "remove all VMs")
 	cmd.Flags().DurationVarP(&options.Timeout, "timeout", "t", 0, "wait at most `DURATION` for a guest that runs to shut down")
 	cmd.Args = func(cmd *cobra.Command, args []string) error {

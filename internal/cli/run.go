@@ -14,24 +14,24 @@ import (
 	"github.com/smolvm/smolvm/internal/termsafe"
 )
 
-const runLong = `Run a command in a new VM, with our standard streams, and exit with its status. The
-VM is removed at the end, however that comes: also if this program is interrupted or
-killed. With --keep it goes on running instead.
+const runLong = `Run a command in a new VM, with the standard streams of this program, and exit with the
+command's status. The VM is removed at the end, also if this program is interrupted or
+killed. With --keep the VM goes on running instead.
 
-Without a command, a shell is run: on a terminal to work in, else to read commands
+Without a command, a shell is run. Unless it is on a terminal, it reads its commands
 from standard input. IMAGE is by default ` + "`base`" + `, which is built when it is first
 needed. Write -- between the flags and the command if no image is named.
 
 The command is run as it is, without a shell; use sh -c 'LINE' for a shell's syntax.
-Signals are passed on to it. A command that is still there 10 seconds after it was
-interrupted, or when it is interrupted again, is ended.
+Signals are passed on to it. A command that has not ended 10 seconds after it was
+interrupted, or when it is interrupted again, is killed.
 
-With --kernel the VM boots files of your own, with no agent to run a command: its
-console is printed until it powers off.`
+With --kernel the VM boots files of your own, which have no agent to run a command: the
+VM's console is printed until it powers off.`
 
 const runExample = `  smolvm run -- uname -a
   echo hi | smolvm run -- cat
-  smolvm run -e TOKEN --memory 1G --timeout 60s base -- sh -c 'wget -qO- http://10.0.2.2'
+  smolvm run -e TOKEN --memory 1G --timeout 60s base -- sh -c 'wget -qO- http://example.org'
   smolvm run --keep --name web -p 8080:80 -- httpd -p 80`
 
 // runFlags are the flags of run.

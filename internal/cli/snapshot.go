@@ -14,7 +14,7 @@ VMs can be restored from it, each with an identity of its own.`
 
 func (a *app) snapshotCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "snapshot", Short: "Save VMs as they are, and restore them", Long: snapshotLong,
+		Use: "snapshot", Short: "Save VMs, and restore them", Long: snapshotLong,
 		Args: cobra.ArbitraryArgs, RunE: a.requireSubcommand,
 	}
 	cmd.AddCommand(a.snapshotCreateCommand(), a.snapshotLsCommand(), a.snapshotRestoreCommand(), a.snapshotRmCommand())
@@ -26,8 +26,8 @@ func (a *app) snapshotCreateCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create [flags] ID",
 		Short: "Save a running VM, and print the snapshot's name",
-		Long: `Save a running or paused VM, and print the snapshot's name. The VM goes on: it is held
-for some hundredths of a second at the end, longer if it changes much of its memory.`,
+		Long: `Save a running or paused VM, and print the snapshot's name. A running VM goes on: it is
+paused for some hundredths of a second at the end, longer if it changes much memory.`,
 		Example:           "  smolvm snapshot create --name ready web",
 		Args:              withID,
 		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StatePaused)),
@@ -81,17 +81,17 @@ func (a *app) snapshotRestoreCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "restore [flags] NAME",
 		Short: "Make a VM that goes on from a snapshot, and print its id",
-		Long: `Make a VM that goes on where a snapshot was taken, and print its id. It has an identity
-of its own; what was connected to the other VM is not connected to this one.
+		Long: `Make a VM that goes on from a snapshot, and print its id. It has an identity of its own,
+and none of the connections of the VM that was saved.
 
 If the snapshot's memory can't be used, because it is damaged or QEMU was upgraded
-since, that is an error, and no VM is made. With --allow-cold the VM boots from the
-snapshot's disk then, and a warning says so; with --cold it does in any case.
+since, that is an error, and no VM is made. With --allow-cold the VM then boots from the
+snapshot's disk, with a warning; with --cold it always boots from there.
 
-With --in-place no VM is made: the saved one, which must not run, goes back to the
-snapshot under its own id, and what its disk has held since is lost. If it can't go
-on from there, it stays as it is. A VM with a kernel of its own, whose guest has no
-agent to give it another identity, can be restored in no other way.`,
+With --in-place no new VM is made. The saved VM, which must be stopped, goes back to the
+snapshot under its own id; what was written to its disk since is lost. If that fails, the
+VM stays as it is. For a VM with a kernel of its own this is the only way, as its guest
+has no agent to give it another identity.`,
 		Example: "  smolvm snapshot restore ready\n  smolvm snapshot restore --id web-2 ready\n  smolvm snapshot restore --in-place ready",
 		Args:    needs(1, 1, "the name of a snapshot"),
 	}
@@ -130,9 +130,9 @@ func (a *app) forkCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "fork [flags] ID",
 		Short: "Make copies of a running VM, and print their ids",
-		Long: `Make copies of a running VM, and print their ids. Each goes on where the VM is, with
-the same memory and disk, and an identity of its own. The VM itself goes on too, and is
-held for some hundredths of a second. If one of them can't go on there, none is made.`,
+		Long: `Make copies of a running VM, and print their ids. Each goes on from the VM's present
+state, with the same memory and disk, and an identity of its own. The VM itself is paused
+for some hundredths of a second, and goes on. If one copy can't be made, none is.`,
 		Example:           "  smolvm fork -n 3 web",
 		Args:              withID,
 		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StatePaused)),

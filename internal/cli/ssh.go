@@ -12,12 +12,12 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const sshLong = `Log in to a VM by the ssh client of this host, or run a command by it. The VM's host
-key is known, so nothing is asked and nobody can pose as the VM; that of a VM with a
+const sshLong = `Log in to a VM with the ssh client of this host, or run a command with it. The VM's host
+key is known, so ssh asks nothing and nobody can pose as the VM; the key of a VM with a
 kernel of its own is learned at the first login.
 
-It works with all that ssh can do; ` + "`smolvm shell`" + ` and ` + "`smolvm exec`" + ` need no ssh client.
-With --print the command line is printed instead, to be used elsewhere.`
+Everything that ssh can do works; ` + "`smolvm shell`" + ` and ` + "`smolvm exec`" + ` need no ssh client.
+With --print the command line is only printed, to be used elsewhere.`
 
 func (a *app) sshCommand() *cobra.Command {
 	var options smolvm.SSHOptions

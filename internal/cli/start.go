@@ -6,8 +6,8 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-const startLong = `Start VMs that are created or stopped, wait until they are ready, and print their
-ids. A VM of an image is ready when commands can be run in it.`
+const startLong = `Start VMs, wait until they are ready, and print their ids. A VM of an image is ready when
+commands can be run in it.`
 
 func (a *app) startCommand() *cobra.Command {
 	var options smolvm.StartOptions
@@ -35,5 +35,5 @@ func (a *app) startCommand() *cobra.Command {
 func startFlags(cmd *cobra.Command, options *smolvm.StartOptions) {
 	cmd.Flags().DurationVar(&options.Timeout, "boot-timeout", 0,
 		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization)")
-	cmd.Flags().BoolVar(&options.Cold, "cold", false, "boot from the beginning, and have no template made")
+	cmd.Flags().BoolVar(&options.Cold, "cold", false, "boot instead of cloning, and make no template")
 }

@@ -9,9 +9,8 @@ import (
 )
 
 const stopLong = `Shut VMs down and print their ids. A guest that has not shut down in the time given
-is ended. If no time is given, one that does not listen (it has no agent, and shows no
-sign of having noticed its power button) is ended after about a second. Stopping a VM
-that does not run does nothing.`
+is ended. If no time is given, a guest that has no agent and does not react to its power
+button is ended after about a second. Stopping a VM that does not run does nothing.`
 
 func (a *app) stopCommand() *cobra.Command {
 	var timeout time.Duration

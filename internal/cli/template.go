@@ -16,7 +16,7 @@ disk or when QEMU or smolvm is upgraded.`
 
 func (a *app) templateCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "template", Short: "List, build and remove what VMs are cloned from", Long: templateLong,
+		Use: "template", Short: "List, build and remove templates, which VMs are cloned from", Long: templateLong,
 		Args: cobra.ArbitraryArgs, RunE: a.requireSubcommand,
 	}
 	cmd.AddCommand(a.templateLsCommand(), a.templateBuildCommand(), a.templateRmCommand(), a.templatePruneCommand())
@@ -89,7 +89,7 @@ func (a *app) templateBuildCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:               "build [flags] [IMAGE]",
 		Short:             "Make a template now, and print its id",
-		Long:              "Make a template now, instead of after the first start of such a VM, and print its id.\nIf there is one already, that is printed.",
+		Long:              "Make a template now, instead of after the first start of such a VM, and print its id.\nIf there is one already, its id is printed.",
 		Example:           "  smolvm template build\n  smolvm template build --memory 1G --warm-up 'python3 -c \"import numpy\"' python",
 		Args:              needs(0, 1, "at most one image"),
 		ValidArgsFunction: first(a.imageNames()),
@@ -136,12 +136,12 @@ func (a *app) templatePruneCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "prune",
 		Short: "Remove templates that are of no use, and print their ids",
-		Long: `Remove templates that no VM will be cloned from any more, and of the rest the least
-recently used until they take no more than --keep together.`,
+		Long: `Remove templates that no new VM can be cloned from. Of the rest, remove the least
+recently used ones until all together take no more than --keep.`,
 		Args: needs(0, 0, "no arguments"), ValidArgsFunction: words(),
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "remove all")
-	cmd.Flags().Func("keep", "let them take `SIZE` together: MiB, or as in 2G (default 4G)", func(text string) error {
+	cmd.Flags().Func("keep", "keep templates of `SIZE` together: MiB, or as in 2G (default 4G)", func(text string) error {
 		size, err := parseMebibytes(text)
 		keep = size << 20
 		return err

@@ -69,7 +69,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.StringVar((*string)(&config.DiskMode), "disk-mode", "", "`MODE` of --rootfs: isolated (default) or shared, which writes to it")
 	flags.StringVar(&config.BootArgs, "boot-args", "", "kernel `ARGUMENTS` (default: those of the image)")
 	flags.StringVar((*string)(&config.Ready), "ready", "", "`WHEN` the VM counts as running: agent, ssh or started")
-	flags.BoolVarP(&f.quiet, "quiet", "q", false, "don't show the building of an image")
+	flags.BoolVarP(&f.quiet, "quiet", "q", false, "don't show the progress of building an image")
 
 	complete(cmd, "ready", words(string(smolvm.ReadyAgent), string(smolvm.ReadySSH), string(smolvm.ReadyStarted)))
 	complete(cmd, "rootfs-format", words(string(smolvm.FormatRaw), string(smolvm.FormatQCOW2)))

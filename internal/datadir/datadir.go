@@ -1,4 +1,4 @@
-// Package datadir is the data directory: where it is, whose it is, which one it is, and
+// Package datadir knows the data directory: where it is, whose it is, which one it is, and
 // the name of everything in it.
 //
 //	smolvm.db         the state database

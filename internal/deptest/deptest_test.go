@@ -1,4 +1,4 @@
-// Package deptest guards the shape of the house: which package may know which.
+// Package deptest checks which packages of this module import which.
 package deptest
 
 import (
@@ -50,9 +50,9 @@ func list(t *testing.T, args ...string) map[string]pkg {
 	}
 }
 
-// tiers are the floors of the house, from the ground up: a package imports those below its
-// own floor, and those of its own room (a room is a folder of internal). A package belongs to
-// the longest name that it begins with.
+// tiers returns the tiers of packages, the lowest first. A package may import packages of
+// lower tiers, and those that have the same name here: a name stands for all packages of the
+// folder. A package belongs to the longest name that its path begins with.
 func tiers() [][]string {
 	return [][]string{
 		{"."}, // the contract
@@ -80,8 +80,8 @@ func tiers() [][]string {
 	}
 }
 
-// place returns a package's tier, and the name by which it has it. Packages for tests only
-// have none: what they need they may know.
+// place returns a package's tier, and the name by which it is in it. Packages for tests only
+// are in none: they may import all that they need.
 func place(path string) (tier int, name string, ok bool) {
 	for i, names := range tiers() {
 		for _, n := range names {
@@ -106,7 +106,7 @@ func forTests(path string) bool {
 // testPackages are the packages for tests only whose names don't say so.
 func testPackages() []string { return []string{"internal/testenv"} }
 
-// onlyBy are packages that one other only may import.
+// onlyBy returns the packages that only one other may import, each with that other.
 func onlyBy() map[string]string {
 	return map[string]string{
 		// Backends are wired in where a program becomes a shim, and nothing else has a
@@ -139,12 +139,12 @@ func wrong(from, to string) string {
 	case fromName == toName, toTier < fromTier, allowed()[imported{from, to}] != "":
 		return ""
 	case toTier == fromTier:
-		return "peers don't know each other; who is above them moves data between them"
+		return "peers don't import each other; a package of a higher tier moves data between them"
 	}
 	return "imports point downwards"
 }
 
-// allowed are the peers that may know each other, each with its reason.
+// allowed returns the imports of peers that are allowed, each with its reason.
 func allowed() map[imported]string {
 	return map[imported]string{
 		{"internal/image", "internal/agent/wire"}: "the list of modules in an initramfs is read by the agent",

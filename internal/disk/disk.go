@@ -1,8 +1,8 @@
 // Package disk makes and looks into disk files. It knows formats, and no VMs.
 //
-// What a disk's format is, is declared and never guessed from what it holds: a guest may
-// write anything into its raw disk, also what looks like a disk of another format that is
-// based on some file of the host.
+// A disk's format is declared, and never guessed from the disk's content: a guest may write
+// anything into its raw disk, also the header of another format that names a file of the host
+// as its base.
 package disk
 
 import (

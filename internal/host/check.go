@@ -42,7 +42,7 @@ func (h *Host) Check(ctx context.Context, needed Requirements) []smolvm.Finding 
 	return findings
 }
 
-// Less than this brings a warning. A VM of the default size has 512 MiB of memory,
+// The sizes, in bytes, below which there is a warning. A VM of the default size has 512 MiB of memory,
 // and QEMU takes some 60 MiB for itself; a root drive takes what the guest writes.
 const (
 	lowMemory = 768 << 20

@@ -25,7 +25,7 @@ const (
 
 	kvmExitHLT = 5
 
-	// In struct kvm_run.
+	// Offsets in struct kvm_run.
 	runImmediateExit = 1
 	runExitReason    = 8
 )

@@ -123,7 +123,7 @@ func syncFile(path string) error {
 type builder struct {
 	recipe    Recipe
 	work, out string
-	// What the image is remembered by; see nameRecord.
+	// The fields of the image's nameRecord.
 	agent          fileID
 	agentHash, key string
 

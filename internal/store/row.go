@@ -46,7 +46,7 @@ func (r *row) fields() []any {
 	}
 }
 
-// What column options leaves out. These values are part of the schema: they must
+// The values that column options leaves out. They are part of the schema: they must
 // stay as they are even if the program's defaults change.
 const (
 	usualDiskMode = smolvm.DiskIsolated

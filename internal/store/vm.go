@@ -53,13 +53,14 @@ type VM struct {
 	// Cause says why that run ended, in words; empty while it goes on.
 	Cause string
 
-	// StartedAt and StoppedAt are of that run, and zero if it has not come to that.
+	// StartedAt and StoppedAt are the times of that run; zero if it has not started, or not
+	// ended.
 	CreatedAt, StartedAt, StoppedAt time.Time
 }
 
 // NewVM holds the data that is to be kept of a new VM.
 type NewVM struct {
-	// Config with its defaults filled in.
+	// Config is the configuration with its defaults filled in.
 	Config smolvm.VMConfig
 	// These are as in [VM].
 	Image, Backend, DiskPath, Layer, LogPath, MachineID, HostKey string

@@ -77,8 +77,8 @@ type Worker struct {
 	hint  string
 }
 
-// Start starts a worker. It goes on when this process ends.
-func Start(opts Options) (*Worker, error) {
+// Start starts a worker, which goes on when ctx is done, and when this process ends.
+func Start(ctx context.Context, opts Options) (*Worker, error) {
 	task, err := json.Marshal(opts.Orders)
 	if err != nil {
 		return nil, err
@@ -116,8 +116,11 @@ func Start(opts Options) (*Worker, error) {
 	}
 	w := &Worker{cmd: cmd, reports: reports, limit: cmp.Or(opts.limit, answerTime), hint: opts.Hint}
 	_ = ordersWrite.SetWriteDeadline(time.Now().Add(w.limit))
+	stop := context.AfterFunc(ctx, func() { _ = ordersWrite.SetWriteDeadline(time.Unix(1, 0)) })
+	defer stop()
 	if _, err := ordersWrite.Write(append(text, '\n')); err != nil {
-		return nil, w.silent(err)
+		err = w.silent(err)
+		return nil, cmp.Or(context.Cause(ctx), err)
 	}
 	return w, nil
 }
@@ -125,14 +128,19 @@ func Start(opts Options) (*Worker, error) {
 // Wait returns the id of what the worker has made. If ctx is done first, the worker goes on:
 // somebody else may wait for the same.
 func (w *Worker) Wait(ctx context.Context) (id string, err error) {
-	stop := context.AfterFunc(ctx, func() { _ = w.reports.Close() })
-	defer stop()
-	got, err := w.result()
-	if ctx.Err() != nil {
-		go func() { _ = w.cmd.Wait() }()
+	ended := make(chan struct{})
+	var got report
+	var failure error
+	go func() {
+		defer close(ended)
+		got, failure = w.result()
+	}()
+	select {
+	case <-ended:
+		return got.ID, failure
+	case <-ctx.Done():
 		return "", context.Cause(ctx)
 	}
-	return got.ID, err
 }
 
 // Release lets the worker go on with nobody to wait for it.
@@ -140,8 +148,8 @@ func (w *Worker) Release() {
 	go func() { _, _ = w.result() }()
 }
 
-// result returns what the worker reports when its work is over. A worker that has not begun
-// in time is killed.
+// result returns what the worker reports when its work is over, and it has ended. A worker that
+// has not begun in time is killed, and so is one that goes on for as long after its report.
 func (w *Worker) result() (report, error) {
 	_ = w.reports.SetReadDeadline(time.Now().Add(w.limit))
 	decoder := json.NewDecoder(w.reports)
@@ -155,10 +163,9 @@ func (w *Worker) result() (report, error) {
 		got = report{}
 		err = decoder.Decode(&got)
 	}
-	if errors.Is(err, os.ErrClosed) {
-		return report{}, err // nobody waits for it any more
-	}
 	_ = w.reports.Close()
+	kill := time.AfterFunc(w.limit, func() { _ = w.cmd.Process.Kill() })
+	defer kill.Stop()
 	switch exitErr := w.cmd.Wait(); {
 	case err == nil && got.Error != nil:
 		err = got.Error.Err()

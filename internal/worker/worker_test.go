@@ -58,7 +58,7 @@ func start(t *testing.T, o any, lock *os.File) *Worker {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := Start(Options{Program: []string{self}, Orders: o, LogPath: filepath.Join(t.TempDir(), "log"), Lock: lock})
+	w, err := Start(t.Context(), Options{Program: []string{self}, Orders: o, LogPath: filepath.Join(t.TempDir(), "log"), Lock: lock})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,13 +148,14 @@ func TestPrograms(t *testing.T) {
 		"ends without words":    {script: "exit 0", text: "without a report", hinted: true},
 		"fails":                 {script: "exit 3", text: "exit status 3"},
 		"talks of other things": {script: "echo hello >&3", text: "without a report", hinted: true},
+		"talks, and goes on":    {script: "echo hello >&3; exec sleep 1000", limit: 2 * time.Second, text: "signal: killed"},
 		"reports":               {script: `echo '{"id":"x"}' >&3`, id: "x"},
 		"has begun, and ends":   {script: `echo '{"started":true}' >&3; echo '{"id":"x"}' >&3`, id: "x"},
 		"has begun, and fails":  {script: `echo '{"started":true}' >&3; echo '{"error":{"message":"no luck"}}' >&3; exit 1`, text: "no luck"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			w, err := Start(Options{
+			w, err := Start(t.Context(), Options{
 				Program: []string{"/bin/sh", "-c", test.script}, Orders: orders{},
 				LogPath: filepath.Join(t.TempDir(), "log"), Hint: "install it", limit: test.limit,
 			})
@@ -186,7 +187,7 @@ func TestNothingToStart(t *testing.T) {
 		"no place for logs": {Program: []string{"true"}, Orders: orders{}, LogPath: "/no/such/directory/log"},
 		"no JSON":           {Program: []string{"true"}, Orders: make(chan int), LogPath: log},
 	} {
-		if _, err := Start(opts); err == nil {
+		if _, err := Start(t.Context(), opts); err == nil {
 			t.Errorf("%s: a worker is started", name)
 		}
 	}

@@ -19,7 +19,7 @@ import (
 	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
-// What the agent's program is asked to be, by its first argument.
+// The first arguments of the agent's program, which say what it is to be.
 const (
 	sftpCommand  = "sftp-server" // an SFTP server for a user other than root
 	serveCommand = "serve"       // the agent beside an init of the image's own

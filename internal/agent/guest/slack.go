@@ -10,10 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How late the kernel may wake a thread that sleeps for some time; see PR_SET_TIMERSLACK
-// in prctl(2).
+// Timer slacks: how much later than asked the kernel may wake a sleeping thread; see
+// PR_SET_TIMERSLACK in prctl(2).
 const (
-	// agentSlack is that of the agent. Whenever a goroutine runs, a thread of Go's
+	// agentSlack is the slack of the agent. Whenever a goroutine runs, a thread of Go's
 	// runtime (sysmon) wakes up every 20 µs to look after the others, which keeps an
 	// emulated CPU busy: with this, clones start in 9 % less time, and a command over an
 	// open connection takes 8 % less. None of the agent's own timers is for less than

@@ -1,24 +1,18 @@
 package guest
 
 import (
-	"crypto/ed25519"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"runtime"
 	"sync"
 	"time"
-
-	"golang.org/x/crypto/ssh"
 )
 
-// warmUp runs a program and logs in once, both of its own. An emulated CPU translates
-// all code that it runs for the first time, and that is most of what a first login and
-// a first command cost; here it happens on a CPU that has nothing to do while the kernel
-// loads modules and mounts the disk.
+// warmUp runs a program of its own. An emulated CPU translates all code that it runs for the
+// first time, and that is most of what a first command costs; here it happens on a CPU that
+// has nothing to do while the kernel loads modules and mounts the disk.
 func (a *agent) warmUp() {
 	if runtime.NumCPU() < 2 {
 		return
@@ -27,7 +21,6 @@ func (a *agent) warmUp() {
 	if noop.start(a.reaper) == nil {
 		noop.wait()
 	}
-	logInOnce()
 }
 
 // lifeTime bounds how long a program may take that ends at once. On a busy host it takes
@@ -99,37 +92,6 @@ func (a *agent) rehearse() error {
 	case <-time.After(lifeTime):
 		return fmt.Errorf("programs don't run in the guest: the first one has not ended in %s", lifeTime)
 	}
-}
-
-// logInOnce logs in over a pipe, with keys that are thrown away.
-func logInOnce() {
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		return
-	}
-	signer, err := ssh.NewSignerFromKey(key)
-	if err != nil {
-		return
-	}
-	server := &ssh.ServerConfig{
-		PublicKeyCallback: func(ssh.ConnMetadata, ssh.PublicKey) (*ssh.Permissions, error) { return nil, nil },
-	}
-	server.AddHostKey(signer)
-	client := &ssh.ClientConfig{
-		Config: ssh.Config{
-			KeyExchanges: []string{ssh.KeyExchangeCurve25519},
-			Ciphers:      []string{ssh.CipherChaCha20Poly1305},
-		},
-		Auth:            []ssh.AuthMethod{ssh.PublicKeys(signer)},
-		HostKeyCallback: ssh.FixedHostKey(signer.PublicKey()),
-	}
-	ours, theirs := net.Pipe()
-	defer func() { _ = ours.Close() }()
-	go func() {
-		defer func() { _ = theirs.Close() }()
-		_, _, _, _ = ssh.NewServerConn(theirs, server)
-	}()
-	_, _, _, _ = ssh.NewClientConn(ours, "", client)
 }
 
 // readAhead brings a program into memory that the first command is likely to be, or

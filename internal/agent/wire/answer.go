@@ -9,7 +9,7 @@ import (
 	"unicode"
 )
 
-// What the host takes from a guest. An agent stays far below; more is cut off where it
+// The bounds of what the host takes from a guest. An agent stays far below; more is cut off where it
 // is text for people, and refused where it is not. All of it goes to the database.
 const (
 	// maxGuestMessage bounds a message, in bytes.

@@ -16,7 +16,7 @@ type Module struct {
 	Use string `json:"use"`
 }
 
-// When a module is needed.
+// The values of [Module].Use.
 const (
 	UseBoot = "boot"
 	UseLate = "late"

@@ -63,7 +63,7 @@ const (
 // come without.
 const Protocol = 1
 
-// What smolvm adds to SSH. Everything else is the standard: "session" channels
+// The names of smolvm's additions to SSH. Everything else is the standard: "session" channels
 // with exec, shell, pty-req, env, window-change, signal, the sftp subsystem, and
 // "direct-tcpip" channels.
 const (

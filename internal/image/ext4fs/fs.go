@@ -40,7 +40,7 @@ const (
 	blocksUninit = 2 // its bitmap of blocks was never written: all but metadata are free
 )
 
-// What [Fill] fails with.
+// The errors of [Fill].
 var (
 	// ErrNoSpace reports that the tree needs more blocks than there are.
 	ErrNoSpace = errors.New("the file system is too small for the tree")
