@@ -330,7 +330,11 @@ func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from savedGuest
 
 // compatible says why a VM can't go on from memory that was saved on some hardware.
 func (m *Manager) compatible(ctx context.Context, vm store.VM, saved hardware) error {
-	machine, err := m.vmmConfig(ctx, vm, m.host.Accelerator(ctx).Name)
+	accelerator, err := m.accelerator(ctx, vm.Backend)
+	if err != nil {
+		return err
+	}
+	machine, err := m.vmmConfig(ctx, vm, accelerator)
 	if err != nil {
 		return err
 	}

@@ -130,8 +130,11 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 	if err := datadir.MakeRuntimeParent(runtimeDir); err != nil {
 		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
-	accelerator := m.host.Accelerator(ctx)
-	machine, err := m.vmmConfig(ctx, vm, accelerator.Name)
+	accelerator, err := m.accelerator(ctx, vm.Backend)
+	if err != nil {
+		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
+	}
+	machine, err := m.vmmConfig(ctx, vm, accelerator)
 	if err != nil {
 		return shim.LaunchOptions{}, vmError("start", vm.ID, err)
 	}
@@ -144,7 +147,7 @@ func (m *Manager) prepare(ctx context.Context, vm store.VM, opts smolvm.StartOpt
 		VMM:          machine,
 		Network:      &attached,
 		Ready:        vm.Config.Ready,
-		ReadyTimeout: bootTimeout(opts, accelerator.Name),
+		ReadyTimeout: bootTimeout(opts, accelerator),
 		TTL:          vm.Config.TTL,
 		WarmUp:       m.warmUpOf(vm),
 		Ephemeral:    vm.Config.Ephemeral,

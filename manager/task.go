@@ -63,7 +63,7 @@ func (m *Manager) startTask(t task, lock *os.File) (reports *os.File, wait func(
 	if err != nil {
 		return nil, nil, err
 	}
-	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend.Name, program, m.config.templateBytes()
+	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend, program, m.config.templateBytes()
 	t.DiskBudget, t.DiskReserve = m.diskBudget, m.diskReserve
 	text, err := json.Marshal(taskOrders{Task: &t})
 	if err != nil {

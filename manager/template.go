@@ -20,6 +20,7 @@ import (
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/snapshot"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 const (
@@ -82,11 +83,11 @@ func (r recipe) withCurrentHost(now recipe) recipe {
 
 // hardwareOf is the hardware of a VM that is run as config says.
 func (m *Manager) hardwareOf(backend string, config vmm.Config) (hardware, error) {
-	traits, err := vmm.Lookup(backend)
+	declared, err := traits.Lookup(backend)
 	if err != nil {
 		return hardware{}, err
 	}
-	program, err := programStamp(traits)
+	program, err := programStamp(declared)
 	if err != nil {
 		return hardware{}, err
 	}
@@ -94,7 +95,7 @@ func (m *Manager) hardwareOf(backend string, config vmm.Config) (hardware, error
 		Backend:     backend,
 		Accelerator: config.Accelerator,
 		Program:     program,
-		Layout:      traits.Layout,
+		Layout:      declared.Layout,
 		CPU:         m.host.CPUModel(),
 		VCPUs:       config.VCPUs,
 		MemoryMiB:   config.MemoryMiB,
@@ -106,8 +107,8 @@ func (m *Manager) hardwareOf(backend string, config vmm.Config) (hardware, error
 }
 
 // programStamp tells one build of a VMM from another without running it.
-func programStamp(traits vmm.Traits) (string, error) {
-	for _, name := range traits.Programs[0].Names {
+func programStamp(backend vmm.Traits) (string, error) {
+	for _, name := range backend.Programs[0].Names {
 		path, err := exec.LookPath(name)
 		if err != nil {
 			continue
@@ -121,7 +122,7 @@ func programStamp(traits vmm.Traits) (string, error) {
 		}
 		return fmt.Sprintf("%s %d %d", path, info.Size(), info.ModTime().UnixNano()), nil
 	}
-	return "", fmt.Errorf("%s is not installed", strings.Join(traits.Programs[0].Names, " or "))
+	return "", fmt.Errorf("%s is not installed", strings.Join(backend.Programs[0].Names, " or "))
 }
 
 // recipeOf is the recipe of the template that a VM could be cloned from. What a
@@ -264,8 +265,12 @@ func (m *Manager) recipeFor(ctx context.Context, config smolvm.VMConfig, progres
 	if args == "" {
 		args = image.BootArgs
 	}
+	accelerator, err := m.accelerator(ctx, backend.Name)
+	if err != nil {
+		return recipe{}, err
+	}
 	return m.recipeOf(config, image.Digest, backend.Name, vmm.Config{
-		Accelerator: m.host.Accelerator(ctx).Name, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB,
+		Accelerator: accelerator, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB,
 		BootArgs: args, Drives: []vmm.Drive{{Format: disk.QCOW2}},
 	})
 }

@@ -14,8 +14,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime"
-	"slices"
 	"strings"
 	"time"
 
@@ -28,14 +26,14 @@ const (
 	TCG = "tcg" // emulation in software, on any host
 )
 
-// Traits is what the rest of the program must know of a backend without running
-// it; see [Lookup].
+// Traits are what a backend declares of itself, for those who don't run it. Package traits
+// lists them.
 type Traits struct {
 	// Name of the backend.
 	Name string
-	// DiskFormats lists the formats that it can use, best first.
+	// DiskFormats lists the formats of disks that it can use, best first.
 	DiskFormats []string
-	// Accelerators lists what it can run on, best first.
+	// Accelerators lists what it can run VMs on, best first: [KVM], [TCG].
 	Accelerators []string
 	// Layout is another number whenever the backend gives its VMs other devices, or
 	// in another order, so that a guest that was saved before can't be restored.
@@ -57,48 +55,6 @@ type Program struct {
 	Packages map[string]string
 	// Optional programs make things better; the backend works without them.
 	Optional bool
-}
-
-// Known lists the traits of every backend, in the order in which "auto" prefers
-// them.
-func Known() []Traits {
-	return []Traits{
-		{
-			Name:         "qemu",
-			DiskFormats:  []string{"qcow2", "raw"},
-			Accelerators: []string{KVM, TCG},
-			Layout:       3,
-			Programs: []Program{{
-				Names:      []string{QEMUProgram(runtime.GOARCH)},
-				MinVersion: "6.0", // the first with all the options that we use
-				Why:        "runs the VMs",
-				Packages:   qemuPackages(runtime.GOARCH),
-			}},
-		},
-	}
-}
-
-// QEMUProgram is the name of QEMU's program for an architecture as Go names it.
-func QEMUProgram(arch string) string {
-	return "qemu-system-" + map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[arch]
-}
-
-func qemuPackages(arch string) map[string]string {
-	packages := map[string]string{"apt": "qemu-system-x86", "dnf": "qemu-system-x86-core", "zypper": "qemu-x86", "pacman": "qemu-system-x86", "apk": "qemu-system-x86_64"}
-	if arch == "arm64" {
-		packages = map[string]string{"apt": "qemu-system-arm", "dnf": "qemu-system-aarch64-core", "zypper": "qemu-arm", "pacman": "qemu-system-aarch64", "apk": "qemu-system-aarch64"}
-	}
-	return packages
-}
-
-// Lookup returns the traits of the named backend.
-func Lookup(name string) (Traits, error) {
-	known := Known()
-	i := slices.IndexFunc(known, func(t Traits) bool { return t.Name == name })
-	if i < 0 {
-		return Traits{}, fmt.Errorf("backend %q is not known to this program", name)
-	}
-	return known[i], nil
 }
 
 // ChannelPort is the name of the guest channel's virtio-serial port.

@@ -20,6 +20,7 @@ import (
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Options of a [Backend]. The zero value is useful.
@@ -39,7 +40,7 @@ var _ vmm.Backend = (*Backend)(nil)
 func New(opts Options) *Backend { return &Backend{opts: opts} }
 
 // Name implements [vmm.Backend].
-func (b *Backend) Name() string { return "qemu" }
+func (b *Backend) Name() string { return traits.QEMU().Name }
 
 // Start implements [vmm.Backend].
 func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, error) {
@@ -64,7 +65,7 @@ func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, erro
 func findBinary(asked string) (string, error) {
 	name := asked
 	if name == "" {
-		name = vmm.QEMUProgram(runtime.GOARCH)
+		name = traits.QEMUProgram(runtime.GOARCH)
 	}
 	path, err := exec.LookPath(name)
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // machine: the guest has what was asked for.
@@ -42,7 +43,7 @@ func machine(k *kit) {
 }
 
 func isKnown(backend string) bool {
-	_, err := vmm.Lookup(backend)
+	_, err := traits.Lookup(backend)
 	return err == nil
 }
 
@@ -180,7 +181,7 @@ func noChannel(k *kit) {
 // drives: they come in order, can be written unless they are read-only, and what
 // was written is in the file when the VM has ended.
 func drives(k *kit) {
-	traits, err := vmm.Lookup(k.backend.Name())
+	declared, err := traits.Lookup(k.backend.Name())
 	if err != nil {
 		k.Fatal(err)
 	}
@@ -190,7 +191,7 @@ func drives(k *kit) {
 		k.drive("third", "raw"),
 	}
 	list[1].ReadOnly = true
-	for _, format := range traits.DiskFormats {
+	for _, format := range declared.DiskFormats {
 		if _, err := exec.LookPath("qemu-img"); err != nil {
 			k.Log("drives of other formats than raw are not tested: ", err)
 			break
