@@ -11,6 +11,7 @@ package vmm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -82,7 +83,7 @@ type Config struct {
 	Drives []Drive `json:"drives,omitempty"`
 	// NIC is the guest's network interface; nil: none.
 	NIC *NIC `json:"nic,omitempty"`
-	// Channel asks for a guest channel; see [Instance].
+	// Channel asks for a guest channel; see [Instance.OpenChannel].
 	Channel bool `json:"channel"`
 
 	// CPULimit is how many processors' time the VMM may take. Zero: as much as there is.
@@ -163,7 +164,8 @@ type Backend interface {
 	Start(ctx context.Context, cfg Config) (Instance, error)
 }
 
-// Channel is the host's end of a guest channel.
+// Channel is the host's end of a guest channel: a stream of bytes in each direction. Close
+// ends reads and writes that wait, and so does the end of the VMM.
 type Channel interface {
 	io.ReadWriteCloser
 	// SetReadDeadline and SetWriteDeadline as of [net.Conn].
@@ -171,14 +173,30 @@ type Channel interface {
 	SetWriteDeadline(t time.Time) error
 }
 
+// ErrChannelTaken is the error of a guest channel that is open, or that was and can't be
+// opened again.
+var ErrChannelTaken = errors.New("the guest channel was opened before")
+
 // Instance is one running VM. All methods may be called at any time, from any
 // goroutine, and again.
 type Instance interface {
 	// PID of the VMM process.
 	PID() int
-	// Channel is the host's end of the guest channel, nil if [Config] asked for
-	// none: a byte stream that is buffered until the guest opens its end.
-	Channel() Channel
+	// OpenChannel opens the guest channel. The caller owns what it returns, and closes it.
+	// ctx bounds the call only, which may wait until the guest listens; a backend that does
+	// not wait keeps what is written until the guest reads it. A call that fails has
+	// opened nothing. The error matches [smolvm.ErrUnsupported] if [Config] asked for no
+	// channel, and [ErrChannelTaken] while one is open.
+	//
+	// Once that is closed, or the VMM has reset it, the channel may be opened again by a
+	// backend that connects for each call (Firecracker's vsock). One whose channel is a
+	// single stream for as long as the VMM runs (QEMU's port) returns ErrChannelTaken.
+	//
+	// The host's end of a guest that is restored is a new one, whatever the guest's own is:
+	// it may have been reset, or be in the middle of what was said when the guest was
+	// saved, with the rest of it still to come. Who talks to a restored guest begins with
+	// what its agent understands in any state; see package agent's Reset.
+	OpenChannel(ctx context.Context) (Channel, error)
 	// Done is closed when the VMM has ended and has been reaped.
 	Done() <-chan struct{}
 	// Exit says how it ended. It may be called only after Done is closed.

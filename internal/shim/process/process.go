@@ -59,6 +59,7 @@ type process struct {
 	network  *usernet.Network
 	instance vmm.Instance
 	ran      bool        // the guest's CPUs have run
+	channel  vmm.Channel // nil while it has not been opened
 	link     *agent.Link // nil without an agent
 	answer   *wire.Answer
 	timeline []wire.Step
@@ -288,7 +289,7 @@ func (s *process) bringUp(ctx context.Context) error {
 			return err
 		}
 		s.kill()
-		s.instance, s.timeline = nil, s.timeline[:1]
+		s.instance, s.channel, s.timeline = nil, nil, s.timeline[:1]
 		s.warn(fmt.Sprintf("the guest said nothing for %s and was booted again", patience))
 	}
 	return s.attempt(ctx)
@@ -383,6 +384,9 @@ func (s *process) kill() {
 	}
 	if s.link != nil {
 		_ = s.link.Close()
+	}
+	if s.channel != nil {
+		_ = s.channel.Close()
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"strconv"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -32,8 +34,10 @@ type instance struct {
 	mu       sync.Mutex // guards the following
 	shutdown string     // the reason that QEMU gave for its end
 	killed   bool       // Kill was called before QEMU gave any
-	stopped  time.Time  // when the guest was last held
-	stopping func()     // called when the guest is held; nil: nothing
+	// channelTaken is set when the channel has been handed out.
+	channelTaken bool
+	stopped      time.Time // when the guest was last held
+	stopping     func()    // called when the guest is held; nil: nothing
 	// How often QEMU has held the guest by itself, why the last time, and whether it does.
 	haltsSeen int
 	lastHalt  vmm.Halt
@@ -67,12 +71,31 @@ var (
 // PID implements [vmm.Instance].
 func (i *instance) PID() int { return i.child.PID() }
 
-// Channel implements [vmm.Instance].
-func (i *instance) Channel() vmm.Channel {
-	if i.channel == nil {
-		return nil
+// OpenChannel implements [vmm.Instance]. The stream is there before QEMU starts, and QEMU has
+// no other once it was closed.
+func (i *instance) OpenChannel(ctx context.Context) (vmm.Channel, error) {
+	if err := i.takeChannel(ctx); err != nil {
+		return nil, fmt.Errorf("open the guest channel of VM %q: %w", i.cfg.ID, err)
 	}
-	return i.channel
+	return i.channel, nil
+}
+
+func (i *instance) takeChannel(ctx context.Context) error {
+	switch {
+	case i.channel == nil:
+		return fmt.Errorf("%w: the VM was started without one", smolvm.ErrUnsupported)
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case i.ended():
+		return errQMPClosed
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.channelTaken {
+		return vmm.ErrChannelTaken
+	}
+	i.channelTaken = true
+	return nil
 }
 
 // Done implements [vmm.Instance].

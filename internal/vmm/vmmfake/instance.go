@@ -80,6 +80,8 @@ type instance struct {
 	end     *message             // what the VMM said of its end
 	killed  bool                 // Kill was called before it did
 	limit   float64
+	// channelTaken is set when the channel has been handed out.
+	channelTaken bool
 
 	saving sync.Mutex    // held by Save
 	ready  chan struct{} // closed when the guest runs
@@ -100,12 +102,28 @@ var (
 // PID implements [vmm.Instance].
 func (i *instance) PID() int { return i.child.PID() }
 
-// Channel implements [vmm.Instance].
-func (i *instance) Channel() vmm.Channel {
-	if i.channel == nil {
-		return nil
+// OpenChannel implements [vmm.Instance]. There is one stream, as with QEMU.
+func (i *instance) OpenChannel(ctx context.Context) (vmm.Channel, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	var err error
+	select {
+	case <-i.done:
+		err = errEnded
+	default:
+		err = context.Cause(ctx)
 	}
-	return i.channel
+	switch {
+	case i.channel == nil:
+		err = fmt.Errorf("%w: the VM was started without one", smolvm.ErrUnsupported)
+	case err == nil && i.channelTaken:
+		err = vmm.ErrChannelTaken
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the guest channel: %w", err)
+	}
+	i.channelTaken = true
+	return i.channel, nil
 }
 
 // Done implements [vmm.Instance].

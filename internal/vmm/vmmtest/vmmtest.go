@@ -54,6 +54,7 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"clock", clock, false},
 		{"channel", channel, false},
 		{"no channel", noChannel, false},
+		{"channel opened again", channelAgain, false},
 		{"drives", drives, false},
 		{"shared drive", sharedDrive, false},
 		{"network", network, false},
