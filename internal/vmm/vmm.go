@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
@@ -81,7 +80,7 @@ type Config struct {
 
 	// Drives in order; the first becomes /dev/vda.
 	Drives []Drive `json:"drives,omitempty"`
-	// NIC is the guest's network interface; nil: none.
+	// NIC is the guest's network interface; nil: none. Start fails if it is not valid.
 	NIC *NIC `json:"nic,omitempty"`
 	// Channel asks for a guest channel; see [Instance.OpenChannel].
 	Channel bool `json:"channel"`
@@ -130,17 +129,6 @@ type DiskFile struct {
 type DiskLimit struct {
 	BytesPerSecond int64 `json:"bytes_per_second,omitempty"`
 	IOPS           int64 `json:"iops,omitempty"`
-}
-
-// NIC is a network interface.
-type NIC struct {
-	MAC string `json:"mac"`
-	// MTU in bytes that the device offers to the guest. Zero: 1500.
-	MTU int `json:"mtu,omitempty"`
-	// Link is the VMM's end of a pair of connected unix datagram sockets, each
-	// datagram one Ethernet frame. Start duplicates it: the caller closes its
-	// own copy. It does not cross processes by JSON.
-	Link *os.File `json:"-"`
 }
 
 // Restore is a saved guest.

@@ -202,9 +202,15 @@ func (b *builder) drive(index int, drive vmm.Drive) {
 }
 
 func (b *builder) nic(nic vmm.NIC, fd int) {
-	// Datagrams on a pair of unix sockets: this netdev takes them in every version
-	// of QEMU, though the manual speaks of TCP and UDP only.
-	b.add("-netdev", fmt.Sprintf("socket,id=net,fd=%d", fd))
+	if nic.TAP != "" {
+		// The interface is open already. Without vhost, which needs a right to a device,
+		// QEMU moves the frames itself.
+		b.add("-netdev", fmt.Sprintf("tap,id=net,fd=%d,vhost=off", fd))
+	} else {
+		// Datagrams on a pair of unix sockets: this netdev takes them in every version
+		// of QEMU, though the manual speaks of TCP and UDP only.
+		b.add("-netdev", fmt.Sprintf("socket,id=net,fd=%d", fd))
+	}
 	// A guest that is restored need not tell the network of it: the network is new.
 	device := b.virtio("virtio-net") + ",netdev=net,guest_announce=off,mac=" + nic.MAC
 	if nic.MTU != 0 {

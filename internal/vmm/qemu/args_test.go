@@ -94,6 +94,12 @@ func TestArgs(t *testing.T) {
 				"-device virtio-serial-pci,max_ports=2,vectors=7 -chardev socket,id=channel,fd=4 -device virtserialport,chardev=channel,name=smolvm.agent",
 			},
 		},
+		"TAP": {
+			machine: machineQ35,
+			edit:    func(c *vmm.Config) { c.NIC = &vmm.NIC{MAC: "02:00:00:00:00:02", TAP: "tap0"} },
+			want:    []string{"-netdev tap,id=net,fd=5,vhost=off -device virtio-net-pci,netdev=net"},
+			not:     []string{"socket,id=net", "script", "ifname"},
+		},
 		"microvm has no PCI": {
 			machine: machineMicroVM,
 			edit: func(c *vmm.Config) {

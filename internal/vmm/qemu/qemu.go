@@ -112,7 +112,12 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 		fd.channel, files = 3+len(files), append(files, file)
 	}
 	if cfg.NIC != nil {
-		fd.link, files = 3+len(files), append(files, cfg.NIC.Link)
+		link, closeLink, err := openLink(*cfg.NIC)
+		if err != nil {
+			return nil, errors.Join(err, inst.closeConns())
+		}
+		defer closeLink()
+		fd.link, files = 3+len(files), append(files, link)
 	}
 	if cfg.Restore != nil {
 		state, err := openRestore(cfg)

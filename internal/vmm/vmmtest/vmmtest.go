@@ -28,6 +28,8 @@ type Assets struct {
 	ConsoleBytes int64
 	// SkipClock says why the guest's clock is not tested. Empty: it is.
 	SkipClock string
+	// SkipTAP says why network interfaces that are TAPs are not tested. Empty: they are.
+	SkipTAP string
 	// BusySaves is how often each busy guest is saved. Zero: busy guests are left out.
 	BusySaves int
 	// CheckSave checks what is reported of each save of a busy guest. Nil: that the
@@ -46,6 +48,7 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 	}{
 		{"leaves nothing open", leavesNothing, true},
 		{"start fails", startFails, true},
+		{"bad network interface", badNIC, true},
 		{"dies with its parent", diesWithParent, true},
 
 		{"machine", machine, false},
@@ -58,6 +61,7 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"drives", drives, false},
 		{"shared drive", sharedDrive, false},
 		{"network", network, false},
+		{"network by TAP", tap, false},
 
 		{"power-off", powerOff, false},
 		{"reboot", reboot, false},
