@@ -70,7 +70,6 @@ type process struct {
 	idle         *time.Timer   // see active
 	paused       atomic.Bool
 	halts        *halts
-	drives       drives
 	saving       sync.Mutex // held by save
 
 	mu       sync.Mutex // guards the following
@@ -114,7 +113,6 @@ func Main(ctx context.Context, opts Options) error {
 	if s.spec.Freeze != nil {
 		return s.freeze(ctx, *s.spec.Freeze)
 	}
-	s.drives.dir = shim.DrivesDir(s.spec.RuntimeDir)
 	if s.spec.Standby {
 		if claimed, err := s.standBy(ctx); err != nil || !claimed {
 			return err
@@ -220,17 +218,12 @@ func (s *process) start(ctx context.Context) (undo func(), err error) {
 	u.add(func() {
 		_, _ = control.Close(), agents.Close()
 		_ = os.RemoveAll(s.spec.RuntimeDir)
-		s.drives.remove()
 	})
 	if err := s.startNetwork(&u); err != nil {
 		return u.run, err
 	}
 	listeners := s.claimed
-	if listeners != nil {
-		if err := os.Symlink(s.drives.dir, filepath.Join(s.spec.RuntimeDir, shim.StandbyLink)); err != nil {
-			return u.run, err
-		}
-	} else {
+	if listeners == nil {
 		if listeners, err = inheritListeners(s.spec.Forwards); err != nil {
 			return u.run, err
 		}
@@ -347,17 +340,6 @@ func (s *process) startVMM(ctx context.Context) error {
 		nic := *config.NIC
 		nic.Link = s.network.Link().Socket
 		config.NIC = &nic
-	}
-	config.Drives = slices.Clone(config.Drives)
-	for n, drive := range config.Drives {
-		if drive.ReadOnly || s.drives.dir == "" {
-			continue
-		}
-		link, err := s.drives.link(n, drive.Path)
-		if err != nil {
-			return fmt.Errorf("name a drive: %w", err)
-		}
-		config.Drives[n].Path = link
 	}
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -85,13 +84,11 @@ func (s *process) save(ctx context.Context, save *shim.Save) (result shim.Saved,
 	}
 	s.saving.Lock()
 	defer s.saving.Unlock()
-	before := slices.Clone(s.drives.links)
 	var saved vmm.Saved
 	defer func() {
 		if saved.Switched {
 			return
 		}
-		s.drives.links = before
 		for _, drive := range save.Drives {
 			if removeErr := os.Remove(drive.Overlay); !errors.Is(removeErr, fs.ErrNotExist) {
 				err = errors.Join(err, removeErr)
@@ -103,12 +100,8 @@ func (s *process) save(ctx context.Context, save *shim.Save) (result shim.Saved,
 		if err := check(drive); err != nil {
 			return shim.Saved{}, err
 		}
-		link, err := s.drives.link(drive.Number, drive.Overlay)
-		if err != nil {
-			return shim.Saved{}, err
-		}
 		options.Overlays = append(options.Overlays, make([]string, max(0, drive.Number+1-len(options.Overlays)))...)
-		options.Overlays[drive.Number] = link
+		options.Overlays[drive.Number] = drive.Overlay
 	}
 	if s.link != nil && !s.paused.Load() {
 		ctx, cancel := context.WithTimeout(ctx, syncTime)
@@ -118,7 +111,7 @@ func (s *process) save(ctx context.Context, save *shim.Save) (result shim.Saved,
 			s.log.Warn("the guest was not synced before it was saved", "error", err)
 		}
 	}
-	options.Switched = func() error { return s.switched(save.Drives, before) }
+	options.Switched = func() error { return switched(save.Drives) }
 	if s.link != nil {
 		s.link.SetHeld(true) // for a part of the time, and nobody knows how long
 		defer func() { s.link.SetHeld(s.paused.Load()) }()
@@ -149,18 +142,11 @@ func check(d shim.SavedDrive) error {
 }
 
 // switched gives files the names that they have from now on, when the VMM has taken the
-// overlays. Each link leads to its file at any moment.
-func (s *process) switched(saved []shim.SavedDrive, before []string) error {
+// overlays. It has them open.
+func switched(saved []shim.SavedDrive) error {
 	var errs []error
 	for _, drive := range saved {
-		err := s.drives.move(before[drive.Number], drive.Layer)
-		if err == nil {
-			err = os.Rename(drive.Overlay, drive.Path)
-		}
-		if err == nil {
-			err = s.drives.move(s.drives.links[drive.Number], drive.Path)
-		}
-		errs = append(errs, err)
+		errs = append(errs, os.Rename(drive.Overlay, drive.Path))
 	}
 	return errors.Join(errs...)
 }

@@ -167,9 +167,12 @@ func TestSaveOfHaltedGuest(t *testing.T) {
 			}
 			inst.qmp = newQMP(ours, inst.handle)
 			defer func() { _, _ = ours.Close(), conn.Close() }()
-			dir := t.TempDir()
+			dir, overlay := t.TempDir(), filepath.Join(t.TempDir(), "overlay")
+			if err := os.WriteFile(overlay, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
 			saved, err := inst.Save(t.Context(), vmm.SaveOptions{
-				Memory: filepath.Join(dir, "memory"), State: filepath.Join(dir, "state"), Overlays: []string{filepath.Join(dir, "overlay")},
+				Memory: filepath.Join(dir, "memory"), State: filepath.Join(dir, "state"), Overlays: []string{overlay},
 			})
 			q.mu.Lock()
 			defer q.mu.Unlock()

@@ -30,6 +30,7 @@ type instance struct {
 	// The guest's console, and QEMU's own output.
 	console, log *log
 	limits       limits
+	diskNames    *strings.Replacer // see there
 
 	mu       sync.Mutex // guards the following
 	shutdown string     // the reason that QEMU gave for its end
@@ -42,11 +43,11 @@ type instance struct {
 	haltsSeen int
 	lastHalt  vmm.Halt
 	isHalted  bool
+	switches  int            // counts overlays
+	disks     map[int]string // nodes of drives that have got overlays; see diskSwitch
 
-	running   chan struct{} // holds one while the guest is saved, held or continued; guards the following two
-	switches  int
-	disks     map[int]string // nodes of drives that were switched; see switchOver
-	migration chan string    // the states that a migration goes through
+	running   chan struct{} // holds one while the guest is saved, held or continued
+	migration chan string   // the states that a migration goes through
 
 	findRAM func(pid int, size int64, fromFile bool) (*guestRAM, error) // tests have others
 
@@ -313,7 +314,7 @@ func (i *instance) classify() vmm.Exit {
 		exit.Reason = vmm.ExitCrashed
 		exit.Detail = "QEMU: " + i.child.Exit()
 		if words := ring.LastLines(i.log.Tail(lastWords), 5); words != "" {
-			exit.Detail += ": " + words
+			exit.Detail += ": " + i.diskNames.Replace(words)
 		}
 		if why := i.limits.killed(); why != "" {
 			exit.Detail += ": " + why

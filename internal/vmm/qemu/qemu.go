@@ -103,6 +103,19 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 
 	// Go gives the nth extra file the number 3+n.
 	files, fd := []*os.File{controlFile, consoleFile}, fds{qmp: 3, console: 4}
+	disks, err := openDisks(cfg.Drives)
+	if err != nil {
+		return nil, errors.Join(err, inst.closeConns())
+	}
+	defer closeDisks(disks)
+	for _, chain := range disks {
+		var numbers []int
+		for n := range chain {
+			numbers = append(numbers, 3+len(files)+n)
+		}
+		fd.disks, files = append(fd.disks, numbers), append(files, chain...)
+	}
+	inst.diskNames = diskNames(disks, fd.disks)
 	if cfg.Channel {
 		var file *os.File
 		if inst.channel, file, err = pair(); err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"time"
@@ -72,9 +71,14 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 		// Without it the guest is held longer.
 		ram, _ = i.findRAM(i.PID(), int64(i.cfg.MemoryMiB)<<20, i.cfg.Restore != nil)
 	}
-	err = i.saveOnce(ctx, opts, ram, halts, &saved)
+	disks, err := i.openOverlays(ctx, opts.Overlays)
+	if err != nil {
+		return fail(err)
+	}
+	defer func() { err = errors.Join(err, disks.close()) }()
+	err = i.saveOnce(ctx, opts, disks, ram, halts, &saved)
 	if ram != nil && (errors.Is(err, errUnreadable) || errors.Is(err, errNotHeld)) {
-		err = i.saveOnce(ctx, opts, nil, halts, &saved)
+		err = i.saveOnce(ctx, opts, disks, nil, halts, &saved)
 	}
 	if err != nil {
 		return fail(err)
@@ -84,7 +88,7 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 
 // saveOnce saves a guest, with its memory reread from ram if that is not nil. Halts is how
 // often QEMU had held it by itself before.
-func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM, halts int, saved *vmm.Saved) (err error) {
+func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, disks *diskSwitch, ram *guestRAM, halts int, saved *vmm.Saved) (err error) {
 	s, err := i.openSaving(ctx, opts, ram)
 	if err != nil {
 		return err
@@ -99,8 +103,13 @@ func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *gues
 			err = i.haltError()
 		}
 	}
-	if err == nil {
-		saved.Switched, err = i.switchOver(ctx, opts)
+	if err == nil && len(disks.overlays) > 0 {
+		if err = disks.use(ctx); err == nil {
+			saved.Switched = true
+			if opts.Switched != nil {
+				err = opts.Switched()
+			}
+		}
 	}
 	if saved.Held {
 		return err
@@ -281,45 +290,6 @@ func (i *instance) onStop(f func()) {
 
 func (i *instance) setMigration(ctx context.Context, parameters map[string]any) error {
 	return i.qmp.settle(ctx, request{Execute: "migrate-set-parameters", Arguments: parameters})
-}
-
-// switchOver puts the overlays above the drives' files, all or none. The guest is held,
-// and QEMU has written out its drives and let go of them. Before that would be too early:
-// QEMU 7.2 can't let go of a drive of a restored guest that has got an overlay since.
-func (i *instance) switchOver(ctx context.Context, opts vmm.SaveOptions) (switched bool, err error) {
-	var actions []any
-	next := map[int]string{}
-	for n, overlay := range opts.Overlays {
-		if overlay == "" {
-			continue
-		}
-		i.switches++
-		next[n] = fmt.Sprintf("%s-%d", driveID(n), i.switches)
-		// Mode existing: what the overlay is based on is the drive's node, whatever its
-		// header says.
-		actions = append(actions, map[string]any{"type": "blockdev-snapshot-sync", "data": map[string]any{
-			"node-name": i.disk(n), "snapshot-node-name": next[n], "snapshot-file": overlay, "format": "qcow2", "mode": "existing",
-		}})
-	}
-	if len(actions) == 0 {
-		return false, nil
-	}
-	if err := i.qmp.settle(ctx, request{Execute: "transaction", Arguments: map[string]any{"actions": actions}}); err != nil {
-		return false, err
-	}
-	maps.Copy(i.disks, next)
-	if opts.Switched != nil {
-		err = opts.Switched()
-	}
-	return true, err
-}
-
-// disk is the name of the node that is a drive's disk now.
-func (i *instance) disk(n int) string {
-	if name, ok := i.disks[n]; ok {
-		return name
-	}
-	return driveID(n)
 }
 
 // migrationInfo is what query-migrate returns.
