@@ -78,7 +78,8 @@ type Config struct {
 	// needs, and drops what would keep a guest from booting on it.
 	BootArgs string `json:"boot_args"`
 
-	// Drives in order; the first becomes /dev/vda.
+	// Drives in order; the first becomes /dev/vda. Their files are opened by Start: they may
+	// get other names, or none, while the VM runs.
 	Drives []Drive `json:"drives,omitempty"`
 	// NIC is the guest's network interface; nil: none. Start fails if it is not valid.
 	NIC *NIC `json:"nic,omitempty"`
@@ -261,7 +262,8 @@ type DiskLimiter interface {
 	SetDiskLimit(ctx context.Context, limit DiskLimit) error
 }
 
-// Pauser is an Instance that can hold and continue the guest's CPUs.
+// Pauser is an Instance that can hold and continue the guest's CPUs. While the guest is held
+// by a [Hold], a call waits for its end.
 type Pauser interface {
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
@@ -304,46 +306,4 @@ type Halter interface {
 	// Halts receives why, whenever that happens. One that was not received when the next
 	// comes is dropped.
 	Halts() <-chan Halt
-}
-
-// Saver is an Instance whose guest can be saved while it runs.
-type Saver interface {
-	// Save saves the guest's memory and the VMM's state as both are at one moment, after
-	// which the guest does not run before Save is done. It is held only at the end of it.
-	// On failure the guest goes on as if nothing had been, and the files are removed. A guest
-	// that the VMM has paused by itself, before or meanwhile, is not saved, and stays paused.
-	Save(ctx context.Context, opts SaveOptions) (Saved, error)
-}
-
-// SaveOptions are the options of [Saver].
-type SaveOptions struct {
-	// Memory and State are the files to make.
-	Memory, State string
-	// Overlays are empty qcow2 overlays of the drives' files, in the drives' order,
-	// empty for a drive that has none. When the guest is saved, and before it goes on,
-	// what it writes begins to go to those, so that the drives' files stay as they were
-	// at that moment.
-	Overlays []string
-	// Switched is called when it does, with the guest held; it may be nil.
-	Switched func() error
-	// Hold leaves the guest held after it.
-	Hold bool
-}
-
-// Saved says how a saving went.
-type Saved struct {
-	// Pause is how long the guest was held, if it ran before, up to the end of Save.
-	Pause time.Duration
-	// Held says that it had been held before, so it must be told to go on when it is
-	// restored.
-	Held bool
-	// Reread is how many pages of memory were read once more while the guest was held, as
-	// the VMM may have missed that the guest wrote to them after they had been saved.
-	// Mended is how many of those were not as saved, some of which the VMM did not miss.
-	Reread, Mended int
-	// Early says that they could not be read, and the guest was held for longer instead.
-	Early bool
-	// Switched says that the guest writes to the overlays from now on. That may be so
-	// even if the saving failed in the end.
-	Switched bool
 }

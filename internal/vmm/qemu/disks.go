@@ -93,10 +93,10 @@ func diskNames(disks [][]*os.File, sets [][]int) *strings.Replacer {
 	return strings.NewReplacer(pairs...)
 }
 
-// diskSwitch is overlays that QEMU has opened, and that no drive uses yet.
+// diskSwitch implements [vmm.DiskSwitch].
 type diskSwitch struct {
 	instance *instance
-	overlays []openOverlay
+	overlays []openOverlay // that no drive uses yet
 }
 
 type openOverlay struct {
@@ -105,21 +105,15 @@ type openOverlay struct {
 	set   int    // of its descriptor
 }
 
-// openOverlays has QEMU open overlays of drives. It is done while the guest runs, so that it
-// is not held for longer.
-func (i *instance) openOverlays(ctx context.Context, paths []string) (_ *diskSwitch, err error) {
+// OpenOverlays implements [vmm.DiskSwitcher].
+func (i *instance) OpenOverlays(ctx context.Context, overlays []vmm.Overlay) (vmm.DiskSwitch, error) {
+	if err := i.cfg.CheckOverlays(overlays); err != nil {
+		return nil, fmt.Errorf("VM %q: %w", i.cfg.ID, err)
+	}
 	d := &diskSwitch{instance: i}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, d.close())
-		}
-	}()
-	for drive, path := range paths {
-		if path == "" {
-			continue
-		}
-		if err := d.open(ctx, drive, path); err != nil {
-			return nil, fmt.Errorf("open overlay %s: %w", path, err)
+	for _, overlay := range overlays {
+		if err := d.open(ctx, overlay.Drive, overlay.Path); err != nil {
+			return nil, errors.Join(fmt.Errorf("open overlay %s of VM %q: %w", overlay.Path, i.cfg.ID, err), d.Close())
 		}
 	}
 	return d, nil
@@ -149,10 +143,10 @@ func (d *diskSwitch) open(ctx context.Context, drive int, path string) error {
 	return nil
 }
 
-// use puts the overlays above the drives' files, all or none. The guest is held, and QEMU has
-// written out its drives and let go of them. Before that would be too early: QEMU 7.2 can't
-// let go of a drive of a restored guest that has got an overlay since.
-func (d *diskSwitch) use(ctx context.Context) error {
+// Switch implements [vmm.DiskSwitch]. QEMU has written out its drives and let go of them when
+// the guest was saved. Before that would be too early: QEMU 7.2 can't let go of a drive of a
+// restored guest that has got an overlay since.
+func (d *diskSwitch) Switch(ctx context.Context) error {
 	var actions []any
 	next := map[int]string{}
 	for _, overlay := range d.overlays {
@@ -165,7 +159,7 @@ func (d *diskSwitch) use(ctx context.Context) error {
 		return nil
 	}
 	if err := d.instance.qmp.settle(ctx, request{Execute: "transaction", Arguments: map[string]any{"actions": actions}}); err != nil {
-		return err
+		return fmt.Errorf("have the drives of VM %q written to overlays: %w", d.instance.cfg.ID, err)
 	}
 	d.overlays = nil // they are the drives' for good
 	d.instance.mu.Lock()
@@ -174,8 +168,8 @@ func (d *diskSwitch) use(ctx context.Context) error {
 	return nil
 }
 
-// close has QEMU close the overlays that are not used.
-func (d *diskSwitch) close() error {
+// Close implements [vmm.DiskSwitch].
+func (d *diskSwitch) Close() error {
 	ctx := context.Background() // a command that was sent is not given up
 	var errs []error
 	for _, overlay := range d.overlays {

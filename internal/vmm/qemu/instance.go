@@ -66,7 +66,8 @@ var (
 	_ vmm.Saver    = (*instance)(nil)
 	_ vmm.Halter   = (*instance)(nil)
 
-	_ vmm.DiskLimiter = (*instance)(nil)
+	_ vmm.DiskLimiter  = (*instance)(nil)
+	_ vmm.DiskSwitcher = (*instance)(nil)
 )
 
 // PID implements [vmm.Instance].

@@ -46,22 +46,29 @@ var (
 )
 
 // Save implements [vmm.Saver].
-func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Saved, err error) {
-	fail := func(err error) (vmm.Saved, error) {
-		return saved, fmt.Errorf("save VM %q: %w", i.cfg.ID, err)
-	}
+func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (*vmm.Hold, error) {
 	unlock, err := i.lockRunning(ctx)
 	if err != nil {
-		return fail(err)
+		return nil, fmt.Errorf("save VM %q: %w", i.cfg.ID, err)
 	}
-	defer unlock()
+	saved, err := i.save(ctx, opts)
+	if err != nil {
+		unlock()
+		return nil, fmt.Errorf("save VM %q: %w", i.cfg.ID, err)
+	}
+	resume := func(ctx context.Context) error { return i.qmp.execute(ctx, "cont", nil) }
+	return vmm.NewHold(saved, i.heldSince(), resume, unlock), nil
+}
+
+// save is Save for who has the lock.
+func (i *instance) save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Saved, err error) {
 	halts, halted := i.haltCount()
 	var before status
 	if err := i.qmp.execute(ctx, "query-status", &before); err != nil {
-		return fail(err)
+		return saved, err
 	}
 	if halted || before.Status == statusIOError {
-		return fail(i.haltError())
+		return saved, i.haltError()
 	}
 	saved.Held = !before.Running
 	// Under KVM the kernel tells what the guest has written, and misses nothing. A guest
@@ -71,29 +78,20 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 		// Without it the guest is held longer.
 		ram, _ = i.findRAM(i.PID(), int64(i.cfg.MemoryMiB)<<20, i.cfg.Restore != nil)
 	}
-	disks, err := i.openOverlays(ctx, opts.Overlays)
-	if err != nil {
-		return fail(err)
-	}
-	defer func() { err = errors.Join(err, disks.close()) }()
-	err = i.saveOnce(ctx, opts, disks, ram, halts, &saved)
+	err = i.saveOnce(ctx, opts, ram, halts, &saved)
 	if ram != nil && (errors.Is(err, errUnreadable) || errors.Is(err, errNotHeld)) {
-		err = i.saveOnce(ctx, opts, disks, nil, halts, &saved)
+		err = i.saveOnce(ctx, opts, nil, halts, &saved)
 	}
-	if err != nil {
-		return fail(err)
-	}
-	return saved, nil
+	return saved, err
 }
 
-// saveOnce saves a guest, with its memory reread from ram if that is not nil. Halts is how
-// often QEMU had held it by itself before.
-func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, disks *diskSwitch, ram *guestRAM, halts int, saved *vmm.Saved) (err error) {
+// saveOnce saves a guest, with its memory reread from ram if that is not nil, and leaves it
+// held. Halts is how often QEMU had held it by itself before.
+func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM, halts int, saved *vmm.Saved) error {
 	s, err := i.openSaving(ctx, opts, ram)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.close(err != nil)) }()
 	err = i.migrate(ctx, s)
 	if err == nil {
 		saved.Reread, saved.Mended, saved.Early = s.reread, s.mended, i.holdsEarly(s) && !saved.Held
@@ -103,28 +101,15 @@ func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, disks *di
 			err = i.haltError()
 		}
 	}
-	if err == nil && len(disks.overlays) > 0 {
-		if err = disks.use(ctx); err == nil {
-			saved.Switched = true
-			if opts.Switched != nil {
-				err = opts.Switched()
-			}
+	if err == nil {
+		if err = s.close(false); err == nil {
+			return nil
 		}
 	}
-	if saved.Held {
-		return err
+	if !saved.Held {
+		err = i.goOn(context.WithoutCancel(ctx), err, halts) // even if nobody waits for it any more
 	}
-	held := i.heldSince()
-	switch ctx := context.WithoutCancel(ctx); { // even if nobody waits for it any more
-	case err != nil:
-		err = i.goOn(ctx, err, halts)
-	case !opts.Hold:
-		err = i.qmp.execute(ctx, "cont", nil)
-	}
-	if !held.IsZero() {
-		saved.Pause = time.Since(held)
-	}
-	return err
+	return errors.Join(err, s.close(true))
 }
 
 // goOn lets a guest that could not be saved go on, and returns why it was not saved. A guest
@@ -440,7 +425,8 @@ func (s *saving) wait() error {
 	return err
 }
 
-// close closes the files, and on failure removes them.
+// close closes the files, and on failure removes them. It may be called again when it has
+// failed.
 func (s *saving) close(failed bool) error {
 	if s.theirs != nil {
 		_ = s.theirs.Close()
@@ -454,7 +440,9 @@ func (s *saving) close(failed bool) error {
 		if file == nil {
 			continue
 		}
-		errs = append(errs, file.Close())
+		if err := file.Close(); !errors.Is(err, os.ErrClosed) {
+			errs = append(errs, err)
+		}
 		if failed {
 			errs = append(errs, os.Remove(file.Name()))
 		}

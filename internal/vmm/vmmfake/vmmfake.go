@@ -152,7 +152,7 @@ type task struct {
 func launch(program string, cfg vmm.Config, consoleBytes int64) (_ *instance, err error) {
 	i := &instance{
 		cfg: cfg, faults: faultsOf(cfg), done: make(chan struct{}), closed: make(chan struct{}),
-		ready: make(chan struct{}), pending: map[int]chan message{}, halts: make(chan vmm.Halt, 1),
+		ready: make(chan struct{}), pending: map[int]chan message{}, running: make(chan struct{}, 1), halts: make(chan vmm.Halt, 1),
 	}
 	if err := checkNIC(cfg.NIC); err != nil {
 		return nil, err

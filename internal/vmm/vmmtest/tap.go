@@ -76,7 +76,7 @@ func onTAP(k *kit) {
 	// What the guest fetches is more than a frame, and than is sent at once.
 	data := make([]byte, 4<<20)
 	_, _ = rand.Read(data) // never fails
-	listener, err := net.Listen("tcp4", net.JoinHostPort(hostIP, "0"))
+	listener, err := (&net.ListenConfig{}).Listen(k.Context(), "tcp4", net.JoinHostPort(hostIP, "0"))
 	if err != nil {
 		k.Fatal(err)
 	}

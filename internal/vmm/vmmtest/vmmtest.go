@@ -74,6 +74,8 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"pause", pause, false},
 
 		{"save", save, false},
+		{"save with disks", saveDisks, false},
+		{"overlays fail", overlaysFail, false},
 		{"save a guest that is held", saveHeld, false},
 		{"save a busy guest with 2 CPUs", saveBusy(2), false},
 		{"save a busy guest with 4 CPUs", saveBusy(4), false},
