@@ -7,29 +7,29 @@ import (
 	"time"
 )
 
-// A guest is saved in steps. Each is a call of whoever wants it saved, so what is to happen
-// while the guest does not run (files get other names) happens between two of them:
+// Saver is an Instance whose guest can be saved while it runs.
 //
-//	            +---- Save fails -----+
-//	            v                     |
-//	         running ---- Save ---> saved ---- Switch ---> switched
-//	            ^                   held                     held
-//	            +---- Release --------+-----------------------+
-//	         paused <--- Keep --------+-----------------------+
+// A guest is saved in steps. Each is a call, so what is to happen while the guest does not
+// run (files get other names) happens between two calls:
 //
-//   - [Saver]'s Save returns with the guest held as it was saved, and so does not lose a moment
-//     of it. Until the end of the [Hold] nobody else can have it go on or pause it.
-//   - [DiskSwitch]'s Switch, for a VM whose drives are to stay as they were at that moment: what
-//     the guest writes from now on goes to other files. They have been opened before, while
-//     the guest ran. A VM without drives, and a backend that can't do it, leave this out.
-//   - [Hold]'s Release has the guest go on, unless it was paused when it was to be saved. Keep
-//     leaves it paused.
+//		            +---- Save fails -----+
+//		            v                     |
+//		         running ---- Save ---> saved ---- Switch ---> switched
+//		            ^                   held                     held
+//		            +---- Release --------+-----------------------+
+//		         paused <--- Keep --------+-----------------------+
+//
+//	  - [Saver]'s Save returns with the guest held as it was saved. Until the end of the [Hold]
+//	    nobody else can let it go on or pause it.
+//	  - [DiskSwitch]'s Switch, for a VM whose drives are to stay as they were at that moment: what
+//	    the guest writes from now on goes to other files. They have been opened before, while
+//	    the guest ran. A VM without drives, and a backend that can't do it, leave this out.
+//	  - [Hold]'s Release has the guest go on, unless it was paused when it was to be saved. Keep
+//	    leaves it paused.
 //
 // The process that takes the steps may be killed at any of them, and the VMM ends with it.
 // What is on disk then is whole at each: the drives' files as they were, with overlays in
 // which nothing was written, or with those that the guest has written to.
-
-// Saver is an Instance whose guest can be saved while it runs.
 type Saver interface {
 	// Save saves the guest's memory and the VMM's state as both are at one moment, from which
 	// on the guest is held. On failure it goes on as if nothing had been, and the files are
@@ -62,7 +62,7 @@ func NewHold(saved Saved, since time.Time, resume func(context.Context) error, e
 	return &Hold{saved: saved, since: since, resume: resume, end: end}
 }
 
-// Saved tells how the saving went.
+// Saved returns how the saving went.
 func (h *Hold) Saved() Saved { return h.saved }
 
 // Release lets the guest go on if it ran before it was saved, even if ctx is done, and returns
@@ -87,16 +87,17 @@ func (h *Hold) Release(ctx context.Context) (held time.Duration, err error) {
 // Keep leaves the guest paused, as if by [Pauser]'s Pause.
 func (h *Hold) Keep() { h.once.Do(h.end) }
 
-// Saved says how a saving went.
+// Saved is how a saving went.
 type Saved struct {
-	// Held says that the guest had been held before, so it must be told to go on when it is
-	// restored.
+	// Held reports whether the guest had been paused before. A backend needs to know that
+	// when it restores the guest, which goes on in either case.
 	Held bool
 	// Reread is how many pages of memory were read once more while the guest was held, as
 	// the VMM may have missed that the guest wrote to them after they had been saved.
 	// Mended is how many of those were not as saved, some of which the VMM did not miss.
 	Reread, Mended int
-	// Early says that they could not be read, and the guest was held for longer instead.
+	// Early reports whether they could not be read, and the guest was held for longer
+	// instead.
 	Early bool
 }
 

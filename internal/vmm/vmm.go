@@ -1,12 +1,13 @@
-// Package vmm is the contract between smolvm and the programs that run VMs.
+// Package vmm is the contract between smolvm and the programs that run VMs, the VMMs.
 //
-// A [Backend] adapts one VMM program. It is immutable: everything of one VM is
-// in the [Instance] that Start returns. Backends run in the VM's shim, which
-// stays the VMM's parent for as long as it lives; a backend must see to it that
-// the VMM dies with the process that started it.
+// A [Backend] adapts one VMM. It is immutable: everything of one VM is in the
+// [Instance] that Start returns. Backends run in the VM's shim, which stays the VMM's
+// parent for as long as it lives; a backend must see to it that the VMM dies with the
+// process that started it. What others need to know of a backend are its [Traits].
 //
-// Extra abilities are optional interfaces, found by type assertion on an
-// Instance. What every backend does is checked by package vmmtest.
+// Abilities that not every VMM has are interfaces, found by type assertion on an
+// Instance: a backend that lacks one has no method for it. How a guest is saved is told
+// at [Saver]. What every backend does is checked by package vmmtest.
 package vmm
 
 import (
@@ -35,8 +36,8 @@ type Traits struct {
 	DiskFormats []string
 	// Accelerators lists what it can run VMs on, best first: [KVM], [TCG].
 	Accelerators []string
-	// Layout is another number whenever the backend gives its VMs other devices, or
-	// in another order, so that a guest that was saved before can't be restored.
+	// Layout is the version of the devices that the backend gives to VMs. It grows when
+	// they change, or their order does: guests that were saved before can't be restored.
 	Layout int
 	// Programs lists the programs that it needs on the host, the VMM first.
 	Programs []Program
@@ -48,7 +49,7 @@ type Program struct {
 	Names []string
 	// MinVersion is the oldest version that works. Empty: any.
 	MinVersion string
-	// Why says what needs it.
+	// Why is what the program does for VMs, in words.
 	Why string
 	// Packages names the package that holds it, by package manager ("apt", "dnf",
 	// "pacman", "apk", "zypper").
@@ -67,7 +68,7 @@ type Config struct {
 	ID string `json:"id"`
 	// Binary is the VMM program. Empty: the backend looks in PATH.
 	Binary string `json:"binary,omitempty"`
-	// Accelerator is [KVM] or [TCG].
+	// Accelerator is one of the backend's [Traits].
 	Accelerator string `json:"accelerator"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryMiB   int    `json:"memory_mib"`
@@ -87,15 +88,15 @@ type Config struct {
 	Channel bool `json:"channel"`
 
 	// CPULimit is how many processors' time the VMM may take. Zero: as much as there is.
-	// A backend that can't see to that must not start the VM.
+	// Start fails if the backend can't enforce it.
 	CPULimit float64 `json:"cpu_limit,omitempty"`
 
 	// DiskLimit bounds the speed of all drives together.
 	DiskLimit DiskLimit `json:"disk_limit,omitzero"`
 
-	// Restore makes the guest go on where a [Saver] saved it, instead of booting.
-	// All else must be as it was then, but for ID, paths, and what is in the drives'
-	// files that were not saved with it.
+	// Restore has the guest go on where a [Saver] saved it, instead of booting. All else
+	// must be as it was then, except ID, paths, and the contents of drives that were not
+	// saved with it.
 	Restore *Restore `json:"restore,omitempty"`
 
 	// ConsolePath is the log to which the guest's serial console is appended, and
@@ -111,7 +112,7 @@ type Drive struct {
 	Path     string `json:"path"`
 	Format   string `json:"format"` // "raw" or "qcow2"
 	ReadOnly bool   `json:"read_only,omitempty"`
-	// Device says that Path is a block device.
+	// Device reports whether Path is a block device. It is a regular file otherwise.
 	Device bool `json:"device,omitempty"`
 	// Backing are the files that the disk is based on, the nearest first, whatever its
 	// header says. They are only read.
@@ -144,7 +145,7 @@ type Restore struct {
 
 // Backend starts VMs.
 type Backend interface {
-	// Name as in [Traits].
+	// Name is that of the backend's [Traits].
 	Name() string
 	// Start starts the VMM and returns when the guest's CPUs run. ctx bounds
 	// only the call: the VM lives on when it is done or cancelled after that.
@@ -169,7 +170,7 @@ var ErrChannelTaken = errors.New("the guest channel was opened before")
 // Instance is one running VM. All methods may be called at any time, from any
 // goroutine, and again.
 type Instance interface {
-	// PID of the VMM process.
+	// PID returns the id of the VMM's process.
 	PID() int
 	// OpenChannel opens the guest channel. The caller owns what it returns, and closes it.
 	// ctx bounds the call only, which may wait until the guest listens; a backend that does
@@ -181,14 +182,14 @@ type Instance interface {
 	// backend that connects for each call (Firecracker's vsock). One whose channel is a
 	// single stream for as long as the VMM runs (QEMU's port) returns ErrChannelTaken.
 	//
-	// The host's end of a guest that is restored is a new one, whatever the guest's own is:
-	// it may have been reset, or be in the middle of what was said when the guest was
-	// saved, with the rest of it still to come. Who talks to a restored guest begins with
-	// what its agent understands in any state; see package agent's Reset.
+	// A restored guest's channel is a new one at the host's end. The guest's end may have
+	// been reset, or be in the middle of the session in which the guest was saved, with the
+	// rest of that still to be read. So a caller begins with what the guest's agent
+	// understands in any state; see Reset of package agent.
 	OpenChannel(ctx context.Context) (Channel, error)
 	// Done is closed when the VMM has ended and has been reaped.
 	Done() <-chan struct{}
-	// Exit says how it ended. It may be called only after Done is closed.
+	// Exit returns how the VMM ended. It may be called only after Done is closed.
 	Exit() Exit
 	// Shutdown asks the guest's firmware or kernel to power off (ACPI power
 	// button or the like), and returns at once. Nothing happens if the guest
@@ -200,7 +201,7 @@ type Instance interface {
 	Kill(ctx context.Context) error
 }
 
-// ExitReason says why a VM ended.
+// ExitReason is why a VM ended.
 type ExitReason string
 
 // Why a VM ended.
@@ -215,7 +216,7 @@ const (
 // Exit is how a VM ended.
 type Exit struct {
 	Reason ExitReason `json:"reason"`
-	// Detail says more, in words: the VMM's exit status, the panic's message.
+	// Detail is more of it, in words: the VMM's exit status, the panic's message.
 	Detail string    `json:"detail,omitempty"`
 	At     time.Time `json:"at"`
 }
@@ -248,24 +249,25 @@ type Consoler interface {
 
 // Limiter is an Instance whose VMM is bounded in what it takes of the host.
 type Limiter interface {
-	// Limits says what is bounded, and by what.
+	// Limits returns what is bounded, and by what.
 	Limits() smolvm.Limits
-	// SetCPULimit changes that of [Config]. The error matches [smolvm.ErrUnsupported] if
-	// this host can't see to it.
+	// SetCPULimit changes CPULimit of [Config]. The error matches [smolvm.ErrUnsupported]
+	// if this host can't enforce it.
 	SetCPULimit(ctx context.Context, cpus float64) error
 }
 
 // DiskLimiter is an Instance that bounds the speed of its drives. What is in force is part
 // of [Limiter]'s Limits.
 type DiskLimiter interface {
-	// SetDiskLimit changes that of [Config].
+	// SetDiskLimit changes DiskLimit of [Config].
 	SetDiskLimit(ctx context.Context, limit DiskLimit) error
 }
 
-// Pauser is an Instance that can hold and continue the guest's CPUs. While the guest is held
-// by a [Hold], a call waits for its end.
+// Pauser is an Instance whose guest can be paused. Calls wait for the end of a [Hold].
 type Pauser interface {
+	// Pause returns when the guest's CPUs have stopped. Pausing again does nothing.
 	Pause(ctx context.Context) error
+	// Resume returns when they run. Resuming a guest that runs does nothing.
 	Resume(ctx context.Context) error
 }
 
@@ -303,7 +305,7 @@ func ShortCause(cause string) string {
 
 // Halter is an Instance whose VMM may pause the guest by itself.
 type Halter interface {
-	// Halts receives why, whenever that happens. One that was not received when the next
-	// comes is dropped.
+	// Halts returns a channel on which each pause is told. One that was not received when
+	// the next comes is dropped.
 	Halts() <-chan Halt
 }
