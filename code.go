@@ -22,6 +22,7 @@ const (
 	CodeSnapshotNotFound Code = "snapshot-not-found"
 	CodeSnapshotExists   Code = "snapshot-exists"
 	CodePoolNotFound     Code = "pool-not-found"
+	CodeUnknownBackend   Code = "unknown-backend"
 	CodeNotRestored      Code = "not-restored"
 	CodeInvalidState     Code = "invalid-state"
 	CodeBootTimeout      Code = "boot-timeout"
@@ -65,6 +66,7 @@ func codes() []codeOf {
 		{CodeSnapshotNotFound, ErrSnapshotNotFound},
 		{CodeSnapshotExists, ErrSnapshotAlreadyExists},
 		{CodePoolNotFound, ErrPoolNotFound},
+		{CodeUnknownBackend, ErrUnknownBackend},
 		{CodeNotRestored, ErrNotRestored},
 		{CodeInvalidState, ErrInvalidState},
 		{CodeBootTimeout, ErrBootTimeout},

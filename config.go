@@ -134,7 +134,8 @@ type VMConfig struct {
 	// [DefaultBootArgs].
 	BootArgs string `json:"boot_args,omitempty"`
 
-	// Backend runs the VM: "qemu" or "firecracker". Empty: the Manager's.
+	// Backend runs the VM: a name that [Hosts]' Backends lists, or "auto" for the first of
+	// them that can run VMs on the host. Empty: the Manager's.
 	Backend string `json:"backend,omitempty"`
 
 	// DiskMode is "isolated" (the default) or "shared".
@@ -450,11 +451,8 @@ func (f PortForward) problems(field string) []FieldError {
 }
 
 func (c VMConfig) validateBoot(v *validator) {
-	switch c.Backend {
-	case "", "auto", "qemu", "firecracker":
-	default:
-		v.add("backend", "%q is not known; use qemu, firecracker or auto", c.Backend)
-	}
+	v.check(c.Backend == "" || isBackendName(c.Backend), "backend",
+		"%q is no name of a backend, which has at most 32 lower-case letters, digits and hyphens", c.Backend)
 	if c.UsesImage() {
 		v.check(c.InitrdPath == "", "initrd_path", "needs kernel_path beside it")
 		v.check(c.RootfsPath == "", "rootfs_path", "needs kernel_path beside it")
@@ -476,6 +474,12 @@ func (c VMConfig) validateBoot(v *validator) {
 	v.check(len(c.BootArgs) <= 1536, "boot_args", "has %d bytes; at most 1536 are allowed", len(c.BootArgs))
 	v.check(!strings.ContainsAny(c.BootArgs, "\n\x00"), "boot_args", "has a line break or NUL in it")
 	v.check(c.TTL >= 0, "ttl_ms", "is negative")
+}
+
+// isBackendName reports whether a backend could have the name. Which backends there are only
+// the program that runs VMs knows.
+func isBackendName(name string) bool {
+	return len(name) <= 32 && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
 }
 
 func (c VMConfig) validateDisks(v *validator) {

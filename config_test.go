@@ -112,7 +112,7 @@ func TestValidate(t *testing.T) {
 		"id":            func(c *smolvm.VMConfig) { c.ID = "A" },
 		"vcpus":         func(c *smolvm.VMConfig) { c.VCPUs = 33 },
 		"memory_mib":    func(c *smolvm.VMConfig) { c.MemoryMiB = 127 },
-		"backend":       func(c *smolvm.VMConfig) { c.Backend = "xen" },
+		"backend":       func(c *smolvm.VMConfig) { c.Backend = "no/such" },
 		"initrd_path":   func(c *smolvm.VMConfig) { c.InitrdPath = "/i" },
 		"image":         func(c *smolvm.VMConfig) { c.KernelPath, c.RootfsPath = "/k", "/r" },
 		"ready":         func(c *smolvm.VMConfig) { c.Ready = "soon" },

@@ -31,6 +31,9 @@ var (
 	ErrSnapshotAlreadyExists = fmt.Errorf("snapshot %w", ErrAlreadyExists)
 	// ErrPoolNotFound reports that there is no such pool.
 	ErrPoolNotFound = fmt.Errorf("pool %w", ErrNotFound)
+	// ErrUnknownBackend reports that this program has no backend of that name. Its hint
+	// lists those that it has.
+	ErrUnknownBackend = errors.New("unknown backend")
 	// ErrNotRestored reports that a VM can't go on from the memory of a snapshot or of
 	// another VM.
 	ErrNotRestored = errors.New("the saved memory can't be used")

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -251,5 +253,56 @@ func TestBackends(t *testing.T) {
 	backends, err := m.Backends(t.Context())
 	if err != nil || len(backends) == 0 || backends[0].Name != "qemu" || !backends[0].Available || backends[0].Why != "" {
 		t.Errorf("backends are %+v, %v", backends, err)
+	}
+	for _, backend := range []string{"auto", "qemu"} {
+		if vm := mustCreate(t, m, smolvm.VMConfig{Backend: backend}); vm.Backend != "qemu" {
+			t.Errorf("backend %q is %q", backend, vm.Backend)
+		}
+	}
+}
+
+// A VM of a backend that nobody knows is refused before anything of it is made.
+func TestUnknownBackend(t *testing.T) {
+	m := openFake(t)
+	for _, backend := range []string{"firecracker", "xen"} {
+		_, err := m.Create(t.Context(), smolvm.VMConfig{ID: "web", Backend: backend}, smolvm.CreateOptions{})
+		if !errors.Is(err, smolvm.ErrUnknownBackend) || !strings.Contains(smolvm.HintOf(err), "auto, qemu") {
+			t.Errorf("create with backend %q: %v, hint %q", backend, err, smolvm.HintOf(err))
+		}
+		if invalid, ok := errors.AsType[*smolvm.ValidationError](err); !ok || invalid.Fields[0].Field != "backend" {
+			t.Errorf("create with backend %q: %v is not about that field", backend, err)
+		}
+		if _, err := m.CheckPrerequisites(t.Context(), backend); !errors.Is(err, smolvm.ErrUnknownBackend) {
+			t.Errorf("look at backend %q: %v", backend, err)
+		}
+	}
+	if vms, err := m.List(t.Context(), smolvm.ListOptions{}); err != nil || len(vms) > 0 {
+		t.Errorf("there are VMs: %+v, %v", vms, err)
+	}
+	for _, dir := range []string{"disks", "vms"} {
+		if left, _ := os.ReadDir(filepath.Join(m.DataDir(), dir)); len(left) > 0 {
+			t.Errorf("left in %s: %v", dir, left)
+		}
+	}
+}
+
+// On a host that can run no VMs a Manager can be opened all the same, and "auto" says what
+// each backend lacks.
+func TestAutoWithoutVMM(t *testing.T) {
+	config := useFake(t)
+	config.Backend = "auto"
+	t.Setenv("PATH", t.TempDir())
+	m := openAt(t, config)
+	_, err := m.Create(t.Context(), smolvm.VMConfig{}, smolvm.CreateOptions{})
+	missing, ok := errors.AsType[*smolvm.PrerequisiteError](err)
+	if !ok || missing.Backend != "auto" || !strings.Contains(err.Error(), "backend qemu: runs the VMs") {
+		t.Errorf("create: %v", err)
+	}
+	if got := m.Backend(); got != "qemu" {
+		t.Errorf("the backend is %q", got)
+	}
+	backends, err := m.Backends(t.Context())
+	if err != nil || backends[0].Available || !strings.Contains(backends[0].Why, missing.Findings[0].String()) {
+		t.Errorf("backends are %+v, %v; \"auto\" says %+v", backends, err, missing)
 	}
 }

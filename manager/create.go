@@ -156,11 +156,16 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		}
 		invalid.Fields = append(invalid.Fields, smolvm.FieldError{Field: field, Problem: err.Error()})
 	}
-	backend, err := m.backendOf(config.Backend)
-	if err != nil {
-		bad("backend", err)
-	}
+	var code smolvm.Code
 	var hint string
+	backend, err := m.backendOf(context.Background(), config.Backend)
+	switch {
+	case errors.Is(err, smolvm.ErrUnknownBackend):
+		code, hint = smolvm.CodeUnknownBackend, smolvm.HintOf(err)
+		bad("backend", err)
+	case err != nil:
+		return vmm.Traits{}, disk.Info{}, err
+	}
 	if config.CPULimit > 0 {
 		if err := cgroup.Find("/").Why(cgroup.CPU); err != nil {
 			hint = "`smolvm doctor` says what bounds VMs on this host"
@@ -197,8 +202,11 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 			bad(fmt.Sprintf("authorized_keys[%d]", i), err)
 		}
 	}
+	if len(invalid.Fields) > 1 {
+		code = ""
+	}
 	if len(invalid.Fields) > 0 {
-		return vmm.Traits{}, disk.Info{}, &smolvm.Error{Hint: hint, Err: invalid}
+		return vmm.Traits{}, disk.Info{}, &smolvm.Error{Code: code, Hint: hint, Err: invalid}
 	}
 	return backend, root, nil
 }

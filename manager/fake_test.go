@@ -9,6 +9,7 @@ import (
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/qemu"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -29,7 +30,7 @@ func backends() []vmm.Backend {
 func useFake(t testing.TB) manager.Config {
 	t.Helper()
 	t.Setenv(fakeEnv, "1")
-	testenv.StandIn(t, vmm.QEMUProgram(runtime.GOARCH))
+	testenv.StandIn(t, traits.QEMUProgram(runtime.GOARCH))
 	config := testConfig(t, tempDir(t))
 	config.AgentPath = "" // the image is there
 	testenv.FakeImages(t, config.DataDir)

@@ -23,11 +23,8 @@ import (
 	"github.com/smolvm/smolvm/internal/start"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/template"
-	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/warmpool"
 )
-
-const backendEnv = "SMOLVM_BACKEND"
 
 // The contract that the Manager keeps.
 var _ smolvm.Service = (*Manager)(nil)
@@ -37,7 +34,7 @@ var _ smolvm.Service = (*Manager)(nil)
 type Manager struct {
 	dir                *datadir.Dir
 	dataDir, socketDir string
-	backend            vmm.Traits
+	backend            string // of VMs that don't name one; see resolveBackend
 	config             Config
 
 	budget *budget.Budget
@@ -149,7 +146,7 @@ func (m *Manager) wire(templates *snapshot.Store) {
 	m.starter = &start.Starter{
 		Dir: m.dir, Store: m.store, Disks: m.disks, Machines: m.machines, Templates: m.templates, Pools: m.pools,
 		Turns: start.NewTurns(m.dir, m.config.maxStarts()), Guests: guests{m}, Background: background{m},
-		OnlyBoot:   !m.config.usesTemplates(),
+		OnlyBoot: !m.config.usesTemplates(), Accelerator: m.accelerator,
 		RuntimeDir: m.runtimeDir, Program: m.shimCommand, HostBootID: m.bootID, ClientKey: m.clientSigner,
 	}
 }
@@ -189,36 +186,8 @@ func (m *Manager) DataDir() string { return m.dataDir }
 // SocketDir is the directory for sockets of running VMs.
 func (m *Manager) SocketDir() string { return m.socketDir }
 
-// Backend is the backend of VMs that don't name one.
-func (m *Manager) Backend() string { return m.backend.Name }
-
 // DiskDir is the directory of the VMs' own disks.
 func (m *Manager) DiskDir() string { return m.dir.Disks() }
-
-// resolveBackend picks the backend that the option, the environment, or "auto"
-// stand for.
-func resolveBackend(option string) (vmm.Traits, error) {
-	name, from := option, "the Backend option"
-	if name == "" {
-		name, from = os.Getenv(backendEnv), "$"+backendEnv
-	}
-	if name == "" || name == "auto" {
-		return vmm.Known()[0], nil
-	}
-	traits, err := vmm.Lookup(name)
-	if err != nil {
-		return vmm.Traits{}, fmt.Errorf("%s: %w", from, err)
-	}
-	return traits, nil
-}
-
-// backendOf is the backend of a VM.
-func (m *Manager) backendOf(name string) (vmm.Traits, error) {
-	if name == "" || name == "auto" {
-		return m.backend, nil
-	}
-	return vmm.Lookup(name)
-}
 
 // findProgram finds one of our own programs: beside the running one, or in PATH.
 func findProgram(name string) (string, error) {

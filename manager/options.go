@@ -27,8 +27,8 @@ type Config struct {
 	// socket's path would become too long for the kernel, the sockets are put
 	// under /tmp/smolvm-<uid> instead.
 	SocketDir string
-	// Backend runs VMs that don't name one: "qemu" or "auto". Empty:
-	// $SMOLVM_BACKEND, else "auto".
+	// Backend runs VMs that don't name one: a name that Backends lists, or "auto" for the
+	// first of them that can run VMs on this host. Empty: $SMOLVM_BACKEND, else "auto".
 	Backend string
 
 	// ShimCommand is the program that becomes a VM's shim, with its arguments:

@@ -332,7 +332,11 @@ func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from start.Save
 
 // compatible says why a VM can't go on from memory that was saved on some hardware.
 func (m *Manager) compatible(ctx context.Context, vm store.VM, saved machine.Hardware) error {
-	machine, err := m.machines.Config(ctx, vm, m.host.Accelerator(ctx).Name)
+	accelerator, err := m.accelerator(ctx, vm.Backend)
+	if err != nil {
+		return err
+	}
+	machine, err := m.machines.Config(ctx, vm, accelerator)
 	if err != nil {
 		return err
 	}

@@ -42,7 +42,7 @@ func (m *Manager) startTask(ctx context.Context, t task, lock *os.File) (*worker
 	if err != nil {
 		return nil, err
 	}
-	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend.Name, program, m.config.templateBytes()
+	t.DataDir, t.SocketDir, t.Backend, t.Shim, t.MaxBytes = m.dataDir, m.socketDir, m.backend, program, m.config.templateBytes()
 	t.DiskBudget, t.DiskReserve = m.budget.Limits.Bytes, m.budget.Limits.Reserve
 	return worker.Start(ctx, worker.Options{Program: program, Orders: t, LogPath: m.workerLog(), Hint: shim.NoShimHint, Lock: lock})
 }

@@ -63,8 +63,12 @@ func (m *Manager) kindOf(ctx context.Context, config smolvm.VMConfig, progress f
 	if args == "" {
 		args = image.BootArgs
 	}
+	accelerator, err := m.accelerator(ctx, backend.Name)
+	if err != nil {
+		return template.Kind{}, err
+	}
 	return m.templates.KindOf(config, image.Digest, backend.Name, vmm.Config{
-		Accelerator: m.host.Accelerator(ctx).Name, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB,
+		Accelerator: accelerator, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB,
 		BootArgs: args, Drives: []vmm.Drive{{Format: disk.QCOW2}},
 	})
 }

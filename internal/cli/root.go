@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Groups of commands in the help text.
@@ -40,7 +41,7 @@ func (a *app) rootCommand() *cobra.Command {
 	flags.BoolVar(&a.json, "json", false, "print data as JSON")
 	complete(root, "data-dir", directories)
 	complete(root, "socket-dir", directories)
-	complete(root, "backend", words("auto", "qemu"))
+	complete(root, "backend", words(backendNames()...))
 
 	root.AddGroup(
 		&cobra.Group{ID: groupVM, Title: "VMs:"},
@@ -115,6 +116,14 @@ const anyNumber = -1
 
 // withID is the argument of a command that works on one VM.
 var withID = needs(1, 1, "the id of a VM")
+
+func backendNames() []string {
+	names := []string{traits.Auto}
+	for _, backend := range traits.All() {
+		names = append(names, backend.Name)
+	}
+	return names
+}
 
 func stateNames() []string {
 	var names []string

@@ -275,6 +275,8 @@ func TestRules(t *testing.T) {
 		{"manager", "internal/shim/process", false},
 		{"manager", "internal/network/usernet", false},
 		{"manager", "internal/vmm/qemu", false},
+		{"manager", "internal/vmm/traits", true},
+		{"internal/vmm/traits", "internal/vmm/qemu", false},
 		{"manager", "shim", false},
 		{"internal/shim", "internal/shim/process", false},
 		{"internal/shim/process", "internal/shim", true},

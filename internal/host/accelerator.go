@@ -67,6 +67,12 @@ func (h *Host) Accelerator(ctx context.Context) Accelerator {
 	return acceleratorOf(h.kvmProblem(ctx, true))
 }
 
+// Has reports whether the host has an accelerator: [KVM], as [Host.Accelerator] finds out,
+// or [TCG], which needs nothing.
+func (h *Host) Has(ctx context.Context, accelerator string) bool {
+	return accelerator == TCG || accelerator == KVM && h.Accelerator(ctx).Name == KVM
+}
+
 func acceleratorOf(problem error) Accelerator {
 	if problem != nil {
 		return Accelerator{Name: TCG, Reason: problem.Error()}

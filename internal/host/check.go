@@ -18,6 +18,9 @@ type Requirements struct {
 	// Backend that needs Programs.
 	Backend  string
 	Programs []Program
+	// Accelerators that Backend can run VMs on, of which the host must have one. Empty: it
+	// does without.
+	Accelerators []string
 	// DataDir is where VMs keep their disks; it need not be there yet. Empty: its
 	// free space is not checked.
 	DataDir string
@@ -35,7 +38,7 @@ func (h *Host) Check(ctx context.Context, needed Requirements) []smolvm.Finding 
 	for _, program := range commonPrograms() {
 		findings = append(findings, h.checkProgram(ctx, program))
 	}
-	findings = append(findings, h.checkKVM(ctx), h.checkMemory(), h.checkLimits())
+	findings = append(findings, h.checkKVM(ctx, needed), h.checkMemory(), h.checkLimits())
 	if needed.DataDir != "" {
 		findings = append(findings, checkSpace(needed.DataDir))
 	}

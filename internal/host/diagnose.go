@@ -15,8 +15,9 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-// checkKVM probes KVM, and finds out what would fix it.
-func (h *Host) checkKVM(ctx context.Context) smolvm.Finding {
+// checkKVM probes KVM, and finds out what would fix it. That it is missing is an error only
+// for a backend that can't do without.
+func (h *Host) checkKVM(ctx context.Context, needed Requirements) smolvm.Finding {
 	finding := smolvm.Finding{
 		Name:     "kvm",
 		Severity: smolvm.SeverityOK,
@@ -28,6 +29,9 @@ func (h *Host) checkKVM(ctx context.Context) smolvm.Finding {
 		return finding
 	}
 	finding.Severity, finding.Problem = smolvm.SeverityWarning, problem.Error()
+	if len(needed.Accelerators) > 0 && !slices.Contains(needed.Accelerators, TCG) {
+		finding.Severity, finding.Why = smolvm.SeverityError, "backend "+needed.Backend+": runs the VMs"
+	}
 	switch {
 	case errors.Is(problem, fs.ErrNotExist):
 		finding.Problem, finding.Fix = h.missingKVM()

@@ -2,6 +2,7 @@ package host
 
 import (
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -32,11 +33,34 @@ func TestMissingKVM(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			got := newTestHost(t, test.files).checkKVM(t.Context())
+			got := newTestHost(t, test.files).checkKVM(t.Context(), Requirements{})
 			if got.Severity != smolvm.SeverityWarning || !strings.Contains(got.Problem, test.problem) || got.Fix != test.fix {
 				t.Errorf("got %+v\nwant %q, mended by %q", got, test.problem, test.fix)
 			}
 		})
+	}
+}
+
+// That KVM is missing keeps only those backends from working that can't do without.
+func TestNeededKVM(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		accelerators []string
+		want         smolvm.Severity
+	}{
+		"nothing is said": {nil, smolvm.SeverityWarning},
+		"one of two":      {[]string{KVM, TCG}, smolvm.SeverityWarning},
+		"nothing else":    {[]string{KVM}, smolvm.SeverityError},
+	} {
+		h := newTestHost(t, nil)
+		findings := h.Check(t.Context(), Requirements{Backend: "vmm", Accelerators: test.accelerators})
+		i := slices.IndexFunc(findings, func(f smolvm.Finding) bool { return f.Name == KVM })
+		if i < 0 || findings[i].Severity != test.want {
+			t.Errorf("%s: found %+v, want severity %s", name, findings, test.want)
+		}
+		if h.Has(t.Context(), KVM) || !h.Has(t.Context(), TCG) || h.Has(t.Context(), "hvf") {
+			t.Errorf("%s: a host without KVM has another accelerator than emulation", name)
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Hardware is what a saved guest needs to find again to go on.
@@ -32,11 +33,11 @@ type DriveKind struct {
 
 // HardwareOf returns the hardware of a VM that a backend runs as config says.
 func (b *Builder) HardwareOf(backend string, config vmm.Config) (Hardware, error) {
-	traits, err := vmm.Lookup(backend)
+	declared, err := traits.Lookup(backend)
 	if err != nil {
 		return Hardware{}, err
 	}
-	program, err := programStamp(traits)
+	program, err := programStamp(declared)
 	if err != nil {
 		return Hardware{}, err
 	}
@@ -44,7 +45,7 @@ func (b *Builder) HardwareOf(backend string, config vmm.Config) (Hardware, error
 		Backend:     backend,
 		Accelerator: config.Accelerator,
 		Program:     program,
-		Layout:      traits.Layout,
+		Layout:      declared.Layout,
 		CPU:         b.Host.CPUModel(),
 		VCPUs:       config.VCPUs,
 		MemoryMiB:   config.MemoryMiB,
@@ -56,8 +57,8 @@ func (b *Builder) HardwareOf(backend string, config vmm.Config) (Hardware, error
 }
 
 // programStamp tells one build of a VMM from another without running it.
-func programStamp(traits vmm.Traits) (string, error) {
-	for _, name := range traits.Programs[0].Names {
+func programStamp(backend vmm.Traits) (string, error) {
+	for _, name := range backend.Programs[0].Names {
 		path, err := exec.LookPath(name)
 		if err != nil {
 			continue
@@ -71,7 +72,7 @@ func programStamp(traits vmm.Traits) (string, error) {
 		}
 		return fmt.Sprintf("%s %d %d", path, info.Size(), info.ModTime().UnixNano()), nil
 	}
-	return "", fmt.Errorf("%s is not installed", strings.Join(traits.Programs[0].Names, " or "))
+	return "", fmt.Errorf("%s is not installed", strings.Join(backend.Programs[0].Names, " or "))
 }
 
 // Difference tells in what some hardware differs from what there is now; empty: in nothing.

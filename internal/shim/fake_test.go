@@ -119,9 +119,10 @@ type fakeInstance struct {
 }
 
 func (i *fakeInstance) PID() int              { return i.child.PID() }
-func (i *fakeInstance) Channel() vmm.Channel  { return i.channel }
 func (i *fakeInstance) Done() <-chan struct{} { return i.done }
 func (i *fakeInstance) Exit() vmm.Exit        { return i.exit }
+
+func (i *fakeInstance) OpenChannel(context.Context) (vmm.Channel, error) { return i.channel, nil }
 
 func (i *fakeInstance) ConsoleTail(int) string {
 	text, _ := os.ReadFile(i.console)

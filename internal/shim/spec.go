@@ -92,23 +92,19 @@ type Origin struct {
 // second is one to the guest's agent.
 func ControlSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "ctl") }
 
-// DrivesDir holds the links by which a VMM knows its drives. It is not the shim's runtime directory, as that of
-// a VM that is claimed is another one than that of the shim that stood by.
-func DrivesDir(runtimeDir string) string { return runtimeDir + ".drives" }
-
 // RemoveRuntimeDir removes what a shim that was killed has left.
 func RemoveRuntimeDir(runtimeDir string) error {
-	// The link to the drives of a shim that stood by.
-	standby, _ := os.Readlink(filepath.Join(runtimeDir, StandbyLink))
-	errs := []error{os.RemoveAll(runtimeDir), os.RemoveAll(DrivesDir(runtimeDir))}
-	if standby != "" {
-		errs = append(errs, os.RemoveAll(standby))
+	var errs []error
+	// A shim of an earlier build has links to its VM's drives beside it, or, if it stood by,
+	// where another link leads.
+	standby, _ := os.Readlink(filepath.Join(runtimeDir, "drives"))
+	for _, dir := range []string{runtimeDir, runtimeDir + ".drives", standby} {
+		if dir != "" {
+			errs = append(errs, os.RemoveAll(dir))
+		}
 	}
 	return errors.Join(errs...)
 }
-
-// StandbyLink in a runtime directory leads to the drives of the shim if it stood by.
-const StandbyLink = "drives"
 
 // ClaimSocket is where a shim that stands by is claimed.
 func ClaimSocket(runtimeDir string) string { return filepath.Join(runtimeDir, "claim") }

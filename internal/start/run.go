@@ -103,7 +103,10 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	if err := datadir.MakeRuntimeParent(runtimeDir); err != nil {
 		return shim.LaunchOptions{}, err
 	}
-	accelerator := r.Machines.Host.Accelerator(ctx).Name
+	accelerator, err := r.Accelerator(ctx, vm.Backend)
+	if err != nil {
+		return shim.LaunchOptions{}, err
+	}
 	runs, err := r.Machines.Config(ctx, vm, accelerator)
 	if err != nil {
 		return shim.LaunchOptions{}, err

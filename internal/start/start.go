@@ -43,6 +43,9 @@ type Starter struct {
 	RuntimeDir func(id string) string
 	// Program returns the program that serves as shim, with its arguments.
 	Program func() ([]string, error)
+	// Accelerator returns what a backend runs VMs on here. The error is a
+	// [*smolvm.PrerequisiteError] if there is nothing.
+	Accelerator func(ctx context.Context, backend string) (string, error)
 	// HostBootID names the host's present boot; empty if that is not known.
 	HostBootID func() string
 	// ClientKey returns the key by which the data directory logs in to its VMs.

@@ -1,21 +1,20 @@
-// Package vmm is the contract between smolvm and the programs that run VMs.
+// Package vmm is the contract between smolvm and the programs that run VMs, the VMMs.
 //
-// A [Backend] adapts one VMM program. It is immutable: everything of one VM is
-// in the [Instance] that Start returns. Backends run in the VM's shim, which
-// stays the VMM's parent for as long as it lives; a backend must see to it that
-// the VMM dies with the process that started it.
+// A [Backend] adapts one VMM. It is immutable: everything of one VM is in the
+// [Instance] that Start returns. Backends run in the VM's shim, which stays the VMM's
+// parent for as long as it lives; a backend must see to it that the VMM dies with the
+// process that started it. What others need to know of a backend are its [Traits].
 //
-// Extra abilities are optional interfaces, found by type assertion on an
-// Instance. What every backend does is checked by package vmmtest.
+// Abilities that not every VMM has are interfaces, found by type assertion on an
+// Instance: a backend that lacks one has no method for it. How a guest is saved is told
+// at [Saver]. What every backend does is checked by package vmmtest.
 package vmm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
-	"os"
-	"runtime"
-	"slices"
 	"strings"
 	"time"
 
@@ -28,17 +27,17 @@ const (
 	TCG = "tcg" // emulation in software, on any host
 )
 
-// Traits is what the rest of the program must know of a backend without running
-// it; see [Lookup].
+// Traits are what a backend declares of itself, for those who don't run it. Package traits
+// lists them.
 type Traits struct {
 	// Name of the backend.
 	Name string
-	// DiskFormats lists the formats that it can use, best first.
+	// DiskFormats lists the formats of disks that it can use, best first.
 	DiskFormats []string
-	// Accelerators lists what it can run on, best first.
+	// Accelerators lists what it can run VMs on, best first: [KVM], [TCG].
 	Accelerators []string
-	// Layout is another number whenever the backend gives its VMs other devices, or
-	// in another order, so that a guest that was saved before can't be restored.
+	// Layout is the version of the devices that the backend gives to VMs. It grows when
+	// they change, or their order does: guests that were saved before can't be restored.
 	Layout int
 	// Programs lists the programs that it needs on the host, the VMM first.
 	Programs []Program
@@ -50,55 +49,13 @@ type Program struct {
 	Names []string
 	// MinVersion is the oldest version that works. Empty: any.
 	MinVersion string
-	// Why says what needs it.
+	// Why is what the program does for VMs, in words.
 	Why string
 	// Packages names the package that holds it, by package manager ("apt", "dnf",
 	// "pacman", "apk", "zypper").
 	Packages map[string]string
 	// Optional programs make things better; the backend works without them.
 	Optional bool
-}
-
-// Known lists the traits of every backend, in the order in which "auto" prefers
-// them.
-func Known() []Traits {
-	return []Traits{
-		{
-			Name:         "qemu",
-			DiskFormats:  []string{"qcow2", "raw"},
-			Accelerators: []string{KVM, TCG},
-			Layout:       3,
-			Programs: []Program{{
-				Names:      []string{QEMUProgram(runtime.GOARCH)},
-				MinVersion: "6.0", // the first with all the options that we use
-				Why:        "runs the VMs",
-				Packages:   qemuPackages(runtime.GOARCH),
-			}},
-		},
-	}
-}
-
-// QEMUProgram is the name of QEMU's program for an architecture as Go names it.
-func QEMUProgram(arch string) string {
-	return "qemu-system-" + map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[arch]
-}
-
-func qemuPackages(arch string) map[string]string {
-	packages := map[string]string{"apt": "qemu-system-x86", "dnf": "qemu-system-x86-core", "zypper": "qemu-x86", "pacman": "qemu-system-x86", "apk": "qemu-system-x86_64"}
-	if arch == "arm64" {
-		packages = map[string]string{"apt": "qemu-system-arm", "dnf": "qemu-system-aarch64-core", "zypper": "qemu-arm", "pacman": "qemu-system-aarch64", "apk": "qemu-system-aarch64"}
-	}
-	return packages
-}
-
-// Lookup returns the traits of the named backend.
-func Lookup(name string) (Traits, error) {
-	known := Known()
-	i := slices.IndexFunc(known, func(t Traits) bool { return t.Name == name })
-	if i < 0 {
-		return Traits{}, fmt.Errorf("backend %q is not known to this program", name)
-	}
-	return known[i], nil
 }
 
 // ChannelPort is the name of the guest channel's virtio-serial port.
@@ -111,7 +68,7 @@ type Config struct {
 	ID string `json:"id"`
 	// Binary is the VMM program. Empty: the backend looks in PATH.
 	Binary string `json:"binary,omitempty"`
-	// Accelerator is [KVM] or [TCG].
+	// Accelerator is one of the backend's [Traits].
 	Accelerator string `json:"accelerator"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryMiB   int    `json:"memory_mib"`
@@ -122,23 +79,24 @@ type Config struct {
 	// needs, and drops what would keep a guest from booting on it.
 	BootArgs string `json:"boot_args"`
 
-	// Drives in order; the first becomes /dev/vda.
+	// Drives in order; the first becomes /dev/vda. Their files are opened by Start: they may
+	// get other names, or none, while the VM runs.
 	Drives []Drive `json:"drives,omitempty"`
-	// NIC is the guest's network interface; nil: none.
+	// NIC is the guest's network interface; nil: none. Start fails if it is not valid.
 	NIC *NIC `json:"nic,omitempty"`
-	// Channel asks for a guest channel; see [Instance].
+	// Channel asks for a guest channel; see [Instance.OpenChannel].
 	Channel bool `json:"channel"`
 
 	// CPULimit is how many processors' time the VMM may take. Zero: as much as there is.
-	// A backend that can't see to that must not start the VM.
+	// Start fails if the backend can't enforce it.
 	CPULimit float64 `json:"cpu_limit,omitempty"`
 
 	// DiskLimit bounds the speed of all drives together.
 	DiskLimit DiskLimit `json:"disk_limit,omitzero"`
 
-	// Restore makes the guest go on where a [Saver] saved it, instead of booting.
-	// All else must be as it was then, but for ID, paths, and what is in the drives'
-	// files that were not saved with it.
+	// Restore has the guest go on where a [Saver] saved it, instead of booting. All else
+	// must be as it was then, except ID, paths, and the contents of drives that were not
+	// saved with it.
 	Restore *Restore `json:"restore,omitempty"`
 
 	// ConsolePath is the log to which the guest's serial console is appended, and
@@ -154,7 +112,7 @@ type Drive struct {
 	Path     string `json:"path"`
 	Format   string `json:"format"` // "raw" or "qcow2"
 	ReadOnly bool   `json:"read_only,omitempty"`
-	// Device says that Path is a block device.
+	// Device reports whether Path is a block device. It is a regular file otherwise.
 	Device bool `json:"device,omitempty"`
 	// Backing are the files that the disk is based on, the nearest first, whatever its
 	// header says. They are only read.
@@ -175,17 +133,6 @@ type DiskLimit struct {
 	IOPS           int64 `json:"iops,omitempty"`
 }
 
-// NIC is a network interface.
-type NIC struct {
-	MAC string `json:"mac"`
-	// MTU in bytes that the device offers to the guest. Zero: 1500.
-	MTU int `json:"mtu,omitempty"`
-	// Link is the VMM's end of a pair of connected unix datagram sockets, each
-	// datagram one Ethernet frame. Start duplicates it: the caller closes its
-	// own copy. It does not cross processes by JSON.
-	Link *os.File `json:"-"`
-}
-
 // Restore is a saved guest.
 type Restore struct {
 	// Memory and State are the files that [Saver] made. Neither is changed: what the
@@ -198,7 +145,7 @@ type Restore struct {
 
 // Backend starts VMs.
 type Backend interface {
-	// Name as in [Traits].
+	// Name is that of the backend's [Traits].
 	Name() string
 	// Start starts the VMM and returns when the guest's CPUs run. ctx bounds
 	// only the call: the VM lives on when it is done or cancelled after that.
@@ -207,7 +154,8 @@ type Backend interface {
 	Start(ctx context.Context, cfg Config) (Instance, error)
 }
 
-// Channel is the host's end of a guest channel.
+// Channel is the host's end of a guest channel: a stream of bytes in each direction. Close
+// ends reads and writes that wait, and so does the end of the VMM.
 type Channel interface {
 	io.ReadWriteCloser
 	// SetReadDeadline and SetWriteDeadline as of [net.Conn].
@@ -215,17 +163,33 @@ type Channel interface {
 	SetWriteDeadline(t time.Time) error
 }
 
+// ErrChannelTaken is the error of a guest channel that is open, or that was and can't be
+// opened again.
+var ErrChannelTaken = errors.New("the guest channel was opened before")
+
 // Instance is one running VM. All methods may be called at any time, from any
 // goroutine, and again.
 type Instance interface {
-	// PID of the VMM process.
+	// PID returns the id of the VMM's process.
 	PID() int
-	// Channel is the host's end of the guest channel, nil if [Config] asked for
-	// none: a byte stream that is buffered until the guest opens its end.
-	Channel() Channel
+	// OpenChannel opens the guest channel. The caller owns what it returns, and closes it.
+	// ctx bounds the call only, which may wait until the guest listens; a backend that does
+	// not wait keeps what is written until the guest reads it. A call that fails has
+	// opened nothing. The error matches [smolvm.ErrUnsupported] if [Config] asked for no
+	// channel, and [ErrChannelTaken] while one is open.
+	//
+	// Once that is closed, or the VMM has reset it, the channel may be opened again by a
+	// backend that connects for each call (Firecracker's vsock). One whose channel is a
+	// single stream for as long as the VMM runs (QEMU's port) returns ErrChannelTaken.
+	//
+	// A restored guest's channel is a new one at the host's end. The guest's end may have
+	// been reset, or be in the middle of the session in which the guest was saved, with the
+	// rest of that still to be read. So a caller begins with what the guest's agent
+	// understands in any state; see Reset of package agent.
+	OpenChannel(ctx context.Context) (Channel, error)
 	// Done is closed when the VMM has ended and has been reaped.
 	Done() <-chan struct{}
-	// Exit says how it ended. It may be called only after Done is closed.
+	// Exit returns how the VMM ended. It may be called only after Done is closed.
 	Exit() Exit
 	// Shutdown asks the guest's firmware or kernel to power off (ACPI power
 	// button or the like), and returns at once. Nothing happens if the guest
@@ -237,7 +201,7 @@ type Instance interface {
 	Kill(ctx context.Context) error
 }
 
-// ExitReason says why a VM ended.
+// ExitReason is why a VM ended.
 type ExitReason string
 
 // Why a VM ended.
@@ -252,7 +216,7 @@ const (
 // Exit is how a VM ended.
 type Exit struct {
 	Reason ExitReason `json:"reason"`
-	// Detail says more, in words: the VMM's exit status, the panic's message.
+	// Detail is more of it, in words: the VMM's exit status, the panic's message.
 	Detail string    `json:"detail,omitempty"`
 	At     time.Time `json:"at"`
 }
@@ -285,23 +249,25 @@ type Consoler interface {
 
 // Limiter is an Instance whose VMM is bounded in what it takes of the host.
 type Limiter interface {
-	// Limits says what is bounded, and by what.
+	// Limits returns what is bounded, and by what.
 	Limits() smolvm.Limits
-	// SetCPULimit changes that of [Config]. The error matches [smolvm.ErrUnsupported] if
-	// this host can't see to it.
+	// SetCPULimit changes CPULimit of [Config]. The error matches [smolvm.ErrUnsupported]
+	// if this host can't enforce it.
 	SetCPULimit(ctx context.Context, cpus float64) error
 }
 
 // DiskLimiter is an Instance that bounds the speed of its drives. What is in force is part
 // of [Limiter]'s Limits.
 type DiskLimiter interface {
-	// SetDiskLimit changes that of [Config].
+	// SetDiskLimit changes DiskLimit of [Config].
 	SetDiskLimit(ctx context.Context, limit DiskLimit) error
 }
 
-// Pauser is an Instance that can hold and continue the guest's CPUs.
+// Pauser is an Instance whose guest can be paused. Calls wait for the end of a [Hold].
 type Pauser interface {
+	// Pause returns when the guest's CPUs have stopped. Pausing again does nothing.
 	Pause(ctx context.Context) error
+	// Resume returns when they run. Resuming a guest that runs does nothing.
 	Resume(ctx context.Context) error
 }
 
@@ -339,49 +305,7 @@ func ShortCause(cause string) string {
 
 // Halter is an Instance whose VMM may pause the guest by itself.
 type Halter interface {
-	// Halts receives why, whenever that happens. One that was not received when the next
-	// comes is dropped.
+	// Halts returns a channel on which each pause is told. One that was not received when
+	// the next comes is dropped.
 	Halts() <-chan Halt
-}
-
-// Saver is an Instance whose guest can be saved while it runs.
-type Saver interface {
-	// Save saves the guest's memory and the VMM's state as both are at one moment, after
-	// which the guest does not run before Save is done. It is held only at the end of it.
-	// On failure the guest goes on as if nothing had been, and the files are removed. A guest
-	// that the VMM has paused by itself, before or meanwhile, is not saved, and stays paused.
-	Save(ctx context.Context, opts SaveOptions) (Saved, error)
-}
-
-// SaveOptions are the options of [Saver].
-type SaveOptions struct {
-	// Memory and State are the files to make.
-	Memory, State string
-	// Overlays are empty qcow2 overlays of the drives' files, in the drives' order,
-	// empty for a drive that has none. When the guest is saved, and before it goes on,
-	// what it writes begins to go to those, so that the drives' files stay as they were
-	// at that moment.
-	Overlays []string
-	// Switched is called when it does, with the guest held; it may be nil.
-	Switched func() error
-	// Hold leaves the guest held after it.
-	Hold bool
-}
-
-// Saved says how a saving went.
-type Saved struct {
-	// Pause is how long the guest was held, if it ran before, up to the end of Save.
-	Pause time.Duration
-	// Held says that it had been held before, so it must be told to go on when it is
-	// restored.
-	Held bool
-	// Reread is how many pages of memory were read once more while the guest was held, as
-	// the VMM may have missed that the guest wrote to them after they had been saved.
-	// Mended is how many of those were not as saved, some of which the VMM did not miss.
-	Reread, Mended int
-	// Early says that they could not be read, and the guest was held for longer instead.
-	Early bool
-	// Switched says that the guest writes to the overlays from now on. That may be so
-	// even if the saving failed in the end.
-	Switched bool
 }

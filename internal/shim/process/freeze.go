@@ -49,6 +49,7 @@ func (s *process) freeze(ctx context.Context, order shim.FreezeOrder) (err error
 	if !ok {
 		return fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
 	}
-	_, err = saver.Save(ctx, vmm.SaveOptions{Memory: order.Memory, State: order.State, Hold: true})
+	// The guest stays held: it is ended now.
+	_, err = saver.Save(ctx, vmm.SaveOptions{Memory: order.Memory, State: order.State})
 	return err
 }

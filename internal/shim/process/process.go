@@ -59,6 +59,7 @@ type process struct {
 	network  network.Attachment // nil: the VM has none
 	instance vmm.Instance
 	ran      bool        // the guest's CPUs have run
+	channel  vmm.Channel // nil while it has not been opened
 	link     *agent.Link // nil without an agent
 	answer   *wire.Answer
 	timeline []wire.Step
@@ -69,7 +70,6 @@ type process struct {
 	idle         *time.Timer   // see active
 	paused       atomic.Bool
 	halts        *halts
-	drives       drives
 	saving       sync.Mutex // held by save
 
 	mu       sync.Mutex // guards the following
@@ -113,7 +113,6 @@ func Main(ctx context.Context, opts Options) error {
 	if s.spec.Freeze != nil {
 		return s.freeze(ctx, *s.spec.Freeze)
 	}
-	s.drives.dir = shim.DrivesDir(s.spec.RuntimeDir)
 	if s.spec.Standby {
 		if claimed, err := s.standBy(ctx); err != nil || !claimed {
 			return err
@@ -219,17 +218,12 @@ func (s *process) start(ctx context.Context) (undo func(), err error) {
 	u.add(func() {
 		_, _ = control.Close(), agents.Close()
 		_ = os.RemoveAll(s.spec.RuntimeDir)
-		s.drives.remove()
 	})
 	if err := s.startNetwork(&u); err != nil {
 		return u.run, err
 	}
 	listeners := s.claimed
-	if listeners != nil {
-		if err := os.Symlink(s.drives.dir, filepath.Join(s.spec.RuntimeDir, shim.StandbyLink)); err != nil {
-			return u.run, err
-		}
-	} else {
+	if listeners == nil {
 		if listeners, err = inheritListeners(s.spec.Forwards); err != nil {
 			return u.run, err
 		}
@@ -285,7 +279,7 @@ func (s *process) bringUp(ctx context.Context) error {
 			return err
 		}
 		s.kill()
-		s.instance, s.timeline = nil, s.timeline[:1]
+		s.instance, s.channel, s.timeline = nil, nil, s.timeline[:1]
 		s.warn(fmt.Sprintf("the guest said nothing for %s and was booted again", patience))
 	}
 	return s.attempt(ctx)
@@ -341,19 +335,9 @@ func (s *process) startVMM(ctx context.Context) error {
 	config := s.spec.VMM
 	if s.network != nil && config.NIC != nil {
 		nic := *config.NIC
-		nic.Link = s.network.Link().Socket
+		link := s.network.Link()
+		nic.Link, nic.TAP = link.Socket, link.TAP
 		config.NIC = &nic
-	}
-	config.Drives = slices.Clone(config.Drives)
-	for n, drive := range config.Drives {
-		if drive.ReadOnly || s.drives.dir == "" {
-			continue
-		}
-		link, err := s.drives.link(n, drive.Path)
-		if err != nil {
-			return fmt.Errorf("name a drive: %w", err)
-		}
-		config.Drives[n].Path = link
 	}
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()
@@ -380,6 +364,9 @@ func (s *process) kill() {
 	}
 	if s.link != nil {
 		_ = s.link.Close()
+	}
+	if s.channel != nil {
+		_ = s.channel.Close()
 	}
 }
 

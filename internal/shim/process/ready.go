@@ -154,12 +154,19 @@ func (s *process) handshake(ctx context.Context) error {
 		network.Search = s.network.Search()
 		hello.Network = &network
 	}
+	if s.channel == nil { // a guest that stood by has told it who it was before
+		channel, err := s.instance.OpenChannel(ctx)
+		if err != nil {
+			return err
+		}
+		s.channel = channel
+	}
 	if s.spec.InSession {
-		if err := agent.Reset(ctx, s.instance.Channel()); err != nil {
+		if err := agent.Reset(ctx, s.channel); err != nil {
 			return err
 		}
 	}
-	link, answer, err := agent.Handshake(ctx, s.instance.Channel(), hello)
+	link, answer, err := agent.Handshake(ctx, s.channel, hello)
 	if err != nil {
 		return err
 	}

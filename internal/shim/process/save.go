@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -85,31 +84,11 @@ func (s *process) save(ctx context.Context, save *shim.Save) (result shim.Saved,
 	}
 	s.saving.Lock()
 	defer s.saving.Unlock()
-	before := slices.Clone(s.drives.links)
-	var saved vmm.Saved
-	defer func() {
-		if saved.Switched {
-			return
-		}
-		s.drives.links = before
-		for _, drive := range save.Drives {
-			if removeErr := os.Remove(drive.Overlay); !errors.Is(removeErr, fs.ErrNotExist) {
-				err = errors.Join(err, removeErr)
-			}
-		}
-	}()
-	options := vmm.SaveOptions{Memory: save.Memory, State: save.State}
-	for _, drive := range save.Drives {
-		if err := check(drive); err != nil {
-			return shim.Saved{}, err
-		}
-		link, err := s.drives.link(drive.Number, drive.Overlay)
-		if err != nil {
-			return shim.Saved{}, err
-		}
-		options.Overlays = append(options.Overlays, make([]string, max(0, drive.Number+1-len(options.Overlays)))...)
-		options.Overlays[drive.Number] = link
+	disks, err := s.openOverlays(ctx, save.Drives)
+	if err != nil {
+		return shim.Saved{}, errors.Join(err, removeOverlays(save.Drives))
 	}
+	defer func() { err = errors.Join(err, disks.drop()) }()
 	if s.link != nil && !s.paused.Load() {
 		ctx, cancel := context.WithTimeout(ctx, syncTime)
 		err := s.link.Sync(ctx)
@@ -118,17 +97,88 @@ func (s *process) save(ctx context.Context, save *shim.Save) (result shim.Saved,
 			s.log.Warn("the guest was not synced before it was saved", "error", err)
 		}
 	}
-	options.Switched = func() error { return s.switched(save.Drives, before) }
 	if s.link != nil {
 		s.link.SetHeld(true) // for a part of the time, and nobody knows how long
 		defer func() { s.link.SetHeld(s.paused.Load()) }()
 	}
-	saved, err = saver.Save(ctx, options)
-	result.Pause, result.Held = saved.Pause, saved.Held
-	if err == nil {
-		s.log.Info("the guest was saved", "held", saved.Pause, "reread", saved.Reread, "mended", saved.Mended, "early", saved.Early)
+	hold, err := saver.Save(ctx, vmm.SaveOptions{Memory: save.Memory, State: save.State})
+	if err != nil {
+		return result, err
 	}
-	return result, err
+	err = disks.use(ctx)
+	saved := hold.Saved()
+	result.Held = saved.Held
+	var goOnErr error
+	if result.Pause, goOnErr = hold.Release(ctx); err != nil || goOnErr != nil {
+		return result, errors.Join(err, goOnErr, os.Remove(save.Memory), os.Remove(save.State))
+	}
+	s.log.Info("the guest was saved", "held", result.Pause, "reread", saved.Reread, "mended", saved.Mended, "early", saved.Early)
+	return result, nil
+}
+
+// overlays are those that drives get when the guest is saved.
+type overlays struct {
+	drives []shim.SavedDrive
+	open   vmm.DiskSwitch // nil: there are none
+	used   bool
+}
+
+// openOverlays has the VMM open the overlays of drives.
+func (s *process) openOverlays(ctx context.Context, drives []shim.SavedDrive) (*overlays, error) {
+	o := &overlays{drives: drives}
+	if len(drives) == 0 {
+		return o, nil
+	}
+	switcher, ok := s.instance.(vmm.DiskSwitcher)
+	if !ok {
+		return nil, fmt.Errorf("save a guest with disks: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+	}
+	var files []vmm.Overlay
+	for _, drive := range drives {
+		if err := check(drive); err != nil {
+			return nil, err
+		}
+		files = append(files, vmm.Overlay{Drive: drive.Number, Path: drive.Overlay})
+	}
+	var err error
+	o.open, err = switcher.OpenOverlays(ctx, files)
+	return o, err
+}
+
+// use has the guest, which is held, write to the overlays from now on, and gives these the
+// names of the drives' files.
+func (o *overlays) use(ctx context.Context) error {
+	if o.open == nil {
+		return nil
+	}
+	if err := o.open.Switch(ctx); err != nil {
+		return err
+	}
+	o.used = true
+	var errs []error
+	for _, drive := range o.drives {
+		errs = append(errs, os.Rename(drive.Overlay, drive.Path))
+	}
+	return errors.Join(errs...)
+}
+
+// drop removes overlays that are not used.
+func (o *overlays) drop() error {
+	if o.open == nil || o.used {
+		return nil
+	}
+	return errors.Join(o.open.Close(), removeOverlays(o.drives))
+}
+
+// removeOverlays removes the files of overlays, which the VMM does not have open.
+func removeOverlays(drives []shim.SavedDrive) error {
+	var errs []error
+	for _, drive := range drives {
+		if err := os.Remove(drive.Overlay); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // check refuses a saving that would make an overlay of what is not the drive's file any more: another saving,
@@ -146,21 +196,4 @@ func check(d shim.SavedDrive) error {
 		return fmt.Errorf("the disk %s was put below an overlay meanwhile; try again", d.Path)
 	}
 	return nil
-}
-
-// switched gives files the names that they have from now on, when the VMM has taken the
-// overlays. Each link leads to its file at any moment.
-func (s *process) switched(saved []shim.SavedDrive, before []string) error {
-	var errs []error
-	for _, drive := range saved {
-		err := s.drives.move(before[drive.Number], drive.Layer)
-		if err == nil {
-			err = os.Rename(drive.Overlay, drive.Path)
-		}
-		if err == nil {
-			err = s.drives.move(s.drives.links[drive.Number], drive.Path)
-		}
-		errs = append(errs, err)
-	}
-	return errors.Join(errs...)
 }

@@ -60,7 +60,6 @@ func (s *process) standBy(ctx context.Context) (claimed bool, err error) {
 		s.report(shim.Report{Failure: shim.NewFailure(err)})
 		return false, err
 	}
-	u.add(s.drives.remove)
 	if err := s.startNetwork(&u); err != nil {
 		return fail(err)
 	}
@@ -182,9 +181,6 @@ func (s *process) takeClaim(conn *net.UnixConn) (err error) {
 		}
 		listeners = append(listeners, listener)
 	}
-	if err := s.moveDrives(c.Dir); err != nil {
-		return err
-	}
 	taken = own
 	s.spec, s.slot = c.Spec, &slotFiles{dir: c.Dir, names: c.Names, lock: files[2]}
 	s.began, s.timeline = time.Now(), nil
@@ -200,28 +196,8 @@ func (s *process) takeClaim(conn *net.UnixConn) (err error) {
 	return nil
 }
 
-// moveDrives makes the links to the drives lead to dir, to which their files have been
-// moved: all or none.
-func (s *process) moveDrives(dir string) error {
-	for n, link := range s.drives.links {
-		if link == "" {
-			continue
-		}
-		if err := s.drives.move(link, filepath.Join(dir, filepath.Base(s.spec.VMM.Drives[n].Path))); err != nil {
-			for back, link := range s.drives.links[:n] {
-				if link != "" {
-					_ = s.drives.move(link, s.spec.VMM.Drives[back].Path)
-				}
-			}
-			return err
-		}
-	}
-	return nil
-}
-
 // takeOver gives the files of the slot their names as the VM's, when the start has been
-// confirmed. Each has its old name until it has the new one, and the VMM's links lead to
-// it at any moment.
+// confirmed. Each has its old name until it has the new one. The VMM has them open.
 func (s *process) takeOver() error {
 	if s.slot == nil {
 		return nil
@@ -237,13 +213,6 @@ func (s *process) takeOver() error {
 		}
 		if err != nil {
 			return fmt.Errorf("take over %s: %w", name, err)
-		}
-	}
-	for n, link := range s.drives.links {
-		if link != "" {
-			if err := s.drives.move(link, s.spec.VMM.Drives[n].Path); err != nil {
-				return fmt.Errorf("take over a drive: %w", err)
-			}
 		}
 	}
 	err := os.RemoveAll(s.slot.dir)

@@ -23,10 +23,14 @@ const (
 )
 
 // fds are the numbers that inherited files have in the VMM's process.
-type fds struct{ qmp, console, channel, link, state int }
+type fds struct {
+	qmp, console, channel, link, state int
+	// disks are those of each drive's files, as of [openDisks].
+	disks [][]int
+}
 
 // consoleSet is the number of the console's set of inherited files, by which QEMU's options
-// name them; see -add-fd in qemu(1).
+// name them; see -add-fd in qemu(1). The set of a disk's file has the file's own number.
 const consoleSet = 1
 
 // machineFor chooses the machine for a VM.
@@ -89,7 +93,7 @@ func args(cfg vmm.Config, machine string, fd fds) []string {
 
 	b.add("-device", b.virtio("virtio-rng"))
 	for i, drive := range cfg.Drives {
-		b.drive(i, drive)
+		b.drive(i, drive, fd.disks[i])
 	}
 	if cfg.NIC != nil {
 		b.nic(*cfg.NIC, fd.link)
@@ -195,16 +199,29 @@ func (b *builder) serial() string {
 	return device
 }
 
-func (b *builder) drive(index int, drive vmm.Drive) {
+func (b *builder) drive(index int, drive vmm.Drive, fds []int) {
 	id := driveID(index)
-	b.add("-blockdev", blockNode(id, drive))
+	for n, fd := range fds {
+		path := drive.Path // which is told to people who look at QEMU's process
+		if n > 0 {
+			path = drive.Backing[n-1].Path
+		}
+		b.add("-add-fd", fmt.Sprintf("fd=%d,set=%d,opaque=%s", fd, fd, escape(path)))
+	}
+	b.add("-blockdev", blockNode(id, drive, fds))
 	b.add("-device", fmt.Sprintf("%s,id=%s,drive=%s,write-cache=on", b.virtio("virtio-blk"), deviceID(index), id))
 }
 
 func (b *builder) nic(nic vmm.NIC, fd int) {
-	// Datagrams on a pair of unix sockets: this netdev takes them in every version
-	// of QEMU, though the manual speaks of TCP and UDP only.
-	b.add("-netdev", fmt.Sprintf("socket,id=net,fd=%d", fd))
+	if nic.TAP != "" {
+		// The interface is open already. Without vhost, which needs a right to a device,
+		// QEMU moves the frames itself.
+		b.add("-netdev", fmt.Sprintf("tap,id=net,fd=%d,vhost=off", fd))
+	} else {
+		// Datagrams on a pair of unix sockets: this netdev takes them in every version
+		// of QEMU, though the manual speaks of TCP and UDP only.
+		b.add("-netdev", fmt.Sprintf("socket,id=net,fd=%d", fd))
+	}
 	// A guest that is restored need not tell the network of it: the network is new.
 	device := b.virtio("virtio-net") + ",netdev=net,guest_announce=off,mac=" + nic.MAC
 	if nic.MTU != 0 {

@@ -70,8 +70,8 @@ func TestArgs(t *testing.T) {
 				}
 			},
 			want: []string{
-				`-blockdev {"node-name":"drive0","driver":"qcow2","read-only":false,"discard":"unmap","file":{"driver":"file","read-only":false,"discard":"unmap","filename":"/disks/a,b.qcow2"},"backing":null} -device virtio-blk-pci,id=disk0,drive=drive0,write-cache=on`,
-				`-blockdev {"node-name":"drive1","driver":"raw","read-only":true,"discard":"unmap","file":{"driver":"host_device","read-only":true,"discard":"unmap","filename":"/dev/data"}} -device virtio-blk-pci,id=disk1,drive=drive1,write-cache=on`,
+				`-add-fd fd=10,set=10,opaque=/disks/a,,b.qcow2 -blockdev {"node-name":"drive0","driver":"qcow2","read-only":false,"discard":"unmap","file":{"driver":"file","read-only":false,"discard":"unmap","filename":"/dev/fdset/10"},"backing":null} -device virtio-blk-pci,id=disk0,drive=drive0,write-cache=on`,
+				`-add-fd fd=20,set=20,opaque=/dev/data -blockdev {"node-name":"drive1","driver":"raw","read-only":true,"discard":"unmap","file":{"driver":"host_device","read-only":true,"discard":"unmap","filename":"/dev/fdset/20"}} -device virtio-blk-pci,id=disk1,drive=drive1,write-cache=on`,
 			},
 			not: []string{"-drive"},
 		},
@@ -80,8 +80,8 @@ func TestArgs(t *testing.T) {
 			edit: func(c *vmm.Config) {
 				c.Drives = []vmm.Drive{{Path: "/a", Format: "qcow2", Backing: []vmm.DiskFile{{Path: "/b", Format: "qcow2"}, {Path: "/c", Format: "raw"}}}}
 			},
-			want: []string{`"filename":"/a"},"backing":{"driver":"qcow2","read-only":true,"file":{"driver":"file","read-only":true,"discard":"unmap","filename":"/b"},` +
-				`"backing":{"driver":"raw","read-only":true,"file":{"driver":"file","read-only":true,"discard":"unmap","filename":"/c"}}}}`},
+			want: []string{"-add-fd fd=10,set=10,opaque=/a -add-fd fd=11,set=11,opaque=/b -add-fd fd=12,set=12,opaque=/c -blockdev", `"filename":"/dev/fdset/10"},"backing":{"driver":"qcow2","read-only":true,"file":{"driver":"file","read-only":true,"discard":"unmap","filename":"/dev/fdset/11"},` +
+				`"backing":{"driver":"raw","read-only":true,"file":{"driver":"file","read-only":true,"discard":"unmap","filename":"/dev/fdset/12"}}}}`},
 		},
 		"channel and NIC": {
 			machine: machineQ35,
@@ -93,6 +93,12 @@ func TestArgs(t *testing.T) {
 				"-netdev socket,id=net,fd=5 -device virtio-net-pci,netdev=net,guest_announce=off,mac=02:00:00:00:00:02,host_mtu=4000,romfile=",
 				"-device virtio-serial-pci,max_ports=2,vectors=7 -chardev socket,id=channel,fd=4 -device virtserialport,chardev=channel,name=smolvm.agent",
 			},
+		},
+		"TAP": {
+			machine: machineQ35,
+			edit:    func(c *vmm.Config) { c.NIC = &vmm.NIC{MAC: "02:00:00:00:00:02", TAP: "tap0"} },
+			want:    []string{"-netdev tap,id=net,fd=5,vhost=off -device virtio-net-pci,netdev=net"},
+			not:     []string{"socket,id=net", "script", "ifname"},
 		},
 		"microvm has no PCI": {
 			machine: machineMicroVM,
@@ -126,7 +132,7 @@ func TestArgs(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			got := strings.Join(args(testConfig(test.edit), test.machine, fds{qmp: 3, console: 8, channel: 4, link: 5, state: 6}), " ")
+			got := strings.Join(args(testConfig(test.edit), test.machine, testFDs(testConfig(test.edit))), " ")
 			for _, want := range test.want {
 				if !strings.Contains(got, want) {
 					t.Errorf("command line lacks %q:\n%s", want, got)
@@ -141,9 +147,23 @@ func TestArgs(t *testing.T) {
 	}
 }
 
+// testFDs are numbers of inherited files; those of disks are 10, 11 and so on for the files of
+// the first, 20 and so on for the second.
+func testFDs(cfg vmm.Config) fds {
+	fd := fds{qmp: 3, console: 8, channel: 4, link: 5, state: 6}
+	for i, drive := range cfg.Drives {
+		numbers := []int{10 * (i + 1)}
+		for n := range drive.Backing {
+			numbers = append(numbers, 10*(i+1)+n+1)
+		}
+		fd.disks = append(fd.disks, numbers)
+	}
+	return fd
+}
+
 func TestArgsSameTwice(t *testing.T) {
 	cfg := testConfig(func(c *vmm.Config) { c.Channel = true })
-	if a, b := args(cfg, machineQ35, fds{qmp: 3, console: 8, channel: 4, link: 5}), args(cfg, machineQ35, fds{qmp: 3, console: 8, channel: 4, link: 5}); !slices.Equal(a, b) {
+	if a, b := args(cfg, machineQ35, testFDs(cfg)), args(cfg, machineQ35, testFDs(cfg)); !slices.Equal(a, b) {
 		t.Errorf("two command lines of one configuration differ:\n%s\n%s", a, b)
 	}
 }

@@ -25,15 +25,16 @@ type backing struct{ *node }
 // MarshalJSON implements [json.Marshaler].
 func (b backing) MarshalJSON() ([]byte, error) { return json.Marshal(b.node) }
 
-// blockNode describes the disk of a drive, with all that it is based on.
-func blockNode(name string, drive vmm.Drive) string {
+// blockNode describes the disk of a drive, with all that it is based on. Sets are those of its
+// files, its own first.
+func blockNode(name string, drive vmm.Drive, sets []int) string {
 	var below *node
 	for i := len(drive.Backing) - 1; i >= 0; i-- {
-		next := diskNode(drive.Backing[i], true)
+		next := diskNode(drive.Backing[i], true, sets[i+1])
 		next.basedOn(below)
 		below = next
 	}
-	top := diskNode(vmm.DiskFile{Path: drive.Path, Format: drive.Format, Device: drive.Device}, drive.ReadOnly)
+	top := diskNode(vmm.DiskFile{Format: drive.Format, Device: drive.Device}, drive.ReadOnly, sets[0])
 	top.Name, top.Discard = name, "unmap"
 	top.basedOn(below)
 	text, err := json.Marshal(top)
@@ -43,8 +44,8 @@ func blockNode(name string, drive vmm.Drive) string {
 	return string(text)
 }
 
-func diskNode(file vmm.DiskFile, readOnly bool) *node {
-	protocol := &node{Driver: "file", ReadOnly: readOnly, Discard: "unmap", Filename: file.Path}
+func diskNode(file vmm.DiskFile, readOnly bool, set int) *node {
+	protocol := &node{Driver: "file", ReadOnly: readOnly, Discard: "unmap", Filename: fdsetPath(set)}
 	if file.Device {
 		protocol.Driver = "host_device"
 	}

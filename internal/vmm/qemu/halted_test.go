@@ -137,10 +137,10 @@ func TestSaveOfHaltedGuest(t *testing.T) {
 	}{
 		"nothing fails":       {},
 		"before the saving":   {before: true, want: "the host's disk is full (its drive vda)", not: []string{"migrate", "cont", "stop"}},
-		"before the copying":  {failsAt: "migrate-set-parameters", want: "the host's disk is full", held: true, not: []string{"transaction", "cont"}},
-		"while it is held":    {failsAt: "migrate", want: "the host's disk is full", held: true, not: []string{"transaction", "cont"}},
-		"the migration fails": {gaveUp: true, want: "it was to fail", not: []string{"transaction", "cont", "stop"}},
-		"both fail":           {failsAt: "migrate", gaveUp: true, want: "the host's disk is full", held: true, not: []string{"transaction", "cont"}},
+		"before the copying":  {failsAt: "migrate-set-parameters", want: "the host's disk is full", held: true, not: []string{"cont"}},
+		"while it is held":    {failsAt: "migrate", want: "the host's disk is full", held: true, not: []string{"cont"}},
+		"the migration fails": {gaveUp: true, want: "it was to fail", not: []string{"cont", "stop"}},
+		"both fail":           {failsAt: "migrate", gaveUp: true, want: "the host's disk is full", held: true, not: []string{"cont"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ours, theirs, err := pair()
@@ -168,16 +168,17 @@ func TestSaveOfHaltedGuest(t *testing.T) {
 			inst.qmp = newQMP(ours, inst.handle)
 			defer func() { _, _ = ours.Close(), conn.Close() }()
 			dir := t.TempDir()
-			saved, err := inst.Save(t.Context(), vmm.SaveOptions{
-				Memory: filepath.Join(dir, "memory"), State: filepath.Join(dir, "state"), Overlays: []string{filepath.Join(dir, "overlay")},
-			})
+			hold, err := inst.Save(t.Context(), vmm.SaveOptions{Memory: filepath.Join(dir, "memory"), State: filepath.Join(dir, "state")})
+			if err == nil {
+				_, err = hold.Release(t.Context())
+			}
 			q.mu.Lock()
 			defer q.mu.Unlock()
 			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("Save: %v, want %q", err, test.want)
 			}
-			if saved.Switched != (test.want == "") {
-				t.Errorf("Saved is %+v", saved)
+			if (hold != nil) != (test.want == "") {
+				t.Errorf("the hold is %+v", hold)
 			}
 			if q.running == test.held {
 				t.Errorf("the guest runs: %v", q.running)
@@ -286,9 +287,9 @@ func TestSaveOnFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	awaitBlocks(inst, strings.Count(inst.ConsoleTail(1<<20), "block ")+2)
-	saved, err := inst.Save(ctx, opts)
-	if err != nil || saved.Held {
-		t.Fatalf("Save when there is room: %+v, %v", saved, err)
+	hold, err := inst.Save(ctx, opts)
+	if err != nil || hold.Saved().Held {
+		t.Fatalf("Save when there is room: %+v, %v", hold, err)
 	}
 	if err := inst.Kill(ctx); err != nil { // who has the lock of the drive
 		t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"strconv"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -28,21 +30,24 @@ type instance struct {
 	// The guest's console, and QEMU's own output.
 	console, log *log
 	limits       limits
+	diskNames    *strings.Replacer // see there
 
 	mu       sync.Mutex // guards the following
 	shutdown string     // the reason that QEMU gave for its end
 	killed   bool       // Kill was called before QEMU gave any
-	stopped  time.Time  // when the guest was last held
-	stopping func()     // called when the guest is held; nil: nothing
+	// channelTaken is set when the channel has been handed out.
+	channelTaken bool
+	stopped      time.Time // when the guest was last held
+	stopping     func()    // called when the guest is held; nil: nothing
 	// How often QEMU has held the guest by itself, why the last time, and whether it does.
 	haltsSeen int
 	lastHalt  vmm.Halt
 	isHalted  bool
+	switches  int            // counts overlays
+	disks     map[int]string // nodes of drives that have got overlays; see diskSwitch
 
-	running   chan struct{} // holds one while the guest is saved, held or continued; guards the following two
-	switches  int
-	disks     map[int]string // nodes of drives that were switched; see switchOver
-	migration chan string    // the states that a migration goes through
+	running   chan struct{} // holds one while the guest is saved, held or continued
+	migration chan string   // the states that a migration goes through
 
 	findRAM func(pid int, size int64, fromFile bool) (*guestRAM, error) // tests have others
 
@@ -61,18 +66,38 @@ var (
 	_ vmm.Saver    = (*instance)(nil)
 	_ vmm.Halter   = (*instance)(nil)
 
-	_ vmm.DiskLimiter = (*instance)(nil)
+	_ vmm.DiskLimiter  = (*instance)(nil)
+	_ vmm.DiskSwitcher = (*instance)(nil)
 )
 
 // PID implements [vmm.Instance].
 func (i *instance) PID() int { return i.child.PID() }
 
-// Channel implements [vmm.Instance].
-func (i *instance) Channel() vmm.Channel {
-	if i.channel == nil {
-		return nil
+// OpenChannel implements [vmm.Instance]. The stream is there before QEMU starts, and QEMU has
+// no other once it was closed.
+func (i *instance) OpenChannel(ctx context.Context) (vmm.Channel, error) {
+	if err := i.takeChannel(ctx); err != nil {
+		return nil, fmt.Errorf("open the guest channel of VM %q: %w", i.cfg.ID, err)
 	}
-	return i.channel
+	return i.channel, nil
+}
+
+func (i *instance) takeChannel(ctx context.Context) error {
+	switch {
+	case i.channel == nil:
+		return fmt.Errorf("%w: the VM was started without one", smolvm.ErrUnsupported)
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case i.ended():
+		return errQMPClosed
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.channelTaken {
+		return vmm.ErrChannelTaken
+	}
+	i.channelTaken = true
+	return nil
 }
 
 // Done implements [vmm.Instance].
@@ -290,7 +315,7 @@ func (i *instance) classify() vmm.Exit {
 		exit.Reason = vmm.ExitCrashed
 		exit.Detail = "QEMU: " + i.child.Exit()
 		if words := ring.LastLines(i.log.Tail(lastWords), 5); words != "" {
-			exit.Detail += ": " + words
+			exit.Detail += ": " + i.diskNames.Replace(words)
 		}
 		if why := i.limits.killed(); why != "" {
 			exit.Detail += ": " + why

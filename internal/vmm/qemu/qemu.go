@@ -20,6 +20,7 @@ import (
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Options of a [Backend]. The zero value is useful.
@@ -39,7 +40,7 @@ var _ vmm.Backend = (*Backend)(nil)
 func New(opts Options) *Backend { return &Backend{opts: opts} }
 
 // Name implements [vmm.Backend].
-func (b *Backend) Name() string { return "qemu" }
+func (b *Backend) Name() string { return traits.QEMU().Name }
 
 // Start implements [vmm.Backend].
 func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, error) {
@@ -64,7 +65,7 @@ func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, erro
 func findBinary(asked string) (string, error) {
 	name := asked
 	if name == "" {
-		name = vmm.QEMUProgram(runtime.GOARCH)
+		name = traits.QEMUProgram(runtime.GOARCH)
 	}
 	path, err := exec.LookPath(name)
 	if err != nil {
@@ -102,6 +103,19 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 
 	// Go gives the nth extra file the number 3+n.
 	files, fd := []*os.File{controlFile, consoleFile}, fds{qmp: 3, console: 4}
+	disks, err := openDisks(cfg.Drives)
+	if err != nil {
+		return nil, errors.Join(err, inst.closeConns())
+	}
+	defer closeDisks(disks)
+	for _, chain := range disks {
+		var numbers []int
+		for n := range chain {
+			numbers = append(numbers, 3+len(files)+n)
+		}
+		fd.disks, files = append(fd.disks, numbers), append(files, chain...)
+	}
+	inst.diskNames = diskNames(disks, fd.disks)
 	if cfg.Channel {
 		var file *os.File
 		if inst.channel, file, err = pair(); err != nil {
@@ -111,7 +125,12 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 		fd.channel, files = 3+len(files), append(files, file)
 	}
 	if cfg.NIC != nil {
-		fd.link, files = 3+len(files), append(files, cfg.NIC.Link)
+		link, closeLink, err := openLink(*cfg.NIC)
+		if err != nil {
+			return nil, errors.Join(err, inst.closeConns())
+		}
+		defer closeLink()
+		fd.link, files = 3+len(files), append(files, link)
 	}
 	if cfg.Restore != nil {
 		state, err := openRestore(cfg)

@@ -67,7 +67,7 @@ type request struct {
 	Arguments any    `json:"arguments,omitempty"`
 	ID        int    `json:"id"`
 
-	file *os.File // travels with the command, for "getfd"
+	file *os.File // travels with the command, for "getfd" and "add-fd"
 }
 
 // execute runs a command without arguments and decodes what it returns into result, if
@@ -79,11 +79,14 @@ func (q *qmp) execute(ctx context.Context, command string, result any) error {
 // settle is do for a command that changes something. Once it has been sent it will be
 // executed, so it is not given up any more: whoever did would take the guest for what it
 // was before. Only QEMU's end ends the wait.
-func (q *qmp) settle(ctx context.Context, r request) error {
+func (q *qmp) settle(ctx context.Context, r request) error { return q.settleWith(ctx, r, nil) }
+
+// settleWith is settle, and decodes what is returned into result, if not nil.
+func (q *qmp) settleWith(ctx context.Context, r request, result any) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("QMP %s: %w", r.Execute, context.Cause(ctx))
 	}
-	return q.do(context.WithoutCancel(ctx), r, nil)
+	return q.do(context.WithoutCancel(ctx), r, result)
 }
 
 func (q *qmp) do(ctx context.Context, r request, result any) error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"time"
@@ -47,22 +46,29 @@ var (
 )
 
 // Save implements [vmm.Saver].
-func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Saved, err error) {
-	fail := func(err error) (vmm.Saved, error) {
-		return saved, fmt.Errorf("save VM %q: %w", i.cfg.ID, err)
-	}
+func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (*vmm.Hold, error) {
 	unlock, err := i.lockRunning(ctx)
 	if err != nil {
-		return fail(err)
+		return nil, fmt.Errorf("save VM %q: %w", i.cfg.ID, err)
 	}
-	defer unlock()
+	saved, err := i.save(ctx, opts)
+	if err != nil {
+		unlock()
+		return nil, fmt.Errorf("save VM %q: %w", i.cfg.ID, err)
+	}
+	resume := func(ctx context.Context) error { return i.qmp.execute(ctx, "cont", nil) }
+	return vmm.NewHold(saved, i.heldSince(), resume, unlock), nil
+}
+
+// save is Save for who has the lock.
+func (i *instance) save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Saved, err error) {
 	halts, halted := i.haltCount()
 	var before status
 	if err := i.qmp.execute(ctx, "query-status", &before); err != nil {
-		return fail(err)
+		return saved, err
 	}
 	if halted || before.Status == statusIOError {
-		return fail(i.haltError())
+		return saved, i.haltError()
 	}
 	saved.Held = !before.Running
 	// Under KVM the kernel tells what the guest has written, and misses nothing. A guest
@@ -76,20 +82,16 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Sa
 	if ram != nil && (errors.Is(err, errUnreadable) || errors.Is(err, errNotHeld)) {
 		err = i.saveOnce(ctx, opts, nil, halts, &saved)
 	}
-	if err != nil {
-		return fail(err)
-	}
-	return saved, nil
+	return saved, err
 }
 
-// saveOnce saves a guest, with its memory reread from ram if that is not nil. Halts is how
-// often QEMU had held it by itself before.
-func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM, halts int, saved *vmm.Saved) (err error) {
+// saveOnce saves a guest, with its memory reread from ram if that is not nil, and leaves it
+// held. Halts is how often QEMU had held it by itself before.
+func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM, halts int, saved *vmm.Saved) error {
 	s, err := i.openSaving(ctx, opts, ram)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.close(err != nil)) }()
 	err = i.migrate(ctx, s)
 	if err == nil {
 		saved.Reread, saved.Mended, saved.Early = s.reread, s.mended, i.holdsEarly(s) && !saved.Held
@@ -100,22 +102,14 @@ func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *gues
 		}
 	}
 	if err == nil {
-		saved.Switched, err = i.switchOver(ctx, opts)
+		if err = s.close(false); err == nil {
+			return nil
+		}
 	}
-	if saved.Held {
-		return err
+	if !saved.Held {
+		err = i.goOn(context.WithoutCancel(ctx), err, halts) // even if nobody waits for it any more
 	}
-	held := i.heldSince()
-	switch ctx := context.WithoutCancel(ctx); { // even if nobody waits for it any more
-	case err != nil:
-		err = i.goOn(ctx, err, halts)
-	case !opts.Hold:
-		err = i.qmp.execute(ctx, "cont", nil)
-	}
-	if !held.IsZero() {
-		saved.Pause = time.Since(held)
-	}
-	return err
+	return errors.Join(err, s.close(true))
 }
 
 // goOn lets a guest that could not be saved go on, and returns why it was not saved. A guest
@@ -283,45 +277,6 @@ func (i *instance) setMigration(ctx context.Context, parameters map[string]any) 
 	return i.qmp.settle(ctx, request{Execute: "migrate-set-parameters", Arguments: parameters})
 }
 
-// switchOver puts the overlays above the drives' files, all or none. The guest is held,
-// and QEMU has written out its drives and let go of them. Before that would be too early:
-// QEMU 7.2 can't let go of a drive of a restored guest that has got an overlay since.
-func (i *instance) switchOver(ctx context.Context, opts vmm.SaveOptions) (switched bool, err error) {
-	var actions []any
-	next := map[int]string{}
-	for n, overlay := range opts.Overlays {
-		if overlay == "" {
-			continue
-		}
-		i.switches++
-		next[n] = fmt.Sprintf("%s-%d", driveID(n), i.switches)
-		// Mode existing: what the overlay is based on is the drive's node, whatever its
-		// header says.
-		actions = append(actions, map[string]any{"type": "blockdev-snapshot-sync", "data": map[string]any{
-			"node-name": i.disk(n), "snapshot-node-name": next[n], "snapshot-file": overlay, "format": "qcow2", "mode": "existing",
-		}})
-	}
-	if len(actions) == 0 {
-		return false, nil
-	}
-	if err := i.qmp.settle(ctx, request{Execute: "transaction", Arguments: map[string]any{"actions": actions}}); err != nil {
-		return false, err
-	}
-	maps.Copy(i.disks, next)
-	if opts.Switched != nil {
-		err = opts.Switched()
-	}
-	return true, err
-}
-
-// disk is the name of the node that is a drive's disk now.
-func (i *instance) disk(n int) string {
-	if name, ok := i.disks[n]; ok {
-		return name
-	}
-	return driveID(n)
-}
-
 // migrationInfo is what query-migrate returns.
 type migrationInfo struct {
 	Error string `json:"error-desc"`
@@ -470,7 +425,8 @@ func (s *saving) wait() error {
 	return err
 }
 
-// close closes the files, and on failure removes them.
+// close closes the files, and on failure removes them. It may be called again when it has
+// failed.
 func (s *saving) close(failed bool) error {
 	if s.theirs != nil {
 		_ = s.theirs.Close()
@@ -484,7 +440,9 @@ func (s *saving) close(failed bool) error {
 		if file == nil {
 			continue
 		}
-		errs = append(errs, file.Close())
+		if err := file.Close(); !errors.Is(err, os.ErrClosed) {
+			errs = append(errs, err)
+		}
 		if failed {
 			errs = append(errs, os.Remove(file.Name()))
 		}

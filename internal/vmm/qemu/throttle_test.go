@@ -113,12 +113,23 @@ func TestDiskLimit(t *testing.T) {
 	}
 	limited("set while the guest runs", instance)
 	opts := vmm.SaveOptions{Memory: filepath.Join(dir, "memory"), State: filepath.Join(dir, "state")}
+	var overlays []vmm.Overlay
 	for n, drive := range cfg.Drives {
-		opts.Overlays = append(opts.Overlays, overlay(fmt.Sprintf("next%d", n), drive.Path, "qcow2"))
+		overlays = append(overlays, vmm.Overlay{Drive: n, Path: overlay(fmt.Sprintf("next%d", n), drive.Path, "qcow2")})
 	}
-	saved, err := instance.(vmm.Saver).Save(ctx, opts) //nolint:forcetypeassert // it is one
-	if err != nil || !saved.Switched {
-		t.Fatalf("Save: %+v, %v", saved, err)
+	disks, err := instance.(vmm.DiskSwitcher).OpenOverlays(ctx, overlays) //nolint:forcetypeassert // it is one
+	if err != nil {
+		t.Fatal(err)
+	}
+	hold, err := instance.(vmm.Saver).Save(ctx, opts) //nolint:forcetypeassert // it is one
+	if err == nil {
+		err = disks.Switch(ctx)
+	}
+	if err == nil {
+		_, err = hold.Release(ctx)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 	limited("after the drives got overlays", instance)
 	if err := limiter.SetDiskLimit(ctx, vmm.DiskLimit{}); err != nil {

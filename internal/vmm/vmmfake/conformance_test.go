@@ -35,5 +35,6 @@ func TestConformance(t *testing.T) {
 			Initrd:       vmmfake.Initramfs,
 			Accelerator:  vmm.TCG,
 			ConsoleBytes: consoleBytes,
+			SkipTAP:      "the fake VMM has no TAP interfaces",
 		})
 }

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -80,13 +79,15 @@ type instance struct {
 	end     *message             // what the VMM said of its end
 	killed  bool                 // Kill was called before it did
 	limit   float64
+	// channelTaken is set when the channel has been handed out.
+	channelTaken bool
 
-	saving sync.Mutex    // held by Save
-	ready  chan struct{} // closed when the guest runs
-	closed chan struct{} // closed when nothing more comes of the VMM
-	halts  chan vmm.Halt
-	done   chan struct{}
-	exit   vmm.Exit // written before done is closed
+	running chan struct{} // holds one while the guest is saved, held or continued
+	ready   chan struct{} // closed when the guest runs
+	closed  chan struct{} // closed when nothing more comes of the VMM
+	halts   chan vmm.Halt
+	done    chan struct{}
+	exit    vmm.Exit // written before done is closed
 }
 
 var (
@@ -95,17 +96,35 @@ var (
 	_ vmm.Pauser   = (*instance)(nil)
 	_ vmm.Saver    = (*instance)(nil)
 	_ vmm.Halter   = (*instance)(nil)
+
+	_ vmm.DiskSwitcher = (*instance)(nil)
 )
 
 // PID implements [vmm.Instance].
 func (i *instance) PID() int { return i.child.PID() }
 
-// Channel implements [vmm.Instance].
-func (i *instance) Channel() vmm.Channel {
-	if i.channel == nil {
-		return nil
+// OpenChannel implements [vmm.Instance]. There is one stream, as with QEMU.
+func (i *instance) OpenChannel(ctx context.Context) (vmm.Channel, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	var err error
+	select {
+	case <-i.done:
+		err = errEnded
+	default:
+		err = context.Cause(ctx)
 	}
-	return i.channel
+	switch {
+	case i.channel == nil:
+		err = fmt.Errorf("%w: the VM was started without one", smolvm.ErrUnsupported)
+	case err == nil && i.channelTaken:
+		err = vmm.ErrChannelTaken
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the guest channel: %w", err)
+	}
+	i.channelTaken = true
+	return i.channel, nil
 }
 
 // Done implements [vmm.Instance].
@@ -149,15 +168,31 @@ func (i *instance) Shutdown(ctx context.Context) error {
 }
 
 // Pause implements [vmm.Pauser].
-func (i *instance) Pause(ctx context.Context) error {
-	_, err := i.ask(ctx, request{Op: opPause})
+func (i *instance) Pause(ctx context.Context) error { return i.setRunning(ctx, opPause) }
+
+// Resume implements [vmm.Pauser].
+func (i *instance) Resume(ctx context.Context) error { return i.setRunning(ctx, opResume) }
+
+func (i *instance) setRunning(ctx context.Context, op string) error {
+	unlock, err := i.lockRunning(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	_, err = i.ask(ctx, request{Op: op})
 	return err
 }
 
-// Resume implements [vmm.Pauser].
-func (i *instance) Resume(ctx context.Context) error {
-	_, err := i.ask(ctx, request{Op: opResume})
-	return err
+// lockRunning waits until nobody else saves, holds or continues the guest.
+func (i *instance) lockRunning(ctx context.Context) (unlock func(), err error) {
+	select {
+	case i.running <- struct{}{}:
+		return func() { <-i.running }, nil
+	case <-i.done:
+		return nil, errEnded
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 // Kill implements [vmm.Instance].
@@ -180,49 +215,61 @@ func (i *instance) Kill(ctx context.Context) error {
 }
 
 // Save implements [vmm.Saver].
-func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (saved vmm.Saved, err error) {
+func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (*vmm.Hold, error) {
 	if err := ctx.Err(); err != nil {
-		return saved, err
+		return nil, err
 	}
-	i.saving.Lock()
-	defer i.saving.Unlock()
-	for _, overlay := range opts.Overlays {
-		if overlay == "" {
-			continue
-		}
-		if _, err := i.ask(ctx, request{Op: opCheck, Overlay: overlay}); err != nil {
-			return saved, err
-		}
+	unlock, err := i.lockRunning(ctx)
+	if err != nil {
+		return nil, err
 	}
 	answer, err := i.askToSave(ctx, request{Op: opSave, Memory: opts.Memory, State: opts.State})
 	if err != nil {
-		return saved, err
+		unlock()
+		return nil, err
 	}
-	began := time.Now()
-	saved.Held = answer.Held
-	// From here on the guest is held, and is to go on whatever happens.
-	ctx = context.WithoutCancel(ctx)
-	for n, overlay := range opts.Overlays {
-		if overlay == "" || err != nil {
-			continue
-		}
-		if _, err = i.ask(ctx, request{Op: opSwitch, Drive: n, Overlay: overlay}); err == nil {
-			saved.Switched = true
-		}
+	resume := func(ctx context.Context) error {
+		_, err := i.ask(ctx, request{Op: opResume})
+		return err
 	}
-	if saved.Switched && opts.Switched != nil {
-		err = errors.Join(err, opts.Switched())
-	}
-	if !opts.Hold && !saved.Held {
-		_, resumeErr := i.ask(ctx, request{Op: opResume})
-		err = errors.Join(err, resumeErr)
-	}
-	if err != nil {
-		err = errors.Join(err, os.Remove(opts.Memory), os.Remove(opts.State))
-	}
-	saved.Pause = max(time.Since(began), 1)
-	return saved, err
+	return vmm.NewHold(vmm.Saved{Held: answer.Held}, time.Now(), resume, unlock), nil
 }
+
+// OpenOverlays implements [vmm.DiskSwitcher]. They are opened when they are used, and only
+// looked at before.
+func (i *instance) OpenOverlays(ctx context.Context, overlays []vmm.Overlay) (vmm.DiskSwitch, error) {
+	if err := i.cfg.CheckOverlays(overlays); err != nil {
+		return nil, err
+	}
+	for _, overlay := range overlays {
+		if _, err := i.ask(ctx, request{Op: opCheck, Overlay: overlay.Path}); err != nil {
+			return nil, err
+		}
+	}
+	return &diskSwitch{i, overlays}, nil
+}
+
+// diskSwitch implements [vmm.DiskSwitch].
+type diskSwitch struct {
+	instance *instance
+	overlays []vmm.Overlay
+}
+
+// Switch implements [vmm.DiskSwitch].
+func (d *diskSwitch) Switch(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	for _, overlay := range d.overlays {
+		if _, err := d.instance.ask(context.WithoutCancel(ctx), request{Op: opSwitch, Drive: overlay.Drive, Overlay: overlay.Path}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close implements [vmm.DiskSwitch].
+func (d *diskSwitch) Close() error { return nil }
 
 // askToSave has the VMM make the files, and gives that up when ctx is done. It returns
 // when the VMM has answered.

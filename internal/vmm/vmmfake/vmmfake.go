@@ -152,7 +152,10 @@ type task struct {
 func launch(program string, cfg vmm.Config, consoleBytes int64) (_ *instance, err error) {
 	i := &instance{
 		cfg: cfg, faults: faultsOf(cfg), done: make(chan struct{}), closed: make(chan struct{}),
-		ready: make(chan struct{}), pending: map[int]chan message{}, halts: make(chan vmm.Halt, 1),
+		ready: make(chan struct{}), pending: map[int]chan message{}, running: make(chan struct{}, 1), halts: make(chan vmm.Halt, 1),
+	}
+	if err := checkNIC(cfg.NIC); err != nil {
+		return nil, err
 	}
 	var theirs []*os.File
 	defer func() {
@@ -184,7 +187,7 @@ func launch(program string, cfg vmm.Config, consoleBytes int64) (_ *instance, er
 		theirs, files = append(theirs, file), append(files, file)
 	}
 	orders := task{Config: cfg, Faults: i.faults, Channel: cfg.Channel}
-	if cfg.NIC != nil && cfg.NIC.Link != nil {
+	if cfg.NIC != nil {
 		orders.Link, files = true, append(files, cfg.NIC.Link)
 	}
 	text, err := json.Marshal(orders)
@@ -201,6 +204,16 @@ func launch(program string, cfg vmm.Config, consoleBytes int64) (_ *instance, er
 	go i.read()
 	go i.watch()
 	return i, nil
+}
+
+func checkNIC(nic *vmm.NIC) error {
+	if nic == nil {
+		return nil
+	}
+	if err := nic.Validate(); err != nil || nic.TAP == "" {
+		return err
+	}
+	return fmt.Errorf("use TAP interface %s: %w by the fake VMM", nic.TAP, smolvm.ErrUnsupported)
 }
 
 // pair returns two connected stream sockets, one for us and one to be inherited.

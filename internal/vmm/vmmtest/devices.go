@@ -1,9 +1,11 @@
 package vmmtest
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,8 +14,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // machine: the guest has what was asked for.
@@ -42,7 +46,7 @@ func machine(k *kit) {
 }
 
 func isKnown(backend string) bool {
-	_, err := vmm.Lookup(backend)
+	_, err := traits.Lookup(backend)
 	return err == nil
 }
 
@@ -152,7 +156,7 @@ func channel(k *kit) {
 	data := make([]byte, size)
 	_, _ = rand.Read(data) // never fails
 	g.tell("head -c " + strconv.Itoa(size) + " <&3 | sha256sum")
-	if _, err := g.Channel().Write(data); err != nil {
+	if _, err := g.channel.Write(data); err != nil {
 		k.Fatal(err)
 	}
 	sum := sha256.Sum256(data)
@@ -164,7 +168,7 @@ func channel(k *kit) {
 		k.Errorf("the host received %d bytes, of %d that the guest sent", len(got), size)
 	}
 	g.killed()
-	if _, err := g.Channel().Write([]byte("anybody there?")); err == nil {
+	if _, err := g.channel.Write([]byte("anybody there?")); err == nil {
 		k.Error("the channel of a VM that has ended takes data")
 	}
 }
@@ -172,15 +176,61 @@ func channel(k *kit) {
 // noChannel: a guest that was given none has none.
 func noChannel(k *kit) {
 	g := k.start(func(c *vmm.Config) { c.Channel = false })
-	if got := g.Channel(); got != nil {
-		k.Errorf("Channel = %v, want nil", got)
+	if got, err := g.OpenChannel(k.Context()); got != nil || !errors.Is(err, smolvm.ErrUnsupported) {
+		k.Errorf("OpenChannel = %v, %v", got, err)
+	}
+}
+
+// channelAgain: a call that was given up has opened nothing; while the channel is open it is
+// not opened again, and when it was closed it is a new one, if that can be had.
+func channelAgain(k *kit) {
+	g := k.launch(nil)
+	taken := func(when string, err error) {
+		k.Helper()
+		if !errors.Is(err, vmm.ErrChannelTaken) {
+			k.Errorf("OpenChannel %s: %v", when, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(k.Context())
+	cancel()
+	if channel, err := g.OpenChannel(ctx); channel != nil || !errors.Is(err, context.Canceled) {
+		k.Errorf("OpenChannel that was given up = %v, %v", channel, err)
+	}
+	g.open()
+	if got := g.line(); got != ready {
+		k.Fatalf("the guest says %q, want %q", got, ready)
+	}
+	_, err := g.OpenChannel(k.Context())
+	taken("while it is open", err)
+	if got := g.run("echo as before"); got != "as before" {
+		k.Errorf("the guest says %q", got)
+	}
+	_ = g.channel.Close()
+	for range g.lines { // its reader ends
+	}
+	again, err := g.OpenChannel(k.Context())
+	if err != nil {
+		taken("after it was closed", err)
+	} else {
+		g.channel, g.lines = again, readLines(again)
+		if got := g.line(); got != ready {
+			k.Fatalf("by a new channel the guest says %q, want %q", got, ready)
+		}
+		if got := g.run("echo anew"); got != "anew" {
+			k.Errorf("by a new channel the guest says %q", got)
+		}
+		_ = again.Close()
+	}
+	g.killed()
+	if channel, err := g.OpenChannel(k.Context()); err == nil {
+		k.Errorf("the channel of a VM that has ended is opened: %v", channel)
 	}
 }
 
 // drives: they come in order, can be written unless they are read-only, and what
 // was written is in the file when the VM has ended.
 func drives(k *kit) {
-	traits, err := vmm.Lookup(k.backend.Name())
+	declared, err := traits.Lookup(k.backend.Name())
 	if err != nil {
 		k.Fatal(err)
 	}
@@ -190,7 +240,7 @@ func drives(k *kit) {
 		k.drive("third", "raw"),
 	}
 	list[1].ReadOnly = true
-	for _, format := range traits.DiskFormats {
+	for _, format := range declared.DiskFormats {
 		if _, err := exec.LookPath("qemu-img"); err != nil {
 			k.Log("drives of other formats than raw are not tested: ", err)
 			break

@@ -114,13 +114,24 @@ func (k *kit) config(edit func(*vmm.Config)) vmm.Config {
 type guest struct {
 	*kit
 	vmm.Instance
-	cfg vmm.Config
+	cfg     vmm.Config
+	channel vmm.Channel // nil: it was not opened
 	// lines are what the guest says over the channel; closed at its end.
 	lines <-chan string
 }
 
-// start starts a VM and returns when its CPUs run.
+// start starts a VM, opens its channel, and returns when its CPUs run.
 func (k *kit) start(edit func(*vmm.Config)) *guest {
+	k.Helper()
+	g := k.launch(edit)
+	if g.cfg.Channel {
+		g.open()
+	}
+	return g
+}
+
+// launch starts a VM and returns when its CPUs run.
+func (k *kit) launch(edit func(*vmm.Config)) *guest {
 	k.Helper()
 	cfg := k.config(edit)
 	ctx, cancel := context.WithTimeout(k.Context(), patience)
@@ -131,10 +142,19 @@ func (k *kit) start(edit func(*vmm.Config)) *guest {
 	}
 	g := &guest{kit: k, Instance: instance, cfg: cfg}
 	k.Cleanup(g.cleanup)
-	if cfg.Channel {
-		g.lines = readLines(instance.Channel())
-	}
 	return g
+}
+
+// open opens the guest's channel.
+func (g *guest) open() {
+	g.Helper()
+	ctx, cancel := context.WithTimeout(g.Context(), patience)
+	defer cancel()
+	channel, err := g.OpenChannel(ctx)
+	if err != nil {
+		g.Fatal(err)
+	}
+	g.channel, g.lines = channel, readLines(channel)
 }
 
 // boot starts a VM and returns when the guest listens.
@@ -154,7 +174,8 @@ func (g *guest) cleanup() {
 	if err := g.Kill(ctx); err != nil {
 		g.Errorf("kill: %v", err)
 	}
-	if g.lines != nil {
+	if g.channel != nil {
+		_ = g.channel.Close()
 		for range g.lines { // its reader has ended then
 		}
 	}
@@ -196,7 +217,7 @@ func (g *guest) line() string {
 // tell makes the guest run a command, and does not wait for it.
 func (g *guest) tell(command string) {
 	g.Helper()
-	if _, err := g.Channel().Write([]byte(command + "\n")); err != nil {
+	if _, err := g.channel.Write([]byte(command + "\n")); err != nil {
 		g.Fatalf("tell the guest to %s: %v", command, err)
 	}
 }

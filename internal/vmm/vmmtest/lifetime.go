@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -179,12 +177,7 @@ func diesWithParent(k *kit) {
 		<-k.Context().Done() // not before it is killed
 		return
 	}
-	var pattern []string
-	for name := range strings.SplitSeq(k.Name(), "/") {
-		pattern = append(pattern, "^"+regexp.QuoteMeta(name)+"$")
-	}
-	cmd := exec.Command(os.Args[0], "-test.run="+strings.Join(pattern, "/")) //nolint:noctx // its end is the test
-	cmd.Env = append(os.Environ(), parentEnv+"=1", "TMPDIR="+k.root)
+	cmd := k.again(k.Context(), parentEnv)
 	output, err := cmd.StdoutPipe()
 	if err != nil {
 		k.Fatal(err)

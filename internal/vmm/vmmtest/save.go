@@ -3,49 +3,68 @@ package vmmtest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
-// save: a guest that was saved goes on, and so does each that is restored from it, with
-// the same memory and disk, and none sees what another writes.
+// save: a guest that was saved is held until it is released, and goes on then; so does each
+// that is restored from it, with the same memory, and none sees what another writes.
 func save(k *kit) {
-	base := k.drive("base", "raw")
-	g := k.boot(func(c *vmm.Config) { c.Drives = []vmm.Drive{k.overlay(base, "parent")} })
+	g := k.boot(nil)
 	saver := k.saver(g)
-	g.run("word=remembered; echo remembered >/tmp/file; printf 'before\\n' | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null")
-
-	disk := g.cfg.Drives[0]
-	next := k.overlay(disk, "parent-next")
-	switched := 0
+	g.run("word=remembered; echo remembered >/tmp/file")
 	opts := k.saveOptions("saved")
-	opts.Overlays = []string{next.Path}
-	opts.Switched = func() error { switched++; return nil }
-	saved, err := saver.Save(k.Context(), opts)
+	hold, err := saver.Save(k.Context(), opts)
 	if err != nil {
 		k.Fatal(err)
 	}
-	if !saved.Switched || switched != 1 || saved.Held || saved.Pause <= 0 {
-		k.Errorf("Saved = %+v, with %d calls of Switched", saved, switched)
+	saved := hold.Saved()
+	g.tell("echo awake")
+	if pauser, ok := g.Instance.(vmm.Pauser); ok {
+		ctx, cancel := context.WithTimeout(k.Context(), 100*time.Millisecond)
+		if err := pauser.Resume(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			k.Errorf("Resume of a guest that is held by a saving: %v", err)
+		}
+		cancel()
 	}
-	k.Logf("the guest was held for %v", saved.Pause)
+	select {
+	case line := <-g.lines:
+		k.Errorf("a guest that is held by a saving says %q", line)
+	default:
+	}
+	ctx, cancel := context.WithCancel(k.Context())
+	cancel() // which is no reason for it not to go on
+	held, err := hold.Release(ctx)
+	if err != nil || held <= 0 || saved.Held {
+		k.Errorf("Saved = %+v, held for %v, %v", saved, held, err)
+	}
+	k.Logf("the guest was held for %v", held)
+	if got := g.line(); got != "awake" {
+		k.Errorf("a guest that was saved says %q", got)
+	}
+	_ = g.line() // the exit status
+	hold.Keep()
+	if held, err := hold.Release(k.Context()); held != 0 || err != nil {
+		k.Errorf("Release again = %v, %v", held, err)
+	}
 
-	// What the parent writes from now on is no concern of its children.
-	g.run("word=changed; printf 'after \\n' | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null")
+	g.run("word=changed")
 	memory := readFile(opts.Memory)
 	for _, name := range []string{"child", "twin"} {
-		child := k.restore(g.cfg, saved, opts, []vmm.Drive{k.overlay(disk, name)})
-		got := child.run("echo $word; cat /tmp/file; head -n 1 /dev/vda; dd if=/dev/vda iflag=direct count=1 2>/dev/null | head -n 1")
-		if want := "remembered\nremembered\nbefore\nbefore"; got != want {
-			k.Errorf("the %s says %q, want %q", name, got, want)
+		child := k.restore(g.cfg, saved, opts, nil)
+		if got := child.run("echo $word; cat /tmp/file"); got != "remembered\nremembered" {
+			k.Errorf("the %s says %q", name, got)
 		}
-		child.run("word=mine; echo mine >/tmp/file; printf 'mine  \\n' | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null")
+		child.run("word=mine; echo mine >/tmp/file")
 	}
-	if got := g.run("echo $word; cat /tmp/file; head -n 1 /dev/vda"); got != "changed\nremembered\nafter " {
+	if got := g.run("echo $word; cat /tmp/file"); got != "changed\nremembered" {
 		k.Errorf("the parent says %q", got)
 	}
 	if readFile(opts.Memory) != memory {
@@ -53,8 +72,147 @@ func save(k *kit) {
 	}
 }
 
+// saveDisks: the drive of a guest that was saved stays as it was then, under another name,
+// and overlays have its own: of the guest, of those restored from it, and of those restored
+// from these. None sees what another writes.
+func saveDisks(k *kit) {
+	base := k.drive("base", "raw")
+	g := k.boot(func(c *vmm.Config) { c.Drives = []vmm.Drive{k.overlay(base, "parent")} })
+	g.writeLine("first")
+	first, firstFiles, firstDisk := g.saveWithDisk("first")
+	g.writeLine("second")
+	second, secondFiles, secondDisk := g.saveWithDisk("second")
+	g.writeLine("third")
+
+	child := k.restore(g.cfg, first, firstFiles, []vmm.Drive{k.overlay(firstDisk, "child")})
+	child.checkLine("first")
+	child.writeLine("child")
+	saved, files, disk := child.saveWithDisk("of-child")
+	child.writeLine("older")
+	grandchild := k.restore(child.cfg, saved, files, []vmm.Drive{k.overlay(disk, "grandchild")})
+	grandchild.checkLine("child")
+
+	other := k.restore(g.cfg, second, secondFiles, []vmm.Drive{k.overlay(secondDisk, "other")})
+	other.checkLine("second")
+	other.writeLine("other")
+	child.checkLine("older")
+	g.checkLine("third")
+}
+
+// writeLine writes the first line of the guest's first drive.
+func (g *guest) writeLine(line string) {
+	g.Helper()
+	g.run(fmt.Sprintf("printf '%-8s\\n' | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null", line))
+}
+
+// checkLine checks the first line of the guest's first drive, as the guest remembers it and
+// as it is.
+func (g *guest) checkLine(want string) {
+	g.Helper()
+	got := strings.Fields(g.run("head -n 1 /dev/vda; dd if=/dev/vda iflag=direct count=1 2>/dev/null | head -n 1"))
+	if !slices.Equal(got, []string{want, want}) {
+		g.Errorf("the guest's drive begins with %q, want %q", got, want)
+	}
+}
+
+// saveWithDisk saves a guest and has its first drive written to an overlay from then on, which
+// gets the name of the drive's file. It returns the drive as it stays.
+func (g *guest) saveWithDisk(name string) (vmm.Saved, vmm.SaveOptions, vmm.Drive) {
+	g.Helper()
+	saver := g.saver(g)
+	switcher, ok := g.Instance.(vmm.DiskSwitcher)
+	if !ok {
+		g.Skip("this backend can't switch disks")
+	}
+	layer := g.cfg.Drives[0]
+	path := layer.Path
+	layer.Path = filepath.Join(g.dir, name+".layer")
+	if err := os.Link(path, layer.Path); err != nil {
+		g.Fatal(err)
+	}
+	next := g.overlay(layer, name+"-next")
+	disks, err := switcher.OpenOverlays(g.Context(), []vmm.Overlay{{Drive: 0, Path: next.Path}})
+	if err != nil {
+		g.Fatal(err)
+	}
+	opts := g.saveOptions(name)
+	hold, err := saver.Save(g.Context(), opts)
+	if err != nil {
+		g.Fatal(err)
+	}
+	err = disks.Switch(g.Context())
+	if err == nil {
+		err = os.Rename(next.Path, path)
+	}
+	held, releaseErr := hold.Release(g.Context())
+	if err := errors.Join(err, releaseErr, disks.Close()); err != nil {
+		g.Fatal(err)
+	}
+	g.Logf("the guest was held for %v", held)
+	g.cfg.Drives = []vmm.Drive{{Path: path, Format: next.Format, Backing: next.Backing}}
+	return hold.Saved(), opts, layer
+}
+
+// overlaysFail: what can't be an overlay is an error, and overlays that are not used are
+// closed; the guest and its drive stay as they are.
+func overlaysFail(k *kit) {
+	base := k.drive("base", "raw")
+	g := k.boot(func(c *vmm.Config) {
+		c.Drives = []vmm.Drive{k.overlay(base, "parent"), base, k.overlay(base, "other")}
+		c.Drives[1].ReadOnly = true
+	})
+	switcher, ok := g.Instance.(vmm.DiskSwitcher)
+	if !ok {
+		k.Skip("this backend can't switch disks")
+	}
+	next := k.overlay(g.cfg.Drives[0], "next").Path
+	closed := func(what string) {
+		k.Helper()
+		open, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", g.PID()))
+		if err != nil || len(open) == 0 {
+			k.Fatalf("%s: the VMM's files are %v, %v", what, open, err)
+		}
+		for _, fd := range open {
+			if target, _ := os.Readlink(fd); target == next {
+				k.Errorf("%s: the VMM has the overlay open", what)
+			}
+		}
+	}
+	for what, overlays := range map[string][]vmm.Overlay{
+		"no file":             {{Drive: 0, Path: next}, {Drive: 2, Path: k.missing()}},
+		"no overlay":          {{Drive: 0, Path: base.Path}},
+		"no drive":            {{Drive: 3, Path: next}},
+		"a negative drive":    {{Drive: -1, Path: next}},
+		"a read-only drive":   {{Drive: 1, Path: next}},
+		"a drive named twice": {{Drive: 0, Path: next}, {Drive: 0, Path: next}},
+	} {
+		disks, err := switcher.OpenOverlays(k.Context(), overlays)
+		if err == nil {
+			k.Errorf("%s: OpenOverlays succeeds", what)
+			_ = disks.Close()
+		}
+		k.Logf("%s: %v", what, err)
+		closed(what)
+	}
+	disks, err := switcher.OpenOverlays(k.Context(), []vmm.Overlay{{Drive: 0, Path: next}})
+	if err != nil {
+		k.Fatal(err)
+	}
+	for range 2 {
+		if err := disks.Close(); err != nil {
+			k.Error(err)
+		}
+	}
+	closed("not used")
+	g.writeLine("after")
+	_, _, disk := g.saveWithDisk("saved") // what has failed keeps nothing from succeeding
+	if got := readFile(disk.Path); !strings.Contains(got, "after ") {
+		k.Error("what the guest wrote is not in the drive's file")
+	}
+}
+
 // saveHeld: a guest that is held when it is saved stays so, and what is restored from it
-// runs; one that is to be held after it is, and can be told to go on.
+// runs; one that is kept held after it is, and can be told to go on.
 func saveHeld(k *kit) {
 	g := k.boot(nil)
 	saver := k.saver(g)
@@ -67,11 +225,18 @@ func saveHeld(k *kit) {
 	}
 	for _, name := range []string{"first", "second"} {
 		opts := k.saveOptions(name)
-		opts.Hold = true
-		saved, err := saver.Save(k.Context(), opts)
+		hold, err := saver.Save(k.Context(), opts)
 		if err != nil {
 			k.Fatal(err)
 		}
+		if name == "first" {
+			if held, err := hold.Release(k.Context()); held != 0 || err != nil {
+				k.Errorf("Release of a guest that was held before = %v, %v", held, err)
+			}
+		} else {
+			hold.Keep()
+		}
+		saved := hold.Saved()
 		if want := name == "first"; saved.Held != want {
 			k.Errorf("the %s time, Held = %v", name, saved.Held)
 		}
@@ -100,8 +265,7 @@ func saveHeld(k *kit) {
 // saveFails: the guest goes on as if nothing had been, no file is left, and it can be
 // saved after that.
 func saveFails(k *kit) {
-	base := k.drive("base", "raw")
-	g := k.boot(func(c *vmm.Config) { c.Drives = []vmm.Drive{k.overlay(base, "parent")} })
+	g := k.boot(nil)
 	saver := k.saver(g)
 	mustFail := func(ctx context.Context, what string, opts vmm.SaveOptions) error {
 		k.Helper()
@@ -143,11 +307,6 @@ func saveFails(k *kit) {
 		k.Errorf("another's file now holds %q", got)
 	}
 
-	opts = k.saveOptions("no-overlay")
-	opts.Overlays = []string{k.missing()}
-	_ = mustFail(k.Context(), "an overlay that is not there", opts)
-	gone("an overlay that is not there", opts.Memory, opts.State)
-
 	ctx, cancel := context.WithCancel(k.Context())
 	cancel()
 	opts = k.saveOptions("given-up")
@@ -157,12 +316,7 @@ func saveFails(k *kit) {
 	gone("given up", opts.Memory, opts.State)
 
 	opts = k.saveOptions("saved")
-	opts.Overlays = []string{k.overlay(g.cfg.Drives[0], "next").Path}
-	saved, err := saver.Save(k.Context(), opts)
-	if err != nil {
-		k.Fatalf("after failures: %v", err)
-	}
-	child := k.restore(g.cfg, saved, opts, []vmm.Drive{k.overlay(g.cfg.Drives[0], "child")})
+	child := k.restore(g.cfg, g.save(opts), opts, nil)
 	if got := child.run("echo awake"); got != "awake" {
 		k.Errorf("a guest that was saved after failures says %q", got)
 	}
@@ -172,10 +326,7 @@ func saveFails(k *kit) {
 func restoreFails(k *kit) {
 	g := k.boot(nil)
 	opts := k.saveOptions("saved")
-	saved, err := k.saver(g).Save(k.Context(), opts)
-	if err != nil {
-		k.Fatal(err)
-	}
+	saved := g.save(opts)
 	g.killed()
 	if err := os.WriteFile(opts.State+".cut", []byte(readFile(opts.State)[:1<<10]), 0o600); err != nil {
 		k.Fatal(err)
@@ -205,6 +356,19 @@ func (k *kit) saver(g *guest) vmm.Saver {
 		k.Skip("this backend can't save VMs")
 	}
 	return saver
+}
+
+// save saves a guest, which goes on then.
+func (g *guest) save(opts vmm.SaveOptions) vmm.Saved {
+	g.Helper()
+	hold, err := g.saver(g).Save(g.Context(), opts)
+	if err == nil {
+		_, err = hold.Release(g.Context())
+	}
+	if err != nil {
+		g.Fatal(err)
+	}
+	return hold.Saved()
 }
 
 func (k *kit) saveOptions(name string) vmm.SaveOptions {

@@ -37,14 +37,10 @@ func saveBusy(vcpus int) func(*kit) {
 		origin := k.boot(func(c *vmm.Config) {
 			c.VCPUs, c.MemoryMiB, c.Drives = vcpus, 512, []vmm.Drive{disk}
 		})
-		saver := k.saver(origin)
+		_ = k.saver(origin)
 		origin.run("mkdir /data; mount -t ext4 /dev/vda /data")
 		opts := k.saveOptions("origin")
-		opts.Hold = true // the drive stays as it is
-		saved, err := saver.Save(k.Context(), opts)
-		if err != nil {
-			k.Fatal(err)
-		}
+		saved := origin.saveAndKeep(opts) // the drive stays as it is
 		origin.killed()
 		g := k.restore(origin.cfg, saved, opts, origin.cfg.Drives)
 		pauser, ok := g.Instance.(vmm.Pauser)
@@ -62,12 +58,8 @@ func saveBusy(vcpus int) func(*kit) {
 		for round := range rounds {
 			g.run("sleep 0.3")
 			opts := k.saveOptions(fmt.Sprint("round-", round))
-			opts.Hold = true
-			saved, err := k.saver(g).Save(k.Context(), opts)
-			if err != nil {
-				k.Fatal(err)
-			}
-			k.Logf("save %d: held for %v, %d pages reread, %d mended", round, saved.Pause, saved.Reread, saved.Mended)
+			saved := g.saveAndKeep(opts)
+			k.Logf("save %d: %d pages reread, %d mended", round, saved.Reread, saved.Mended)
 			if err := check(saved); err != nil {
 				k.Errorf("save %d: %v", round, err)
 			}
@@ -88,6 +80,17 @@ func saveBusy(vcpus int) func(*kit) {
 		}
 		k.Logf("of %d saves of a guest with %d CPUs %d were bad", rounds, vcpus, bad)
 	}
+}
+
+// saveAndKeep saves a guest, which is paused then.
+func (g *guest) saveAndKeep(opts vmm.SaveOptions) vmm.Saved {
+	g.Helper()
+	hold, err := g.saver(g).Save(g.Context(), opts)
+	if err != nil {
+		g.Fatal(err)
+	}
+	hold.Keep()
+	return hold.Saved()
 }
 
 func notHeldEarly(saved vmm.Saved) error {

@@ -28,6 +28,8 @@ type Assets struct {
 	ConsoleBytes int64
 	// SkipClock says why the guest's clock is not tested. Empty: it is.
 	SkipClock string
+	// SkipTAP says why network interfaces that are TAPs are not tested. Empty: they are.
+	SkipTAP string
 	// BusySaves is how often each busy guest is saved. Zero: busy guests are left out.
 	BusySaves int
 	// CheckSave checks what is reported of each save of a busy guest. Nil: that the
@@ -46,6 +48,7 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 	}{
 		{"leaves nothing open", leavesNothing, true},
 		{"start fails", startFails, true},
+		{"bad network interface", badNIC, true},
 		{"dies with its parent", diesWithParent, true},
 
 		{"machine", machine, false},
@@ -54,9 +57,11 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"clock", clock, false},
 		{"channel", channel, false},
 		{"no channel", noChannel, false},
+		{"channel opened again", channelAgain, false},
 		{"drives", drives, false},
 		{"shared drive", sharedDrive, false},
 		{"network", network, false},
+		{"network by TAP", tap, false},
 
 		{"power-off", powerOff, false},
 		{"reboot", reboot, false},
@@ -69,6 +74,8 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"pause", pause, false},
 
 		{"save", save, false},
+		{"save with disks", saveDisks, false},
+		{"overlays fail", overlaysFail, false},
 		{"save a guest that is held", saveHeld, false},
 		{"save a busy guest with 2 CPUs", saveBusy(2), false},
 		{"save a busy guest with 4 CPUs", saveBusy(4), false},

@@ -1,0 +1,99 @@
+package traits
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+func TestAll(t *testing.T) {
+	t.Parallel()
+	seen := map[string]bool{Auto: true, "": true}
+	for _, one := range All() {
+		if seen[one.Name] {
+			t.Errorf("the name %q is taken", one.Name)
+		}
+		seen[one.Name] = true
+		if len(one.Programs) == 0 || len(one.DiskFormats) == 0 || len(one.Accelerators) == 0 || one.Layout == 0 {
+			t.Errorf("%s declares %+v", one.Name, one)
+		}
+		if got, err := Lookup(one.Name); err != nil || got.Name != one.Name {
+			t.Errorf("Lookup(%q) = %+v, %v", one.Name, got, err)
+		}
+	}
+}
+
+func TestLookupOfUnknown(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"", "xen", "QEMU", Auto} {
+		_, err := Lookup(name)
+		if !errors.Is(err, smolvm.ErrUnknownBackend) || smolvm.CodeOf(err) != smolvm.CodeUnknownBackend {
+			t.Errorf("Lookup(%q): %v", name, err)
+		}
+		if hint := smolvm.HintOf(err); !strings.Contains(hint, "auto, qemu") {
+			t.Errorf("Lookup(%q) has the hint %q", name, hint)
+		}
+	}
+}
+
+func TestFirst(t *testing.T) {
+	t.Parallel()
+	all := []vmm.Traits{{Name: "first"}, {Name: "second"}}
+	for name, test := range map[string]struct {
+		lacking []string
+		want    string
+	}{
+		"both can":    {nil, "first"},
+		"one can":     {[]string{"first"}, "second"},
+		"another can": {[]string{"second"}, "first"},
+		"none can":    {[]string{"first", "second"}, ""},
+	} {
+		lacks := func(t vmm.Traits) []smolvm.Finding {
+			for _, lacking := range test.lacking {
+				if t.Name == lacking {
+					return []smolvm.Finding{{Name: t.Name + "-program", Problem: "not installed", Severity: smolvm.SeverityError}}
+				}
+			}
+			return nil
+		}
+		got, err := First(all, lacks)
+		if got.Name != test.want || (err == nil) != (test.want != "") {
+			t.Errorf("%s: First = %q, %v", name, got.Name, err)
+		}
+		if err == nil {
+			continue
+		}
+		missing, ok := errors.AsType[*smolvm.PrerequisiteError](err)
+		if !ok || len(missing.Findings) != len(all) {
+			t.Errorf("%s: the error is %#v, without a reason for each", name, err)
+		}
+	}
+}
+
+func TestAccelerator(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		can, has []string
+		want     string
+	}{
+		"the best":            {[]string{vmm.KVM, vmm.TCG}, []string{vmm.TCG, vmm.KVM}, vmm.KVM},
+		"what the host has":   {[]string{vmm.KVM, vmm.TCG}, []string{vmm.TCG}, vmm.TCG},
+		"what it prefers":     {[]string{vmm.TCG, vmm.KVM}, []string{vmm.TCG, vmm.KVM}, vmm.TCG},
+		"nothing that it has": {[]string{vmm.KVM}, []string{vmm.TCG}, ""},
+	} {
+		has := func(name string) bool {
+			for _, one := range test.has {
+				if one == name {
+					return true
+				}
+			}
+			return false
+		}
+		if got, ok := Accelerator(vmm.Traits{Accelerators: test.can}, has); got != test.want || ok != (test.want != "") {
+			t.Errorf("%s: Accelerator = %q, %v", name, got, ok)
+		}
+	}
+}
