@@ -22,6 +22,7 @@ import (
 
 // Every verb on an id that no VM has, or can have.
 func TestUnknownAndIllegalIDs(t *testing.T) {
+	t.Parallel()
 	m := openEmpty(t)
 	ctx := t.Context()
 	verbs := map[string]func(id string) error{
@@ -69,6 +70,7 @@ const publicKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDvd9sQY0Yb0nXxM1YVwHUkH8
 
 // Bad configurations are refused with every bad field named, and leave nothing.
 func TestCreateBadConfig(t *testing.T) {
+	t.Parallel()
 	m := openEmpty(t)
 	dir := t.TempDir()
 	text := filepath.Join(dir, "text")
@@ -201,6 +203,7 @@ func TestDataDirResolution(t *testing.T) {
 }
 
 func TestSameIDTwice(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	mustCreate(t, m, smolvm.VMConfig{ID: "twin"})
 	if _, err := m.Create(t.Context(), smolvm.VMConfig{ID: "twin"}, smolvm.CreateOptions{}); !errors.Is(err, smolvm.ErrVMAlreadyExists) || !strings.Contains(err.Error(), "twin") {
@@ -213,6 +216,7 @@ func TestSameIDTwice(t *testing.T) {
 
 // Many at once get different leases, ports and disks.
 func TestConcurrentCreates(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	const n = 24
 	var all sync.WaitGroup
@@ -239,6 +243,7 @@ func TestConcurrentCreates(t *testing.T) {
 
 // A port that another program takes between create and start is not the VM's end.
 func TestSSHPortTakenMeanwhile(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	taken, err := net.Listen("tcp", hostAddr(smolvm.PortForward{HostAddr: vm.Network.SSHHostAddr, HostPort: vm.Network.SSHHostPort}))
@@ -371,6 +376,7 @@ func TestQEMUMissingOrBroken(t *testing.T) {
 
 // A caller that gives up a start leaves the VM as it was.
 func TestStartCancelled(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	faulty(t, m, vm.ID, vmmfake.Silent)
@@ -393,6 +399,7 @@ func TestStartCancelled(t *testing.T) {
 
 // A socket directory of any length works.
 func TestLongSocketDir(t *testing.T) {
+	t.Parallel()
 	config := useFake(t)
 	config.SocketDir = filepath.Join(filepath.Dir(config.DataDir), strings.Repeat("long", 20), strings.Repeat("path", 20))
 	m, err := manager.Open(t.Context(), config)
@@ -418,6 +425,7 @@ func TestLongSocketDir(t *testing.T) {
 
 // A disk that does not fit leaves no VM behind.
 func TestCreateDiskFull(t *testing.T) {
+	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("mounting a small file system takes root")
 	}

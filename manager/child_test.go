@@ -74,12 +74,12 @@ var childWork = map[string]func(ctx context.Context, m *manager.Manager, id stri
 // childMain starts a VM, or does some other work, says so, and waits to be killed.
 func childMain(args []string) int {
 	ctx := context.Background()
-	self, err := os.Executable()
+	command, err := shimCommandOf(args[0])
 	if err != nil {
 		return 1
 	}
 	m, err := manager.Open(ctx, manager.Config{
-		DataDir: args[0], SocketDir: args[1], AgentPath: args[2], ShimCommand: []string{self, shimCommand},
+		DataDir: args[0], SocketDir: args[1], AgentPath: args[2], ShimCommand: command,
 		Templates: manager.TemplateConfig{Disabled: childWork[args[4]] == nil},
 	})
 	if err != nil {

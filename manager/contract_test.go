@@ -226,6 +226,7 @@ func handleWait(t *testing.T, m *manager.Manager, vm smolvm.VM) {
 // Create with Reuse is idempotent: it returns the VM that is there, if it is the one that is
 // asked for.
 func TestCreateReuse(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	config := smolvm.VMConfig{ID: "web", MemoryMiB: 256, PortForwards: []smolvm.PortForward{{GuestPort: 80}}, Labels: map[string]string{"a": "b"}}
 	first := mustCreate(t, m, config)
@@ -247,6 +248,7 @@ func TestCreateReuse(t *testing.T) {
 }
 
 func TestBackends(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	backends, err := m.Backends(t.Context())
 	if err != nil || len(backends) == 0 || backends[0].Name != "qemu" || !backends[0].Available || backends[0].Why != "" {

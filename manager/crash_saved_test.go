@@ -36,6 +36,7 @@ func pull(t *testing.T, m *manager.Manager, id, work string, after time.Duration
 // A process that is killed while it saves a VM does not harm the VM, and the snapshot is
 // either complete or not there.
 func TestKilledWhileSaving(t *testing.T) {
+	t.Parallel()
 	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
 		pull(t, m, "vm", "snapshot", moment)
 	})
@@ -43,6 +44,7 @@ func TestKilledWhileSaving(t *testing.T) {
 
 // Nor does one that only gives up.
 func TestSavingGivenUp(t *testing.T) {
+	t.Parallel()
 	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
 		ctx, cancel := context.WithTimeout(t.Context(), moment)
 		defer cancel()
@@ -124,6 +126,7 @@ func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manag
 // The same when it is not the process that asked for it which dies, but the VM's shim:
 // the VM is lost, but neither its disk nor a snapshot that was reported.
 func TestShimKilledWhileSaving(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	for i := 0; i < len(moments); i += 2 {
 		moment := moments[i]

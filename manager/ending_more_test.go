@@ -16,6 +16,7 @@ import (
 // A VM whose shim has died is left alone by those who only look at it, as long as somebody
 // else is changing it: what they would clean up may be that one's by then (C8).
 func TestReadersLeaveLockedVMs(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	runtime := filepath.Dir(vm.SocketPath)

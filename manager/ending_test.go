@@ -24,6 +24,7 @@ const hostSlack = 5 * time.Second
 // A shim and a VMM that hang are ended in time, and nothing of the VM is left (C3, C4). The
 // disk is as after a power cut, and the VM starts from it.
 func TestStopOfHungProcesses(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
 	sh(t, m, vm.ID, "echo kept > /root/file; sync")
@@ -131,6 +132,7 @@ func TestFailedStartKeepsVM(t *testing.T) {
 // Whoever is killed at whichever point of a claim, no other VM is ended, nothing is left
 // behind, the pool knows how many VMs it has, and the next start succeeds (D1, D2).
 func TestKilledWhileClaiming(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1}); err != nil {
 		t.Fatal(err)

@@ -3,9 +3,10 @@ package manager_test
 import (
 	"os"
 	"path/filepath"
-	"runtime"
 	"testing"
 
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/shim/program"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/qemu"
@@ -13,24 +14,52 @@ import (
 	"github.com/smolvm/smolvm/manager"
 )
 
-// fakeEnv has shims run VMs by the fake VMM, which takes QEMU's name.
-const fakeEnv = "SMOLVM_TEST_VMMFAKE"
+// fakeShim is the first argument of a shim that runs its VMs by the fake VMM, which takes
+// QEMU's name.
+const fakeShim = "fake-shim"
 
-// backends are what a shim of the tests can run VMs by.
-func backends() []vmm.Backend {
-	if os.Getenv(fakeEnv) != "" {
-		return []vmm.Backend{vmmfake.New(vmmfake.Options{})}
+// beShim makes this process a shim, if it was started as one.
+func beShim(role string) {
+	backend := vmm.Backend(qemu.New(qemu.Options{}))
+	switch role {
+	case fakeShim:
+		backend = vmmfake.New(vmmfake.Options{})
+	case "shim", shim.Argument: // as the smolvm program that it stands in for
+	default:
+		return
 	}
-	return []vmm.Backend{qemu.New(qemu.Options{})}
+	os.Args[1] = shim.Argument
+	program.Main(backend)
 }
 
-// useFake makes the test's VMs those of the fake VMM, and returns the configuration of a
-// Manager that can boot them.
+// fakeMark is the name of a file beside the data directories whose VMs are fake.
+const fakeMark = "fake"
+
+// isFake reports whether a data directory's VMs are those of the fake VMM.
+func isFake(dataDir string) bool {
+	_, err := os.Stat(filepath.Join(filepath.Dir(dataDir), fakeMark))
+	return err == nil
+}
+
+// shimCommandOf returns what becomes the shims of a data directory's VMs.
+func shimCommandOf(dataDir string) ([]string, error) {
+	self, err := os.Executable()
+	if isFake(dataDir) {
+		return []string{self, fakeShim}, err
+	}
+	return []string{self, shimCommand}, err
+}
+
+// useFake makes the VMs of a new data directory those of the fake VMM, and returns the
+// configuration of a Manager that can boot them. It changes nothing of the process's, so
+// that such tests can run beside each other.
 func useFake(t testing.TB) manager.Config {
 	t.Helper()
-	t.Setenv(fakeEnv, "1")
-	testenv.StandIn(t, vmm.QEMUProgram(runtime.GOARCH))
-	config := testConfig(t, tempDir(t))
+	dir := tempDir(t)
+	if err := os.WriteFile(filepath.Join(dir, fakeMark), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	config := testConfig(t, dir)
 	config.AgentPath = "" // the image is there
 	testenv.FakeImages(t, config.DataDir)
 	return config

@@ -95,6 +95,7 @@ func TestLifecycle(t *testing.T) {
 // Closing a Manager leaves VMs running; another one, as in another process, takes
 // them over.
 func TestClose(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), Templates: manager.TemplateConfig{Disabled: true}}
 	vm := mustRun(t, m, smolvm.VMConfig{})
@@ -117,6 +118,7 @@ func TestClose(t *testing.T) {
 
 // A guest may end by itself, in good order or not.
 func TestGuestEndsByItself(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	for name, test := range map[string]struct {
 		line  string
@@ -182,6 +184,7 @@ func TestOwnInit(t *testing.T) {
 
 // Whoever dies, no VM is without its keeper, and the truth is found out.
 func TestKilledProcesses(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	for name, victim := range map[string]func(smolvm.VMInfo) int{
 		"shim": func(vm smolvm.VMInfo) int { return vm.ShimPID },
@@ -227,6 +230,7 @@ func TestKilledProcesses(t *testing.T) {
 }
 
 func TestTTLAndEphemeral(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{TTL: time.Second, Ephemeral: true})
 	if err := waitEnd(t, vm); err != nil {
@@ -250,6 +254,7 @@ func TestTTLAndEphemeral(t *testing.T) {
 }
 
 func TestLogs(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	read := func(opts smolvm.LogOptions) string {

@@ -13,7 +13,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
-	"github.com/smolvm/smolvm/internal/shim/program"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
 	"github.com/smolvm/smolvm/manager"
@@ -23,10 +22,9 @@ import (
 const shimCommand = shim.Argument
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == "shim" { // as the smolvm program that it stands in for
-		os.Args[1] = shim.Argument
+	if len(os.Args) > 1 {
+		beShim(os.Args[1])
 	}
-	program.Main(backends()...)
 	if len(os.Args) > 1 && os.Args[1] == childCommand {
 		os.Exit(childMain(os.Args[2:]))
 	}
@@ -53,15 +51,16 @@ func tempDir(t testing.TB) string {
 
 func testConfig(t testing.TB, dir string) manager.Config {
 	t.Helper()
-	self, err := os.Executable()
+	dataDir := filepath.Join(dir, "data [a], 100%b") // patterns and options give these a meaning
+	command, err := shimCommandOf(dataDir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return manager.Config{
-		DataDir:     filepath.Join(dir, "data [a], 100%b"), // patterns and options give these a meaning
+		DataDir:     dataDir,
 		SocketDir:   filepath.Join(dir, "run"),
 		Backend:     "qemu",
-		ShimCommand: []string{self, shimCommand},
+		ShimCommand: command,
 		AgentPath:   "/nonexistent/agent", // nothing may need it that does not boot an image
 		// Only tests of templates want a second VM booted for each that they start.
 		Templates: manager.TemplateConfig{Disabled: true},

@@ -18,6 +18,7 @@ i=0; while :; do i=$((i+1)); echo $i > /run/count; sleep 1; done
 sh /run/count.sh >/dev/null 2>&1 &`
 
 func TestPause(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
 	if _, err := m.Resume(t.Context(), vm.ID); !errors.Is(err, smolvm.ErrInvalidState) {
@@ -68,6 +69,7 @@ func TestForkOfGuestThatHangs(t *testing.T) {
 
 // A snapshot that an older program took says that it may be damaged.
 func TestSnapshotOfOlderProgram(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "old"}); err != nil {
@@ -173,6 +175,7 @@ func TestFork(t *testing.T) {
 }
 
 func TestSnapshot(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm", Env: map[string]string{"WORD": "kept"}})
 	sh(t, m, "vm", "echo one > /root/file; "+counter)
@@ -264,6 +267,7 @@ func TestSnapshot(t *testing.T) {
 
 // What can't be saved is refused before anything is made.
 func TestSnapshotRefusals(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	drive := filepath.Join(tempDir(t), "drive")
 	if err := os.WriteFile(drive, make([]byte, 1<<20), 0o600); err != nil {
@@ -289,6 +293,7 @@ func TestSnapshotRefusals(t *testing.T) {
 
 // EnsurePool fills a pool while its caller goes on.
 func TestEnsurePool(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	if _, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: -1}); err == nil {
 		t.Error("there is a pool of -1 VMs")
@@ -379,6 +384,7 @@ func TestPool(t *testing.T) {
 
 // A snapshot that a newer program has made is refused, whatever it is to be restored for.
 func TestSnapshotOfNewerProgram(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	if _, err := m.CreateSnapshot(t.Context(), vm.ID, smolvm.SnapshotOptions{Name: "new"}); err != nil {

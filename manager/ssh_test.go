@@ -3,7 +3,6 @@ package manager_test
 import (
 	"crypto/ed25519"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -15,7 +14,6 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/image/imagetest"
 )
 
 // sshServer answers as an SSH server with a new host key that lets everybody in and
@@ -79,20 +77,19 @@ func serveSSH(conn net.Conn, config *ssh.ServerConfig) {
 // The host key of a guest with a kernel of its own is learned at the first login, and
 // insisted on from then on.
 func TestOwnKernelHostKey(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("ssh"); err != nil {
 		t.Skip("there is no ssh client: ", err)
 	}
 	m := openEmpty(t)
-	dir := t.TempDir()
-	kernel, initrd, rootfs := filepath.Join(dir, "kernel"), filepath.Join(dir, "initrd"), filepath.Join(dir, "rootfs")
 	disk := make([]byte, 1<<20)
 	copy(disk, "hsqs")
-	err := errors.Join(os.WriteFile(kernel, imagetest.TinyKernel(), 0o600),
-		os.WriteFile(initrd, []byte(imagetest.Initramfs), 0o600), os.WriteFile(rootfs, disk, 0o600))
-	if err != nil {
+	config := withoutImage(t, "own_kernel")
+	config.InitrdPath, config.RootfsPath = "", filepath.Join(t.TempDir(), "rootfs")
+	if err := os.WriteFile(config.RootfsPath, disk, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	vm := mustCreate(t, m, smolvm.VMConfig{ID: "own_kernel", KernelPath: kernel, RootfsPath: rootfs})
+	vm := mustCreate(t, m, config)
 	addr := fmt.Sprintf("127.0.0.1:%d", vm.Network.SSHHostPort)
 	login := func() (string, error) {
 		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
@@ -120,7 +117,7 @@ func TestOwnKernelHostKey(t *testing.T) {
 	}
 	checkEmpty(t, filepath.Join(m.DataDir(), "vms"))
 
-	diskless := mustCreate(t, m, smolvm.VMConfig{ID: "diskless", KernelPath: kernel, InitrdPath: initrd})
+	diskless := mustCreate(t, m, withoutImage(t, "diskless"))
 	access, err := m.SSH(t.Context(), diskless.ID, smolvm.SSHOptions{})
 	if err != nil || !strings.Contains(access.String(), "known_hosts-") {
 		t.Errorf("a guest whose key nothing keeps: %q, %v", access.String(), err)

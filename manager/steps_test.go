@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -97,32 +98,38 @@ var verbs = map[string]verb{
 // that was there before, can go on with what it finds, and leaves nothing behind when all is
 // removed. The steps are those that the operation comes to if nobody is killed.
 func TestKilledAtEachStep(t *testing.T) {
-	steps, killed, leaked := 0, 0, 0
-	for name, v := range verbs {
-		var names []string
-		if !t.Run(name, func(t *testing.T) { names = v.run(t, "") }) {
-			continue // there is no telling its steps
-		}
-		if len(names) == 0 {
-			t.Errorf("%s comes to no step", name)
-		}
-		for _, point := range names {
-			steps++
-			ok := t.Run(name+" at "+point, func(t *testing.T) {
-				if slices.Contains(v.run(t, point), point) {
-					killed++
-				} else { // what goes on in the background may come to it too late
-					t.Log("it was not come to a second time")
+	t.Parallel()
+	var steps, killed, leaked atomic.Int32
+	t.Run("of", func(t *testing.T) { // ends when all that run beside each other have
+		for name, v := range verbs {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				names := v.run(t, "")
+				if len(names) == 0 {
+					t.Errorf("%s comes to no step", name)
+				}
+				for _, point := range names {
+					steps.Add(1)
+					t.Run("at "+point, func(t *testing.T) {
+						t.Parallel()
+						t.Cleanup(func() { // the last one: after it was looked for what is left
+							if t.Failed() {
+								leaked.Add(1)
+							}
+						})
+						if slices.Contains(v.run(t, point), point) {
+							killed.Add(1)
+						} else { // what goes on in the background may come to it too late
+							t.Log("it was not come to a second time")
+						}
+					})
 				}
 			})
-			if !ok {
-				leaked++
-			}
 		}
-	}
-	t.Logf("steps=%d killed=%d leaked=%d", steps, killed, leaked)
-	if killed < steps*9/10 {
-		t.Errorf("of %d steps only %d were come to a second time", steps, killed)
+	})
+	t.Logf("steps=%d killed=%d leaked=%d", steps.Load(), killed.Load(), leaked.Load())
+	if killed.Load() < steps.Load()*9/10 {
+		t.Errorf("of %d steps only %d were come to a second time", steps.Load(), killed.Load())
 	}
 }
 

@@ -165,6 +165,7 @@ func TestClones(t *testing.T) {
 // Cold boots are to be had for the asking, and make no templates. VMs that can't be
 // cloned are booted without a word.
 func TestCold(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	vm, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{Cold: true})
@@ -189,6 +190,7 @@ func TestCold(t *testing.T) {
 // A template that is of no use is replaced, and costs nothing but the time: the VM boots
 // and says why.
 func TestDamagedTemplate(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	path := func(template smolvm.Template, name string) string {
 		return filepath.Join(m.DataDir(), "templates", template.ID, name)
@@ -258,6 +260,7 @@ func flipByte(path string) error {
 
 // A state that verifies but that the VMM can't load falls back as well.
 func TestUnloadableTemplate(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
@@ -303,6 +306,7 @@ func TestWarmUp(t *testing.T) {
 // Templates are removed when they take too much of the disk, the least used first, and
 // with their image.
 func TestPruneTemplates(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	var ids []string
 	for _, memory := range []int{192, 256} {

@@ -2,7 +2,9 @@ package testenv
 
 import (
 	"context"
+	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -44,15 +46,17 @@ func FakeImages(t testing.TB, dataDir string) {
 	}
 }
 
-// StandIn puts a program of that name first in PATH, for the rest of the test. It does
-// nothing: a fake VMM is looked for by another's name, and not run.
-func StandIn(t testing.TB, name string) (path string) {
-	t.Helper()
-	dir := t.TempDir()
-	path = filepath.Join(dir, name)
-	if err := os.WriteFile(path, []byte("#!/bin/sh\necho version 9.0.0\n"), 0o700); err != nil {
-		t.Fatal(err)
+// standInEnv names the directory with programs that stand in for those which the host lacks.
+const standInEnv = "SMOLVM_TEST_STANDIN"
+
+// standIn puts a program in PATH that does nothing, if there is none of that name: a fake VMM
+// is looked for by another's name, and not run.
+func standIn(dir, name string) error {
+	if _, err := exec.LookPath(name); err == nil {
+		return nil
 	}
-	t.Setenv("PATH", dir+string(os.PathListSeparator)+os.Getenv("PATH"))
-	return path
+	err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\necho version 9.0.0\n"), 0o700)
+	return errors.Join(err,
+		os.Setenv("PATH", os.Getenv("PATH")+string(os.PathListSeparator)+dir),
+		os.Setenv(standInEnv, dir))
 }
