@@ -65,6 +65,35 @@ var childWork = map[string]func(ctx context.Context, m *manager.Manager, id stri
 		}
 		return m.RemovePool(ctx, pools[0].ID)
 	},
+	"resize": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.Resize(ctx, id, smolvm.ResizeOptions{DiskSizeMiB: grown})
+		return err
+	},
+	"add port": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.AddPortForward(ctx, id, smolvm.PortForward{GuestPort: webPort})
+		return err
+	},
+	"remove port": func(ctx context.Context, m *manager.Manager, id string) error {
+		forwards, err := m.PortForwards(ctx, id)
+		if err != nil {
+			return err
+		}
+		return m.RemovePortForward(ctx, id, forwards[0])
+	},
+	"build image": func(ctx context.Context, m *manager.Manager, name string) error {
+		_, err := m.BuildImage(ctx, ownImage(m, name))
+		return err
+	},
+	"remove image": func(ctx context.Context, m *manager.Manager, name string) error { return m.RemoveImage(ctx, name) },
+	"prune images": func(ctx context.Context, m *manager.Manager, _ string) error {
+		_, err := m.PruneImages(ctx)
+		return err
+	},
+	"remove snapshot": func(ctx context.Context, m *manager.Manager, name string) error { return m.RemoveSnapshot(ctx, name) },
+	"prune templates": func(ctx context.Context, m *manager.Manager, _ string) error {
+		_, err := m.PruneTemplates(ctx, smolvm.PruneTemplateOptions{All: true})
+		return err
+	},
 	"start": func(ctx context.Context, m *manager.Manager, id string) error {
 		_, err := m.Start(ctx, id, smolvm.StartOptions{})
 		return err

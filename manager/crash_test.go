@@ -51,7 +51,7 @@ func startChild(t *testing.T, m *manager.Manager, id, kind string, env ...string
 func childAgent(t *testing.T, m *manager.Manager) string {
 	t.Helper()
 	if isFake(m.DataDir()) {
-		return "" // the image is there
+		return fakeAgent(m.DataDir())
 	}
 	return testenv.Agent(t)
 }

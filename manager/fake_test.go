@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/shim/program"
 	"github.com/smolvm/smolvm/internal/testenv"
@@ -63,6 +64,43 @@ func useFake(t testing.TB) manager.Config {
 	config.AgentPath = "" // the image is there
 	testenv.FakeImages(t, config.DataDir)
 	return config
+}
+
+// ownFiles makes the files of an image of one's own, each time of another one; see ownImage.
+func ownFiles(t testing.TB, m *manager.Manager) {
+	t.Helper()
+	testenv.FakeRecipe(t, filepath.Dir(m.DataDir()))
+}
+
+// ownImage says how to build an image of the files that ownFiles has made.
+func ownImage(m *manager.Manager, name string) smolvm.BuildOptions {
+	dir := filepath.Dir(m.DataDir())
+	return smolvm.BuildOptions{Name: name, Kernel: filepath.Join(dir, "kernel"), Rootfs: filepath.Join(dir, "rootfs")}
+}
+
+// fakeAgent is the agent of such an image; empty if ownFiles has made none. With one, nobody
+// may ask for the default image: it would be built anew, as that has another.
+func fakeAgent(dataDir string) string {
+	path := filepath.Join(filepath.Dir(dataDir), "agent")
+	if _, err := os.Stat(path); err != nil {
+		return ""
+	}
+	return path
+}
+
+// buildOwn builds an image of one's own.
+func buildOwn(t testing.TB, m *manager.Manager, name string) smolvm.Image {
+	t.Helper()
+	builder, err := manager.Open(t.Context(), manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), AgentPath: fakeAgent(m.DataDir())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = builder.Close() }()
+	built, err := builder.BuildImage(t.Context(), ownImage(m, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return built
 }
 
 // openFake opens a Manager whose VMs are run by the fake VMM: for what is the engine's own

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -22,6 +23,8 @@ type verb struct {
 	templates, fresh bool
 	// before makes what the operation works on.
 	before func(t *testing.T, m *manager.Manager)
+	// after makes sure that what the operation was to do can be done still, or anew.
+	after func(t *testing.T, m *manager.Manager)
 	// starts are the VMs that it starts.
 	starts []string
 	// safe are the VMs that are there afterwards whatever happens, with their file.
@@ -60,6 +63,72 @@ func stepsStopped(t *testing.T, m *manager.Manager) {
 	}
 }
 
+// grown is the size to which a disk is made, in MiB, and webPort a port of a guest.
+const (
+	grown   = 64
+	webPort = 8000
+)
+
+// stepsImage builds an image, and a template of it.
+func stepsImage(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	ownFiles(t, m)
+	buildOwn(t, m, "mine")
+	if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{Image: "mine"}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// forwardsAnew ends all forwards of the VM, and makes sure that a new one reaches the guest.
+func forwardsAnew(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	forwards, err := m.PortForwards(t.Context(), "vm")
+	for _, forward := range forwards {
+		err = errors.Join(err, m.RemovePortForward(t.Context(), "vm", forward))
+	}
+	if err != nil {
+		t.Errorf("the forwards %+v can't be ended: %v", forwards, err)
+		return
+	}
+	again, err := m.AddPortForward(t.Context(), "vm", smolvm.PortForward{GuestPort: webPort})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sh(t, m, "vm", "mkdir -p /www; echo page > /www/index.html; httpd -p 8000 -h /www")
+	if got := get(t, dialTCP(t, again)); !strings.Contains(got, "page") {
+		t.Errorf("by a new forward comes %q", got)
+	}
+}
+
+// imagesAnew builds the image anew, starts a VM of it, and removes all that is not needed.
+func imagesAnew(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	ctx := t.Context()
+	buildOwn(t, m, "mine")
+	vm := mustRun(t, m, smolvm.VMConfig{Image: "mine"})
+	sh(t, m, vm.ID, "true")
+	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
+		t.Error(err)
+	}
+	awaitTemplates(t, m)
+	if err := m.RemoveImage(ctx, "mine"); err != nil {
+		t.Error(err)
+	}
+	if _, err := m.PruneImages(ctx); err != nil {
+		t.Error(err)
+	}
+	if images, err := m.Images(ctx); err != nil || len(images) != 1 {
+		t.Errorf("images are %+v, %v", images, err)
+	}
+	left, err := glob.In(filepath.Join(m.DataDir(), "images"), ".build-*")
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %q, %v", left, err)
+	}
+	if templates, err := m.Templates(ctx); err != nil || len(templates) != 0 {
+		t.Errorf("templates of images that are gone: %+v, %v", templates, err)
+	}
+}
+
 // verbs are the operations that change something.
 var verbs = map[string]verb{
 	"create": {work: "create", id: "vm"},
@@ -81,6 +150,35 @@ var verbs = map[string]verb{
 	"restore in place": {work: "restore in place", id: "saved", starts: []string{"vm"}, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
 		stepsSnapshot(t, m)
 		if _, err := m.Stop(t.Context(), "vm", smolvm.StopOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}},
+	"resize": {work: "resize", id: "vm", safe: []string{"vm"}, before: stepsStopped, after: func(t *testing.T, m *manager.Manager) {
+		t.Helper()
+		if vm, err := m.Resize(t.Context(), "vm", smolvm.ResizeOptions{DiskSizeMiB: grown}); err != nil || vm.Config.DiskSizeMiB != grown {
+			t.Errorf("resized it has %d MiB, %v", vm.Config.DiskSizeMiB, err)
+		}
+	}},
+	"port add": {work: "add port", id: "vm", safe: []string{"vm"}, before: stepsVM, after: forwardsAnew},
+	"port rm": {work: "remove port", id: "vm", safe: []string{"vm"}, after: forwardsAnew, before: func(t *testing.T, m *manager.Manager) {
+		t.Helper()
+		stepsVM(t, m)
+		if _, err := m.AddPortForward(t.Context(), "vm", smolvm.PortForward{GuestPort: webPort}); err != nil {
+			t.Fatal(err)
+		}
+	}},
+	"image build": {work: "build image", id: "mine", before: func(t *testing.T, m *manager.Manager) { ownFiles(t, m) }, after: imagesAnew},
+	"image rm":    {work: "remove image", id: "mine", templates: true, before: stepsImage, after: imagesAnew},
+	"image prune": {work: "prune images", templates: true, before: func(t *testing.T, m *manager.Manager) {
+		t.Helper()
+		stepsImage(t, m) // which is without a name when another one has that
+		ownFiles(t, m)
+		buildOwn(t, m, "mine")
+	}, after: imagesAnew},
+	"snapshot rm": {work: "remove snapshot", id: "saved", safe: []string{"vm"}, before: stepsSnapshot},
+	"template prune": {work: "prune templates", templates: true, before: func(t *testing.T, m *manager.Manager) {
+		t.Helper()
+		if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}},
@@ -190,6 +288,9 @@ func (v verb) check(t *testing.T, m *manager.Manager, point string) {
 	awaitTemplates(t, m)
 	if _, err := m.Reconcile(ctx); err != nil {
 		t.Errorf("Reconcile: %v", err)
+	}
+	if v.after != nil {
+		v.after(t, m)
 	}
 	vms, err := m.List(ctx, smolvm.ListOptions{})
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -312,6 +313,7 @@ func (m *Manager) RemoveTemplate(ctx context.Context, id string) error {
 	if errors.Is(err, smolvm.ErrNotFound) {
 		return &smolvm.Error{Hint: "`smolvm template ls` lists the templates", Err: fmt.Errorf("%w: %q", smolvm.ErrTemplateNotFound, id)}
 	}
+	step.Reached(ctx, "template rm/removed")
 	return errors.Join(err, m.reclaimLayers(ctx))
 }
 
