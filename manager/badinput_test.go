@@ -266,47 +266,48 @@ func TestSSHPortTakenMeanwhile(t *testing.T) {
 	}
 }
 
-// What keeps a start from succeeding leaves the VM in error, its log readable, and
+// What keeps a start from succeeding leaves the VM as it is to be, its log readable, and
 // nothing running.
 func TestFailedStarts(t *testing.T) {
-	m := openReal(t)
-	kernel := testenv.Kernel(t)
-	panics := testenv.Initramfs(t, "echo about to fail; exit 1\n")
-	hangs := testenv.Initramfs(t, "echo hanging; while :; do sleep 1; done\n")
+	t.Parallel()
+	m := openFake(t)
 	disk := filepath.Join(t.TempDir(), "drive")
 	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	dead := []string{"/bin/sh", "-c", "echo no luck >&2; exit 1"}
-	tests := map[string]struct {
+	brief := smolvm.StartOptions{Timeout: 2 * time.Second}
+	for name, test := range map[string]struct {
 		config smolvm.VMConfig
 		opts   smolvm.StartOptions
+		faults string
 		before func()
 		want   []string
 		is     error
 		state  smolvm.VMState
 	}{
-		"panic": {
-			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: panics, Ready: smolvm.ReadySSH},
-			want:   []string{"panicked", "Attempted to kill init", "console ends with"}, state: smolvm.StateError,
+		"VMM is missing": {faults: vmmfake.Missing, want: []string{"not found"}, state: smolvm.StateCreated},
+		"VMM dies":       {faults: vmmfake.Dies, want: []string{"as it was told"}, state: smolvm.StateCreated},
+		"no agent": {
+			faults: vmmfake.NoAgent, opts: brief,
+			want: []string{"boot timed out", "console ends with", "vmmfake"}, is: smolvm.ErrBootTimeout, state: smolvm.StateError,
 		},
 		"no agent, no SSH": {
-			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs, Ready: smolvm.ReadySSH},
-			opts:   smolvm.StartOptions{Timeout: 8 * time.Second},
-			want:   []string{"boot timed out", "hanging"}, is: smolvm.ErrBootTimeout, state: smolvm.StateError,
+			config: smolvm.VMConfig{Ready: smolvm.ReadySSH}, faults: vmmfake.NoAgent, opts: brief,
+			want: []string{"boot timed out", `by "ssh"`}, is: smolvm.ErrBootTimeout, state: smolvm.StateError,
 		},
+		"silent": {faults: vmmfake.Silent, opts: brief, want: []string{"boot timed out"}, is: smolvm.ErrBootTimeout, state: smolvm.StateError},
 		"drive is gone": {
-			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs, Drives: []smolvm.Drive{{Path: disk}}},
+			config: smolvm.VMConfig{Drives: []smolvm.Drive{{Path: disk}}},
 			before: func() { _ = os.Remove(disk) },
 			want:   []string{"no such file"}, state: smolvm.StateCreated,
 		},
-	}
-	for name, test := range tests {
+	} {
 		t.Run(name, func(t *testing.T) {
 			vm := mustCreate(t, m, test.config)
 			if test.before != nil {
 				test.before()
 			}
+			faulty(t, m, vm.ID, test.faults)
 			_, err := m.Start(t.Context(), vm.ID, test.opts)
 			if err == nil {
 				t.Fatal("the start succeeds")
@@ -327,30 +328,55 @@ func TestFailedStarts(t *testing.T) {
 				t.Errorf("processes are left: %q", left)
 			}
 			checkEmpty(t, m.SocketDir())
+			log, err := m.Logs(t.Context(), vm.ID, smolvm.LogOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = log.Close()
 			if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	t.Run("shim dies at once", func(t *testing.T) {
+		dead := []string{"/bin/sh", "-c", "echo no luck >&2; exit 1"}
 		config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), ShimCommand: dead}
 		broken, err := manager.Open(t.Context(), config)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer func() { _ = broken.Close() }()
-		vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs})
+		vm := mustCreate(t, m, smolvm.VMConfig{})
 		if _, err := broken.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err == nil || !strings.Contains(err.Error(), "no luck") {
 			t.Errorf("error is %v", err)
 		}
 	})
+	// One that is ready by its SSH server.
+	vm := mustRun(t, m, smolvm.VMConfig{Ready: smolvm.ReadySSH})
+	sh(t, m, vm.ID, "true")
+}
+
+// A guest that panics while it boots leaves its VM in error, and says why.
+func TestPanicAtBoot(t *testing.T) {
+	t.Parallel()
+	m := openReal(t)
+	panics := testenv.Initramfs(t, "echo about to fail; exit 1\n")
+	vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: testenv.Kernel(t), InitrdPath: panics, Ready: smolvm.ReadySSH})
+	_, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
+	for _, want := range []string{"panicked", "Attempted to kill init", "console ends with", vm.ID} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error lacks %q: %v", want, err)
+		}
+	}
+	if got := mustGet(t, m, vm.ID); got.State != smolvm.StateError {
+		t.Errorf("state is %s", got.State)
+	}
 }
 
 // QEMU may be missing, or die at once; PATH decides which one is found.
 func TestQEMUMissingOrBroken(t *testing.T) {
-	m := openReal(t)
-	kernel, initrd := testenv.Kernel(t), testenv.Initramfs(t, "while :; do sleep 1; done\n")
-	vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd})
+	m := openAt(t, testConfig(t, tempDir(t)))
+	vm := mustCreate(t, m, withoutImage(t, ""))
 	bin := t.TempDir()
 	t.Setenv("PATH", bin)
 	_, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{})

@@ -3,6 +3,7 @@ package manager_test
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 
 	"github.com/smolvm/smolvm"
@@ -70,7 +71,7 @@ var childWork = map[string]func(ctx context.Context, m *manager.Manager, id stri
 		return err
 	},
 	"add port": func(ctx context.Context, m *manager.Manager, id string) error {
-		_, err := m.AddPortForward(ctx, id, smolvm.PortForward{GuestPort: webPort})
+		_, err := m.AddPortForward(ctx, id, smolvm.PortForward{HostAddr: childAddr(), GuestPort: webPort})
 		return err
 	},
 	"remove port": func(ctx context.Context, m *manager.Manager, id string) error {
@@ -98,6 +99,12 @@ var childWork = map[string]func(ctx context.Context, m *manager.Manager, id stri
 		_, err := m.Start(ctx, id, smolvm.StartOptions{})
 		return err
 	},
+}
+
+// childAddr is an address of the host that no other process has ports of; see ownAddr.
+func childAddr() netip.Addr {
+	pid := os.Getpid()
+	return netip.AddrFrom4([4]byte{127, 251, byte(pid >> 8), 1 + byte(pid)%250})
 }
 
 // childMain starts a VM, or does some other work, says so, and waits to be killed.

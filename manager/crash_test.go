@@ -75,6 +75,7 @@ func (c child) kill(t *testing.T) {
 // A process that is killed while QEMU boots a VM leaves a VM that can be started again, or one
 // that runs.
 func TestKilledWhileStarting(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	for _, delay := range []time.Duration{400 * time.Millisecond, time.Second} {
 		c := startChild(t, m, "victim", "lasting")

@@ -67,6 +67,7 @@ func TestReadersLeaveLockedVMs(t *testing.T) {
 // With a timeout a VM that is deleted is shut down first, as far as its guest lets it in
 // that time; without one it is ended at once.
 func TestDeleteWithTimeout(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	for _, test := range []struct {
 		timeout time.Duration

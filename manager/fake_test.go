@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/shim/program"
@@ -116,6 +118,26 @@ func openFakeFast(t testing.TB) *manager.Manager {
 	config := useFake(t)
 	config.Templates = manager.TemplateConfig{}
 	return openAt(t, config)
+}
+
+// onSmallDisk gives a data directory a file system of its own, of a size as mount(8) takes it.
+// The images are elsewhere.
+func onSmallDisk(t testing.TB, config manager.Config, size string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("mounting a small file system takes root")
+	}
+	images, elsewhere := filepath.Join(config.DataDir, "images"), filepath.Join(filepath.Dir(config.DataDir), "images")
+	if err := os.Rename(images, elsewhere); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", config.DataDir, "tmpfs", 0, "mode=700,size="+size); err != nil {
+		t.Skip("mounting is not allowed here: ", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(config.DataDir, unix.MNT_DETACH) })
+	if err := os.Symlink(elsewhere, images); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // faulty gives the next starts of a VM such faults of the fake VMM's.
