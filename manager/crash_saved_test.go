@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -174,11 +175,23 @@ func TestShimKilledWhileSaving(t *testing.T) {
 // or the VM runs.
 func awaitSettled(t *testing.T, m *manager.Manager, id string) {
 	t.Helper()
-	for len(processesOf(m, id)) > 0 {
+	for {
+		left := processesOf(m, id)
+		if len(left) == 0 {
+			return
+		}
 		if vm, err := m.Get(t.Context(), id); err == nil && vm.State == smolvm.StateRunning {
 			return
 		}
-		time.Sleep(10 * time.Millisecond)
+		var pid int
+		_, _ = fmt.Sscan(left[0], &pid)
+		start, err := proc.StartTime(pid)
+		if err != nil {
+			continue // it has ended
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		_ = proc.Wait(ctx, pid, start) // it may begin to run instead
+		cancel()
 	}
 }
 

@@ -90,15 +90,15 @@ func fakeAgent(dataDir string) string {
 	return path
 }
 
-// buildOwn builds an image of one's own.
-func buildOwn(t testing.TB, m *manager.Manager, name string) smolvm.Image {
+// buildOwn builds an image of one's own, named mine.
+func buildOwn(t testing.TB, m *manager.Manager) smolvm.Image {
 	t.Helper()
 	builder, err := manager.Open(t.Context(), manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), AgentPath: fakeAgent(m.DataDir())})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = builder.Close() }()
-	built, err := builder.BuildImage(t.Context(), ownImage(m, name))
+	built, err := builder.BuildImage(t.Context(), ownImage(m, "mine"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -50,8 +50,8 @@ func TestRemoveImage(t *testing.T) {
 	m := openFakeFast(t)
 	ctx := t.Context()
 	ownFiles(t, m)
-	built := buildOwn(t, m, "mine")
-	if again := buildOwn(t, m, "mine"); again.Digest != built.Digest {
+	built := buildOwn(t, m)
+	if again := buildOwn(t, m); again.Digest != built.Digest {
 		t.Errorf("built again it is %s, not %s", again.Digest, built.Digest)
 	}
 	mustRun(t, m, smolvm.VMConfig{ID: "user", Image: "mine"})
@@ -79,7 +79,7 @@ func TestRemoveImage(t *testing.T) {
 	}
 	// Under its name there is another one now, so only its digest is left of it.
 	ownFiles(t, m)
-	other := buildOwn(t, m, "mine")
+	other := buildOwn(t, m)
 	awaitTemplates(t, m)
 	if templates, err := m.Templates(ctx); err != nil || len(templates) != 1 || templates[0].Image != built.Digest {
 		t.Errorf("templates are %+v, %v", templates, err)
@@ -112,7 +112,7 @@ func TestDamagedImage(t *testing.T) {
 	t.Parallel()
 	m := openFake(t)
 	ownFiles(t, m)
-	built := buildOwn(t, m, "mine")
+	built := buildOwn(t, m)
 	if err := os.Remove(built.KernelPath); err != nil {
 		t.Fatal(err)
 	}

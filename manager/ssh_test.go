@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -71,6 +72,53 @@ func serveSSH(conn net.Conn, config *ssh.ServerConfig) {
 				_ = channel.Close()
 			}
 		}
+	}
+}
+
+// What is said of a login is true of each VM alone: it is at its port, with its host key, by
+// the data directory's key or one that the VM was given.
+func TestLogins(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("ssh-keygen"); err != nil {
+		t.Skip("there is no ssh client: ", err)
+	}
+	key := filepath.Join(t.TempDir(), "key")
+	if out, err := exec.CommandContext(t.Context(), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key).CombinedOutput(); err != nil {
+		t.Fatalf("ssh-keygen: %v\n%s", err, out)
+	}
+	public, err := os.ReadFile(key + ".pub")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := openFake(t)
+	mustRun(t, m, smolvm.VMConfig{ID: "open", AuthorizedKeys: []string{strings.TrimSpace(string(public))}})
+	mustRun(t, m, smolvm.VMConfig{ID: "closed"})
+	login := func(id string, replace ...string) (string, error) {
+		t.Helper()
+		access, err := m.SSH(t.Context(), id, smolvm.SSHOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		line := strings.NewReplacer(append(replace, "ssh ", "ssh -F none -o BatchMode=yes ")...).Replace(access.String())
+		out, err := exec.CommandContext(t.Context(), "sh", "-c", line+" hostname").CombinedOutput()
+		return string(out), err
+	}
+	for _, id := range []string{"open", "closed"} {
+		if out, err := login(id); err != nil || out != id+"\n" {
+			t.Errorf("log in to VM %s: %v, %q", id, err, out)
+		}
+		out, err := login(id, filepath.Join(strings.ReplaceAll(m.DataDir(), "%", "%%"), "keys", "id_ed25519"), key)
+		if entered := err == nil; entered != (id == "open") {
+			t.Errorf("log in to VM %s by a key of the user's: %v, %q", id, err, out)
+		}
+	}
+	port := func(id string) string { return "-p " + strconv.Itoa(mustGet(t, m, id).Network.SSHHostPort) }
+	if out, err := login("open", port("open"), port("closed")); err == nil || !strings.Contains(out, "verification failed") {
+		t.Errorf("the host key of another VM is taken: %v, %q", err, out)
+	}
+	access, err := m.SSH(t.Context(), "open", smolvm.SSHOptions{PublicHost: "vm.example.org", User: "user"})
+	if want := "ssh " + port("open") + " user@vm.example.org"; err != nil || access.Public() != want {
+		t.Errorf("access is %+v, %v, want public %q", access, err, want)
 	}
 }
 

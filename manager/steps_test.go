@@ -73,7 +73,7 @@ const (
 func stepsImage(t *testing.T, m *manager.Manager) {
 	t.Helper()
 	ownFiles(t, m)
-	buildOwn(t, m, "mine")
+	buildOwn(t, m)
 	if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{Image: "mine"}); err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +104,7 @@ func forwardsAnew(t *testing.T, m *manager.Manager) {
 func imagesAnew(t *testing.T, m *manager.Manager) {
 	t.Helper()
 	ctx := t.Context()
-	buildOwn(t, m, "mine")
+	buildOwn(t, m)
 	vm := mustRun(t, m, smolvm.VMConfig{Image: "mine"})
 	sh(t, m, vm.ID, "true")
 	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
@@ -173,7 +173,7 @@ var verbs = map[string]verb{
 		t.Helper()
 		stepsImage(t, m) // which is without a name when another one has that
 		ownFiles(t, m)
-		buildOwn(t, m, "mine")
+		buildOwn(t, m)
 	}, after: imagesAnew},
 	"snapshot rm": {work: "remove snapshot", id: "saved", safe: []string{"vm"}, before: stepsSnapshot},
 	"template prune": {work: "prune templates", templates: true, before: func(t *testing.T, m *manager.Manager) {
