@@ -245,7 +245,7 @@ func TestConcurrentCreates(t *testing.T) {
 func TestSSHPortTakenMeanwhile(t *testing.T) {
 	t.Parallel()
 	m := openFake(t)
-	vm := mustCreate(t, m, smolvm.VMConfig{})
+	vm := mustCreate(t, m, smolvm.VMConfig{SSHHostAddr: ownAddr(t)})
 	taken, err := net.Listen("tcp", hostAddr(smolvm.PortForward{HostAddr: vm.Network.SSHHostAddr, HostPort: vm.Network.SSHHostPort}))
 	if err != nil {
 		t.Fatal(err)

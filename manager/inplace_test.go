@@ -20,7 +20,7 @@ import (
 func TestRestoreInPlace(t *testing.T) {
 	t.Parallel()
 	m := openFake(t)
-	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", Labels: map[string]string{"team": "blue"}})
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", Labels: map[string]string{"team": "blue"}, SSHHostAddr: ownAddr(t)})
 	sh(t, m, "vm", "echo one > /root/file")
 	machine := sh(t, m, "vm", "cat /etc/machine-id; hostname")
 	snapshot := func(name string) {

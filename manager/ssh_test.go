@@ -3,7 +3,6 @@ package manager_test
 import (
 	"crypto/ed25519"
 	"crypto/rand"
-	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -133,12 +132,12 @@ func TestOwnKernelHostKey(t *testing.T) {
 	disk := make([]byte, 1<<20)
 	copy(disk, "hsqs")
 	config := withoutImage(t, "own_kernel")
-	config.InitrdPath, config.RootfsPath = "", filepath.Join(t.TempDir(), "rootfs")
+	config.InitrdPath, config.RootfsPath, config.SSHHostAddr = "", filepath.Join(t.TempDir(), "rootfs"), ownAddr(t)
 	if err := os.WriteFile(config.RootfsPath, disk, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	vm := mustCreate(t, m, config)
-	addr := fmt.Sprintf("127.0.0.1:%d", vm.Network.SSHHostPort)
+	addr := hostAddr(smolvm.PortForward{HostAddr: vm.Network.SSHHostAddr, HostPort: vm.Network.SSHHostPort})
 	login := func() (string, error) {
 		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
 		if err != nil {
