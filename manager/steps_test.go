@@ -90,7 +90,7 @@ func forwardsAnew(t *testing.T, m *manager.Manager) {
 		t.Errorf("the forwards %+v can't be ended: %v", forwards, err)
 		return
 	}
-	again, err := m.AddPortForward(t.Context(), "vm", smolvm.PortForward{GuestPort: webPort})
+	again, err := m.AddPortForward(t.Context(), "vm", smolvm.PortForward{HostAddr: ownAddr(t), GuestPort: webPort})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +163,7 @@ var verbs = map[string]verb{
 	"port rm": {work: "remove port", id: "vm", safe: []string{"vm"}, after: forwardsAnew, before: func(t *testing.T, m *manager.Manager) {
 		t.Helper()
 		stepsVM(t, m)
-		if _, err := m.AddPortForward(t.Context(), "vm", smolvm.PortForward{GuestPort: webPort}); err != nil {
+		if _, err := m.AddPortForward(t.Context(), "vm", smolvm.PortForward{HostAddr: ownAddr(t), GuestPort: webPort}); err != nil {
 			t.Fatal(err)
 		}
 	}},
@@ -202,7 +202,7 @@ func TestKilledAtEachStep(t *testing.T) {
 		for name, v := range verbs {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
-				names := v.run(t, "")
+				names := v.run(t, useFake(t), "")
 				if len(names) == 0 {
 					t.Errorf("%s comes to no step", name)
 				}
@@ -215,7 +215,7 @@ func TestKilledAtEachStep(t *testing.T) {
 								leaked.Add(1)
 							}
 						})
-						if slices.Contains(v.run(t, point), point) {
+						if slices.Contains(v.run(t, useFake(t), point), point) {
 							killed.Add(1)
 						} else { // what goes on in the background may come to it too late
 							t.Log("it was not come to a second time")
@@ -231,11 +231,27 @@ func TestKilledAtEachStep(t *testing.T) {
 	}
 }
 
+// The same with QEMU and real guests, at a few steps at which they have a part: the launcher
+// of a VM that is ready is killed, who has a VM saved that goes on from an overlay now, and who
+// takes a VM out of a pool.
+func TestKilledAtSomeSteps(t *testing.T) {
+	t.Parallel()
+	for name, point := range map[string]string{
+		"restore": "start/ready", "snapshot": "save/layer", "pool claim": "claim/moved",
+	} {
+		t.Run(name+" at "+point, func(t *testing.T) {
+			t.Parallel()
+			if !slices.Contains(verbs[name].run(t, useReal(t), point), point) {
+				t.Errorf("it was not come to")
+			}
+		})
+	}
+}
+
 // run does the operation in a process of its own, which is killed at a step, if that has a
 // name, and checks what is left. It returns the steps that were come to.
-func (v verb) run(t *testing.T, point string) []string {
+func (v verb) run(t *testing.T, config manager.Config, point string) []string {
 	t.Helper()
-	config := useFake(t)
 	if v.templates {
 		config.Templates = manager.TemplateConfig{}
 	}
