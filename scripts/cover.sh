@@ -20,7 +20,8 @@ mapfile -t others < <($go list ./... | grep -vxF -f <(printf '%s\n' "${users[@]}
 
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-tests=("$go" test -race -short -parallel 4 -timeout 20m)
+read -ra race <<<"${RACE:--race}"
+tests=("$go" test "${race[@]}" -short -parallel 4 -timeout 20m)
 "${tests[@]}" "${others[@]}"
 "${tests[@]}" -covermode=atomic -coverprofile="$dir/profile" -coverpkg="${packages//$'\n'/,}" "${users[@]}" |
 	sed -E '/^coverage: /d; s/\tcoverage: .*//; /^\t[^\t]*$/d'
