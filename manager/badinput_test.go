@@ -22,6 +22,7 @@ import (
 
 // Every verb on an id that no VM has, or can have.
 func TestUnknownAndIllegalIDs(t *testing.T) {
+	t.Parallel()
 	m := openEmpty(t)
 	ctx := t.Context()
 	verbs := map[string]func(id string) error{
@@ -69,6 +70,7 @@ const publicKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDvd9sQY0Yb0nXxM1YVwHUkH8
 
 // Bad configurations are refused with every bad field named, and leave nothing.
 func TestCreateBadConfig(t *testing.T) {
+	t.Parallel()
 	m := openEmpty(t)
 	dir := t.TempDir()
 	text := filepath.Join(dir, "text")
@@ -201,6 +203,7 @@ func TestDataDirResolution(t *testing.T) {
 }
 
 func TestSameIDTwice(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	mustCreate(t, m, smolvm.VMConfig{ID: "twin"})
 	if _, err := m.Create(t.Context(), smolvm.VMConfig{ID: "twin"}, smolvm.CreateOptions{}); !errors.Is(err, smolvm.ErrVMAlreadyExists) || !strings.Contains(err.Error(), "twin") {
@@ -213,6 +216,7 @@ func TestSameIDTwice(t *testing.T) {
 
 // Many at once get different leases, ports and disks.
 func TestConcurrentCreates(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	const n = 24
 	var all sync.WaitGroup
@@ -239,8 +243,9 @@ func TestConcurrentCreates(t *testing.T) {
 
 // A port that another program takes between create and start is not the VM's end.
 func TestSSHPortTakenMeanwhile(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
-	vm := mustCreate(t, m, smolvm.VMConfig{})
+	vm := mustCreate(t, m, smolvm.VMConfig{SSHHostAddr: ownAddr(t)})
 	taken, err := net.Listen("tcp", hostAddr(smolvm.PortForward{HostAddr: vm.Network.SSHHostAddr, HostPort: vm.Network.SSHHostPort}))
 	if err != nil {
 		t.Fatal(err)
@@ -261,47 +266,48 @@ func TestSSHPortTakenMeanwhile(t *testing.T) {
 	}
 }
 
-// What keeps a start from succeeding leaves the VM in error, its log readable, and
+// What keeps a start from succeeding leaves the VM as it is to be, its log readable, and
 // nothing running.
 func TestFailedStarts(t *testing.T) {
-	m := openReal(t)
-	kernel := testenv.Kernel(t)
-	panics := testenv.Initramfs(t, "echo about to fail; exit 1\n")
-	hangs := testenv.Initramfs(t, "echo hanging; while :; do sleep 1; done\n")
+	t.Parallel()
+	m := openFake(t)
 	disk := filepath.Join(t.TempDir(), "drive")
 	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	dead := []string{"/bin/sh", "-c", "echo no luck >&2; exit 1"}
-	tests := map[string]struct {
+	brief := smolvm.StartOptions{Timeout: 2 * time.Second}
+	for name, test := range map[string]struct {
 		config smolvm.VMConfig
 		opts   smolvm.StartOptions
+		faults string
 		before func()
 		want   []string
 		is     error
 		state  smolvm.VMState
 	}{
-		"panic": {
-			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: panics, Ready: smolvm.ReadySSH},
-			want:   []string{"panicked", "Attempted to kill init", "console ends with"}, state: smolvm.StateError,
+		"VMM is missing": {faults: vmmfake.Missing, want: []string{"not found"}, state: smolvm.StateCreated},
+		"VMM dies":       {faults: vmmfake.Dies, want: []string{"as it was told"}, state: smolvm.StateCreated},
+		"no agent": {
+			faults: vmmfake.NoAgent, opts: brief,
+			want: []string{"boot timed out", "console ends with", "vmmfake"}, is: smolvm.ErrBootTimeout, state: smolvm.StateError,
 		},
 		"no agent, no SSH": {
-			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs, Ready: smolvm.ReadySSH},
-			opts:   smolvm.StartOptions{Timeout: 8 * time.Second},
-			want:   []string{"boot timed out", "hanging"}, is: smolvm.ErrBootTimeout, state: smolvm.StateError,
+			config: smolvm.VMConfig{Ready: smolvm.ReadySSH}, faults: vmmfake.NoAgent, opts: brief,
+			want: []string{"boot timed out", `by "ssh"`}, is: smolvm.ErrBootTimeout, state: smolvm.StateError,
 		},
+		"silent": {faults: vmmfake.Silent, opts: brief, want: []string{"boot timed out"}, is: smolvm.ErrBootTimeout, state: smolvm.StateError},
 		"drive is gone": {
-			config: smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs, Drives: []smolvm.Drive{{Path: disk}}},
+			config: smolvm.VMConfig{Drives: []smolvm.Drive{{Path: disk}}},
 			before: func() { _ = os.Remove(disk) },
 			want:   []string{"no such file"}, state: smolvm.StateCreated,
 		},
-	}
-	for name, test := range tests {
+	} {
 		t.Run(name, func(t *testing.T) {
 			vm := mustCreate(t, m, test.config)
 			if test.before != nil {
 				test.before()
 			}
+			faulty(t, m, vm.ID, test.faults)
 			_, err := m.Start(t.Context(), vm.ID, test.opts)
 			if err == nil {
 				t.Fatal("the start succeeds")
@@ -322,30 +328,55 @@ func TestFailedStarts(t *testing.T) {
 				t.Errorf("processes are left: %q", left)
 			}
 			checkEmpty(t, m.SocketDir())
+			log, err := m.Logs(t.Context(), vm.ID, smolvm.LogOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = log.Close()
 			if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	t.Run("shim dies at once", func(t *testing.T) {
+		dead := []string{"/bin/sh", "-c", "echo no luck >&2; exit 1"}
 		config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), ShimCommand: dead}
 		broken, err := manager.Open(t.Context(), config)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer func() { _ = broken.Close() }()
-		vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: kernel, InitrdPath: hangs})
+		vm := mustCreate(t, m, smolvm.VMConfig{})
 		if _, err := broken.Start(t.Context(), vm.ID, smolvm.StartOptions{}); err == nil || !strings.Contains(err.Error(), "no luck") {
 			t.Errorf("error is %v", err)
 		}
 	})
+	// One that is ready by its SSH server.
+	vm := mustRun(t, m, smolvm.VMConfig{Ready: smolvm.ReadySSH})
+	sh(t, m, vm.ID, "true")
+}
+
+// A guest that panics while it boots leaves its VM in error, and says why.
+func TestPanicAtBoot(t *testing.T) {
+	t.Parallel()
+	m := openReal(t)
+	panics := testenv.Initramfs(t, "echo about to fail; exit 1\n")
+	vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: testenv.Kernel(t), InitrdPath: panics, Ready: smolvm.ReadySSH})
+	_, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
+	for _, want := range []string{"panicked", "Attempted to kill init", "console ends with", vm.ID} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error lacks %q: %v", want, err)
+		}
+	}
+	if got := mustGet(t, m, vm.ID); got.State != smolvm.StateError {
+		t.Errorf("state is %s", got.State)
+	}
 }
 
 // QEMU may be missing, or die at once; PATH decides which one is found.
 func TestQEMUMissingOrBroken(t *testing.T) {
-	m := openReal(t)
-	kernel, initrd := testenv.Kernel(t), testenv.Initramfs(t, "while :; do sleep 1; done\n")
-	vm := mustCreate(t, m, smolvm.VMConfig{KernelPath: kernel, InitrdPath: initrd})
+	m := openAt(t, testConfig(t, tempDir(t)))
+	vm := mustCreate(t, m, withoutImage(t, ""))
 	bin := t.TempDir()
 	t.Setenv("PATH", bin)
 	_, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
@@ -371,6 +402,7 @@ func TestQEMUMissingOrBroken(t *testing.T) {
 
 // A caller that gives up a start leaves the VM as it was.
 func TestStartCancelled(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	faulty(t, m, vm.ID, vmmfake.Silent)
@@ -393,6 +425,7 @@ func TestStartCancelled(t *testing.T) {
 
 // A socket directory of any length works.
 func TestLongSocketDir(t *testing.T) {
+	t.Parallel()
 	config := useFake(t)
 	config.SocketDir = filepath.Join(filepath.Dir(config.DataDir), strings.Repeat("long", 20), strings.Repeat("path", 20))
 	m, err := manager.Open(t.Context(), config)
@@ -418,6 +451,7 @@ func TestLongSocketDir(t *testing.T) {
 
 // A disk that does not fit leaves no VM behind.
 func TestCreateDiskFull(t *testing.T) {
+	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("mounting a small file system takes root")
 	}

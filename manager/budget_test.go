@@ -8,14 +8,21 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/internal/image/imagetest"
 	"github.com/smolvm/smolvm/manager"
 )
 
-// withoutImage is a VM that needs no image to be created.
+// withoutImage is a VM that needs no image to be created, and that only a fake VMM starts.
 func withoutImage(t *testing.T, id string) smolvm.VMConfig {
 	t.Helper()
-	return smolvm.VMConfig{ID: id, KernelPath: testenv.Kernel(t), InitrdPath: testenv.Initramfs(t, "")}
+	dir := t.TempDir()
+	config := smolvm.VMConfig{ID: id, KernelPath: filepath.Join(dir, "kernel"), InitrdPath: filepath.Join(dir, "initrd")}
+	err := errors.Join(os.WriteFile(config.KernelPath, imagetest.TinyKernel(), 0o600),
+		os.WriteFile(config.InitrdPath, []byte(imagetest.Initramfs), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return config
 }
 
 // Nothing more is made when the data directory takes more than it may, or too little is

@@ -3,6 +3,7 @@ package manager_test
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 
 	"github.com/smolvm/smolvm"
@@ -65,21 +66,56 @@ var childWork = map[string]func(ctx context.Context, m *manager.Manager, id stri
 		}
 		return m.RemovePool(ctx, pools[0].ID)
 	},
+	"resize": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.Resize(ctx, id, smolvm.ResizeOptions{DiskSizeMiB: grown})
+		return err
+	},
+	"add port": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.AddPortForward(ctx, id, smolvm.PortForward{HostAddr: childAddr(), GuestPort: webPort})
+		return err
+	},
+	"remove port": func(ctx context.Context, m *manager.Manager, id string) error {
+		forwards, err := m.PortForwards(ctx, id)
+		if err != nil {
+			return err
+		}
+		return m.RemovePortForward(ctx, id, forwards[0])
+	},
+	"build image": func(ctx context.Context, m *manager.Manager, name string) error {
+		_, err := m.BuildImage(ctx, ownImage(m, name))
+		return err
+	},
+	"remove image": func(ctx context.Context, m *manager.Manager, name string) error { return m.RemoveImage(ctx, name) },
+	"prune images": func(ctx context.Context, m *manager.Manager, _ string) error {
+		_, err := m.PruneImages(ctx)
+		return err
+	},
+	"remove snapshot": func(ctx context.Context, m *manager.Manager, name string) error { return m.RemoveSnapshot(ctx, name) },
+	"prune templates": func(ctx context.Context, m *manager.Manager, _ string) error {
+		_, err := m.PruneTemplates(ctx, smolvm.PruneTemplateOptions{All: true})
+		return err
+	},
 	"start": func(ctx context.Context, m *manager.Manager, id string) error {
 		_, err := m.Start(ctx, id, smolvm.StartOptions{})
 		return err
 	},
 }
 
+// childAddr is an address of the host that no other process has ports of; see ownAddr.
+func childAddr() netip.Addr {
+	pid := os.Getpid()
+	return netip.AddrFrom4([4]byte{127, 251, byte(pid >> 8), 1 + byte(pid)%250})
+}
+
 // childMain starts a VM, or does some other work, says so, and waits to be killed.
 func childMain(args []string) int {
 	ctx := context.Background()
-	self, err := os.Executable()
+	command, err := shimCommandOf(args[0])
 	if err != nil {
 		return 1
 	}
 	m, err := manager.Open(ctx, manager.Config{
-		DataDir: args[0], SocketDir: args[1], AgentPath: args[2], ShimCommand: []string{self, shimCommand},
+		DataDir: args[0], SocketDir: args[1], AgentPath: args[2], ShimCommand: command,
 		Templates: manager.TemplateConfig{Disabled: childWork[args[4]] == nil},
 	})
 	if err != nil {

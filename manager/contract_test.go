@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,20 +18,88 @@ import (
 	"github.com/smolvm/smolvm/manager"
 )
 
-// What handles of a running VM, its processes and its files can do.
-func TestHandle(t *testing.T) {
-	m := openReal(t)
-	info := mustRun(t, m, smolvm.VMConfig{})
-	vm := m.VM(info.ID)
-	t.Run("output", func(t *testing.T) { handleOutput(t, vm) })
-	t.Run("process", func(t *testing.T) { handleProcess(t, vm) })
-	t.Run("files", func(t *testing.T) { handleFiles(t, vm) })
-	t.Run("unknown", func(t *testing.T) {
-		if _, err := m.VM("nobody").Info(t.Context()); smolvm.CodeOf(err) != smolvm.CodeVMNotFound {
-			t.Errorf("a handle of no VM: %v", err)
+// Handles see what becomes of a VM, whoever does it.
+func TestWatchAndWait(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
+	if _, err := m.VM("nobody").Info(t.Context()); smolvm.CodeOf(err) != smolvm.CodeVMNotFound {
+		t.Errorf("a handle of no VM: %v", err)
+	}
+	handleWait(t, m, m.VM(mustRun(t, m, smolvm.VMConfig{}).ID))
+}
+
+// Waiting for the end of a VM ends with it, also where nobody has written that down, and with
+// the VM itself.
+func TestWaitForDeadShim(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
+	type ended struct {
+		vm  smolvm.VMInfo
+		err error
+	}
+	wait := func(id string, states ...smolvm.VMState) <-chan ended {
+		waited := make(chan ended, 1)
+		go func() {
+			vm, err := m.Wait(t.Context(), id, states...)
+			waited <- ended{vm, err}
+		}()
+		return waited
+	}
+	for name, test := range map[string]struct {
+		config smolvm.VMConfig
+		victim func(vm smolvm.VMInfo) int // nil: it ends by itself
+		state  smolvm.VMState
+	}{
+		"shim is killed":   {smolvm.VMConfig{}, func(vm smolvm.VMInfo) int { return vm.ShimPID }, smolvm.StateError},
+		"VMM is killed":    {smolvm.VMConfig{}, func(vm smolvm.VMInfo) int { return vm.PID }, smolvm.StateError},
+		"its time is over": {smolvm.VMConfig{TTL: 100 * time.Millisecond}, nil, smolvm.StateStopped},
+	} {
+		vm := mustRun(t, m, test.config)
+		waited := wait(vm.ID)
+		if test.victim != nil {
+			if err := syscall.Kill(test.victim(vm), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
 		}
-	})
-	t.Run("wait", func(t *testing.T) { handleWait(t, m, vm) })
+		if got := <-waited; got.err != nil || got.vm.State != test.state {
+			t.Errorf("%s: it is %q, %v", name, got.vm.State, got.err)
+		}
+	}
+	vm := mustCreate(t, m, smolvm.VMConfig{})
+	waited := wait(vm.ID, smolvm.StateRunning)
+	if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-waited; !errors.Is(got.err, smolvm.ErrVMNotFound) {
+		t.Errorf("waiting for a VM that is deleted: %v", got.err)
+	}
+}
+
+// Events of another process are seen too, from the first one on.
+func TestWatchFromTheBeginning(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
+	mustCreate(t, m, smolvm.VMConfig{ID: "earlier"})
+	other, err := manager.Open(t.Context(), manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = other.Close() }()
+	count := 0
+	for event, err := range other.Watch(t.Context(), smolvm.WatchOptions{After: -1}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if count++; event.Action == "create" && event.VMID == "later" {
+			break
+		}
+		if count == 1 {
+			mustCreate(t, m, smolvm.VMConfig{ID: "later"})
+		}
+	}
+	if events, err := m.Events(t.Context(), smolvm.EventOptions{Limit: 1000}); err != nil || len(events) != count {
+		t.Errorf("%d events were seen, of %d, %v", count, len(events), err)
+	}
 }
 
 func handleOutput(t *testing.T, vm smolvm.VM) {
@@ -228,6 +297,7 @@ func handleWait(t *testing.T, m *manager.Manager, vm smolvm.VM) {
 // Create with Reuse is idempotent: it returns the VM that is there, if it is the one that is
 // asked for.
 func TestCreateReuse(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	config := smolvm.VMConfig{ID: "web", MemoryMiB: 256, PortForwards: []smolvm.PortForward{{GuestPort: 80}}, Labels: map[string]string{"a": "b"}}
 	first := mustCreate(t, m, config)
@@ -249,6 +319,7 @@ func TestCreateReuse(t *testing.T) {
 }
 
 func TestBackends(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	backends, err := m.Backends(t.Context())
 	if err != nil || len(backends) == 0 || backends[0].Name != "qemu" || !backends[0].Available || backends[0].Why != "" {

@@ -14,6 +14,7 @@ import (
 // A VM whose restoring, or forking, was cut short before it ran has the disk of what it was
 // to go on from, whenever that was, and although there is a template of its kind.
 func TestKilledBeforeRestoredVMRuns(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{}); err != nil {
 		t.Fatal(err)
@@ -101,6 +102,7 @@ func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 
 // A disk that was retained is not replaced by that of a snapshot, nor taken for it.
 func TestRestoreBesideRetainedDisk(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", RetainDisk: true})
 	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "kept"}); err != nil {

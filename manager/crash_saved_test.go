@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -36,6 +37,7 @@ func pull(t *testing.T, m *manager.Manager, id, work string, after time.Duration
 // A process that is killed while it saves a VM does not harm the VM, and the snapshot is
 // either complete or not there.
 func TestKilledWhileSaving(t *testing.T) {
+	t.Parallel()
 	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
 		pull(t, m, "vm", "snapshot", moment)
 	})
@@ -43,6 +45,7 @@ func TestKilledWhileSaving(t *testing.T) {
 
 // Nor does one that only gives up.
 func TestSavingGivenUp(t *testing.T) {
+	t.Parallel()
 	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
 		ctx, cancel := context.WithTimeout(t.Context(), moment)
 		defer cancel()
@@ -124,6 +127,7 @@ func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manag
 // The same when it is not the process that asked for it which dies, but the VM's shim:
 // the VM is lost, but neither its disk nor a snapshot that was reported.
 func TestShimKilledWhileSaving(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	for i := 0; i < len(moments); i += 2 {
 		moment := moments[i]
@@ -171,11 +175,23 @@ func TestShimKilledWhileSaving(t *testing.T) {
 // or the VM runs.
 func awaitSettled(t *testing.T, m *manager.Manager, id string) {
 	t.Helper()
-	for len(processesOf(m, id)) > 0 {
+	for {
+		left := processesOf(m, id)
+		if len(left) == 0 {
+			return
+		}
 		if vm, err := m.Get(t.Context(), id); err == nil && vm.State == smolvm.StateRunning {
 			return
 		}
-		time.Sleep(10 * time.Millisecond)
+		var pid int
+		_, _ = fmt.Sscan(left[0], &pid)
+		start, err := proc.StartTime(pid)
+		if err != nil {
+			continue // it has ended
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		_ = proc.Wait(ctx, pid, start) // it may begin to run instead
+		cancel()
 	}
 }
 

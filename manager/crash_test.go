@@ -25,7 +25,7 @@ func startChild(t *testing.T, m *manager.Manager, id, kind string, env ...string
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(self, childCommand, m.DataDir(), m.SocketDir(), childAgent(t), id, kind)
+	cmd := exec.Command(self, childCommand, m.DataDir(), m.SocketDir(), childAgent(t, m), id, kind)
 	cmd.Env = append(os.Environ(), env...)
 	cmd.Stderr = os.Stderr
 	stdin, err := cmd.StdinPipe()
@@ -48,10 +48,10 @@ func startChild(t *testing.T, m *manager.Manager, id, kind string, env ...string
 }
 
 // childAgent is the agent that a child makes images with.
-func childAgent(t *testing.T) string {
+func childAgent(t *testing.T, m *manager.Manager) string {
 	t.Helper()
-	if os.Getenv(fakeEnv) != "" {
-		return "" // the image is there
+	if isFake(m.DataDir()) {
+		return fakeAgent(m.DataDir())
 	}
 	return testenv.Agent(t)
 }
@@ -75,6 +75,7 @@ func (c child) kill(t *testing.T) {
 // A process that is killed while QEMU boots a VM leaves a VM that can be started again, or one
 // that runs.
 func TestKilledWhileStarting(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	for _, delay := range []time.Duration{400 * time.Millisecond, time.Second} {
 		c := startChild(t, m, "victim", "lasting")
@@ -100,6 +101,7 @@ func TestKilledWhileStarting(t *testing.T) {
 
 // An ephemeral VM goes with the process that it belongs to, however far it has come.
 func TestEphemeralGoesWithItsCreator(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	t.Run("created", func(t *testing.T) {
 		c := startChild(t, m, "brief", "ephemeral-create-only")
@@ -138,6 +140,7 @@ func TestEphemeralGoesWithItsCreator(t *testing.T) {
 
 // A VM that does not depend on its creator survives it.
 func TestVMSurvivesItsCreator(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	c := startChild(t, m, "lasting", "lasting")
 	c.await(t, "created")

@@ -68,6 +68,7 @@ func qcow2Header(backing, data string) []byte {
 // read, or written to, by the next VM with that drive. It gets what it has written, and
 // no more; and that a disk looks like qcow2 must be said by who brings it (S1).
 func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	dir := tempDir(t)
 	secret := filepath.Join(dir, "secret")
@@ -161,6 +162,7 @@ func TestHeadersOfGuestsAreNotFollowed(t *testing.T) {
 // A disk may be smaller than the root file system that an image has for others, and grow
 // (M4).
 func TestSmallDisk(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	ctx := t.Context()
 	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 8}, smolvm.CreateOptions{}); err == nil || !strings.Contains(err.Error(), "use at least") {

@@ -16,6 +16,7 @@ import (
 // A VM whose shim has died is left alone by those who only look at it, as long as somebody
 // else is changing it: what they would clean up may be that one's by then (C8).
 func TestReadersLeaveLockedVMs(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	runtime := filepath.Dir(vm.SocketPath)
@@ -66,6 +67,7 @@ func TestReadersLeaveLockedVMs(t *testing.T) {
 // With a timeout a VM that is deleted is shut down first, as far as its guest lets it in
 // that time; without one it is ended at once.
 func TestDeleteWithTimeout(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	for _, test := range []struct {
 		timeout time.Duration

@@ -10,8 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/testenv"
@@ -24,6 +22,7 @@ const hostSlack = 5 * time.Second
 // A shim and a VMM that hang are ended in time, and nothing of the VM is left (C3, C4). The
 // disk is as after a power cut, and the VM starts from it.
 func TestStopOfHungProcesses(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
 	sh(t, m, vm.ID, "echo kept > /root/file; sync")
@@ -131,6 +130,7 @@ func TestFailedStartKeepsVM(t *testing.T) {
 // Whoever is killed at whichever point of a claim, no other VM is ended, nothing is left
 // behind, the pool knows how many VMs it has, and the next start succeeds (D1, D2).
 func TestKilledWhileClaiming(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1}); err != nil {
 		t.Fatal(err)
@@ -234,32 +234,21 @@ func TestKilledWhileClaiming(t *testing.T) {
 // A guest that fills the host's disk is paused, and says why. With no byte left, every VM can
 // be listed, stopped and removed, and nothing that is asked of it hangs (D6, D7).
 func TestHostDiskFull(t *testing.T) {
-	testenv.RequireQEMU(t)
-	if os.Getuid() != 0 {
-		t.Skip("mounting a small file system takes root")
-	}
-	config := testConfig(t, tempDir(t))
-	config.AgentPath = testenv.Agent(t)
-	if err := os.MkdirAll(config.DataDir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", config.DataDir, "tmpfs", 0, "size=160m,mode=700"); err != nil {
-		t.Skip("mounting is not allowed here: ", err)
-	}
-	t.Cleanup(func() { _ = unix.Unmount(config.DataDir, unix.MNT_DETACH) })
-	testenv.SeedImages(t, config.DataDir)
+	t.Parallel()
+	config := useFake(t)
+	onSmallDisk(t, config, "48m")
 	m := openAt(t, config)
-	mustRun(t, m, smolvm.VMConfig{ID: "greedy"})
+	mustRun(t, m, smolvm.VMConfig{ID: "greedy", DiskSizeMiB: 256})
 	mustRun(t, m, smolvm.VMConfig{ID: "modest"})
 	filler := filepath.Join(config.DataDir, "filler")
-	if err := os.WriteFile(filler, make([]byte, 100<<20), 0o600); err != nil {
+	if err := os.WriteFile(filler, make([]byte, 30<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	writing := make(chan error, 1)
 	go func() {
-		_, err := m.Exec(ctx, "greedy", smolvm.Command{Args: []string{"sh", "-c", "dd if=/dev/zero of=/big bs=1M count=60 2>/dev/null; sync"}})
+		_, err := m.Exec(ctx, "greedy", smolvm.Command{Args: []string{"sh", "-c", "dd if=/dev/zero of=/big bs=1M count=12 2>/dev/null; sync"}})
 		writing <- err
 	}()
 	halted := awaitState(t, m, "greedy", smolvm.StatePaused)
@@ -285,7 +274,7 @@ func TestHostDiskFull(t *testing.T) {
 
 	testenv.FillDisk(t, filler)
 	go func() { // it hangs until the VM ends
-		_, _ = m.Exec(ctx, "greedy", smolvm.Command{Args: []string{"sh", "-c", "dd if=/dev/zero of=/more bs=1M count=60; sync"}})
+		_, _ = m.Exec(ctx, "greedy", smolvm.Command{Args: []string{"sh", "-c", "dd if=/dev/zero of=/more bs=1M count=12; sync"}})
 	}()
 	awaitState(t, m, "greedy", smolvm.StatePaused)
 	testenv.FillDisk(t, filler+"2") // what was given up meanwhile

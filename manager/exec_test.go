@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -28,15 +31,93 @@ func ask(t *testing.T, m *manager.Manager, id string, command smolvm.Command) (s
 	return out.String(), errs.String(), status
 }
 
-// What a shell's user can see of a command in a real guest; one VM serves all of it.
-func TestExecInRealGuest(t *testing.T) {
+// What a user sees of commands, files and logins in a real guest; one VM serves all of it.
+func TestInRealGuest(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
+	t.Run("exec", func(t *testing.T) { execTable(t, m, vm.ID) })
+	t.Run("signals", func(t *testing.T) { execSignals(t, m, vm.ID) })
+	t.Run("job", func(t *testing.T) { realJob(t, m, vm.ID) })
+	t.Run("SSH", func(t *testing.T) { stockSSH(t, m, vm) })
+	t.Run("output", func(t *testing.T) { handleOutput(t, m.VM(vm.ID)) })
+	t.Run("process", func(t *testing.T) { handleProcess(t, m.VM(vm.ID)) })
+	t.Run("files", func(t *testing.T) { handleFiles(t, m.VM(vm.ID)) })
 	t.Run("words", func(t *testing.T) { execWords(t, m, vm.ID) })
 	t.Run("start", func(t *testing.T) { execStart(t, m, vm.ID) })
 	t.Run("end of all", func(t *testing.T) { execEnd(t, m, vm.ID) })
+	t.Run("paused", func(t *testing.T) { execPaused(t, m, vm.ID) })
+}
+
+// What becomes of a command, a connection and a copy when their guest is paused, ends, or does
+// not do its part.
+func TestExecInFakeGuest(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	t.Run("dial", func(t *testing.T) { dialDeadlines(t, m, vm.ID) })
 	t.Run("paused", func(t *testing.T) { execPaused(t, m, vm.ID) })
+	t.Run("files", func(t *testing.T) { copyErrors(t, m, vm.ID) })
+	t.Run("end", func(t *testing.T) { execEnds(t, m, vm) })
+}
+
+// copyErrors copies what is not there, and to where nothing is.
+func copyErrors(t *testing.T, m *manager.Manager, id string) {
+	source, result := filepath.Join(t.TempDir(), "source"), filepath.Join(t.TempDir(), "result")
+	if err := errors.Join(os.MkdirAll(filepath.Join(source, "deep"), 0o755), os.WriteFile(filepath.Join(source, "deep", "file"), []byte("text"), 0o640)); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.CopyTo(t.Context(), id, source, "/root"); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.CopyFrom(t.Context(), id, "/root/source", result); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(result, "deep", "file")); err != nil || string(got) != "text" {
+		t.Errorf("what came back is %q, %v", got, err)
+	}
+	if err := m.CopyFrom(t.Context(), id, "/no/such", result); err == nil || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("copy of what is not there: %v", err)
+	}
+	if err := m.CopyTo(t.Context(), id, source, "/no/such/dir/"); err == nil {
+		t.Error("a copy to where nothing is succeeds")
+	}
+	if err := m.CopyTo(t.Context(), id, filepath.Join(source, "none"), "/root"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("copy of a file that this host has not: %v", err)
+	}
+	if err := m.CopyTo(t.Context(), "nobody", source, "/root"); !errors.Is(err, smolvm.ErrVMNotFound) {
+		t.Errorf("copy to no VM: %v", err)
+	}
+	brief, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := m.CopyTo(brief, id, source, "/root"); !errors.Is(err, context.Canceled) {
+		t.Errorf("a copy that is given up: %v", err)
+	}
+}
+
+// execEnds ends the VM in the middle of a command.
+func execEnds(t *testing.T, m *manager.Manager, vm smolvm.VMInfo) {
+	ready, up := io.Pipe()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := m.Exec(t.Context(), vm.ID, smolvm.Command{Args: []string{"sh", "-c", "echo up; sleep 1000"}, Stdout: up})
+		ended <- err
+	}()
+	if _, err := io.ReadFull(ready, make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(vm.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err == nil || !strings.Contains(err.Error(), vm.ID) {
+		t.Errorf("a command whose VM ends: %v", err)
+	}
+	if err := waitEnd(t, vm); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Exec(t.Context(), vm.ID, smolvm.Command{Args: []string{"true"}}); !errors.Is(err, smolvm.ErrInvalidState) {
+		t.Errorf("a command in a VM that has ended: %v", err)
+	}
 }
 
 // Words of any length that the kernel takes, and of any bytes, go in as they are (cases 2
@@ -138,7 +219,7 @@ func execEnd(t *testing.T, m *manager.Manager, id string) {
 	}
 }
 
-// A connection into a real guest has deadlines (case 27).
+// A connection into a guest has deadlines (case 27).
 func dialDeadlines(t *testing.T, m *manager.Manager, id string) {
 	conn, err := m.Dial(t.Context(), id, "tcp", "127.0.0.1:22")
 	if err != nil {

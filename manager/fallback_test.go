@@ -8,40 +8,24 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
 
 // Where there is no room for saved guests, VMs boot and say why, those that run go on,
 // and nothing is left.
 func TestNoRoomForSavedGuests(t *testing.T) {
-	testenv.RequireQEMU(t)
-	if os.Getuid() != 0 {
-		t.Skip("mounting a small file system takes root")
-	}
-	config := testConfig(t, tempDir(t))
-	config.AgentPath = testenv.Agent(t)
+	t.Parallel()
+	config := useFake(t)
 	config.Templates = manager.TemplateConfig{}
-	if err := os.Mkdir(config.DataDir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	// A saved guest of 512 MiB takes some 75 MB, a VM that runs next to nothing.
-	if err := unix.Mount("tmpfs", config.DataDir, "tmpfs", 0, "size=40m,mode=700"); err != nil {
-		t.Skip("mounting is not allowed here: ", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(config.DataDir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	testenv.SeedImages(t, config.DataDir)
+	onSmallDisk(t, config, "24m")
 	m := openAt(t, config)
+	// A guest that has this in memory takes more than that when it is saved, and next to
+	// nothing while it runs.
+	const large = "dd if=/dev/zero of=/tmp/large bs=1M count=20 2>/dev/null"
 	const want = "no space left on device"
 	for _, id := range []string{"first", "second"} {
-		report := startReport(t, mustRun(t, m, smolvm.VMConfig{ID: id}), smolvm.StartBoot)
+		report := startReport(t, mustRun(t, m, smolvm.VMConfig{ID: id, WarmUp: large}), smolvm.StartBoot)
 		if told := strings.Contains(strings.Join(report.Warnings, "; "), want); told != (id == "second") {
 			t.Errorf("warnings of the %s are %q", id, report.Warnings)
 		}

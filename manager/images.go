@@ -12,6 +12,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/embedded"
 	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 // BuildImage builds an image, unless one of the same recipe is there. Of several
@@ -74,18 +75,24 @@ func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
 	if err != nil {
 		return err
 	}
-	return m.dropTemplatesOf(ctx, []smolvm.Image{found})
+	step.Reached(ctx, "image rm/removed")
+	return m.dropTemplates(ctx)
 }
 
-// dropTemplatesOf removes the templates of images that are gone.
-func (m *Manager) dropTemplatesOf(ctx context.Context, gone []smolvm.Image) error {
+// dropTemplates removes the templates of images that are gone, also those that a process left
+// which was killed when it had removed the image.
+func (m *Manager) dropTemplates(ctx context.Context) error {
 	templates, err := m.Templates(ctx)
+	if err != nil {
+		return err
+	}
+	images, err := m.images.List(ctx) // later: a template's image was there before it
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, template := range templates {
-		if slices.ContainsFunc(gone, func(i smolvm.Image) bool { return i.Digest == template.Image }) {
+		if !slices.ContainsFunc(images, func(i smolvm.Image) bool { return i.Digest == template.Image }) {
 			errs = append(errs, m.RemoveTemplate(ctx, template.ID))
 		}
 	}
@@ -125,7 +132,8 @@ func (m *Manager) PruneImages(ctx context.Context) ([]smolvm.Image, error) {
 		created, err := m.store.UsersOfImage(ctx, i.Digest) // since we looked
 		return len(created) > 0, err
 	})
-	return gone, errors.Join(err, m.dropTemplatesOf(ctx, gone))
+	step.Reached(ctx, "image prune/removed")
+	return gone, errors.Join(err, m.dropTemplates(ctx))
 }
 
 // imageUsers says by digest what is based on an image, in words.

@@ -2,6 +2,7 @@ package manager_test
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -9,29 +10,20 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/testenv"
 )
 
-// A disk that belongs to the VM alone, one that is shared, and one that outlives it.
-func TestDisks(t *testing.T) {
-	m := openReal(t)
+// A disk outlives its VM where that is asked for, and keeps its image.
+func TestRetainedDisk(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
 	ctx := t.Context()
-
-	// Larger than the image: the guest has the room.
-	vm := mustRun(t, m, smolvm.VMConfig{ID: "large", DiskSizeMiB: 20 << 10})
-	if got := sh(t, m, vm.ID, "df -m / | awk 'NR==2 {print ($2 > 19000)}'"); got != "1" {
-		t.Errorf("the guest does not see its larger disk: %q", got)
-	}
-	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
 	var invalid *smolvm.ValidationError
-	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 16}, smolvm.CreateOptions{}); !errors.As(err, &invalid) || !strings.Contains(err.Error(), "disk_size_mib") {
+	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 3}, smolvm.CreateOptions{}); !errors.As(err, &invalid) || !strings.Contains(err.Error(), "disk_size_mib") {
 		t.Errorf("a disk smaller than its image: %v", err)
 	}
-
-	// Retained over the VM's end.
-	vm = mustRun(t, m, smolvm.VMConfig{ID: "keeper", RetainDisk: true})
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "keeper", RetainDisk: true})
 	sh(t, m, vm.ID, "echo precious > /root/file")
 	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
@@ -51,8 +43,140 @@ func TestDisks(t *testing.T) {
 	}
 }
 
+// An image goes when nothing needs it, and says what does until then; its templates go with
+// it. Pruning takes those without a name, and no others.
+func TestRemoveImage(t *testing.T) {
+	t.Parallel()
+	m := openFakeFast(t)
+	ctx := t.Context()
+	ownFiles(t, m)
+	built := buildOwn(t, m)
+	if again := buildOwn(t, m); again.Digest != built.Digest {
+		t.Errorf("built again it is %s, not %s", again.Digest, built.Digest)
+	}
+	mustRun(t, m, smolvm.VMConfig{ID: "user", Image: "mine"})
+	if _, err := m.CreateSnapshot(ctx, "user", smolvm.SnapshotOptions{Name: "taken"}); err != nil {
+		t.Fatal(err)
+	}
+	pool, err := m.SetPool(ctx, smolvm.PoolOptions{Size: 1, Image: "mine"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		user   string
+		remove func() error
+	}{
+		{"VM user", func() error { return m.Delete(ctx, "user", smolvm.DeleteOptions{}) }},
+		{"snapshot taken", func() error { return m.RemoveSnapshot(ctx, "taken") }},
+		{"pool " + pool.ID, func() error { return m.RemovePool(ctx, pool.ID) }},
+	} {
+		if err := m.RemoveImage(ctx, "mine"); !errors.Is(err, smolvm.ErrImageInUse) || !strings.Contains(err.Error(), test.user) {
+			t.Errorf("the image of %s can be removed: %v", test.user, err)
+		}
+		if err := test.remove(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Under its name there is another one now, so only its digest is left of it.
+	ownFiles(t, m)
+	other := buildOwn(t, m)
+	awaitTemplates(t, m)
+	if templates, err := m.Templates(ctx); err != nil || len(templates) != 1 || templates[0].Image != built.Digest {
+		t.Errorf("templates are %+v, %v", templates, err)
+	}
+	gone, err := m.PruneImages(ctx)
+	if err != nil || len(gone) != 1 || gone[0].Digest != built.Digest {
+		t.Errorf("pruned %+v, %v", gone, err)
+	}
+	if templates, err := m.Templates(ctx); err != nil || len(templates) != 0 {
+		t.Errorf("templates of an image that is gone: %+v, %v", templates, err)
+	}
+	if err := m.RemoveImage(ctx, other.Digest); err != nil {
+		t.Error(err)
+	}
+	for _, ref := range []string{"mine", other.Digest, built.Digest} {
+		if err := m.RemoveImage(ctx, ref); !errors.Is(err, smolvm.ErrImageNotFound) {
+			t.Errorf("removing %s, which is not there: %v", ref, err)
+		}
+	}
+	if images, err := m.Images(ctx); err != nil || len(images) != 1 || images[0].Names[0] != smolvm.DefaultImage {
+		t.Errorf("images are %+v, %v", images, err)
+	}
+	if _, err := m.BuildImage(ctx, ownImage(m, "mine")); err == nil || smolvm.HintOf(err) == "" {
+		t.Errorf("an image without an agent: %v", err)
+	}
+}
+
+// An image that is damaged can be removed, and nothing is started from it.
+func TestDamagedImage(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
+	ownFiles(t, m)
+	built := buildOwn(t, m)
+	if err := os.Remove(built.KernelPath); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Create(t.Context(), smolvm.VMConfig{Image: "mine"}, smolvm.CreateOptions{}); err == nil || !strings.Contains(err.Error(), "damaged") {
+		t.Errorf("a VM of it: %v", err)
+	}
+	if images, err := m.Images(t.Context()); err != nil || len(images) != 2 {
+		t.Errorf("beside it there are %+v, %v", images, err)
+	}
+	if err := m.RemoveImage(t.Context(), built.Digest); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Dir(built.KernelPath)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what is left of it: %v", err)
+	}
+}
+
+// A disk is made larger while its VM does not run, and is never made smaller.
+func TestResize(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
+	ctx := t.Context()
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
+	sh(t, m, "vm", "echo kept > /root/file")
+	resize := func(id string, size int64) error {
+		_, err := m.Resize(ctx, id, smolvm.ResizeOptions{DiskSizeMiB: size})
+		return err
+	}
+	if err := resize("vm", grown); !errors.Is(err, smolvm.ErrInvalidState) {
+		t.Errorf("a VM that runs: %v", err)
+	}
+	if _, err := m.Stop(ctx, "vm", smolvm.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := resize("vm", grown); err != nil {
+		t.Fatal(err)
+	}
+	var invalid *smolvm.ValidationError
+	for _, size := range []int64{grown - 1, -1, 1 << 40} {
+		if err := resize("vm", size); !errors.As(err, &invalid) {
+			t.Errorf("to %d MiB: %v", size, err)
+		}
+	}
+	if info, err := disk.Inspect(vm.DiskPath, disk.QCOW2); err != nil || info.VirtualSize != grown<<20 {
+		t.Errorf("the disk is %+v, %v", info, err)
+	}
+	if got := mustGet(t, m, "vm"); got.Config.DiskSizeMiB != grown {
+		t.Errorf("it is said to have %d MiB", got.Config.DiskSizeMiB)
+	}
+	if _, err := m.Start(ctx, "vm", smolvm.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, "vm", "cat /root/file"); got != "kept" {
+		t.Errorf("the file says %q", got)
+	}
+	mustCreate(t, m, withoutImage(t, "diskless"))
+	if err := resize("diskless", grown); !errors.Is(err, smolvm.ErrUnsupported) {
+		t.Errorf("a VM without a disk: %v", err)
+	}
+}
+
 // Further drives are there in their order, and what is read-only can't be written.
 func TestDrives(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	dir := t.TempDir()
 	var drives []smolvm.Drive
@@ -99,6 +223,7 @@ func qemuImgCreate(t *testing.T, path, base, format string) {
 // A kernel and a disk of the caller's own boot untouched, also one that is based on files
 // which are named; in shared mode the VM writes to that very disk.
 func TestSharedDisk(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	path := filepath.Join(t.TempDir(), "disk")
 	content := make([]byte, 1<<20)
@@ -138,6 +263,7 @@ func TestSharedDisk(t *testing.T) {
 
 // An image of a kernel and a root file system of one's own, with the agent in it.
 func TestImageOfOwnFiles(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	base := testenv.Image(t)
 	root := t.TempDir()

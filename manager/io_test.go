@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/manager"
 )
 
 func hostAddr(f smolvm.PortForward) string {
@@ -45,9 +46,8 @@ func get(t *testing.T, conn net.Conn) string {
 	return string(text)
 }
 
-func TestExec(t *testing.T) {
-	m := openReal(t)
-	vm := mustRun(t, m, smolvm.VMConfig{})
+// execTable runs a command in each of the ways.
+func execTable(t *testing.T, m *manager.Manager, id string) {
 	tests := map[string]struct {
 		command        smolvm.Command
 		status         smolvm.ExitStatus
@@ -72,21 +72,20 @@ func TestExec(t *testing.T) {
 			t.Parallel()
 			var stdout, stderr bytes.Buffer
 			test.command.Stdout, test.command.Stderr = &stdout, &stderr
-			status, err := m.Exec(t.Context(), vm.ID, test.command)
+			status, err := m.Exec(t.Context(), id, test.command)
 			if err != nil || status != test.status || stdout.String() != test.stdout || stderr.String() != test.stderr {
 				t.Errorf("got %v, %v, stdout %q, stderr %q", status, err, stdout.String(), stderr.String())
 			}
 		})
 	}
 	var invalid *smolvm.ValidationError
-	if _, err := m.Exec(t.Context(), vm.ID, smolvm.Command{}); !errors.As(err, &invalid) {
+	if _, err := m.Exec(t.Context(), id, smolvm.Command{}); !errors.As(err, &invalid) {
 		t.Errorf("exec of nothing: %v", err)
 	}
 }
 
-func TestSignalsReachTheCommand(t *testing.T) {
-	m := openReal(t)
-	vm := mustRun(t, m, smolvm.VMConfig{})
+// execSignals sends a signal to a command that handles it.
+func execSignals(t *testing.T, m *manager.Manager, id string) {
 	signals := make(chan smolvm.Signal)
 	ready, write := io.Pipe()
 	go func() {
@@ -94,7 +93,7 @@ func TestSignalsReachTheCommand(t *testing.T) {
 		signals <- "INT"
 		_, _ = io.Copy(io.Discard, ready)
 	}()
-	status, err := m.Exec(t.Context(), vm.ID, smolvm.Command{
+	status, err := m.Exec(t.Context(), id, smolvm.Command{
 		Args:    []string{"sh", "-c", "trap 'exit 7' INT; echo ready; while :; do sleep 0.1; done"},
 		Stdout:  write,
 		Signals: signals,
@@ -104,10 +103,8 @@ func TestSignalsReachTheCommand(t *testing.T) {
 	}
 }
 
-// A source tree goes in, a pipeline runs over it, the result comes out.
-func TestRealJob(t *testing.T) {
-	m := openReal(t)
-	vm := mustRun(t, m, smolvm.VMConfig{})
+// realJob brings a source tree in, runs a pipeline over it, and gets the result out.
+func realJob(t *testing.T, m *manager.Manager, id string) {
 	source := filepath.Join(t.TempDir(), "project")
 	files := map[string]string{"main.go": "package main\n\nfunc main() {}\n", "lib/a.go": "package lib\n", "lib/deep/b.go": "package deep\n\nvar x = 1\n"}
 	for name, text := range files {
@@ -122,12 +119,12 @@ func TestRealJob(t *testing.T) {
 	if err := os.Symlink("lib/a.go", filepath.Join(source, "link")); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.CopyTo(t.Context(), vm.ID, source, "/root"); err != nil {
+	if err := m.CopyTo(t.Context(), id, source, "/root"); err != nil {
 		t.Fatal(err)
 	}
-	sh(t, m, vm.ID, "cd /root/project && find . -name '*.go' | sort | xargs cat | wc -l > lines && cp -a lib out && chmod 700 out")
+	sh(t, m, id, "cd /root/project && find . -name '*.go' | sort | xargs cat | wc -l > lines && cp -a lib out && chmod 700 out")
 	result := filepath.Join(t.TempDir(), "result")
-	if err := m.CopyFrom(t.Context(), vm.ID, "/root/project", result); err != nil {
+	if err := m.CopyFrom(t.Context(), id, "/root/project", result); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{"lines": "7\n", "main.go": files["main.go"], "out/deep/b.go": files["lib/deep/b.go"], "link": files["lib/a.go"]} {
@@ -141,16 +138,17 @@ func TestRealJob(t *testing.T) {
 			t.Errorf("mode of %s is %v (%v), want %v", name, info.Mode(), err, want)
 		}
 	}
-	if err := m.CopyFrom(t.Context(), vm.ID, "/no/such", result); err == nil || !strings.Contains(err.Error(), "no such file") {
+	if err := m.CopyFrom(t.Context(), id, "/no/such", result); err == nil || !strings.Contains(err.Error(), "no such file") {
 		t.Errorf("copy of what is not there: %v", err)
 	}
-	if err := m.CopyTo(t.Context(), vm.ID, source, "/no/such/dir/"); err == nil || !strings.Contains(err.Error(), "no such") {
+	if err := m.CopyTo(t.Context(), id, source, "/no/such/dir/"); err == nil || !strings.Contains(err.Error(), "no such") {
 		t.Errorf("copy to where nothing is: %v", err)
 	}
 }
 
 // A file larger than the guest's memory and than what this process may hold.
 func TestCopyLargeFile(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("copies much data")
 	}
@@ -197,11 +195,9 @@ func TestCopyLargeFile(t *testing.T) {
 	}
 }
 
-// The commands of SSH run as they are, by the stock client, and scp and sftp
+// stockSSH runs the commands of SSH as they are, by the stock client, and scp, which
 // understand the guest as well.
-func TestSSH(t *testing.T) {
-	m := openReal(t)
-	vm := mustRun(t, m, smolvm.VMConfig{})
+func stockSSH(t *testing.T, m *manager.Manager, vm smolvm.VMInfo) {
 	access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{PublicHost: "vm.example.org", User: "user"})
 	if err != nil {
 		t.Fatal(err)

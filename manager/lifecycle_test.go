@@ -3,7 +3,6 @@ package manager_test
 import (
 	"bytes"
 	"errors"
-	"net"
 	"os"
 	"strings"
 	"testing"
@@ -17,9 +16,13 @@ import (
 
 // The whole life of one VM, through all of its states.
 func TestLifecycle(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	ctx := t.Context()
-	vm := mustCreate(t, m, smolvm.VMConfig{ID: "life", Env: map[string]string{"GREETING": "hello"}, Hostname: "lively"})
+	vm := mustCreate(t, m, smolvm.VMConfig{
+		ID: "life", Env: map[string]string{"GREETING": "hello"}, Hostname: "lively", DiskSizeMiB: 20 << 10,
+		PortForwards: []smolvm.PortForward{{HostAddr: ownAddr(t), GuestPort: webPort}},
+	})
 	if vm.State != smolvm.StateCreated || vm.PID != 0 || vm.Network.SSHHostPort < 2200 || vm.Config.VCPUs != 2 || vm.Config.MemoryMiB != 512 {
 		t.Errorf("after create: %+v", vm)
 	}
@@ -49,12 +52,25 @@ func TestLifecycle(t *testing.T) {
 		"wc -c < /etc/machine-id":              "33",
 		"grep -c nameserver /etc/resolv.conf":  "1",
 		"ps -o stat | grep -c Z || echo clean": "0\nclean",
+		// Larger than the image: the guest has the room.
+		"df -m / | awk 'NR==2 {print ($2 > 19000)}'": "1",
 	} {
 		if got := sh(t, m, vm.ID, line); got != want && !strings.HasPrefix(got, want) {
 			t.Errorf("%s printed %q, want %q", line, got, want)
 		}
 	}
 	sh(t, m, vm.ID, "echo kept > /root/file")
+	sh(t, m, vm.ID, "mkdir /www && echo page > /www/index.html && httpd -p 8000 -h /www")
+	if got := get(t, dialTCP(t, vm.Network.PortForwards[0])); !strings.Contains(got, "page") {
+		t.Errorf("by a forward: %q", got)
+	}
+	conn, err := m.Dial(ctx, vm.ID, "tcp", "127.0.0.1:8000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := get(t, conn); !strings.Contains(got, "page") {
+		t.Errorf("by Dial: %q", got)
+	}
 
 	vm, err = m.Stop(ctx, vm.ID, smolvm.StopOptions{})
 	if err != nil {
@@ -95,6 +111,7 @@ func TestLifecycle(t *testing.T) {
 // Closing a Manager leaves VMs running; another one, as in another process, takes
 // them over.
 func TestClose(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	config := manager.Config{DataDir: m.DataDir(), SocketDir: m.SocketDir(), Templates: manager.TemplateConfig{Disabled: true}}
 	vm := mustRun(t, m, smolvm.VMConfig{})
@@ -117,6 +134,7 @@ func TestClose(t *testing.T) {
 
 // A guest may end by itself, in good order or not.
 func TestGuestEndsByItself(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	for name, test := range map[string]struct {
 		line  string
@@ -158,6 +176,7 @@ func waitEnd(t *testing.T, vm smolvm.VMInfo) error {
 // An image may bring an init of its own. The agent then serves beside it, and neither
 // differs from what it is on other machines.
 func TestOwnInit(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	image, err := m.Image(t.Context(), smolvm.DefaultImage)
 	if err != nil {
@@ -182,6 +201,7 @@ func TestOwnInit(t *testing.T) {
 
 // Whoever dies, no VM is without its keeper, and the truth is found out.
 func TestKilledProcesses(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	for name, victim := range map[string]func(smolvm.VMInfo) int{
 		"shim": func(vm smolvm.VMInfo) int { return vm.ShimPID },
@@ -227,6 +247,7 @@ func TestKilledProcesses(t *testing.T) {
 }
 
 func TestTTLAndEphemeral(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{TTL: time.Second, Ephemeral: true})
 	if err := waitEnd(t, vm); err != nil {
@@ -250,6 +271,7 @@ func TestTTLAndEphemeral(t *testing.T) {
 }
 
 func TestLogs(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	read := func(opts smolvm.LogOptions) string {
@@ -298,63 +320,5 @@ func TestLogs(t *testing.T) {
 	}
 	if got := read(smolvm.LogOptions{Tail: 10000}); got != all {
 		t.Errorf("a tail longer than the log is %q", got)
-	}
-}
-
-// A TCP server in the guest is reached by each of the ways.
-func TestPortForwards(t *testing.T) {
-	m := openReal(t)
-	ctx := t.Context()
-	vm := mustRun(t, m, smolvm.VMConfig{PortForwards: []smolvm.PortForward{{GuestPort: 8000}}})
-	sh(t, m, vm.ID, "mkdir /www && echo page > /www/index.html && httpd -p 8000 -h /www")
-	forwards, err := m.PortForwards(ctx, vm.ID)
-	if err != nil || len(forwards) != 1 || forwards[0].HostPort == 0 {
-		t.Fatalf("forwards %v, %v", forwards, err)
-	}
-	if got := get(t, dialTCP(t, forwards[0])); !strings.Contains(got, "page") {
-		t.Errorf("by a forward of the configuration: %q", got)
-	}
-	conn, err := m.Dial(ctx, vm.ID, "tcp", "127.0.0.1:8000")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := get(t, conn); !strings.Contains(got, "page") {
-		t.Errorf("by Dial: %q", got)
-	}
-	if _, err := m.Dial(ctx, vm.ID, "tcp", "127.0.0.1:9"); err == nil {
-		t.Error("Dial to a port where nobody listens succeeds")
-	}
-
-	added, err := m.AddPortForward(ctx, vm.ID, smolvm.PortForward{GuestPort: 8000})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := get(t, dialTCP(t, added)); !strings.Contains(got, "page") {
-		t.Errorf("by a forward that was added: %q", got)
-	}
-	if _, err := m.AddPortForward(ctx, vm.ID, added); !errors.Is(err, smolvm.ErrPortInUse) {
-		t.Errorf("the same forward twice: %v", err)
-	}
-	var network *smolvm.NetworkError
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = taken.Close() }()
-	foreign := smolvm.PortForward{HostPort: taken.Addr().(*net.TCPAddr).Port, GuestPort: 1}
-	if _, err := m.AddPortForward(ctx, vm.ID, foreign); !errors.Is(err, smolvm.ErrPortInUse) || !errors.As(err, &network) {
-		t.Errorf("a port of another program: %v", err)
-	}
-	if err := m.RemovePortForward(ctx, vm.ID, added); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := net.Dial("tcp", hostAddr(added)); err == nil {
-		t.Error("a forward that was removed still answers")
-	}
-	if err := m.RemovePortForward(ctx, vm.ID, added); !errors.Is(err, smolvm.ErrNotFound) {
-		t.Errorf("removed twice: %v", err)
-	}
-	if forwards, err := m.PortForwards(ctx, vm.ID); err != nil || len(forwards) != 1 {
-		t.Errorf("forwards %v, %v", forwards, err)
 	}
 }

@@ -2,31 +2,25 @@ package manager_test
 
 import (
 	"errors"
-	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/image/imagetest"
 )
 
 // VMs are found by ids, patterns, labels and images, and keep their labels (M3).
 func TestListOptions(t *testing.T) {
+	t.Parallel()
 	m := openEmpty(t)
-	dir := t.TempDir()
-	kernel, initrd := filepath.Join(dir, "kernel"), filepath.Join(dir, "initrd")
-	err := errors.Join(os.WriteFile(kernel, imagetest.TinyKernel(), 0o600), os.WriteFile(initrd, []byte(imagetest.Initramfs), 0o600))
-	if err != nil {
-		t.Fatal(err)
-	}
 	for id, labels := range map[string]map[string]string{
 		"web-1": {"team": "blue", "job": "1"},
 		"web_2": {"team": "blue", "job": "2"},
 		"db":    {"team": ""},
 		"plain": nil,
 	} {
-		mustCreate(t, m, smolvm.VMConfig{ID: id, KernelPath: kernel, InitrdPath: initrd, Labels: labels})
+		config := withoutImage(t, id)
+		config.Labels = labels
+		mustCreate(t, m, config)
 	}
 	for name, test := range map[string]struct {
 		options smolvm.ListOptions

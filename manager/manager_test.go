@@ -13,7 +13,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
-	"github.com/smolvm/smolvm/internal/shim/program"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
 	"github.com/smolvm/smolvm/manager"
@@ -23,7 +22,9 @@ import (
 const shimCommand = shim.Argument
 
 func TestMain(m *testing.M) {
-	program.Main(backends()...)
+	if len(os.Args) > 1 {
+		beShim(os.Args[1])
+	}
 	if len(os.Args) > 1 && os.Args[1] == childCommand {
 		os.Exit(childMain(os.Args[2:]))
 	}
@@ -50,15 +51,16 @@ func tempDir(t testing.TB) string {
 
 func testConfig(t testing.TB, dir string) manager.Config {
 	t.Helper()
-	self, err := os.Executable()
+	dataDir := filepath.Join(dir, "data [a], 100%b") // patterns and options give these a meaning
+	command, err := shimCommandOf(dataDir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return manager.Config{
-		DataDir:     filepath.Join(dir, "data [a], 100%b"), // patterns and options give these a meaning
+		DataDir:     dataDir,
 		SocketDir:   filepath.Join(dir, "run"),
 		Backend:     "qemu",
-		ShimCommand: []string{self, shimCommand},
+		ShimCommand: command,
 		AgentPath:   "/nonexistent/agent", // nothing may need it that does not boot an image
 		// Only tests of templates want a second VM booted for each that they start.
 		Templates: manager.TemplateConfig{Disabled: true},
@@ -84,11 +86,17 @@ func openEmpty(t testing.TB) *manager.Manager {
 // end that nothing is left of its VMs.
 func openReal(t testing.TB) *manager.Manager {
 	t.Helper()
+	return openAt(t, useReal(t))
+}
+
+// useReal returns the configuration of a Manager that can boot the default image.
+func useReal(t testing.TB) manager.Config {
+	t.Helper()
 	testenv.RequireQEMU(t)
 	config := testConfig(t, tempDir(t))
 	config.AgentPath = testenv.Agent(t)
 	testenv.SeedImages(t, config.DataDir)
-	return openAt(t, config)
+	return config
 }
 
 // openAt opens a Manager, and checks at the test's end that nothing is left of its VMs.
@@ -111,7 +119,7 @@ func openAt(t testing.TB, config manager.Config) *manager.Manager {
 				t.Errorf("delete %s: %v", vm.ID, err)
 			}
 		}
-		testenv.AwaitUnused(t, config.DataDir)
+		awaitProcesses(config)
 		if _, err := m.PruneTemplates(ctx, smolvm.PruneTemplateOptions{All: true}); err != nil {
 			t.Errorf("prune templates: %v", err)
 		}
@@ -123,10 +131,32 @@ func openAt(t testing.TB, config manager.Config) *manager.Manager {
 	return m
 }
 
+// awaitProcesses waits until no process writes to a log of the data directory any more, nor
+// has it in its command line. What works in the background, and has nothing to do any more,
+// ends by itself; what does not end in time is found by checkNothingLeft.
+func awaitProcesses(config manager.Config) {
+	for until := time.Now().Add(20 * time.Second); len(processesIn(config.DataDir)) > 0 && time.Now().Before(until); {
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// processesIn lists the processes that have a data directory in their command line, or their
+// log in it.
+func processesIn(dataDir string) []string {
+	found := testenv.Processes(dataDir)
+	logs, _ := filepath.Glob("/proc/[0-9]*/fd/2")
+	for _, path := range logs {
+		if log, err := os.Readlink(path); err == nil && strings.HasPrefix(log, dataDir+"/") {
+			found = append(found, path+" -> "+log)
+		}
+	}
+	return found
+}
+
 // checkNothingLeft fails the test if processes or files of VMs are there.
 func checkNothingLeft(t testing.TB, config manager.Config) {
 	t.Helper()
-	for _, process := range testenv.Processes(config.DataDir) {
+	for _, process := range processesIn(config.DataDir) {
 		t.Errorf("left behind: process %s", process)
 	}
 	for _, dir := range []string{"disks", "layers", "vms", "locks", "pool", "snapshots", "templates"} {

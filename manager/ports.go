@@ -2,12 +2,14 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 // AddPortForward forwards a host port to the guest, at once if the VM runs, and at
@@ -33,12 +35,14 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 	if err != nil {
 		return fail(err)
 	}
+	step.Reached(ctx, "port add/row")
 	if vm.State.Alive() {
 		_, err := shim.NewClient(m.runtimeDir(id)).AddForward(ctx, shim.ForwardOf(forward))
 		if err != nil {
 			_ = m.store.RemoveForward(context.WithoutCancel(ctx), id, forward.Protocol, forward.HostPort)
 			return fail(err)
 		}
+		step.Reached(ctx, "port add/forwarded")
 	}
 	m.note(ctx, id, "port-add", began, forward.String())
 	return forward, nil
@@ -65,13 +69,17 @@ func (m *Manager) RemovePortForward(ctx context.Context, id string, forward smol
 	}
 	// The row goes last: as long as the port is held it belongs to this VM.
 	if vm.State.Alive() {
-		if err := shim.NewClient(m.runtimeDir(id)).RemoveForward(ctx, shim.ForwardOf(vm.Forwards[i])); err != nil {
+		err := shim.NewClient(m.runtimeDir(id)).RemoveForward(ctx, shim.ForwardOf(vm.Forwards[i]))
+		// A process that was killed between the two has left only the row.
+		if err != nil && !errors.Is(err, smolvm.ErrNotFound) {
 			return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
 		}
+		step.Reached(ctx, "port rm/ended")
 	}
 	if err := m.store.RemoveForward(ctx, id, forward.Protocol, forward.HostPort); err != nil {
 		return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
 	}
+	step.Reached(ctx, "port rm/row")
 	m.note(ctx, id, "port-rm", began, vm.Forwards[i].String())
 	return nil
 }

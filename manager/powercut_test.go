@@ -19,6 +19,7 @@ import (
 // deleted, nor the layers and overlays of those that were saved. The host whose power is cut
 // is a guest, so that what its kernel has not written out is lost with it (D9).
 func TestPowerCut(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
 	program := filepath.Join(t.TempDir(), "powercut")
 	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, "../internal/testenv/powercut")

@@ -7,6 +7,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 // Resize makes the disk of a VM that does not run larger. The guest of an image has its
@@ -47,9 +48,11 @@ func (m *Manager) Resize(ctx context.Context, id string, opts smolvm.ResizeOptio
 	if err := disk.Grow(vm.DiskPath, opts.DiskSizeMiB<<20); err != nil {
 		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
+	step.Reached(ctx, "resize/grown")
 	if err := m.store.SetConfig(ctx, id, config); err != nil {
 		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
+	step.Reached(ctx, "resize/written")
 	vm.Config = config
 	m.note(ctx, id, "resize", began, fmt.Sprintf("disk of %d MiB", opts.DiskSizeMiB))
 	return m.info(vm), nil

@@ -15,6 +15,7 @@ import (
 // While one VM is saved, however long that takes, the disks of others can be made and
 // collected (C5).
 func TestSavingLocksNobodyOut(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "web"})
 	if err := syscall.Kill(vm.PID, syscall.SIGSTOP); err != nil {

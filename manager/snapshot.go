@@ -254,6 +254,7 @@ func (m *Manager) RemoveSnapshot(ctx context.Context, name string) error {
 	if err := m.snapshots.Remove(name); err != nil {
 		return snapshotError(err)
 	}
+	step.Reached(ctx, "snapshot rm/removed")
 	return m.disks.Collect(ctx)
 }
 

@@ -18,6 +18,7 @@ i=0; while :; do i=$((i+1)); echo $i > /run/count; sleep 1; done
 sh /run/count.sh >/dev/null 2>&1 &`
 
 func TestPause(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{})
 	if _, err := m.Resume(t.Context(), vm.ID); !errors.Is(err, smolvm.ErrInvalidState) {
@@ -50,11 +51,12 @@ func TestPause(t *testing.T) {
 
 // A child that can't start programs is not handed out, and nothing of it is left.
 func TestForkOfGuestThatHangs(t *testing.T) {
-	m := openReal(t)
+	t.Parallel()
+	m := openFake(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "parent"})
 	// To the agent this is as if programs got stuck in the kernel.
 	sh(t, m, "parent", `rm /bin/true; printf '#!/bin/sh\nwhile :; do sleep 1; done\n' > /bin/true; chmod +x /bin/true`)
-	options := smolvm.ForkOptions{Count: 2, Start: smolvm.StartOptions{Timeout: 8 * time.Second}}
+	options := smolvm.ForkOptions{Count: 2, Start: smolvm.StartOptions{Timeout: 2 * time.Second}}
 	if forked, err := m.Fork(t.Context(), "parent", options); !errors.Is(err, smolvm.ErrNotRestored) {
 		t.Errorf("forked %+v, %v, want %v", forked, err, smolvm.ErrNotRestored)
 	}
@@ -68,6 +70,7 @@ func TestForkOfGuestThatHangs(t *testing.T) {
 
 // A snapshot that an older program took says that it may be damaged.
 func TestSnapshotOfOlderProgram(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "old"}); err != nil {
@@ -105,11 +108,12 @@ func TestSnapshotOfOlderProgram(t *testing.T) {
 	}
 }
 
-// Children go on where their parent is, and no two have one identity. The parent goes on,
-// and can be forked and saved again.
+// Children go on where their parent is, with its programs, and no two have one identity. The
+// parent goes on.
 func TestFork(t *testing.T) {
+	t.Parallel()
 	m := openReal(t)
-	parent := mustRun(t, m, smolvm.VMConfig{ID: "parent", PortForwards: []smolvm.PortForward{{GuestPort: 80}}})
+	parent := mustRun(t, m, smolvm.VMConfig{ID: "parent"})
 	sh(t, m, "parent", "echo before > /root/file; "+counter)
 	forked, err := m.Fork(t.Context(), "parent", smolvm.ForkOptions{Count: 2, IDs: []string{"child"}})
 	if err != nil {
@@ -145,6 +149,32 @@ func TestFork(t *testing.T) {
 	if got := sh(t, m, "parent", "cat /root/file"); got != "after" {
 		t.Errorf("the parent's file says %q", got)
 	}
+}
+
+// A parent can be forked again and again, and every disk of the chain is its VM's own, also
+// when that boots from it. Forwards of a child are its own too.
+func TestForkAgain(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
+	forward := smolvm.PortForward{HostAddr: ownAddr(t), GuestPort: webPort}
+	mustRun(t, m, smolvm.VMConfig{ID: "parent", PortForwards: []smolvm.PortForward{forward}})
+	sh(t, m, "parent", "echo before > /root/file; mkdir /www")
+	forked, err := m.Fork(t.Context(), "parent", smolvm.ForkOptions{Count: 2, IDs: []string{"child"}})
+	if err != nil || len(forked.Children) != 2 || forked.Children[0].ID != "child" || forked.Pause <= 0 {
+		t.Fatalf("forked: %+v, %v", forked, err)
+	}
+	for _, id := range []string{"parent", "child"} {
+		sh(t, m, id, "hostname > /www/index.html; httpd -p 8000 -h /www")
+		forwards, err := m.PortForwards(t.Context(), id)
+		if err != nil || len(forwards) != 1 {
+			t.Fatalf("forwards of VM %s are %+v, %v", id, forwards, err)
+		}
+		if got := get(t, dialTCP(t, forwards[0])); !strings.HasSuffix(got, id+"\n") {
+			t.Errorf("by the forward of VM %s comes %q", id, got)
+		}
+	}
+	sh(t, m, "child", "echo own > /root/file")
+	sh(t, m, "parent", "echo after > /root/file; sync")
 	again, err := m.Fork(t.Context(), "parent", smolvm.ForkOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -173,6 +203,7 @@ func TestFork(t *testing.T) {
 }
 
 func TestSnapshot(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm", Env: map[string]string{"WORD": "kept"}})
 	sh(t, m, "vm", "echo one > /root/file; "+counter)
@@ -264,6 +295,7 @@ func TestSnapshot(t *testing.T) {
 
 // What can't be saved is refused before anything is made.
 func TestSnapshotRefusals(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	drive := filepath.Join(tempDir(t), "drive")
 	if err := os.WriteFile(drive, make([]byte, 1<<20), 0o600); err != nil {
@@ -289,6 +321,7 @@ func TestSnapshotRefusals(t *testing.T) {
 
 // EnsurePool fills a pool while its caller goes on.
 func TestEnsurePool(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	if _, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: -1}); err == nil {
 		t.Error("there is a pool of -1 VMs")
@@ -317,7 +350,8 @@ func TestEnsurePool(t *testing.T) {
 
 // A pool's VMs take on the identity of those that claim them.
 func TestPool(t *testing.T) {
-	m := openFast(t)
+	t.Parallel()
+	m := openFakeFast(t)
 	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{}); err == nil {
 		t.Error("a pool of no VMs was made")
 	}
@@ -379,6 +413,7 @@ func TestPool(t *testing.T) {
 
 // A snapshot that a newer program has made is refused, whatever it is to be restored for.
 func TestSnapshotOfNewerProgram(t *testing.T) {
+	t.Parallel()
 	m := openFake(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	if _, err := m.CreateSnapshot(t.Context(), vm.ID, smolvm.SnapshotOptions{Name: "new"}); err != nil {

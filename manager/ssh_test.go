@@ -3,19 +3,17 @@ package manager_test
 import (
 	"crypto/ed25519"
 	"crypto/rand"
-	"errors"
-	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/image/imagetest"
 )
 
 // sshServer answers as an SSH server with a new host key that lets everybody in and
@@ -76,24 +74,70 @@ func serveSSH(conn net.Conn, config *ssh.ServerConfig) {
 	}
 }
 
+// What is said of a login is true of each VM alone: it is at its port, with its host key, by
+// the data directory's key or one that the VM was given.
+func TestLogins(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("ssh-keygen"); err != nil {
+		t.Skip("there is no ssh client: ", err)
+	}
+	key := filepath.Join(t.TempDir(), "key")
+	if out, err := exec.CommandContext(t.Context(), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key).CombinedOutput(); err != nil {
+		t.Fatalf("ssh-keygen: %v\n%s", err, out)
+	}
+	public, err := os.ReadFile(key + ".pub")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := openFake(t)
+	mustRun(t, m, smolvm.VMConfig{ID: "open", AuthorizedKeys: []string{strings.TrimSpace(string(public))}})
+	mustRun(t, m, smolvm.VMConfig{ID: "closed"})
+	login := func(id string, replace ...string) (string, error) {
+		t.Helper()
+		access, err := m.SSH(t.Context(), id, smolvm.SSHOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		line := strings.NewReplacer(append(replace, "ssh ", "ssh -F none -o BatchMode=yes ")...).Replace(access.String())
+		out, err := exec.CommandContext(t.Context(), "sh", "-c", line+" hostname").CombinedOutput()
+		return string(out), err
+	}
+	for _, id := range []string{"open", "closed"} {
+		if out, err := login(id); err != nil || out != id+"\n" {
+			t.Errorf("log in to VM %s: %v, %q", id, err, out)
+		}
+		out, err := login(id, filepath.Join(strings.ReplaceAll(m.DataDir(), "%", "%%"), "keys", "id_ed25519"), key)
+		if entered := err == nil; entered != (id == "open") {
+			t.Errorf("log in to VM %s by a key of the user's: %v, %q", id, err, out)
+		}
+	}
+	port := func(id string) string { return "-p " + strconv.Itoa(mustGet(t, m, id).Network.SSHHostPort) }
+	if out, err := login("open", port("open"), port("closed")); err == nil || !strings.Contains(out, "verification failed") {
+		t.Errorf("the host key of another VM is taken: %v, %q", err, out)
+	}
+	access, err := m.SSH(t.Context(), "open", smolvm.SSHOptions{PublicHost: "vm.example.org", User: "user"})
+	if want := "ssh " + port("open") + " user@vm.example.org"; err != nil || access.Public() != want {
+		t.Errorf("access is %+v, %v, want public %q", access, err, want)
+	}
+}
+
 // The host key of a guest with a kernel of its own is learned at the first login, and
 // insisted on from then on.
 func TestOwnKernelHostKey(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("ssh"); err != nil {
 		t.Skip("there is no ssh client: ", err)
 	}
 	m := openEmpty(t)
-	dir := t.TempDir()
-	kernel, initrd, rootfs := filepath.Join(dir, "kernel"), filepath.Join(dir, "initrd"), filepath.Join(dir, "rootfs")
 	disk := make([]byte, 1<<20)
 	copy(disk, "hsqs")
-	err := errors.Join(os.WriteFile(kernel, imagetest.TinyKernel(), 0o600),
-		os.WriteFile(initrd, []byte(imagetest.Initramfs), 0o600), os.WriteFile(rootfs, disk, 0o600))
-	if err != nil {
+	config := withoutImage(t, "own_kernel")
+	config.InitrdPath, config.RootfsPath, config.SSHHostAddr = "", filepath.Join(t.TempDir(), "rootfs"), ownAddr(t)
+	if err := os.WriteFile(config.RootfsPath, disk, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	vm := mustCreate(t, m, smolvm.VMConfig{ID: "own_kernel", KernelPath: kernel, RootfsPath: rootfs})
-	addr := fmt.Sprintf("127.0.0.1:%d", vm.Network.SSHHostPort)
+	vm := mustCreate(t, m, config)
+	addr := hostAddr(smolvm.PortForward{HostAddr: vm.Network.SSHHostAddr, HostPort: vm.Network.SSHHostPort})
 	login := func() (string, error) {
 		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
 		if err != nil {
@@ -120,7 +164,7 @@ func TestOwnKernelHostKey(t *testing.T) {
 	}
 	checkEmpty(t, filepath.Join(m.DataDir(), "vms"))
 
-	diskless := mustCreate(t, m, smolvm.VMConfig{ID: "diskless", KernelPath: kernel, InitrdPath: initrd})
+	diskless := mustCreate(t, m, withoutImage(t, "diskless"))
 	access, err := m.SSH(t.Context(), diskless.ID, smolvm.SSHOptions{})
 	if err != nil || !strings.Contains(access.String(), "known_hosts-") {
 		t.Errorf("a guest whose key nothing keeps: %q, %v", access.String(), err)

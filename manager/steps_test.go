@@ -6,10 +6,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -21,6 +23,8 @@ type verb struct {
 	templates, fresh bool
 	// before makes what the operation works on.
 	before func(t *testing.T, m *manager.Manager)
+	// after makes sure that what the operation was to do can be done still, or anew.
+	after func(t *testing.T, m *manager.Manager)
 	// starts are the VMs that it starts.
 	starts []string
 	// safe are the VMs that are there afterwards whatever happens, with their file.
@@ -59,6 +63,72 @@ func stepsStopped(t *testing.T, m *manager.Manager) {
 	}
 }
 
+// grown is the size to which a disk is made, in MiB, and webPort a port of a guest.
+const (
+	grown   = 64
+	webPort = 8000
+)
+
+// stepsImage builds an image, and a template of it.
+func stepsImage(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	ownFiles(t, m)
+	buildOwn(t, m)
+	if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{Image: "mine"}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// forwardsAnew ends all forwards of the VM, and makes sure that a new one reaches the guest.
+func forwardsAnew(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	forwards, err := m.PortForwards(t.Context(), "vm")
+	for _, forward := range forwards {
+		err = errors.Join(err, m.RemovePortForward(t.Context(), "vm", forward))
+	}
+	if err != nil {
+		t.Errorf("the forwards %+v can't be ended: %v", forwards, err)
+		return
+	}
+	again, err := m.AddPortForward(t.Context(), "vm", smolvm.PortForward{HostAddr: ownAddr(t), GuestPort: webPort})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sh(t, m, "vm", "mkdir -p /www; echo page > /www/index.html; httpd -p 8000 -h /www")
+	if got := get(t, dialTCP(t, again)); !strings.Contains(got, "page") {
+		t.Errorf("by a new forward comes %q", got)
+	}
+}
+
+// imagesAnew builds the image anew, starts a VM of it, and removes all that is not needed.
+func imagesAnew(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	ctx := t.Context()
+	buildOwn(t, m)
+	vm := mustRun(t, m, smolvm.VMConfig{Image: "mine"})
+	sh(t, m, vm.ID, "true")
+	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
+		t.Error(err)
+	}
+	awaitTemplates(t, m)
+	if err := m.RemoveImage(ctx, "mine"); err != nil {
+		t.Error(err)
+	}
+	if _, err := m.PruneImages(ctx); err != nil {
+		t.Error(err)
+	}
+	if images, err := m.Images(ctx); err != nil || len(images) != 1 {
+		t.Errorf("images are %+v, %v", images, err)
+	}
+	left, err := glob.In(filepath.Join(m.DataDir(), "images"), ".build-*")
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %q, %v", left, err)
+	}
+	if templates, err := m.Templates(ctx); err != nil || len(templates) != 0 {
+		t.Errorf("templates of images that are gone: %+v, %v", templates, err)
+	}
+}
+
 // verbs are the operations that change something.
 var verbs = map[string]verb{
 	"create": {work: "create", id: "vm"},
@@ -83,6 +153,35 @@ var verbs = map[string]verb{
 			t.Fatal(err)
 		}
 	}},
+	"resize": {work: "resize", id: "vm", safe: []string{"vm"}, before: stepsStopped, after: func(t *testing.T, m *manager.Manager) {
+		t.Helper()
+		if vm, err := m.Resize(t.Context(), "vm", smolvm.ResizeOptions{DiskSizeMiB: grown}); err != nil || vm.Config.DiskSizeMiB != grown {
+			t.Errorf("resized it has %d MiB, %v", vm.Config.DiskSizeMiB, err)
+		}
+	}},
+	"port add": {work: "add port", id: "vm", safe: []string{"vm"}, before: stepsVM, after: forwardsAnew},
+	"port rm": {work: "remove port", id: "vm", safe: []string{"vm"}, after: forwardsAnew, before: func(t *testing.T, m *manager.Manager) {
+		t.Helper()
+		stepsVM(t, m)
+		if _, err := m.AddPortForward(t.Context(), "vm", smolvm.PortForward{HostAddr: ownAddr(t), GuestPort: webPort}); err != nil {
+			t.Fatal(err)
+		}
+	}},
+	"image build": {work: "build image", id: "mine", before: func(t *testing.T, m *manager.Manager) { ownFiles(t, m) }, after: imagesAnew},
+	"image rm":    {work: "remove image", id: "mine", templates: true, before: stepsImage, after: imagesAnew},
+	"image prune": {work: "prune images", templates: true, before: func(t *testing.T, m *manager.Manager) {
+		t.Helper()
+		stepsImage(t, m) // which is without a name when another one has that
+		ownFiles(t, m)
+		buildOwn(t, m)
+	}, after: imagesAnew},
+	"snapshot rm": {work: "remove snapshot", id: "saved", safe: []string{"vm"}, before: stepsSnapshot},
+	"template prune": {work: "prune templates", templates: true, before: func(t *testing.T, m *manager.Manager) {
+		t.Helper()
+		if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}},
 	"fork":           {work: "fork", id: "vm", starts: []string{"forked"}, safe: []string{"vm"}, before: stepsVM},
 	"template build": {work: "template", templates: true},
 	"pool fill":      {work: "pool", templates: true},
@@ -97,40 +196,62 @@ var verbs = map[string]verb{
 // that was there before, can go on with what it finds, and leaves nothing behind when all is
 // removed. The steps are those that the operation comes to if nobody is killed.
 func TestKilledAtEachStep(t *testing.T) {
-	steps, killed, leaked := 0, 0, 0
-	for name, v := range verbs {
-		var names []string
-		if !t.Run(name, func(t *testing.T) { names = v.run(t, "") }) {
-			continue // there is no telling its steps
-		}
-		if len(names) == 0 {
-			t.Errorf("%s comes to no step", name)
-		}
-		for _, point := range names {
-			steps++
-			ok := t.Run(name+" at "+point, func(t *testing.T) {
-				if slices.Contains(v.run(t, point), point) {
-					killed++
-				} else { // what goes on in the background may come to it too late
-					t.Log("it was not come to a second time")
+	t.Parallel()
+	var steps, killed, leaked atomic.Int32
+	t.Run("of", func(t *testing.T) { // ends when all that run beside each other have
+		for name, v := range verbs {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				names := v.run(t, useFake(t), "")
+				if len(names) == 0 {
+					t.Errorf("%s comes to no step", name)
+				}
+				for _, point := range names {
+					steps.Add(1)
+					t.Run("at "+point, func(t *testing.T) {
+						t.Parallel()
+						t.Cleanup(func() { // the last one: after it was looked for what is left
+							if t.Failed() {
+								leaked.Add(1)
+							}
+						})
+						if slices.Contains(v.run(t, useFake(t), point), point) {
+							killed.Add(1)
+						} else { // what goes on in the background may come to it too late
+							t.Log("it was not come to a second time")
+						}
+					})
 				}
 			})
-			if !ok {
-				leaked++
-			}
 		}
+	})
+	t.Logf("steps=%d killed=%d leaked=%d", steps.Load(), killed.Load(), leaked.Load())
+	if killed.Load() < steps.Load()*9/10 {
+		t.Errorf("of %d steps only %d were come to a second time", steps.Load(), killed.Load())
 	}
-	t.Logf("steps=%d killed=%d leaked=%d", steps, killed, leaked)
-	if killed < steps*9/10 {
-		t.Errorf("of %d steps only %d were come to a second time", steps, killed)
+}
+
+// The same with QEMU and real guests, at a few steps at which they have a part: the launcher
+// of a VM that is ready is killed, who has a VM saved that goes on from an overlay now, and who
+// takes a VM out of a pool.
+func TestKilledAtSomeSteps(t *testing.T) {
+	t.Parallel()
+	for name, point := range map[string]string{
+		"restore": "start/ready", "snapshot": "save/layer", "pool claim": "claim/moved",
+	} {
+		t.Run(name+" at "+point, func(t *testing.T) {
+			t.Parallel()
+			if !slices.Contains(verbs[name].run(t, useReal(t), point), point) {
+				t.Errorf("it was not come to")
+			}
+		})
 	}
 }
 
 // run does the operation in a process of its own, which is killed at a step, if that has a
 // name, and checks what is left. It returns the steps that were come to.
-func (v verb) run(t *testing.T, point string) []string {
+func (v verb) run(t *testing.T, config manager.Config, point string) []string {
 	t.Helper()
-	config := useFake(t)
 	if v.templates {
 		config.Templates = manager.TemplateConfig{}
 	}
@@ -183,6 +304,9 @@ func (v verb) check(t *testing.T, m *manager.Manager, point string) {
 	awaitTemplates(t, m)
 	if _, err := m.Reconcile(ctx); err != nil {
 		t.Errorf("Reconcile: %v", err)
+	}
+	if v.after != nil {
+		v.after(t, m)
 	}
 	vms, err := m.List(ctx, smolvm.ListOptions{})
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 
 // What goes wrong in the process of a background task is the same error here.
 func TestTaskErrors(t *testing.T) {
+	t.Parallel()
 	config := useFake(t)
 	config.Templates = manager.TemplateConfig{}
 	config.DiskReserve = 1 << 60 // more than any disk has; it is the task that looks

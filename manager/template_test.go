@@ -15,18 +15,14 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/glob"
-	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
 
 // openFast is openReal with templates.
 func openFast(t testing.TB) *manager.Manager {
 	t.Helper()
-	testenv.RequireQEMU(t)
-	config := testConfig(t, tempDir(t))
-	config.AgentPath = testenv.Agent(t)
+	config := useReal(t)
 	config.Templates = manager.TemplateConfig{}
-	testenv.SeedImages(t, config.DataDir)
 	return openAt(t, config)
 }
 
@@ -78,10 +74,72 @@ func hasCorrectClock(t testing.TB, m *manager.Manager, id string) {
 	}
 }
 
+// What a guest has run before it was frozen is there in every clone, and in the VM that was
+// booted for the lack of one. A clone, and a VM that stood by in a pool, are no duplicates of
+// each other or of the first, know the time, and work as any VM does.
+func TestClonesAnswer(t *testing.T) {
+	t.Parallel()
+	m := openFast(t)
+	config := smolvm.VMConfig{ID: "first", WarmUp: "echo warm > /run/warm; (sleep 1000 >/dev/null 2>&1 &)"}
+	vms := []smolvm.VMInfo{mustRun(t, m, config)}
+	startReport(t, vms[0], smolvm.StartBoot)
+	config.ID, config.DiskIOPS = "clone", 1000
+	vms = append(vms, mustRun(t, m, config))
+	report := startReport(t, vms[1], smolvm.StartClone)
+	want := []string{"hostname", "machine-id", "SSH host key", "boot id", "MAC", "random numbers"}
+	if !slices.Equal(report.Verified, want) || len(report.Warnings) > 0 || report.Limits.DiskIOPS != 1000 {
+		t.Errorf("report is %+v", report)
+	}
+	pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1, WarmUp: config.WarmUp})
+	if err != nil || pool.Ready != 1 {
+		t.Fatalf("pool is %+v, %v", pool, err)
+	}
+	config.ID = "pooled"
+	vms = append(vms, mustRun(t, m, config))
+	if got := startReport(t, vms[2], smolvm.StartPool).Limits.DiskIOPS; got != 1000 {
+		t.Errorf("a VM of the pool may make %d reads and writes a second", got)
+	}
+	if err := m.RemovePool(t.Context(), pool.ID); err != nil {
+		t.Error(err)
+	}
+	seen := map[string]string{}
+	for _, vm := range vms {
+		if vm.ID != "first" {
+			hasCorrectClock(t, m, vm.ID)
+		}
+		if got := sh(t, m, vm.ID, "cat /run/warm; pidof sleep | wc -w"); got != "warm\n1" {
+			t.Errorf("VM %s says %q", vm.ID, got)
+		}
+		lines := strings.Split(sh(t, m, vm.ID, identityOf), "\n")
+		if len(lines) != 6 || lines[0] != vm.ID || lines[3] != vm.Network.GuestMAC {
+			t.Errorf("identity of VM %s is %q", vm.ID, lines)
+		}
+		for _, line := range lines {
+			if other := seen[line]; other != "" {
+				t.Errorf("VMs %s and %s have %q in common", vm.ID, other, line)
+			}
+			seen[line] = vm.ID
+		}
+	}
+	// Their disks are their own, and stay when they boot from them.
+	sh(t, m, "pooled", "echo mine > /root/file")
+	sh(t, m, "clone", "test ! -e /root/file")
+	if _, err := m.Stop(t.Context(), "pooled", smolvm.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Start(t.Context(), "pooled", smolvm.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, "pooled", "cat /root/file"); got != "mine" {
+		t.Errorf("the file says %q", got)
+	}
+}
+
 // The first start of a kind boots, later ones are clones, none of which is another's
 // duplicate. All ways out of a clone are taken on it: it works as any VM does.
 func TestClones(t *testing.T) {
-	m := openFast(t)
+	t.Parallel()
+	m := openFakeFast(t)
 	first := mustRun(t, m, smolvm.VMConfig{ID: "first"})
 	report := startReport(t, first, smolvm.StartBoot)
 	if len(report.Timeline) == 0 || report.Accelerator == "" || report.Backend != "qemu" {
@@ -165,6 +223,7 @@ func TestClones(t *testing.T) {
 // Cold boots are to be had for the asking, and make no templates. VMs that can't be
 // cloned are booted without a word.
 func TestCold(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	vm, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{Cold: true})
@@ -189,6 +248,7 @@ func TestCold(t *testing.T) {
 // A template that is of no use is replaced, and costs nothing but the time: the VM boots
 // and says why.
 func TestDamagedTemplate(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	path := func(template smolvm.Template, name string) string {
 		return filepath.Join(m.DataDir(), "templates", template.ID, name)
@@ -258,6 +318,7 @@ func flipByte(path string) error {
 
 // A state that verifies but that the VMM can't load falls back as well.
 func TestUnloadableTemplate(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
@@ -282,12 +343,13 @@ func TestUnloadableTemplate(t *testing.T) {
 // What a guest has run before it was frozen is there in every clone, and in the VM that
 // was booted for the lack of one.
 func TestWarmUp(t *testing.T) {
-	m := openFast(t)
-	config := smolvm.VMConfig{WarmUp: "echo warm > /run/warm; (sleep 1000 >/dev/null 2>&1 &)"}
+	t.Parallel()
+	m := openFakeFast(t)
+	config := smolvm.VMConfig{WarmUp: "echo warm > /run/warm"}
 	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
 		vm := mustRun(t, m, config)
 		startReport(t, vm, method)
-		if got := sh(t, m, vm.ID, "cat /run/warm; pidof sleep | wc -w"); got != "warm\n1" {
+		if got := sh(t, m, vm.ID, "cat /run/warm"); got != "warm" {
 			t.Errorf("by %s the guest says %q", method, got)
 		}
 	}
@@ -303,6 +365,7 @@ func TestWarmUp(t *testing.T) {
 // Templates are removed when they take too much of the disk, the least used first, and
 // with their image.
 func TestPruneTemplates(t *testing.T) {
+	t.Parallel()
 	m := openFakeFast(t)
 	var ids []string
 	for _, memory := range []int{192, 256} {

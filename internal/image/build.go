@@ -17,6 +17,7 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 // Files of an image.
@@ -78,14 +79,14 @@ func (s *Store) Build(ctx context.Context, recipe Recipe) (smolvm.Image, error) 
 		}
 		return smolvm.Image{}, err
 	}
-	if err := s.publish(b, meta); err != nil {
+	if err := s.publish(ctx, b, meta); err != nil {
 		return smolvm.Image{}, fmt.Errorf("publish image: %w", err)
 	}
 	return s.describe(meta.Digest)
 }
 
 // publish makes a finished image appear, and its name point to it.
-func (s *Store) publish(b builder, meta metadata) error {
+func (s *Store) publish(ctx context.Context, b builder, meta metadata) error {
 	if err := writeJSON(filepath.Join(b.out, metadataFile), meta); err != nil {
 		return err
 	}
@@ -100,15 +101,21 @@ func (s *Store) publish(b builder, meta metadata) error {
 		if err := os.Rename(final, filepath.Join(b.work, "damaged")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
+		step.Reached(ctx, "image build/cleared")
 		if err := os.Rename(b.out, final); err != nil {
 			return err
 		}
+		step.Reached(ctx, "image build/moved")
 		if err := syncFile(s.dir); err != nil {
 			return err
 		}
 	}
 	record := nameRecord{Digest: meta.Digest, Recipe: b.key, Agent: b.agent, AgentHash: b.agentHash}
-	return s.writeName(b.recipe.Name, record)
+	if err := s.writeName(b.recipe.Name, record); err != nil {
+		return err
+	}
+	step.Reached(ctx, "image build/named")
+	return nil
 }
 
 func syncFile(path string) error {

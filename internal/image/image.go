@@ -31,6 +31,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 const (
@@ -320,10 +321,10 @@ func (s *Store) Remove(ctx context.Context, ref string, check func() error) erro
 		return err
 	}
 	defer unlock()
-	return s.removeUnused(digest, check)
+	return s.removeUnused(ctx, digest, check)
 }
 
-func (s *Store) removeUnused(digest string, check func() error) error {
+func (s *Store) removeUnused(ctx context.Context, digest string, check func() error) error {
 	release, err := s.seize(digest)
 	if err != nil {
 		return err
@@ -332,10 +333,10 @@ func (s *Store) removeUnused(digest string, check func() error) error {
 	if err := check(); err != nil {
 		return err
 	}
-	return s.remove(digest)
+	return s.remove(ctx, digest)
 }
 
-func (s *Store) remove(digest string) error {
+func (s *Store) remove(ctx context.Context, digest string) error {
 	names, err := s.names()
 	if err != nil {
 		return err
@@ -344,6 +345,7 @@ func (s *Store) remove(digest string) error {
 		if err := os.Remove(filepath.Join(s.dir, namesDir, name)); err != nil {
 			return fmt.Errorf("remove image %s: %w", digest, err)
 		}
+		step.Reached(ctx, "image rm/unnamed")
 	}
 	// By a rename first, so that no half image is found.
 	dir := s.imageDir(digest)
@@ -356,6 +358,7 @@ func (s *Store) remove(digest string) error {
 	} else if err != nil {
 		return fmt.Errorf("remove image %s: %w", digest, err)
 	}
+	step.Reached(ctx, "image rm/moved away")
 	return os.RemoveAll(gone)
 }
 
@@ -380,7 +383,7 @@ func (s *Store) Prune(ctx context.Context, keep func(smolvm.Image) (bool, error)
 		return nil, err
 	}
 	for _, image := range images {
-		err := s.removeUnused(image.Digest, func() error {
+		err := s.removeUnused(ctx, image.Digest, func() error {
 			kept, err := keep(image)
 			if kept && err == nil {
 				err = errKept

@@ -23,6 +23,7 @@ import (
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/snapshot"
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 // Templates are those of a data directory.
@@ -181,6 +182,7 @@ func (t *Templates) Remove(ctx context.Context, id string) error {
 	if errors.Is(err, smolvm.ErrNotFound) {
 		return &smolvm.Error{Hint: "`smolvm template ls` lists the templates", Err: fmt.Errorf("%w: %q", smolvm.ErrTemplateNotFound, id)}
 	}
+	step.Reached(ctx, "template rm/removed")
 	return errors.Join(err, t.Disks.Collect(ctx))
 }
 

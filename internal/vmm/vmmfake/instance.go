@@ -73,12 +73,13 @@ type instance struct {
 	control, channel *net.UnixConn
 	console, log     *bounded
 
-	mu      sync.Mutex // guards the following
-	next    int
-	pending map[int]chan message // those who wait for an answer
-	end     *message             // what the VMM said of its end
-	killed  bool                 // Kill was called before it did
-	limit   float64
+	mu        sync.Mutex // guards the following
+	next      int
+	pending   map[int]chan message // those who wait for an answer
+	end       *message             // what the VMM said of its end
+	killed    bool                 // Kill was called before it did
+	limit     float64
+	diskLimit vmm.DiskLimit
 	// channelTaken is set when the channel has been handed out.
 	channelTaken bool
 
@@ -91,11 +92,12 @@ type instance struct {
 }
 
 var (
-	_ vmm.Consoler = (*instance)(nil)
-	_ vmm.Limiter  = (*instance)(nil)
-	_ vmm.Pauser   = (*instance)(nil)
-	_ vmm.Saver    = (*instance)(nil)
-	_ vmm.Halter   = (*instance)(nil)
+	_ vmm.Consoler    = (*instance)(nil)
+	_ vmm.Limiter     = (*instance)(nil)
+	_ vmm.DiskLimiter = (*instance)(nil)
+	_ vmm.Pauser      = (*instance)(nil)
+	_ vmm.Saver       = (*instance)(nil)
+	_ vmm.Halter      = (*instance)(nil)
 
 	_ vmm.DiskSwitcher = (*instance)(nil)
 )
@@ -147,7 +149,16 @@ func (i *instance) Limits() smolvm.Limits {
 	if i.limit != 0 {
 		limits.CPUs = i.limit
 	}
+	limits.DiskBytesPerSecond, limits.DiskIOPS = i.diskLimit.BytesPerSecond, i.diskLimit.IOPS
 	return limits
+}
+
+// SetDiskLimit implements [vmm.DiskLimiter].
+func (i *instance) SetDiskLimit(_ context.Context, limit vmm.DiskLimit) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.diskLimit = limit
+	return nil
 }
 
 // SetCPULimit implements [vmm.Limiter].

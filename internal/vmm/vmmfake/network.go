@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -198,7 +199,11 @@ func (n *guestNetwork) serveHTTP(_ context.Context, port int, read func(name str
 		return err
 	}
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		text, err := read(r.URL.Path)
+		name := r.URL.Path
+		if strings.HasSuffix(name, "/") {
+			name += "index.html"
+		}
+		text, err := read(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			http.NotFound(w, r)
 			return

@@ -151,7 +151,7 @@ type task struct {
 // launch starts the process with its connections and its two logs.
 func launch(program string, cfg vmm.Config, consoleBytes int64) (_ *instance, err error) {
 	i := &instance{
-		cfg: cfg, faults: faultsOf(cfg), done: make(chan struct{}), closed: make(chan struct{}),
+		cfg: cfg, diskLimit: cfg.DiskLimit, faults: faultsOf(cfg), done: make(chan struct{}), closed: make(chan struct{}),
 		ready: make(chan struct{}), pending: map[int]chan message{}, running: make(chan struct{}, 1), halts: make(chan vmm.Halt, 1),
 	}
 	if err := checkNIC(cfg.NIC); err != nil {
