@@ -11,7 +11,7 @@ export CGO_ENABLED=1
 
 # The engine: what an operation on a VM comes through between the contract and the VMM.
 engine=()
-for room in manager internal/{backing,budget,datadir,identity,machine,shim,snapshot,start,store,teardown,template,warmpool,worker}; do
+for room in manager internal/{backing,budget,datadir,identity,machine,session,shim,snapshot,start,store,teardown,template,warmpool,worker}; do
 	[ ! -d "$room" ] || engine+=("./$room/...")
 done
 packages=$($go list -f '{{if .GoFiles}}{{.ImportPath}}{{end}}' "${engine[@]}")

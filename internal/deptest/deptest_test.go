@@ -68,6 +68,8 @@ func tiers() [][]string {
 		// Rooms that need no shim.
 		{"internal/budget", "internal/identity", "internal/machine", "internal/worker"},
 		{"internal/shim"},         // one running VM
+		{"internal/session"},      // one guest, in that process
+		{"internal/shim/process"}, // that process
 		{"internal/template"},     // guests that were saved before anybody wanted them
 		{"internal/warmpool"},     // VMs that wait for their users
 		{"internal/start"},        // the ways to start a VM
@@ -114,6 +116,7 @@ func onlyBy() map[string]string {
 		"internal/vmm/qemu":        "shim",
 		"internal/shim/process":    "internal/shim/program",
 		"internal/network/usernet": "internal/shim/process",
+		"internal/session":         "internal/shim/process",
 		"internal/cli":             "cmd/smolvm",
 	}
 }

@@ -8,10 +8,10 @@ import (
 	"github.com/smolvm/smolvm/internal/network/usernet"
 )
 
-// attach connects the VM as its configuration says, and warns of what the network can't do
-// on this host. The error matches [smolvm.ErrUnsupported] if this build does not know the
+// attach connects a VM as its configuration says, and warns of what the network can't do on
+// this host. The error matches [smolvm.ErrUnsupported] if this build does not know the
 // mode.
-func (s *process) attach(config network.Config) (network.Attachment, error) {
+func attach(config network.Config, warn func(string)) (network.Attachment, error) {
 	switch mode := config.UsedMode(); mode {
 	case smolvm.NetworkUser:
 		n, err := usernet.New(config)
@@ -19,7 +19,7 @@ func (s *process) attach(config network.Config) (network.Attachment, error) {
 			return nil, err
 		}
 		if problem := n.Problem(); problem != nil {
-			s.warn(problem.Error())
+			warn(problem.Error())
 		}
 		return n, nil
 	default:

@@ -3,8 +3,11 @@ package process
 import (
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -45,4 +48,17 @@ func inheritListeners(forwards []shim.Forward) ([]io.Closer, error) {
 		listeners = append(listeners, listener)
 	}
 	return listeners, nil
+}
+
+// listenerOf makes a listener of a file that another process has bound: a [net.Listener],
+// or a [net.PacketConn]. The file may be closed then.
+func listenerOf(file *os.File) (io.Closer, error) {
+	kind, err := unix.GetsockoptInt(int(file.Fd()), unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil {
+		return nil, os.NewSyscallError("getsockopt", err)
+	}
+	if kind == unix.SOCK_DGRAM {
+		return net.FilePacketConn(file)
+	}
+	return net.FileListener(file)
 }

@@ -2,8 +2,6 @@ package process
 
 import (
 	"bufio"
-	"context"
-	"fmt"
 	"io"
 	"os"
 	"runtime"
@@ -13,9 +11,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // A shim idles for most of its life, and there is one for each VM, so it is kept
@@ -57,35 +52,6 @@ func setData(most uint64) {
 	if unix.Getrlimit(unix.RLIMIT_DATA, &now) == nil {
 		_ = unix.Setrlimit(unix.RLIMIT_DATA, &unix.Rlimit{Cur: min(most, now.Max), Max: now.Max}) // lowering it can't fail
 	}
-}
-
-// limits are those of the VMM.
-func (s *process) limits() smolvm.Limits {
-	if limiter, ok := s.instance.(vmm.Limiter); ok {
-		return limiter.Limits()
-	}
-	return smolvm.Limits{}
-}
-
-// limit gives a VM that stood by the limits of the one that it is to be.
-func (s *process) limit(ctx context.Context) error {
-	if want := s.spec.VMM.DiskLimit; want != (vmm.DiskLimit{}) {
-		limiter, ok := s.instance.(vmm.DiskLimiter)
-		if !ok {
-			return fmt.Errorf("limit the speed of the VM's disks: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
-		}
-		if err := limiter.SetDiskLimit(ctx, want); err != nil {
-			return err
-		}
-	}
-	if s.spec.VMM.CPULimit == 0 {
-		return nil
-	}
-	limiter, ok := s.instance.(vmm.Limiter)
-	if !ok {
-		return fmt.Errorf("limit the VM's CPU time: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
-	}
-	return limiter.SetCPULimit(ctx, s.spec.VMM.CPULimit)
 }
 
 // quiet is how long nothing must have happened before memory is given back.

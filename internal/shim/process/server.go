@@ -2,18 +2,14 @@ package process
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"os"
-	"slices"
 	"time"
 
-	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/stream"
 )
@@ -84,53 +80,37 @@ func (s *process) handle(ctx context.Context, asked shim.Request, answer *shim.R
 		answer.Status = s.status()
 		return nil
 	case shim.OpStop:
-		s.stop(shim.Stop{Grace: asked.Grace, Patient: asked.Patient}, "it was stopped by request")
+		s.session.Stop(shim.Stop{Grace: asked.Grace, Patient: asked.Patient}, "it was stopped by request")
 		return nil
 	case shim.OpAddForward:
 		var err error
-		answer.Forward, err = s.addForward(ctx, asked.Forward)
+		answer.Forward, err = s.session.AddForward(ctx, asked.Forward)
 		return err
 	case shim.OpRemoveForward:
-		return s.removeForward(asked.Forward)
+		return s.session.RemoveForward(asked.Forward)
 	case shim.OpPause:
-		return s.pause(ctx)
+		return s.session.Pause(ctx)
 	case shim.OpResume:
-		return s.resume(ctx)
+		return s.session.Resume(ctx)
 	case shim.OpSave:
 		var err error
-		answer.Saved, err = s.save(ctx, asked.Save)
+		answer.Saved, err = s.session.Save(ctx, asked.Save)
 		return err
 	}
 	return fmt.Errorf("shim has no operation %q; it may be older than this program", asked.Op)
 }
 
 func (s *process) status() *shim.Status {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return &shim.Status{
-		Protocol: shim.Protocol,
-		ID:       s.spec.ID,
-		Run:      s.spec.Run,
-		PID:      os.Getpid(),
-		VMMPID:   s.instance.PID(),
-		Uptime:   time.Since(s.began),
-		Halt:     s.halts.why(),
-		Forwards: slices.SortedFunc(maps.Keys(s.forwards), func(a, b shim.Forward) int {
-			return cmp.Or(a.Host.Compare(b.Host), cmp.Compare(a.Protocol, b.Protocol))
-		}),
-		Answer: s.answer,
-	}
+	status := s.session.Status()
+	status.Protocol, status.PID = shim.Protocol, os.Getpid()
+	return &status
 }
 
 // connectGuest makes conn a connection to a port of the guest.
 func (s *process) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
-	var guest net.Conn
-	err := fmt.Errorf("connect to the guest: %w: the VM has no network", smolvm.ErrUnsupported)
-	if s.network != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
-		guest, err = s.network.DialGuest(ctx, port)
-		cancel()
-	}
+	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
+	guest, err := s.session.DialGuest(ctx, port)
+	cancel()
 	var answer shim.Response
 	if err != nil {
 		answer.Failure = shim.NewFailure(err)
@@ -153,20 +133,12 @@ func (s *process) connectAgent(conn net.Conn) {
 	s.active()
 	defer s.active()
 	defer func() { _ = conn.Close() }()
-	if s.link == nil {
-		// Lines before the server's version are for people; see RFC 4253, section 4.2.
-		_, _ = io.WriteString(conn, "This guest has no agent of smolvm.\r\n")
-		return
-	}
-	if err := s.halts.err(); err != nil {
-		_, _ = io.WriteString(conn, err.Error()+".\r\n")
-		return
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
-	guest, err := s.link.Open(ctx)
+	guest, err := s.session.DialAgent(ctx)
 	cancel()
 	if err != nil {
-		_, _ = io.WriteString(conn, "The guest's agent does not answer any more.\r\n")
+		// Lines before the server's version are for people; see RFC 4253, section 4.2.
+		_, _ = io.WriteString(conn, err.Error()+".\r\n")
 		return
 	}
 	stream.Splice(context.Background(), conn, guest)

@@ -3,7 +3,6 @@ package process
 import (
 	"bufio"
 	"context"
-	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,19 +11,15 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
-	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/stream"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 var errDismissed = errors.New("the shim was dismissed")
@@ -47,50 +42,50 @@ const (
 )
 
 // standBy brings the VM up, takes it through a login and a command, so that its CPUs
-// know the code, holds it, and waits for a claim. It reports whether there was one; the
-// spec is that of the claim then.
-func (s *process) standBy(ctx context.Context) (claimed bool, err error) {
-	var u cleanupStack
+// know the code, holds it, and waits for a claim. It reports whether there was one: the spec
+// and the launcher are those of the claim then, and the listeners those of its forwards.
+func (s *process) standBy(ctx context.Context) (listeners []io.Closer, claimed bool, err error) {
 	defer func() {
 		if !claimed {
-			u.run()
+			s.session.Close()
 		}
 	}()
-	fail := func(err error) (bool, error) {
-		s.report(shim.Report{Failure: shim.NewFailure(err)})
-		return false, err
-	}
-	if err := s.startNetwork(&u); err != nil {
-		return fail(err)
-	}
-	u.add(s.kill)
-	if err := s.attempt(ctx); err != nil {
-		return fail(err)
-	}
-	if err := s.rehearse(ctx, nil); err != nil {
-		return fail(err)
-	}
-	pauser, ok := s.instance.(vmm.Pauser)
-	if !ok {
-		return fail(fmt.Errorf("stand by: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend))
-	}
-	if err := pauser.Pause(ctx); err != nil {
-		return fail(err)
-	}
-	listener, err := s.listenForClaim()
+	listener, err := s.prepareToBeClaimed(ctx)
 	if err != nil {
-		return fail(err)
+		s.launcher.report(shim.Report{Failure: shim.NewFailure(err)})
+		return nil, false, err
 	}
 	dir := s.spec.RuntimeDir
 	defer func() { _ = errors.Join(listener.Close(), os.RemoveAll(dir)) }()
-	s.report(shim.Report{PID: os.Getpid(), Start: startOf(os.Getpid()), VMMPID: s.instance.PID(), VMMStart: startOf(s.instance.PID())})
-	if s.awaitCommit(); !isClosed(s.committed) {
-		return false, nil
+	vmmPID := s.session.Report().VMMPID
+	s.launcher.report(shim.Report{PID: os.Getpid(), Start: startOf(os.Getpid()), VMMPID: vmmPID, VMMStart: startOf(vmmPID)})
+	if s.awaitCommit(); !isClosed(s.launcher.committed) {
+		return nil, false, nil
 	}
-	s.report(shim.Report{Committed: true})
-	_ = s.reports.Close()
+	s.launcher.report(shim.Report{Committed: true})
+	s.launcher.close()
 	releaseMemory()
 	return s.awaitClaim(ctx, listener)
+}
+
+// prepareToBeClaimed brings the VM up, pauses it, and listens for claims.
+func (s *process) prepareToBeClaimed(ctx context.Context) (net.Listener, error) {
+	starting, cancel := s.starting(ctx)
+	defer cancel()
+	err := s.session.Connect()
+	if err == nil {
+		err = s.session.Boot(starting)
+	}
+	if err == nil {
+		err = s.session.Rehearse(starting, nil)
+	}
+	if err == nil {
+		err = s.session.Pause(starting)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s.listenForClaim()
 }
 
 func (s *process) listenForClaim() (net.Listener, error) {
@@ -105,38 +100,38 @@ func (s *process) listenForClaim() (net.Listener, error) {
 }
 
 // awaitClaim waits for a claim, for the VM's end, or for being told to end.
-func (s *process) awaitClaim(ctx context.Context, listener net.Listener) (bool, error) {
+func (s *process) awaitClaim(ctx context.Context, listener net.Listener) (listeners []io.Closer, claimed bool, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = listener.Close() })
 	defer stop()
 	go func() {
-		<-s.instance.Done()
+		<-s.session.Done()
 		_ = listener.Close()
 	}()
 	for {
 		conn, err := listener.Accept()
 		if err != nil {
 			// It was closed: nobody wants the VM any more.
-			return false, nil
+			return nil, false, nil
 		}
 		unixConn, ok := conn.(*net.UnixConn)
 		if !ok {
-			return false, errors.New("claim socket is no unix socket")
+			return nil, false, errors.New("claim socket is no unix socket")
 		}
-		err = s.takeClaim(unixConn)
+		listeners, err := s.takeClaim(unixConn)
 		_ = conn.Close()
 		switch {
 		case err == nil:
 			step.Reached(ctx, "claim/taken")
-			return true, nil
+			return listeners, true, nil
 		case errors.Is(err, errDismissed):
-			return false, nil
+			return nil, false, nil
 		}
 		s.log.Warn("claim", "error", err)
 	}
 }
 
 // takeClaim makes the claimer the shim's launcher. On failure nothing has changed.
-func (s *process) takeClaim(conn *net.UnixConn) (err error) {
+func (s *process) takeClaim(conn *net.UnixConn) (listeners []io.Closer, err error) {
 	_ = conn.SetDeadline(time.Now().Add(claimTime))
 	text, files, err := receive(conn)
 	taken := 0 // of the files
@@ -153,20 +148,20 @@ func (s *process) takeClaim(conn *net.UnixConn) (err error) {
 		err = compat.Check("the claim", c.Spec.Protocol, shim.OrderProtocol)
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if c.Dismiss {
 		_, _ = conn.Write([]byte(shim.Dismissed))
-		return errDismissed
+		return nil, errDismissed
 	}
 	if was, is := s.spec.Network.UsedMode(), c.Spec.Network.UsedMode(); is != was {
-		return fmt.Errorf("%w: the VM stands by with network mode %q, and %q is asked for", smolvm.ErrUnsupported, was, is)
+		return nil, fmt.Errorf("%w: the VM stands by with network mode %q, and %q is asked for", smolvm.ErrUnsupported, was, is)
 	}
 	const own = 3 // orders, reports, lock
 	if len(files) != own+len(c.Spec.Forwards) {
-		return fmt.Errorf("%d files came with it", len(files))
+		return nil, fmt.Errorf("%d files came with it", len(files))
 	}
-	listeners := []io.Closer{}
+	listeners = []io.Closer{}
 	defer func() {
 		if err != nil {
 			for _, listener := range listeners {
@@ -177,23 +172,23 @@ func (s *process) takeClaim(conn *net.UnixConn) (err error) {
 	for _, file := range files[own:] {
 		listener, err := listenerOf(file)
 		if err != nil {
-			return err
+			return listeners, err
 		}
 		listeners = append(listeners, listener)
 	}
 	taken = own
 	s.spec, s.slot = c.Spec, &slotFiles{dir: c.Dir, names: c.Names, lock: files[2]}
-	s.began, s.timeline = time.Now(), nil
-	s.reports, s.claimed = files[1], listeners
-	s.committed, s.launcherGone = make(chan struct{}), make(chan struct{})
+	s.session.Claim(c.Spec, s.slot.nowAt(c.Spec.VMM.ConsolePath))
+	s.launcher = follow(bufio.NewReader(files[0]), files[1], s.log)
+	orders, gone := files[0], s.launcher.gone
 	go func() {
-		s.follow(bufio.NewReader(files[0]), s.committed, s.launcherGone)
-		_ = files[0].Close()
+		<-gone
+		_ = orders.Close()
 	}()
 	for _, file := range files[own:] {
 		_ = file.Close()
 	}
-	return nil
+	return listeners, nil
 }
 
 // takeOver gives the files of the slot their names as the VM's, when the start has been
@@ -215,38 +210,21 @@ func (s *process) takeOver() error {
 			return fmt.Errorf("take over %s: %w", name, err)
 		}
 	}
+	s.session.SetConsole(s.spec.VMM.ConsolePath)
 	err := os.RemoveAll(s.slot.dir)
 	_ = s.slot.lock.Close()
 	s.slot = nil
 	return err
 }
 
-// consolePath is where the console's log is now.
-func (s *process) consolePath() string {
-	if s.slot != nil {
-		for name, path := range s.slot.names {
-			if path == s.spec.VMM.ConsolePath {
-				return filepath.Join(s.slot.dir, name)
-			}
+// nowAt returns where the file is that gets a path as one of the VM's.
+func (f *slotFiles) nowAt(path string) string {
+	for name, later := range f.names {
+		if later == path {
+			return filepath.Join(f.dir, name)
 		}
 	}
-	return s.spec.VMM.ConsolePath
-}
-
-// wakeUp lets a VM that stood by go on, as what it was claimed for.
-func (s *process) wakeUp(ctx context.Context) error {
-	bounded, cancel := s.startContext(ctx)
-	defer cancel()
-	if err := s.limit(bounded); err != nil {
-		return err
-	}
-	if pauser, ok := s.instance.(vmm.Pauser); ok {
-		if err := pauser.Resume(bounded); err != nil {
-			return s.explain(bounded, err)
-		}
-	}
-	s.step(stepVMM)
-	return s.awaitReady(ctx)
+	return path
 }
 
 // receive reads a line and the files that come with it.
@@ -286,60 +264,4 @@ func filesOf(rights []byte) []*os.File {
 		}
 	}
 	return files
-}
-
-// rehearse logs in to the guest, which knows who it is, runs commands in it, and ends
-// the session. Code that has been run costs an emulated CPU less the next time.
-func (s *process) rehearse(ctx context.Context, commands []smolvm.Command) error {
-	ctx, cancel := s.startContext(ctx)
-	defer cancel()
-	err := s.runInGuest(ctx, append([]smolvm.Command{{Args: []string{"true"}}}, commands...)...)
-	if err == nil {
-		err = s.link.Sync(ctx)
-	}
-	if err == nil {
-		err = s.link.Release(ctx)
-	}
-	if err != nil {
-		return s.explain(ctx, err)
-	}
-	s.link = nil
-	return nil
-}
-
-// runInGuest runs commands, one after the other, as root.
-func (s *process) runInGuest(ctx context.Context, commands ...smolvm.Command) error {
-	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(s.spec.Hello.HostKey))
-	if err != nil {
-		return err
-	}
-	client := agent.NewClient(agent.ClientConfig{
-		Dial:    s.link.Open,
-		User:    "root",
-		Signer:  hostKey, // none is asked for over the guest channel
-		HostKey: hostKey.PublicKey(),
-	})
-	defer func() { _ = client.Close() }()
-	for _, command := range commands {
-		var output lastWords
-		command.Stdout, command.Stderr = &output, &output
-		status, err := client.Exec(ctx, command)
-		if err != nil {
-			return err
-		}
-		if !status.Success() {
-			return fmt.Errorf("command %q: %s: %s", command.Args, status, strings.TrimSpace(string(output)))
-		}
-	}
-	return nil
-}
-
-// lastWords keeps the end of what is written.
-type lastWords []byte
-
-func (w *lastWords) Write(p []byte) (int, error) {
-	const enough = 1 << 10
-	*w = append(*w, p...)
-	*w = (*w)[max(0, len(*w)-enough):]
-	return len(p), nil
 }

@@ -1,4 +1,4 @@
-package process
+package session
 
 import (
 	"context"
@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	// stopGrace is how long a VM gets to shut down when nobody says.
-	stopGrace = 10 * time.Second
+	// StopGrace is how long a VM gets to shut down when nobody says.
+	StopGrace = 10 * time.Second
 	// quitTime is how long a VMM gets to quit by itself before it is killed; it needs
 	// that to write out what the guest has written to its disks. A stop may take that
 	// much longer than its grace.
@@ -40,15 +40,15 @@ var (
 	errDeaf       = errors.New("the guest shows no sign of having noticed its power button")
 )
 
-// stop ends the VM within about the grace: by asking the agent, then by the power
+// Stop ends the VM within about the grace: by asking the agent, then by the power
 // button, then by ending the VMM. Whatever guest and VMM do meanwhile, the last step
 // comes when the grace is over. It may be called while another call is under way; the
 // shorter grace wins. It returns when the VM has ended.
-func (s *process) stop(how shim.Stop, reason string) {
+func (s *Session) Stop(how shim.Stop, reason string) {
 	s.note(reason)
 	if how.Grace > 0 {
 		err := s.shutDown(how)
-		if err != nil && !isClosed(s.instance.Done()) {
+		if err != nil && !s.ended() {
 			s.log.Info("the guest does not shut down", "grace", how.Grace, "error", err)
 			s.note(fmt.Sprintf("it did not shut down in %s (%v)", how.Grace, err))
 		}
@@ -57,10 +57,10 @@ func (s *process) stop(how shim.Stop, reason string) {
 }
 
 // note adds to what is said of the VM's end. Once it has ended, there is nothing to add.
-func (s *process) note(text string) {
+func (s *Session) note(text string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !isClosed(s.instance.Done()) {
+	if !s.ended() {
 		s.notes = append(s.notes, text)
 	}
 }
@@ -68,7 +68,7 @@ func (s *process) note(text string) {
 // shutDown tries the orderly ways beside a clock, as none of them is sure to return: a
 // VMM that hangs answers no command, and a guest may keep its channel busy. If the VM
 // has not ended at the end of the grace, the error says why each way has failed.
-func (s *process) shutDown(how shim.Stop) error {
+func (s *Session) shutDown(how shim.Stop) error {
 	ctx, cancel := context.WithTimeout(context.Background(), how.Grace)
 	defer cancel()
 	if err := s.halts.err(); err != nil && !s.hasRoom() {
@@ -95,7 +95,7 @@ func (s *process) shutDown(how shim.Stop) error {
 }
 
 // askToShutDown asks the agent, then presses the power button.
-func (s *process) askToShutDown(ctx context.Context, how shim.Stop) error {
+func (s *Session) askToShutDown(ctx context.Context, how shim.Stop) error {
 	if pauser, ok := s.instance.(vmm.Pauser); ok {
 		_ = pauser.Resume(ctx) // a guest that is paused can't do anything
 		s.setPaused(false)
@@ -125,7 +125,7 @@ func (s *process) askToShutDown(ctx context.Context, how shim.Stop) error {
 }
 
 // endsWithin waits for the VM's end.
-func (s *process) endsWithin(ctx context.Context, limit time.Duration) bool {
+func (s *Session) endsWithin(ctx context.Context, limit time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	select {
@@ -138,7 +138,7 @@ func (s *process) endsWithin(ctx context.Context, limit time.Duration) bool {
 
 // awaitPowerOff waits for the VM's end when its power button has been pressed. Unless it
 // is patient, it gives up a guest that does nothing: it has not noticed, and never will.
-func (s *process) awaitPowerOff(ctx context.Context, patient bool) error {
+func (s *Session) awaitPowerOff(ctx context.Context, patient bool) error {
 	ticker := time.NewTicker(deafTime)
 	defer ticker.Stop()
 	wasBusy := false
@@ -172,9 +172,9 @@ type signs struct {
 	size    int64         // of the console
 }
 
-func (s *process) signsOfLife() (seen signs) {
+func (s *Session) signsOfLife() (seen signs) {
 	seen.cpu, _ = proc.CPUTime(s.instance.PID()) // none: it is ending
-	if info, err := os.Stat(s.consolePath()); err == nil {
+	if info, err := os.Stat(s.console()); err == nil {
 		seen.console, seen.size = info.ModTime(), info.Size()
 	}
 	return seen

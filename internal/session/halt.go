@@ -1,7 +1,6 @@
-package process
+package session
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -9,7 +8,6 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm/internal/diskspace"
-	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -38,10 +36,10 @@ func newHalts() *halts { return &halts{halt: make(chan struct{}), tell: make(cha
 func (h *halts) set(cause string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.cause = cause
-	if !isClosed(h.halt) {
+	if h.cause == "" {
 		close(h.halt)
 	}
+	h.cause = cause
 	select {
 	case h.tell <- struct{}{}:
 	default: // it will be told of this one
@@ -82,7 +80,7 @@ func (h *halts) err() error {
 }
 
 // watchHalts notes the halts of a VM until it has ended.
-func (s *process) watchHalts(instance vmm.Instance) {
+func (s *Session) watchHalts(instance vmm.Instance) {
 	halter, ok := instance.(vmm.Halter)
 	if !ok {
 		return
@@ -100,7 +98,7 @@ func (s *process) watchHalts(instance vmm.Instance) {
 }
 
 // causeOf puts a halt into words.
-func (s *process) causeOf(halt vmm.Halt) string {
+func (s *Session) causeOf(halt vmm.Halt) string {
 	path := ""
 	if drives := s.spec.VMM.Drives; halt.Drive >= 0 && halt.Drive < len(drives) {
 		path = drives[halt.Drive].Path
@@ -109,7 +107,7 @@ func (s *process) causeOf(halt vmm.Halt) string {
 }
 
 // hasRoom reports whether there is room again for what the guest writes.
-func (s *process) hasRoom() bool {
+func (s *Session) hasRoom() bool {
 	for _, drive := range s.spec.VMM.Drives {
 		if free, _, err := diskspace.Of(filepath.Dir(drive.Path)); err == nil && !drive.ReadOnly && free < enoughRoom {
 			return false
@@ -118,18 +116,15 @@ func (s *process) hasRoom() bool {
 	return true
 }
 
-// noteHalt notes that the guest was halted, and writes it down.
-func (s *process) noteHalt() {
+// Halted receives when the VMM has paused the guest by itself.
+func (s *Session) Halted() <-chan struct{} { return s.halts.tell }
+
+// TakeHalt makes a guest that its VMM has paused a paused one, and returns why; empty if it
+// goes on again.
+func (s *Session) TakeHalt() string {
 	why := s.halts.why()
-	if why == "" {
-		return // it goes on again
+	if why != "" {
+		s.setPaused(true)
 	}
-	s.setPaused(true)
-	if s.opts.Halted == nil {
-		return
-	}
-	record := shim.HaltRecord{ID: s.spec.ID, Run: s.spec.Run, Cause: why, Origin: s.spec.Origin}
-	if err := s.opts.Halted(context.Background(), record); err != nil {
-		s.log.Error("record that the guest was paused", "error", err)
-	}
+	return why
 }

@@ -1,4 +1,4 @@
-package process
+package session
 
 import (
 	"context"
@@ -21,7 +21,8 @@ const (
 	clockTime = 5 * time.Second
 )
 
-func (s *process) pause(ctx context.Context) error {
+// Pause holds the guest.
+func (s *Session) Pause(ctx context.Context) error {
 	pauser, err := s.pauser()
 	if err != nil {
 		return err
@@ -33,8 +34,8 @@ func (s *process) pause(ctx context.Context) error {
 	return nil
 }
 
-// resume lets a guest go on, and tells it how late it is.
-func (s *process) resume(ctx context.Context) error {
+// Resume lets a guest go on, and tells it how late it is.
+func (s *Session) Resume(ctx context.Context) error {
 	pauser, err := s.pauser()
 	if err != nil {
 		return err
@@ -60,14 +61,14 @@ func (s *process) resume(ctx context.Context) error {
 	return s.link.SetClock(ctx, time.Now())
 }
 
-func (s *process) setPaused(paused bool) {
+func (s *Session) setPaused(paused bool) {
 	s.paused.Store(paused)
 	if s.link != nil {
 		s.link.SetHeld(paused)
 	}
 }
 
-func (s *process) pauser() (vmm.Pauser, error) {
+func (s *Session) pauser() (vmm.Pauser, error) {
 	pauser, ok := s.instance.(vmm.Pauser)
 	if !ok {
 		return nil, fmt.Errorf("pause: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
@@ -75,9 +76,9 @@ func (s *process) pauser() (vmm.Pauser, error) {
 	return pauser, nil
 }
 
-// save saves the guest. A guest whose drives have got overlays has them for good, so
+// Save saves the guest, which goes on. A guest whose drives have got overlays has them for good, so
 // they take their names even if the saving fails after that.
-func (s *process) save(ctx context.Context, save *shim.Save) (result shim.Saved, err error) {
+func (s *Session) Save(ctx context.Context, save *shim.Save) (result shim.Saved, err error) {
 	saver, ok := s.instance.(vmm.Saver)
 	if !ok || save == nil {
 		return shim.Saved{}, fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
@@ -116,6 +117,16 @@ func (s *process) save(ctx context.Context, save *shim.Save) (result shim.Saved,
 	return result, nil
 }
 
+// SaveLast saves the guest, which is held from then on: it is to be ended.
+func (s *Session) SaveLast(ctx context.Context, memory, state string) error {
+	saver, ok := s.instance.(vmm.Saver)
+	if !ok {
+		return fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+	}
+	_, err := saver.Save(ctx, vmm.SaveOptions{Memory: memory, State: state})
+	return err
+}
+
 // overlays are those that drives get when the guest is saved.
 type overlays struct {
 	drives []shim.SavedDrive
@@ -124,7 +135,7 @@ type overlays struct {
 }
 
 // openOverlays has the VMM open the overlays of drives.
-func (s *process) openOverlays(ctx context.Context, drives []shim.SavedDrive) (*overlays, error) {
+func (s *Session) openOverlays(ctx context.Context, drives []shim.SavedDrive) (*overlays, error) {
 	o := &overlays{drives: drives}
 	if len(drives) == 0 {
 		return o, nil

@@ -1,35 +1,23 @@
-package process
+package session
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
-	"os"
-
-	"golang.org/x/sys/unix"
+	"slices"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
 )
 
-// listenerOf makes a listener of a file that another process has bound: a [net.Listener],
-// or a [net.PacketConn]. The file may be closed then.
-func listenerOf(file *os.File) (io.Closer, error) {
-	kind, err := unix.GetsockoptInt(int(file.Fd()), unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil {
-		return nil, os.NewSyscallError("getsockopt", err)
-	}
-	if kind == unix.SOCK_DGRAM {
-		return net.FilePacketConn(file)
-	}
-	return net.FileListener(file)
-}
-
 // forward forwards what comes to a listener to a port of the guest, until what is returned
 // is closed.
-func (s *process) forward(listener io.Closer, guestPort int) io.Closer {
+func (s *Session) forward(listener io.Closer, guestPort int) io.Closer {
 	switch l := listener.(type) {
 	case net.Listener:
 		return s.network.Forward(l, guestPort)
@@ -52,7 +40,9 @@ func boundPort(listener io.Closer) (uint16, bool) {
 	return 0, false
 }
 
-func (s *process) addForward(ctx context.Context, forward shim.Forward) (shim.Forward, error) {
+// AddForward binds the host port of a forward, and forwards it. It returns the forward with the
+// port that was bound.
+func (s *Session) AddForward(ctx context.Context, forward shim.Forward) (shim.Forward, error) {
 	if s.network == nil {
 		return forward, fmt.Errorf("forward a port: %w: the VM has no network", smolvm.ErrUnsupported)
 	}
@@ -63,13 +53,32 @@ func (s *process) addForward(ctx context.Context, forward shim.Forward) (shim.Fo
 	if port, ok := boundPort(listener); ok {
 		forward.Host = netip.AddrPortFrom(forward.Host.Addr(), port)
 	}
+	return forward, s.Forward(forward, listener)
+}
+
+// Forward forwards what comes to a listener on the host port of a forward. The listener is the
+// session's from then on.
+func (s *Session) Forward(forward shim.Forward, listener io.Closer) error {
+	if s.network == nil {
+		return errors.Join(errors.New("a VM without a network can't have port forwards"), listener.Close())
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.forwards[forward] = s.forward(listener, forward.GuestPort)
-	return forward, nil
+	return nil
 }
 
-func (s *process) removeForward(removed shim.Forward) error {
+// allForwards returns the forwards, by their host ports.
+func (s *Session) allForwards() []shim.Forward {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.SortedFunc(maps.Keys(s.forwards), func(a, b shim.Forward) int {
+		return cmp.Or(a.Host.Compare(b.Host), cmp.Compare(a.Protocol, b.Protocol))
+	})
+}
+
+// RemoveForward ends a forward, with its connections. The error matches [smolvm.ErrNotFound].
+func (s *Session) RemoveForward(removed shim.Forward) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for forward, closer := range s.forwards {

@@ -1,4 +1,4 @@
-package process
+package session
 
 import (
 	"context"
@@ -38,37 +38,29 @@ const (
 )
 
 var (
-	errVMMEnded  = errors.New("the VM ended while it was started")
-	errGivenUp   = errors.New("the process that started the VM is gone")
-	errUnplugged = errors.New("shim was told to end")
-	errSilent    = errors.New("the guest says nothing")
+	// ErrEnded matches the error of a start whose VM has ended.
+	ErrEnded  = errors.New("the VM ended while it was started")
+	errSilent = errors.New("the guest says nothing")
 )
 
-// startContext is done when the start can't go on: its time is over, the VMM has
-// ended, or the launcher is gone. Its cause says which.
-func (s *process) startContext(ctx context.Context) (context.Context, context.CancelFunc) {
-	outer := ctx
+// startContext is done when the start can't go on: its time is over, the VMM has ended or paused
+// the guest, or outer is done. Its cause says which.
+func (s *Session) startContext(outer context.Context) (context.Context, context.CancelFunc) {
 	base, cancelCause := context.WithCancelCause(context.Background())
 	timed, cancelTime := context.WithDeadlineCause(base, s.began.Add(s.spec.ReadyTimeout), smolvm.ErrBootTimeout)
 	var vmmEnded <-chan struct{}
 	if s.instance != nil {
 		vmmEnded = s.instance.Done()
 	}
-	halted, launcherGone := s.halts.halted(), s.launcherGone // a claim brings another launcher
+	halted := s.halts.halted()
 	go func() {
 		select {
 		case <-vmmEnded:
-			cancelCause(errVMMEnded)
+			cancelCause(ErrEnded)
 		case <-halted:
 			cancelCause(s.halts.err())
-		case <-launcherGone:
-			cancelCause(errGivenUp)
 		case <-outer.Done():
-			if errors.Is(context.Cause(outer), errSilent) {
-				cancelCause(errSilent)
-				return
-			}
-			cancelCause(errUnplugged)
+			cancelCause(context.Cause(outer))
 		case <-timed.Done():
 		}
 	}()
@@ -79,7 +71,7 @@ func (s *process) startContext(ctx context.Context) (context.Context, context.Ca
 }
 
 // explain says why a start did not succeed, with the end of the console.
-func (s *process) explain(ctx context.Context, err error) error {
+func (s *Session) explain(ctx context.Context, err error) error {
 	if s.instance != nil && stream.IsBroken(err) {
 		// The channel breaks when the VMM ends, and that says more.
 		select {
@@ -88,12 +80,12 @@ func (s *process) explain(ctx context.Context, err error) error {
 		}
 	}
 	cause := context.Cause(ctx)
-	if s.instance != nil && isClosed(s.instance.Done()) {
-		cause = errVMMEnded
+	if s.instance != nil && s.ended() {
+		cause = ErrEnded
 	}
 	switch {
 	case cause == nil:
-	case errors.Is(cause, errVMMEnded):
+	case errors.Is(cause, ErrEnded):
 		err = errors.New(s.instance.Exit().String())
 	case errors.Is(cause, smolvm.ErrBootTimeout):
 		err = fmt.Errorf("%w: not ready after %s (by %q); give it a longer timeout if the host is slow",
@@ -111,7 +103,7 @@ func (s *process) explain(ctx context.Context, err error) error {
 }
 
 // consoleEnd is the end of the guest's console in this run, as one line.
-func (s *process) consoleEnd() string {
+func (s *Session) consoleEnd() string {
 	keeper, ok := s.instance.(vmm.Consoler)
 	if !ok {
 		return ""
@@ -120,7 +112,7 @@ func (s *process) consoleEnd() string {
 }
 
 // awaitReady returns when the guest is ready, as the spec says.
-func (s *process) awaitReady(ctx context.Context) error {
+func (s *Session) awaitReady(ctx context.Context) error {
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()
 	var err error
@@ -141,10 +133,11 @@ func (s *process) awaitReady(ctx context.Context) error {
 	if err != nil {
 		return s.explain(ctx, err)
 	}
+	s.step("ready")
 	return nil
 }
 
-func (s *process) handshake(ctx context.Context) error {
+func (s *Session) handshake(ctx context.Context) error {
 	hello := *s.spec.Hello
 	hello.Time = time.Now()
 	hello.Seed = make([]byte, seedSize)
@@ -178,7 +171,7 @@ func (s *process) handshake(ctx context.Context) error {
 
 // awaitSSH returns when something answers on the guest's port 22 as an SSH server
 // does.
-func (s *process) awaitSSH(ctx context.Context) error {
+func (s *Session) awaitSSH(ctx context.Context) error {
 	if s.network == nil {
 		return errors.New("a VM without a network can't be reached by SSH")
 	}
@@ -194,7 +187,7 @@ func (s *process) awaitSSH(ctx context.Context) error {
 	}
 }
 
-func (s *process) hasSSH(ctx context.Context) bool {
+func (s *Session) hasSSH(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, 10*lastRetry)
 	defer cancel()
 	conn, err := s.network.DialGuest(ctx, wire.SSHPort)

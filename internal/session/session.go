@@ -1,0 +1,317 @@
+// Package session is one guest from the start of its VMM to the VMM's end, with its network
+// and its agent: bring it up, tell it who it is, pause, save and stop it. It knows of no
+// launcher, socket or slot: those are of the process that it runs in.
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/shim"
+	"github.com/smolvm/smolvm/internal/vmm"
+)
+
+// Options of a [Session].
+type Options struct {
+	// Backend runs the VM.
+	Backend vmm.Backend
+	// Attach makes the VM's network, and warns of what that can't do on this host.
+	Attach func(config network.Config, warn func(string)) (network.Attachment, error)
+	Log    *slog.Logger
+	// StartVMM calls its argument, which starts the VMM: what limits the process that the VMM
+	// would inherit is lifted meanwhile. Nil: it is just called.
+	StartVMM func(start func())
+}
+
+// Session is one guest. It is brought up by [Session.Connect] and [Session.Boot], and ended by
+// [Session.Close].
+type Session struct {
+	opts  Options
+	spec  shim.Spec
+	log   *slog.Logger
+	began time.Time
+
+	network  network.Attachment // nil: the VM has none
+	instance vmm.Instance       // nil before the VMM is started
+	ran      bool               // the guest's CPUs have run
+	channel  vmm.Channel        // nil while it has not been opened
+	link     *agent.Link        // nil without an agent
+	answer   *wire.Answer
+	timeline []wire.Step
+	warnings []string
+
+	paused atomic.Bool
+	halts  *halts
+	saving sync.Mutex // held by Save
+
+	mu          sync.Mutex // guards the following
+	consolePath string
+	forwards    map[shim.Forward]io.Closer
+	notes       []string // why and how the VM was stopped
+}
+
+// New returns the session of the VM of a spec. Nothing of it runs.
+func New(spec shim.Spec, opts Options) *Session {
+	return &Session{
+		opts: opts, spec: spec, log: opts.Log, began: time.Now(), halts: newHalts(),
+		consolePath: spec.VMM.ConsolePath, forwards: map[shim.Forward]io.Closer{},
+	}
+}
+
+// Connect makes the VM's network, if it is to have one.
+func (s *Session) Connect() error {
+	if s.spec.Network == nil {
+		return nil
+	}
+	attached, err := s.opts.Attach(*s.spec.Network, s.warn)
+	if err != nil {
+		return err
+	}
+	s.network = attached
+	s.step(stepNetwork)
+	return nil
+}
+
+// Claim makes the session that of another spec, of a VM that goes on where this one was
+// paused. Console is where the console's log is for now. The timeline begins anew.
+func (s *Session) Claim(spec shim.Spec, console string) {
+	s.spec, s.began, s.timeline = spec, time.Now(), nil
+	s.SetConsole(console)
+}
+
+// SetConsole tells where the console's log is now.
+func (s *Session) SetConsole(path string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.consolePath = path
+}
+
+func (s *Session) console() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.consolePath
+}
+
+// Boot starts the VMM and returns when the guest is ready. If ctx is done before, its cause
+// is the error's. On failure the VMM may run: [Session.Close] ends it.
+//
+// Of some thousand boots under emulation one says nothing, ever: its CPUs do not get
+// out of the kernel's first steps. As that has nothing to do with the guest, it is
+// booted again, once, after a time in which any other boot is done.
+func (s *Session) Boot(ctx context.Context) error {
+	if patience := s.spec.ReadyTimeout / silentFraction; s.mayBeSilent() {
+		attempt, cancel := context.WithTimeoutCause(ctx, patience, errSilent)
+		err := s.attempt(attempt)
+		cancel()
+		if !errors.Is(err, errSilent) {
+			return err
+		}
+		s.kill()
+		s.instance, s.channel, s.timeline = nil, nil, s.timeline[:1]
+		s.warn(fmt.Sprintf("the guest said nothing for %s and was booted again", patience))
+	}
+	return s.attempt(ctx)
+}
+
+// mayBeSilent reports whether the VM is of the kind that Boot speaks of.
+func (s *Session) mayBeSilent() bool {
+	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Hello != nil && s.network != nil
+}
+
+func (s *Session) attempt(ctx context.Context) error {
+	if err := s.startVMM(ctx); err != nil {
+		return err
+	}
+	s.step(stepVMM)
+	return s.awaitReady(ctx)
+}
+
+// Reconnect makes the network that of the VM that the session was claimed for.
+func (s *Session) Reconnect() error {
+	if s.spec.Network == nil || s.network == nil {
+		return nil
+	}
+	if err := s.network.SetGuestMAC(s.spec.Network.GuestMAC); err != nil {
+		return err
+	}
+	s.step(stepNetwork)
+	return nil
+}
+
+// WakeUp lets a guest that was paused go on as what it was claimed for, and returns when it is
+// ready; see [Session.Claim] and [Session.Boot].
+func (s *Session) WakeUp(ctx context.Context) error {
+	bounded, cancel := s.startContext(ctx)
+	defer cancel()
+	if err := s.limit(bounded); err != nil {
+		return err
+	}
+	if pauser, ok := s.instance.(vmm.Pauser); ok {
+		if err := pauser.Resume(bounded); err != nil {
+			return s.explain(bounded, err)
+		}
+	}
+	s.step(stepVMM)
+	return s.awaitReady(ctx)
+}
+
+func (s *Session) startVMM(ctx context.Context) error {
+	config := s.spec.VMM
+	if s.network != nil && config.NIC != nil {
+		nic := *config.NIC
+		link := s.network.Link()
+		nic.Link, nic.TAP = link.Socket, link.TAP
+		config.NIC = &nic
+	}
+	ctx, cancel := s.startContext(ctx)
+	defer cancel()
+	var instance vmm.Instance
+	var err error
+	start := func() { instance, err = s.opts.Backend.Start(ctx, config) }
+	if s.opts.StartVMM != nil {
+		s.opts.StartVMM(start)
+	} else {
+		start()
+	}
+	if err != nil {
+		return s.explain(ctx, err)
+	}
+	s.instance, s.ran = instance, true
+	go s.watchHalts(instance)
+	return nil
+}
+
+// limit gives a VM that was claimed the limits of the one that it is to be.
+func (s *Session) limit(ctx context.Context) error {
+	if want := s.spec.VMM.DiskLimit; want != (vmm.DiskLimit{}) {
+		limiter, ok := s.instance.(vmm.DiskLimiter)
+		if !ok {
+			return fmt.Errorf("limit the speed of the VM's disks: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+		}
+		if err := limiter.SetDiskLimit(ctx, want); err != nil {
+			return err
+		}
+	}
+	if s.spec.VMM.CPULimit == 0 {
+		return nil
+	}
+	limiter, ok := s.instance.(vmm.Limiter)
+	if !ok {
+		return fmt.Errorf("limit the VM's CPU time: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
+	}
+	return limiter.SetCPULimit(ctx, s.spec.VMM.CPULimit)
+}
+
+// kill ends the VM without asking it.
+func (s *Session) kill() {
+	if s.instance == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
+	defer cancel()
+	if err := s.instance.Kill(ctx); err != nil {
+		s.log.Error("kill VMM", "error", err)
+	}
+	if s.link != nil {
+		_ = s.link.Close()
+	}
+	if s.channel != nil {
+		_ = s.channel.Close()
+	}
+}
+
+// Close ends the VM, if it runs, and its network.
+func (s *Session) Close() {
+	s.kill()
+	if s.network != nil {
+		_ = s.network.Close()
+	}
+}
+
+// Done is closed when the VM has ended. There is none before the VMM was started.
+func (s *Session) Done() <-chan struct{} { return s.instance.Done() }
+
+// ended reports whether the VM has ended.
+func (s *Session) ended() bool {
+	select {
+	case <-s.instance.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// Exit returns how the VM has ended, and with it why it was stopped.
+func (s *Session) Exit() vmm.Exit {
+	exit := s.instance.Exit()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	exit.Detail = strings.TrimSuffix(strings.Join(append(s.notes, exit.Detail), "; "), "; ")
+	return exit
+}
+
+// Ran reports whether the guest's CPUs have run.
+func (s *Session) Ran() bool { return s.ran }
+
+// Status returns what is known of a VM that runs.
+func (s *Session) Status() shim.Status {
+	return shim.Status{
+		ID: s.spec.ID, Run: s.spec.Run, VMMPID: s.instance.PID(), Uptime: time.Since(s.began),
+		Halt: s.halts.why(), Forwards: s.allForwards(), Answer: s.answer,
+	}
+}
+
+// Report returns what a launcher is told when the guest is ready.
+func (s *Session) Report() shim.Report {
+	report := shim.Report{VMMPID: s.instance.PID(), Answer: s.answer, Timeline: s.timeline, Warnings: s.warnings}
+	if limiter, ok := s.instance.(vmm.Limiter); ok {
+		report.Limits = limiter.Limits()
+	}
+	return report
+}
+
+// DialGuest connects to a TCP port of the guest's address.
+func (s *Session) DialGuest(ctx context.Context, port int) (net.Conn, error) {
+	if s.network == nil {
+		return nil, fmt.Errorf("connect to the guest: %w: the VM has no network", smolvm.ErrUnsupported)
+	}
+	return s.network.DialGuest(ctx, port)
+}
+
+// DialAgent opens a connection to the guest's agent. The error says why there is none.
+func (s *Session) DialAgent(ctx context.Context) (net.Conn, error) {
+	if s.link == nil {
+		return nil, errors.New("this guest has no agent of smolvm")
+	}
+	if err := s.halts.err(); err != nil {
+		return nil, err
+	}
+	conn, err := s.link.Open(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("the guest's agent does not answer any more: %w", err)
+	}
+	return conn, nil
+}
+
+// step notes that a step of the start is done.
+func (s *Session) step(name string) {
+	s.timeline = append(s.timeline, wire.Step{Name: name, At: time.Since(s.began)})
+}
+
+// warn tells the launcher, and whoever reads the log, of what did not go as it should.
+func (s *Session) warn(text string) {
+	s.warnings = append(s.warnings, text)
+	s.log.Warn(text, "vm", s.spec.ID)
+}
