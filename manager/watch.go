@@ -30,7 +30,7 @@ func (m *Manager) Watch(ctx context.Context, opts smolvm.WatchOptions) iter.Seq2
 
 // watch calls each for events as they happen, until it returns false.
 func (m *Manager) watch(ctx context.Context, opts smolvm.WatchOptions, each func(smolvm.Event) bool) error {
-	changes, err := m.watchDatabase()
+	changes, err := m.watchDatabase(ctx)
 	if err != nil {
 		return err
 	}
@@ -69,7 +69,7 @@ func (m *Manager) Wait(ctx context.Context, id string, states ...smolvm.VMState)
 	if len(states) == 0 {
 		states = slices.DeleteFunc(smolvm.States(), smolvm.VMState.Alive)
 	}
-	changes, err := m.watchDatabase()
+	changes, err := m.watchDatabase(ctx)
 	if err != nil {
 		return smolvm.VMInfo{}, vmError("wait for", id, err)
 	}
@@ -115,10 +115,16 @@ const settleTime = time.Second
 var errBeside = errors.New("what was waited for beside the database has come")
 
 // databaseChanges tells that some process has written to the database.
-type databaseChanges struct{ events *os.File }
+type databaseChanges struct {
+	events *os.File
+	// settle waits for those who write: SQLite lets others see what was committed a moment
+	// after it has written it to a file, and nothing is to be seen of that in files.
+	settle func(context.Context) error
+}
 
-// watchDatabase begins to watch the database. What is written from then on, wait tells.
-func (m *Manager) watchDatabase() (*databaseChanges, error) {
+// watchDatabase begins to watch the database. What is written from then on, wait tells; all
+// else can be read when it returns.
+func (m *Manager) watchDatabase(ctx context.Context) (*databaseChanges, error) {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
 		return nil, fmt.Errorf("inotify: %w", err)
@@ -129,12 +135,24 @@ func (m *Manager) watchDatabase() (*databaseChanges, error) {
 	if _, err := unix.InotifyAddWatch(fd, filepath.Dir(m.dir.Database()), unix.IN_MODIFY|unix.IN_CREATE|unix.IN_MOVED_TO); err != nil {
 		return nil, errors.Join(fmt.Errorf("inotify: %w", err), events.Close())
 	}
-	return &databaseChanges{events}, nil
+	changes := &databaseChanges{events, m.store.AwaitWriters}
+	if err := changes.settle(ctx); err != nil {
+		return nil, errors.Join(err, events.Close())
+	}
+	return changes, nil
 }
 
-// wait returns when something has been written since it was last called, or ctx is done. It
-// may return for nothing.
+// wait returns when something has been written since it was last called, and can be read, or
+// ctx is done. It may return for nothing.
 func (c *databaseChanges) wait(ctx context.Context) error {
+	if err := c.written(ctx); err != nil {
+		return err
+	}
+	return c.settle(ctx)
+}
+
+// written returns when something has been written since it was last called, or ctx is done.
+func (c *databaseChanges) written(ctx context.Context) error {
 	done := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(done)
@@ -152,21 +170,21 @@ func (c *databaseChanges) wait(ctx context.Context) error {
 // waitBeside is wait that also returns when the function does without an error. The function
 // has returned by then.
 func (c *databaseChanges) waitBeside(ctx context.Context, beside func(context.Context) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
+	both, cancel := context.WithCancelCause(ctx)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if beside(ctx) == nil {
+		if beside(both) == nil {
 			cancel(errBeside)
 		}
 	}()
-	err := c.wait(ctx)
+	err := c.written(both)
 	cancel(nil)
 	<-done
-	if errors.Is(err, errBeside) {
-		return nil
+	if err != nil && !errors.Is(err, errBeside) {
+		return err
 	}
-	return err
+	return c.settle(ctx)
 }
 
 func (c *databaseChanges) close() { _ = c.events.Close() }

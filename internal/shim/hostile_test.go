@@ -45,6 +45,7 @@ func peakMemory(t *testing.T, pid int) int {
 // An agent that turns on its host costs the shim neither memory nor its way to end the VM:
 // stop, removal and the end of the time to live come in their time (S3, S4, C2).
 func TestRealHostileAgent(t *testing.T) {
+	t.Parallel()
 	first := newRealFixture(t)
 	initrd := testenv.InitramfsWith(t, hostileInit, "github.com/smolvm/smolvm/internal/testenv/hostile")
 	const grace = 3 * time.Second

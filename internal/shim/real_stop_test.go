@@ -12,6 +12,7 @@ import (
 
 // A QEMU that is stopped by a signal answers nothing, and is ended in time (C3).
 func TestRealStopOfHungVMM(t *testing.T) {
+	t.Parallel()
 	f := newRealFixture(t)
 	launched := f.launch()
 	testenv.Suspend(t, launched.VMMPID)
@@ -28,6 +29,7 @@ func TestRealStopOfHungVMM(t *testing.T) {
 
 // A kernel of the user's own whose init does nothing hears neither agent nor button.
 func TestRealStopOfDeafGuest(t *testing.T) {
+	t.Parallel()
 	f := newRealFixture(t)
 	f.opts.Spec.VMM.Initrd = testenv.Initramfs(t, "echo nobody listens; exec sleep 100000\n")
 	f.opts.Spec.VMM.Channel = false

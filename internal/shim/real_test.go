@@ -48,6 +48,7 @@ func newRealFixture(t *testing.T) *fixture {
 
 // A real VM, reached by its agent, by its network, and through port forwards.
 func TestRealVM(t *testing.T) {
+	t.Parallel()
 	f := newRealFixture(t)
 	first := listen(t)
 	f.opts.Listeners = []io.Closer{first}
@@ -119,6 +120,7 @@ func banner(t *testing.T, dial func() (net.Conn, error)) string {
 
 // A kernel that panics ends the start at once, with its last words.
 func TestRealPanic(t *testing.T) {
+	t.Parallel()
 	f := newRealFixture(t)
 	f.opts.Spec.VMM.Initrd = testenv.Initramfs(t, "echo no more; exit 1\n")
 	_, err := shim.Launch(t.Context(), f.opts)

@@ -179,6 +179,12 @@ func (s *Store) update(ctx context.Context, f func(tx *sql.Tx) error) error {
 	return s.explain(s.withRoom(func() error { return transact(ctx, s.write, nil, f) }))
 }
 
+// AwaitWriters returns when whoever was writing when it was called has done so, so that what is
+// read next has it, or has given up.
+func (s *Store) AwaitWriters(ctx context.Context) error {
+	return s.update(ctx, func(*sql.Tx) error { return nil }) // there is one writer at a time
+}
+
 // withRoom calls do, which may need room on the disk, and calls it again if the disk was full
 // and some room could be made.
 // Even reading takes a file: the index of the write-ahead log.
