@@ -298,6 +298,33 @@ func (k *kit) drive(name, format string) vmm.Drive {
 	return vmm.Drive{Path: path, Format: format}
 }
 
+// blockDevice: a drive can be a block device of the host's.
+func blockDevice(k *kit) {
+	if os.Getuid() != 0 {
+		k.Skip("making a block device takes root")
+	}
+	file := k.drive("device", "raw").Path
+	device, err := exec.CommandContext(k.Context(), "losetup", "--find", "--show", file).Output()
+	if err != nil {
+		k.Skip("this host has no loop devices: ", err)
+	}
+	path := strings.TrimSpace(string(device))
+	k.Cleanup(func() {
+		if out, err := exec.CommandContext(context.WithoutCancel(k.Context()), "losetup", "--detach", path).CombinedOutput(); err != nil {
+			k.Errorf("detach %s: %v: %s", path, err, out)
+		}
+	})
+	g := k.boot(func(c *vmm.Config) { c.Drives = []vmm.Drive{{Path: path, Format: "raw", Device: true}} })
+	if got := g.run("head -n 1 /dev/vda"); got != "device" {
+		k.Errorf("the drive holds %q", got)
+	}
+	g.writeLine("written")
+	g.killed()
+	if got := readFile(path); !strings.HasPrefix(got, "written") {
+		k.Errorf("the block device begins with %.10q", got)
+	}
+}
+
 // sharedDrive: VMs can share what they only read.
 func sharedDrive(k *kit) {
 	drive := k.drive("shared", "raw")

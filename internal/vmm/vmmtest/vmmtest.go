@@ -60,6 +60,7 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"channel opened again", channelAgain, false},
 		{"drives", drives, false},
 		{"shared drive", sharedDrive, false},
+		{"block device", blockDevice, false},
 		{"network", network, false},
 		{"network by TAP", tap, false},
 
