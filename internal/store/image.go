@@ -11,16 +11,6 @@ func (s *Store) UsersOfImage(ctx context.Context, digest string) ([]string, erro
 	return s.texts(ctx, "SELECT id FROM vms WHERE image = ? ORDER BY id", digest)
 }
 
-// ImagesInUse returns the digests of the images that VMs are made from.
-func (s *Store) ImagesInUse(ctx context.Context) (map[string]bool, error) {
-	digests, err := s.texts(ctx, "SELECT DISTINCT image FROM vms WHERE image IS NOT NULL")
-	inUse := make(map[string]bool, len(digests))
-	for _, digest := range digests {
-		inUse[digest] = true
-	}
-	return inUse, err
-}
-
 // texts reads the only column of a query.
 func (s *Store) texts(ctx context.Context, query string, args ...any) ([]string, error) {
 	var texts []string
