@@ -170,6 +170,11 @@ func (m *Manager) removePoolDir(id string) error {
 	return os.RemoveAll(dir)
 }
 
+func isMissing(path string) bool {
+	_, err := os.Lstat(path)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
 func (m *Manager) poolDir(id string) string { return m.dir.Pool(id) }
 
 // lockPool makes the directory of a pool, and locks it. Whoever had it before may have
@@ -323,6 +328,11 @@ func lockSlot(dir string) (*os.File, error) {
 
 // fillPool makes a pool have as many VMs as it is to have.
 func (m *Manager) fillPool(ctx context.Context, id string) error {
+	// A pool that has been removed meanwhile gets no directory for its lock again, which
+	// whoever looks what is left would see.
+	if _, err := m.store.GetPool(ctx, id); errors.Is(err, smolvm.ErrPoolNotFound) && isMissing(m.poolDir(id)) {
+		return nil
+	}
 	lock, err := m.lockPool(ctx, id)
 	if err != nil {
 		return err
