@@ -24,7 +24,7 @@ read -ra race <<<"${RACE:--race}"
 tests=("$go" test "${race[@]}" -short -parallel 4 -timeout 20m)
 "${tests[@]}" "${others[@]}"
 "${tests[@]}" -covermode=atomic -coverprofile="$dir/profile" -coverpkg="${packages//$'\n'/,}" "${users[@]}" |
-	sed -E '/^coverage: /d; s/\tcoverage: .*//; /^\t[^\t]*$/d'
+	sed -E '/^coverage: /d; s/\tcoverage: .*//; /^\t[^\t]*\t*$/d'
 
 # A line is "file:block statements count", once for each package whose tests have it.
 awk -v least="$least" -v FS='[: ]' '
