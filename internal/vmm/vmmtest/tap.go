@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"strings"
 	"syscall"
 
@@ -45,6 +46,9 @@ func tap(k *kit) {
 	ctx, cancel := context.WithTimeout(k.Context(), 4*patience)
 	defer cancel()
 	cmd := k.again(ctx, tapEnv)
+	// The kernel sends it the signal when the thread that has started it ends.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	output, err := cmd.CombinedOutput()
 	if _, ran := errors.AsType[*exec.ExitError](err); err != nil && !ran {
