@@ -3,6 +3,7 @@ package store
 import (
 	"database/sql/driver"
 	"net/netip"
+	"path/filepath"
 	"time"
 
 	"github.com/smolvm/smolvm/internal/datadir"
@@ -42,7 +43,10 @@ func (f file) Value() (driver.Value, error) {
 
 func (f file) Scan(value any) error {
 	name, _ := value.(string)
-	*f.field = datadir.Abs(f.root, name)
+	if name != "" && !filepath.IsAbs(name) {
+		name = f.root + string(filepath.Separator) + name // it is clean, as Value has written it
+	}
+	*f.field = name
 	return nil
 }
 
