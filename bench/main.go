@@ -122,12 +122,28 @@ func open(ctx context.Context, program string) (_ *manager.Manager, dir string, 
 	if err != nil {
 		return nil, "", nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	closeAll = func() { _, _ = m.Close(), os.RemoveAll(dir) }
+	closeAll = func() {
+		removeVMs(context.WithoutCancel(ctx), m) // of a part that has failed, or was interrupted
+		_, _ = m.Close(), os.RemoveAll(dir)
+	}
 	if _, err := m.BuildImage(ctx, smolvm.BuildOptions{Progress: func(p smolvm.Progress) { fmt.Fprintf(os.Stderr, "\r\033[K%s", p.Phase) }}); err != nil {
 		closeAll()
 		return nil, "", nil, err
 	}
 	return m, dir, closeAll, nil
+}
+
+// removeVMs removes all VMs.
+func removeVMs(ctx context.Context, m *manager.Manager) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	vms, err := m.List(ctx, smolvm.ListOptions{})
+	for _, vm := range vms {
+		err = errors.Join(err, m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench: left behind:", err)
+	}
 }
 
 func (b *bench) row(what, measured, target string) {
