@@ -21,10 +21,7 @@ const (
 	// lateTime is how long after the grace a shim is killed that does answer, but has
 	// not ended its VM.
 	lateTime = 5 * time.Second
-	// killTime is how long a process that was killed may take to be gone. It is longer
-	// only if the process waits within the kernel, for a disk or a network file system.
-	killTime = 2 * time.Second
-	// lookTime is killTime of somebody who only wants to look at a VM.
+	// lookTime is [proc.KillTime] of somebody who only wants to look at a VM.
 	lookTime = 200 * time.Millisecond
 	// lockTime is how long after the grace another operation on a VM is waited for
 	// before it is cut short by ending the VM.
@@ -42,7 +39,7 @@ func (m *Manager) Stop(ctx context.Context, id string, opts smolvm.StopOptions) 
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	vm, err = m.settleLocked(ctx, vm, killTime)
+	vm, err = m.settleLocked(ctx, vm, proc.KillTime)
 	if err != nil || !vm.State.Alive() {
 		lock.unlock()
 		return m.info(vm), err
@@ -168,7 +165,7 @@ func (m *Manager) acquire(ctx context.Context, id string) (store.VM, *vmLock, er
 	if err != nil {
 		return store.VM{}, nil, err
 	}
-	if vm, err = m.settleLocked(ctx, vm, killTime); err != nil {
+	if vm, err = m.settleLocked(ctx, vm, proc.KillTime); err != nil {
 		lock.unlock()
 		return store.VM{}, nil, err
 	}
@@ -222,7 +219,7 @@ func (m *Manager) endProcesses(ctx context.Context, vm store.VM, how shim.Stop) 
 	}
 	if err != nil {
 		// A shim that does not answer can't be asked for anything.
-		if killErr := m.killShim(ctx, vm, killTime); killErr != nil {
+		if killErr := m.killShim(ctx, vm, proc.KillTime); killErr != nil {
 			return errors.Join(err, killErr)
 		}
 	}
@@ -235,15 +232,13 @@ func (m *Manager) killShim(ctx context.Context, vm store.VM, limit time.Duration
 	if vm.BootID != m.bootID() {
 		return nil // the host was rebooted: nothing of that run is alive
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, errUnkillable)
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, proc.ErrUnkillable)
 	defer cancel()
 	return errors.Join(
 		proc.Kill(ctx, vm.ShimPID, vm.ShimStart),
 		proc.Kill(ctx, vm.PID, vm.PIDStart),
 	)
 }
-
-var errUnkillable = errors.New("it was killed and is still there, waiting for a disk or a file system of the host; try again when that answers")
 
 // recordDeadShim cleans up after a shim that died, and records its VM's exit.
 func (m *Manager) recordDeadShim(ctx context.Context, vm store.VM, limit time.Duration) error {

@@ -227,7 +227,7 @@ func TestVerdict(t *testing.T) {
 	}
 }
 
-// A verdict on a flow that has not spoken yet tells whether it could be another then.
+// A verdict on a flow whose names are not known yet reports whether they could change it.
 func TestProvisional(t *testing.T) {
 	t.Parallel()
 	const addr = "203.0.113.1:443"

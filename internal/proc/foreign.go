@@ -110,6 +110,13 @@ func Wait(ctx context.Context, pid int, start uint64) error {
 	return waitFD(ctx, pid, fd)
 }
 
+// KillTime is how long a process that was killed may take to be gone. It is longer only if the
+// process waits within the kernel, for a disk or a network file system.
+const KillTime = 2 * time.Second
+
+// ErrUnkillable is for the cause of a context that bounds [Kill].
+var ErrUnkillable = errors.New("it was killed and is still there, waiting for a disk or a file system of the host; try again when that answers")
+
 // Kill kills the process and waits until it has ended. A process that is gone
 // already is a success; a process of another start time is left alone.
 func Kill(ctx context.Context, pid int, start uint64) error {

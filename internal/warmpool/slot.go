@@ -36,15 +36,8 @@ const (
 // next, but never claimed by another.
 const claimedSuffix = ".claimed"
 
-// Times of the end of a shim that stands by.
-const (
-	// dismissTime is how long it may take to agree to its end.
-	dismissTime = 2 * time.Second
-	// killTime is how long it may take to be gone after it was killed.
-	killTime = 2 * time.Second
-)
-
-var errUnkillable = errors.New("it was killed and is still there, waiting for a disk or a file system of the host; try again when that answers")
+// dismissTime is how long a shim that stands by may take to agree to its end.
+const dismissTime = 2 * time.Second
 
 // Slot is a VM of a pool that waits to be claimed.
 type Slot struct {
@@ -189,7 +182,7 @@ func (s Slot) dismiss(ctx context.Context) (gone bool, err error) {
 		}
 	}
 	// One that listens but does not answer hangs, or is of an older program.
-	bounded, cancelKill := context.WithTimeoutCause(ctx, killTime, errUnkillable)
+	bounded, cancelKill := context.WithTimeoutCause(ctx, proc.KillTime, proc.ErrUnkillable)
 	defer cancelKill()
 	if err := proc.Kill(bounded, s.ShimPID, s.ShimStart); err != nil {
 		return true, err

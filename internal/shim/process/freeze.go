@@ -13,17 +13,11 @@ import (
 func (s *process) freeze(ctx context.Context, order shim.FreezeOrder) error {
 	ctx, cancel := s.starting(ctx)
 	defer cancel()
-	err := s.session.Connect()
-	if err == nil {
-		err = s.session.Boot(ctx)
+	var commands []smolvm.Command
+	for _, args := range order.Commands {
+		commands = append(commands, smolvm.Command{Args: args})
 	}
-	if err == nil {
-		var commands []smolvm.Command
-		for _, args := range order.Commands {
-			commands = append(commands, smolvm.Command{Args: args})
-		}
-		err = s.session.Rehearse(ctx, commands)
-	}
+	err := s.rehearsed(ctx, commands)
 	if err == nil {
 		err = s.session.SaveLast(ctx, order.Memory, order.State)
 	}
@@ -34,4 +28,16 @@ func (s *process) freeze(ctx context.Context, order shim.FreezeOrder) error {
 	}
 	s.launcher.report(shim.Report{PID: os.Getpid(), Start: startOf(os.Getpid())})
 	return nil
+}
+
+// rehearsed brings a VM up that nobody has asked for yet, and takes it through a login and
+// commands.
+func (s *process) rehearsed(ctx context.Context, commands []smolvm.Command) error {
+	if err := s.session.Connect(); err != nil {
+		return err
+	}
+	if err := s.session.Boot(ctx); err != nil {
+		return err
+	}
+	return s.session.Rehearse(ctx, commands)
 }

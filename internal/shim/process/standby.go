@@ -72,13 +72,7 @@ func (s *process) standBy(ctx context.Context) (listeners []io.Closer, claimed b
 func (s *process) prepareToBeClaimed(ctx context.Context) (net.Listener, error) {
 	starting, cancel := s.starting(ctx)
 	defer cancel()
-	err := s.session.Connect()
-	if err == nil {
-		err = s.session.Boot(starting)
-	}
-	if err == nil {
-		err = s.session.Rehearse(starting, nil)
-	}
+	err := s.rehearsed(starting, nil)
 	if err == nil {
 		err = s.session.Pause(starting)
 	}
