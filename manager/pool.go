@@ -20,8 +20,8 @@ func poolConfig(o smolvm.PoolOptions) smolvm.VMConfig {
 }
 
 // SetPool keeps VMs of some kind ready, until [Manager.RemovePool]: a start of such a VM
-// takes one of them, and has the next one made. It returns when all are ready. Each takes
-// the memory of an idle VM.
+// takes one of them, and has the next one made. It returns when all are ready, and those that
+// a larger pool of the kind had are gone. Each takes the memory of an idle VM.
 func (m *Manager) SetPool(ctx context.Context, opts smolvm.PoolOptions) (smolvm.Pool, error) {
 	id, err := m.definePool(ctx, opts)
 	if err == nil {
@@ -38,7 +38,7 @@ func (m *Manager) SetPool(ctx context.Context, opts smolvm.PoolOptions) (smolvm.
 // is to be; its VMs are made in the background. [smolvm.Pool].Ready tells how many are there.
 func (m *Manager) EnsurePool(ctx context.Context, opts smolvm.PoolOptions) (smolvm.Pool, error) {
 	id, err := m.definePool(ctx, opts)
-	if err == nil && len(m.pools.Slots(id)) < opts.Size {
+	if err == nil && len(m.pools.Slots(id)) != opts.Size {
 		err = m.startTaskAside(task{Pool: id}, nil)
 	}
 	if err != nil {

@@ -147,8 +147,8 @@ func (p *Pools) lock(ctx context.Context, id string) (*os.File, error) {
 	}
 }
 
-// Fill makes a pool have as many VMs as it is to have, in a worker. A pool that is no more is
-// emptied.
+// Fill makes a pool have as many VMs as it is to have, no fewer and no more, in a worker. A pool
+// that is no more is emptied.
 func (p *Pools) Fill(ctx context.Context, id string) error {
 	if _, err := os.Stat(p.Dir.Pool(id)); errors.Is(err, fs.ErrNotExist) && p.removed(ctx, id) {
 		return nil // the lock would make its directory again
@@ -166,6 +166,9 @@ func (p *Pools) Fill(ctx context.Context, id string) error {
 		return err
 	}
 	if err := p.empty(ctx, id, true); err != nil {
+		return err
+	}
+	if err := p.shrink(ctx, id, pool.Size); err != nil {
 		return err
 	}
 	config := pool.Config
@@ -202,6 +205,28 @@ func (p *Pools) Fill(ctx context.Context, id string) error {
 		return errors.Join(p.empty(ctx, id, false), p.removeDir(id))
 	}
 	return err
+}
+
+// shrink removes the VMs that a pool has beyond its size. One that is claimed meanwhile leaves
+// the pool in that way. The pool's lock is held.
+func (p *Pools) shrink(ctx context.Context, id string, size int) error {
+	slots := p.Slots(id)
+	var errs []error
+	for _, s := range slots[:max(0, len(slots)-size)] {
+		taken, err := s.Take(ctx)
+		if errors.Is(err, ErrTaken) || errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, taken.Discard(ctx), taken.Close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("make the pool smaller: %w", err)
+	}
+	return nil
 }
 
 // removed reports whether a pool is not to be any more.
