@@ -26,6 +26,9 @@ type Config struct {
 	// Metadata are the metadata services of clouds that the guest may reach. All others are
 	// closed to it.
 	Metadata []netip.Addr `json:"metadata,omitempty"`
+	// Egress is what the guest may reach. Nil: all that is not closed always. A shim from
+	// before there was this field would let everything out; see shim.OrderProtocol.
+	Egress *Egress `json:"egress,omitempty"`
 	// MTU of the guest's interface, in bytes. Zero: 1500.
 	MTU int `json:"mtu,omitempty"`
 }
@@ -74,4 +77,22 @@ type Link struct {
 	Socket *os.File
 	// TAP is the name of an interface of the host.
 	TAP string
+}
+
+// Egress is the egress policy of a VM at one time.
+type Egress struct {
+	// Revision is 1 for the first policy of a VM, and one more at each change.
+	Revision int64  `json:"revision"`
+	Policy   Policy `json:"policy"`
+}
+
+// EgressSetter is a network whose policy can be changed while the VM runs. One that is not
+// can't have a policy.
+type EgressSetter interface {
+	// SetEgress puts a policy in force in place of the one that is. Flows that it does not
+	// allow have ended when it returns. A revision that is older than the one in force is an
+	// error.
+	SetEgress(Egress) error
+	// EgressRevision returns the revision of the policy in force; 0: the VM was given none.
+	EgressRevision() int64
 }

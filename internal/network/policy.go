@@ -168,7 +168,7 @@ type view struct {
 }
 
 func (p Policy) judge(f Flow, v view) Verdict {
-	closed := closedTo(f, v, p.restricts())
+	closed := closedTo(f, v, p.Restricts())
 	byName := false
 	for i, rule := range p.Rules {
 		if !rule.hasPort(f) {
@@ -188,9 +188,9 @@ func (p Policy) judge(f Flow, v view) Verdict {
 // allowsByDefault reports whether flows that no rule matches are let out.
 func (p Policy) allowsByDefault() bool { return p.Default == DefaultAllow || p.Default == "" }
 
-// restricts reports whether the policy says by which name, or whether at all, a guest gets
+// Restricts reports whether the policy says by which name, or whether at all, a guest gets
 // out. Then the sandbox's resolver must be the only one.
-func (p Policy) restricts() bool {
+func (p Policy) Restricts() bool {
 	return !p.allowsByDefault() || slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Domain != "" })
 }
 
@@ -200,7 +200,7 @@ func (p Policy) restricts() bool {
 func (p Policy) Question(name string) Verdict {
 	name = normalName(name)
 	var closed []Closed
-	if p.restricts() && isResolverName(name) {
+	if p.Restricts() && isResolverName(name) {
 		closed = []Closed{ClosedForeignDNS}
 	}
 	for i, rule := range p.Rules {
@@ -216,6 +216,15 @@ func (p Policy) Question(name string) Verdict {
 		return Verdict{Closed: closed[0]}
 	}
 	return Verdict{Allowed: p.Default != DefaultDeny}
+}
+
+// Answer reports whether the sandbox's resolver tells the guest an address for a name that it
+// answers questions for. Whoever owns a name can have it lead into a private network, so under
+// a policy by names an address that is not public is told only if a rule allows it.
+func (p Policy) Answer(name string, addr netip.Addr) bool {
+	addr = addr.Unmap()
+	return !p.Restricts() || isPublic(addr) ||
+		p.Verdict(Flow{To: netip.AddrPortFrom(addr, 0), Names: Names{Asked: []string{name}}}).Allowed
 }
 
 // withoutPort returns the name of an HTTP Host, which may have a port.

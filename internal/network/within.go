@@ -12,8 +12,8 @@ import (
 // within itself, and so is what is made of it by taking rules that allow away, where the
 // default denies, or by adding rules that deny before all others.
 func (p Policy) Within(q Policy) bool {
-	restricted := q.restricts()
-	if restricted && !p.restricts() {
+	restricted := q.Restricts()
+	if restricted && !p.Restricts() {
 		return false // p leaves other name servers open
 	}
 	return p.flows().within(q.flows(), restricted) && p.questions().within(q.questions(), restricted)

@@ -6,4 +6,7 @@ import "github.com/smolvm/smolvm/internal/network"
 // Config describes the network of one VM.
 type Config = network.Config
 
-var _ network.Attachment = (*Network)(nil)
+var (
+	_ network.Attachment   = (*Network)(nil)
+	_ network.EgressSetter = (*Network)(nil)
+)

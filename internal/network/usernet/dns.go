@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/smolvm/smolvm/internal/network"
 )
 
 const (
@@ -35,6 +37,10 @@ type resolver struct {
 	hosts hostFile[hosts]
 	// mayKnow reports whether the guest may be told of an address from the hosts file.
 	mayKnow func(name string, addr netip.Addr) bool
+	// policy returns the egress policy in force.
+	policy func() *network.Policy
+	// told is called with what the guest is told.
+	told func(name string, answer []dns.RR)
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -42,13 +48,12 @@ type resolver struct {
 	large  chan struct{} // holds one for each large answer that is being read
 }
 
-func newResolver(mayKnow func(string, netip.Addr) bool) *resolver {
+func newResolver() *resolver {
 	r := &resolver{
-		conf:    hostFile[dns.ClientConfig]{path: resolvConfPath, parse: parseResolvConf},
-		hosts:   hostFile[hosts]{path: hostsPath, parse: parseHosts},
-		mayKnow: mayKnow,
-		slots:   make(chan struct{}, maxLookups),
-		large:   make(chan struct{}, maxLarge),
+		conf:  hostFile[dns.ClientConfig]{path: resolvConfPath, parse: parseResolvConf},
+		hosts: hostFile[hosts]{path: hostsPath, parse: parseHosts},
+		slots: make(chan struct{}, maxLookups),
+		large: make(chan struct{}, maxLarge),
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
@@ -75,6 +80,10 @@ func (r *resolver) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	answer, err := r.answer(query)
 	if err != nil {
 		answer = newReply(query, dns.RcodeServerFailure)
+	}
+	if len(query.Question) == 1 && !isLocalhost(query.Question[0].Name) {
+		answer = permitted(*r.policy(), query, answer) // which may have been changed meanwhile
+		r.told(query.Question[0].Name, answer.Answer)
 	}
 	answer.Truncate(size)
 	if w.WriteMsg(answer) != nil {
@@ -106,6 +115,8 @@ func (r *resolver) answer(query *dns.Msg) (*dns.Msg, error) {
 		return newReply(query, dns.RcodeBadVers), nil
 	case question.Qclass != dns.ClassINET, question.Qtype == dns.TypeAXFR, question.Qtype == dns.TypeIXFR:
 		return newReply(query, dns.RcodeNotImplemented), nil // what only makes sense of a server itself
+	case !isLocalhost(question.Name) && !isPermitted(*r.policy(), question.Name):
+		return blocked(query), nil
 	}
 	select {
 	case r.slots <- struct{}{}:
@@ -199,7 +210,7 @@ func (r *resolver) local(question dns.Question) ([]dns.RR, bool) {
 		}
 		return records, len(records) > 0
 	}
-	if name == "localhost" || strings.HasSuffix(name, ".localhost") { // the guest itself (RFC 6761, section 6.3)
+	if isLocalhost(name) {
 		if question.Qtype == dns.TypeA {
 			return []dns.RR{&dns.A{Hdr: head, A: net.IPv4(127, 0, 0, 1)}}, true
 		}
@@ -220,6 +231,12 @@ func (r *resolver) local(question dns.Question) ([]dns.RR, bool) {
 		}
 	}
 	return records, len(records) > 0 || known && question.Qtype == dns.TypeAAAA
+}
+
+// isLocalhost reports whether a name is one of the guest itself (RFC 6761, section 6.3).
+func isLocalhost(name string) bool {
+	name = strings.TrimSuffix(strings.ToLower(name), ".")
+	return name == "localhost" || strings.HasSuffix(name, ".localhost")
 }
 
 func (r *resolver) namesOf(addr netip.Addr) []string {

@@ -72,7 +72,7 @@ func (c packetConn) WriteTo(p []byte, _ net.Addr) (int, error) { return c.Write(
 
 // Beyond the limit questions fail at once.
 func TestLookupLimit(t *testing.T) {
-	r := newResolver(func(string, netip.Addr) bool { return true })
+	r := newResolver()
 	defer func() { _ = r.Close() }()
 	for range maxLookups {
 		r.slots <- struct{}{}

@@ -3,6 +3,7 @@ package usernet
 import (
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,8 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/sniff"
 )
 
 const (
@@ -34,17 +37,25 @@ const (
 // comes back.
 type flow struct {
 	guest, outside net.Conn
-	check          func() error // returns an error if the guest may not have the address
-	checked        time.Time    // when that was last asked
-	last           atomic.Int64 // when something passed, in nanoseconds of the Unix time
+	of             *outbound
+	from           netip.AddrPort // of this process
+	checked        time.Time      // when it was last asked whether the guest may have the flow
+	last           atomic.Int64   // when something passed, in nanoseconds of the Unix time
 	once           sync.Once
+
+	mu   sync.Mutex // guards the following
+	what network.Flow
 }
 
 // send begins a flow with its first datagram. It runs where the guest's frames are
 // read, so it does not wait for anything. It reports whether the datagram was taken; of
 // one that was not, the stack tells the guest by ICMP that the port is unreachable.
-func (o *outbound) send(request *udp.ForwarderRequest) bool {
-	outside, err := o.dial(destination(request.ID()), smolvm.UDP)
+//
+// One that may be QUIC states a name, which can't be read.
+func (o *outbound) send(request *udp.ForwarderRequest, mayBeQUIC bool) bool {
+	what := o.flowTo(destination(request.ID()), smolvm.UDP)
+	what.Names.Hidden = what.Names.Hidden || mayBeQUIC
+	outside, err := o.dial(&what)
 	if err != nil {
 		return false
 	}
@@ -54,14 +65,16 @@ func (o *outbound) send(request *udp.ForwarderRequest) bool {
 		_ = outside.Close()
 		return true // lost, as happens to datagrams
 	}
-	f := &flow{guest: gonet.NewUDPConn(&queue, endpoint), outside: outside, checked: time.Now()}
-	from, to := addrPort(outside.LocalAddr()), addrPort(outside.RemoteAddr())
-	f.check = func() error { return o.check(smolvm.UDP, from, to) }
+	f := &flow{
+		guest: gonet.NewUDPConn(&queue, endpoint), outside: outside, checked: time.Now(),
+		of: o, from: addrPort(outside.LocalAddr()), what: what,
+	}
 	f.touch()
 	if !o.beginFlow(f) {
 		f.close()
 		return true
 	}
+	f.recheck() // the policy may have been changed since
 	go func() {
 		defer o.endFlow(f)
 		f.run()
@@ -110,22 +123,37 @@ func (f *flow) run() {
 		defer f.close()
 		f.copy(f.outside, f.guest, f.stillAllowed)
 	})
-	f.copy(f.guest, f.outside, func() bool { return true })
+	f.copy(f.guest, f.outside, func([]byte) bool { return true })
 	f.close()
 	outgoing.Wait()
 }
 
-// stillAllowed reports whether the guest may still have the flow's address.
-func (f *flow) stillAllowed() bool {
+// stillAllowed reports whether the guest may still have the flow's address, and send a
+// datagram there.
+func (f *flow) stillAllowed(datagram []byte) bool {
 	now := time.Now()
-	if now.Sub(f.checked) < flowCheck {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	states := !f.what.Names.Hidden && sniff.IsQUIC(datagram)
+	if now.Sub(f.checked) < flowCheck && !states {
 		return true
 	}
 	f.checked = now
-	return f.check() == nil
+	f.what.Names.Hidden = f.what.Names.Hidden || states
+	v, err := f.of.check(&f.what, f.from)
+	return err == nil && v.Allowed
 }
 
-func (f *flow) copy(to, from net.Conn, allowed func() bool) {
+// recheck ends the flow at once if the policy does not allow it any more.
+func (f *flow) recheck() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.of.judge(f.what) != nil {
+		f.close()
+	}
+}
+
+func (f *flow) copy(to, from net.Conn, allowed func(datagram []byte) bool) {
 	datagram := make([]byte, maxDatagram)
 	for {
 		idle := time.Since(time.Unix(0, f.last.Load()))
@@ -139,7 +167,7 @@ func (f *flow) copy(to, from net.Conn, allowed func() bool) {
 		}
 		// An error may also be that the datagram before was turned away. The guest's
 		// next one begins a new flow.
-		if err != nil || !allowed() {
+		if err != nil || !allowed(datagram[:n]) {
 			return
 		}
 		f.touch()

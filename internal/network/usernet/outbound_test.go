@@ -18,6 +18,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
 )
 
 // hostAddrs lists the host's own addresses, and those that mean it or all its
@@ -65,7 +66,7 @@ func TestHostUnreachable(t *testing.T) {
 	for _, addr := range hostAddrs(t) {
 		dials.Go(func() {
 			to := netip.AddrPortFrom(addr, port)
-			if conn, err := n.outbound.dial(to, smolvm.TCP); err == nil {
+			if conn, err := n.outbound.dial(&network.Flow{Protocol: smolvm.TCP, To: to}); err == nil {
 				t.Errorf("%s can be reached", to)
 				_ = conn.Close()
 			}

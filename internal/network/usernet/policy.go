@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/smolvm/smolvm/internal/network"
 )
@@ -11,22 +12,70 @@ import (
 // errRefused matches the errors of what a guest may not do.
 var errRefused = errors.New("the guest may not connect to this address")
 
-// policyOf returns what the guest of a network may reach.
-func policyOf(config Config) network.Policy {
-	var p network.Policy
+// errHost matches those of addresses that are known to be the host's, which a rule about the
+// host opens. What is not known, no rule opens.
+var errHost = errors.New("it is the host's")
+
+// policyOf returns what the guest of a network may reach by an egress policy. The metadata
+// services that are configured come last, so that the numbers of rules are those of the policy.
+func policyOf(config Config, p network.Policy) *network.Policy {
+	p.Rules = slices.Clone(p.Rules)
 	for _, addr := range config.Metadata {
 		addr = addr.Unmap()
 		p.Rules = append(p.Rules, network.Rule{Action: network.Allow, CIDR: netip.PrefixFrom(addr, addr.BitLen())})
 	}
-	return p
+	return &p
+}
+
+// SetEgress implements [network.EgressSetter].
+func (n *Network) SetEgress(egress network.Egress) error {
+	o := n.outbound
+	o.mu.Lock()
+	if egress.Revision < o.revision {
+		defer o.mu.Unlock()
+		return fmt.Errorf("set the egress policy: revision %d is older than %d, which is in force", egress.Revision, o.revision)
+	}
+	o.revision = egress.Revision
+	o.policy.Store(policyOf(n.config, egress.Policy))
+	conns, flows := make([]*tcpFlow, 0, len(o.tcp)), make([]*flow, 0, len(o.flows))
+	for f := range o.tcp {
+		conns = append(conns, f)
+	}
+	for f := range o.flows {
+		flows = append(flows, f)
+	}
+	o.mu.Unlock()
+	for _, f := range conns {
+		f.recheck()
+	}
+	for _, f := range flows {
+		f.recheck()
+	}
+	return nil
+}
+
+// EgressRevision implements [network.EgressSetter].
+func (n *Network) EgressRevision() int64 {
+	n.outbound.mu.Lock()
+	defer n.outbound.mu.Unlock()
+	return n.outbound.revision
+}
+
+// verdict returns what the policy in force says of a flow.
+func (o *outbound) verdict(f network.Flow) network.Verdict {
+	f.VMs = o.inside.Contains(f.To.Addr().Unmap())
+	return o.policy.Load().Verdict(f)
 }
 
 // judge returns an error that matches [errRefused] if the guest may not have a flow. What
 // connects the guest, and what tells it addresses that only the host knows, both ask here.
 func (o *outbound) judge(f network.Flow) error {
-	f.VMs = o.inside.Contains(f.To.Addr().Unmap())
-	if v := o.policy.Verdict(f); !v.Allowed {
-		return fmt.Errorf("%s: %w: %s", f.To, errRefused, v)
+	if v := o.verdict(f); !v.Allowed {
+		return refusal(f, v)
 	}
 	return nil
+}
+
+func refusal(f network.Flow, v network.Verdict) error {
+	return fmt.Errorf("%s: %w: %s", f.To, errRefused, v)
 }

@@ -46,14 +46,14 @@ func newHostRoutes() (hostRoutes, error) {
 // where it is sent from, and is not valid before that is known. The kernel is asked with
 // all of these, as its rules may choose the route by any of them.
 func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) error {
-	refuse := func(why any) error { return fmt.Errorf("%s: %w: %v", to.Addr(), errRefused, why) }
+	refuse := func(why error) error { return fmt.Errorf("%s: %w: %w", to.Addr(), errRefused, why) }
 	// Some are in no table that is asked for this destination: those of interfaces in a
 	// VRF, for one.
 	switch own, err := isOwn(to.Addr()); {
 	case err != nil:
 		return refuse(err)
 	case own:
-		return refuse("an interface of the host has it")
+		return refuse(fmt.Errorf("%w: an interface of the host has it", errHost))
 	}
 	if r.byInterface {
 		return nil
@@ -67,8 +67,10 @@ func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) err
 	case err != nil:
 		// There is no way to it, or one that is closed: the guest learns no more.
 		return refuse(err)
+	case kind == unix.RTN_LOCAL:
+		return refuse(fmt.Errorf("%w: the host's route to it is a local one", errHost))
 	case kind != unix.RTN_UNICAST:
-		return refuse(fmt.Sprintf("the host's route to it is of type %d, see rtnetlink(7)", kind))
+		return refuse(fmt.Errorf("the host's route to it is of type %d, see rtnetlink(7)", kind))
 	}
 	return nil
 }

@@ -65,7 +65,7 @@ func TestHostsOwnAddresses(t *testing.T) {
 			}
 			to := netip.AddrPortFrom(netip.MustParseAddr(test.addr), port)
 			for _, protocol := range []smolvm.Protocol{smolvm.TCP, smolvm.UDP} {
-				conn, err := n.outbound.dial(to, protocol)
+				conn, err := n.outbound.dial(&network.Flow{Protocol: protocol, To: to})
 				if err == nil {
 					_ = conn.Close()
 				}
@@ -105,22 +105,21 @@ func TestAddressBecomesHosts(t *testing.T) {
 	})
 	defer func() { _ = server.Close() }()
 	n := newNetwork(t)
-	outside, err := n.outbound.dial(netip.AddrPortFrom(outsideAddr, 8080), smolvm.UDP)
+	what := network.Flow{Protocol: smolvm.UDP, To: netip.AddrPortFrom(outsideAddr, 8080)}
+	outside, err := n.outbound.dial(&what)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = outside.Close() }()
-	f := &flow{outside: outside, check: func() error {
-		return n.outbound.check(smolvm.UDP, addrPort(outside.LocalAddr()), addrPort(outside.RemoteAddr()))
-	}}
-	if !f.stillAllowed() {
+	f := &flow{outside: outside, of: n.outbound, from: addrPort(outside.LocalAddr()), what: what}
+	if !f.stillAllowed(nil) {
 		t.Fatal("a flow to the outside is not allowed")
 	}
 	if err := runIP("addr add " + outsideAddr.String() + "/32 dev lo"); err != nil {
 		t.Fatal(err)
 	}
 	f.checked = f.checked.Add(-flowCheck)
-	if f.stillAllowed() {
+	if f.stillAllowed(nil) {
 		t.Error("a flow goes on to an address that is the host's now")
 	}
 }
@@ -175,7 +174,8 @@ func TestPolicy(t *testing.T) {
 			config Config
 			want   bool
 		}{{testConfig(), test.allowed}, {open, test.ifNamed}} {
-			o := outbound{policy: policyOf(c.config), inside: c.config.Prefix}
+			o := outbound{inside: c.config.Prefix}
+			o.policy.Store(policyOf(c.config, network.Policy{}))
 			if err := o.judge(f); (err == nil) != c.want || err != nil && !errors.Is(err, errRefused) {
 				t.Errorf("%s with %v open: %v, want allowed: %t", test.addr, c.config.Metadata, err, c.want)
 			}
@@ -196,22 +196,38 @@ func TestHostNamed(t *testing.T) {
 	}
 	defer func() { _ = listener.Close() }()
 	to := netip.AddrPortFrom(hostOutsideAddr, 8080)
+	noWay := netip.MustParseAddr("203.0.113.5")
+	if err := runIP("route add blackhole " + noWay.String() + "/32"); err != nil {
+		t.Fatal(err)
+	}
 	for text, open := range map[string]bool{
-		"allow @host:8080": true, "allow @host:8081": false, "allow *": false, "allow " + hostOutsideAddr.String() + ":8080": false,
+		"allow @host:8080": true, "deny *": false, "allow @host:8081": false, "allow *": false, "allow " + hostOutsideAddr.String() + ":8080": false,
 	} {
 		rule, err := network.ParseRule(text)
 		if err != nil {
 			t.Fatal(err)
 		}
 		n := newNetwork(t)
-		n.outbound.policy.Rules = []network.Rule{rule}
-		conn, err := n.outbound.dial(to, smolvm.TCP)
-		if (err == nil) != open || err != nil && !errors.Is(err, errRefused) {
-			t.Errorf("%s: %v, want open: %t", text, err, open)
+		for revision, otherwise := range []network.Default{network.DefaultDeny, network.DefaultAllow} {
+			policy := network.Policy{Default: otherwise, Rules: []network.Rule{rule}}
+			if err := n.SetEgress(network.Egress{Revision: int64(revision), Policy: policy}); err != nil {
+				t.Fatal(err)
+			}
+			testHostNamed(t, n, to, text, open)
 		}
-		if err == nil {
-			_ = conn.Close()
-		}
+		// What is closed for another reason than that it is the host's, no rule about that opens.
+		testHostNamed(t, n, netip.AddrPortFrom(noWay, 8080), text, false)
+	}
+}
+
+func testHostNamed(t *testing.T, n *Network, to netip.AddrPort, text string, open bool) {
+	t.Helper()
+	conn, err := n.outbound.dial(&network.Flow{Protocol: smolvm.TCP, To: to})
+	if (err == nil) != open || err != nil && !errors.Is(err, errRefused) {
+		t.Errorf("%s to %s: %v, want open: %t", text, to, err, open)
+	}
+	if err == nil {
+		_ = conn.Close()
 	}
 }
 
@@ -229,7 +245,7 @@ func TestMetadataServicesClosed(t *testing.T) {
 		if !addr.Is4() {
 			continue
 		}
-		conn, err := n.outbound.dial(netip.AddrPortFrom(addr, 80), smolvm.UDP)
+		conn, err := n.outbound.dial(&network.Flow{Protocol: smolvm.UDP, To: netip.AddrPortFrom(addr, 80)})
 		if !errors.Is(err, errRefused) {
 			t.Errorf("dial %s: %v, want %v", addr, err, errRefused)
 		}

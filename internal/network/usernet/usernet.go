@@ -58,7 +58,7 @@ func newWithLimits(config Config, limits limits) (*Network, error) {
 		return nil, err
 	}
 	n := &Network{config: config, conn: conn, link: link, open: map[io.Closer]struct{}{}, limits: limits, account: newAccount(limits.linger)}
-	n.names = newResolver(n.mayKnow)
+	n.names = newResolver()
 	n.incoming = &kind{account: n.account, limit: limits.incoming}
 	n.filter.Store(&filter)
 	if err := n.build(filter.gatewayMAC); err != nil {

@@ -1,0 +1,133 @@
+package usernet
+
+import (
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/sniff"
+)
+
+// firstTime is how long the name that a flow states may take to come, if it decides whether
+// the flow is let out: from the flow's first byte on, or, if nothing is let through before,
+// from its beginning on.
+const firstTime = 10 * time.Second
+
+// tcpFlow is a TCP connection of the guest to the outside. It looks at the first bytes that
+// the guest sends, for the name in them. As long as that may change the verdict, what the
+// guest sends is held back; what comes from outside is not, as many a server speaks first.
+type tcpFlow struct {
+	*guestConn
+	of *outbound
+
+	// Of the one who reads.
+	first []byte    // what the guest has sent first, until its name is known
+	taken int       // how much of that has been let through
+	ahead []byte    // what has been read and not let through yet
+	since time.Time // when what is held back began to be
+	named atomic.Bool
+
+	mu      sync.Mutex // guards the following
+	outside net.Conn   // nil while there is none
+	flow    network.Flow
+}
+
+// verdict returns what the policy says now, by the names that are known so far. Final tells
+// that there will be no others.
+func (f *tcpFlow) verdict(final bool) network.Verdict {
+	f.mu.Lock()
+	flow := f.flow
+	f.mu.Unlock()
+	v := f.of.verdict(flow)
+	v.Provisional = v.Provisional && !final
+	return v
+}
+
+// recheck ends the flow at once if the policy does not allow it any more.
+func (f *tcpFlow) recheck() {
+	if v := f.verdict(f.named.Load()); !v.Allowed {
+		f.cut()
+	}
+}
+
+// cut breaks the flow off, on both sides.
+func (f *tcpFlow) cut() {
+	f.Abort()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if conn, ok := f.outside.(*net.TCPConn); ok {
+		_ = conn.SetLinger(0) // makes closing send a reset, see socket(7)
+		_ = conn.Close()
+	}
+}
+
+// Read implements [net.Conn], for what goes out. The error matches [errRefused] if the flow
+// states a name that is not allowed.
+func (f *tcpFlow) Read(p []byte) (int, error) {
+	for len(f.ahead) == 0 {
+		if f.named.Load() {
+			return f.guestConn.Read(p)
+		}
+		if err := f.look(p, false); err != nil {
+			return 0, err
+		}
+	}
+	n := copy(p, f.ahead)
+	f.ahead = f.ahead[n:]
+	return n, nil
+}
+
+// awaitName returns when the flow has stated its name, or will not any more. The error
+// matches [errRefused] if it may not have it.
+func (f *tcpFlow) awaitName() error {
+	f.since = time.Now()
+	_ = f.SetReadDeadline(f.since.Add(firstTime))
+	buffer := make([]byte, 4<<10)
+	for !f.named.Load() {
+		if err := f.look(buffer, true); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// look reads once, looks for a name in what the guest has sent first, and lets it through
+// unless it is to be held back. Always holds back until the name is known.
+func (f *tcpFlow) look(buffer []byte, always bool) error {
+	n, err := f.guestConn.Read(buffer[:min(len(buffer), sniff.Max-len(f.first))])
+	f.first = append(f.first, buffer[:n]...)
+	late := isTimeout(err) && !f.since.IsZero()
+	if err != nil && !late && len(f.first) == f.taken {
+		return err // all that came has been let through
+	}
+	names, named := sniff.First(f.first, err != nil)
+	if named {
+		f.mu.Lock()
+		f.flow.Names.SNI, f.flow.Names.Host, f.flow.Names.Hidden = names.SNI, names.Host, names.Hidden
+		f.mu.Unlock()
+		f.named.Store(true) // a change of the policy from here on sees the names
+	}
+	v := f.verdict(named)
+	switch {
+	case !v.Allowed && !v.Provisional:
+		return refusal(f.flow, v)
+	case !named && (v.Provisional || always):
+		if f.since.IsZero() {
+			f.since = time.Now()
+			_ = f.SetReadDeadline(f.since.Add(firstTime))
+		}
+		return nil
+	}
+	f.ahead = f.first[f.taken:]
+	f.taken = len(f.first)
+	if named {
+		f.first = nil
+	}
+	if !f.since.IsZero() {
+		f.since = time.Time{}
+		_ = f.SetReadDeadline(time.Time{})
+	}
+	return nil
+}
