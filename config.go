@@ -155,6 +155,9 @@ type VMConfig struct {
 	// SSHHostAddr is the host address on which the guest's SSH port is offered.
 	// Zero: 127.0.0.1. Use 0.0.0.0 to reach the VM from other hosts.
 	SSHHostAddr netip.Addr `json:"ssh_host_addr,omitzero"`
+	// Egress is what the guest may reach. Nil: all but what is closed always. It can be changed
+	// while the VM runs; see [Egress].
+	Egress *EgressPolicy `json:"egress,omitempty"`
 	// AuthorizedKeys are public keys, in OpenSSH's format, that may log in
 	// besides the data directory's own key.
 	AuthorizedKeys []string `json:"authorized_keys,omitempty"`
@@ -337,6 +340,7 @@ func (c VMConfig) WithDefaults() VMConfig {
 	for i := range c.PortForwards {
 		c.PortForwards[i] = c.PortForwards[i].WithDefaults()
 	}
+	c.Egress = c.Egress.Clone()
 	c.AuthorizedKeys = slices.Clone(c.AuthorizedKeys)
 	c.Env = maps.Clone(c.Env)
 	c.Labels = maps.Clone(c.Labels)

@@ -112,6 +112,11 @@ func (v VM) AddPortForward(ctx context.Context, forward PortForward) (PortForwar
 	return v.Service.AddPortForward(ctx, v.ID, forward)
 }
 
+// SetEgress is [Egress.SetEgress].
+func (v VM) SetEgress(ctx context.Context, policy EgressPolicy) (EgressState, error) {
+	return v.Service.SetEgress(ctx, v.ID, policy)
+}
+
 // Snapshot is [Snapshots.CreateSnapshot].
 func (v VM) Snapshot(ctx context.Context, opts SnapshotOptions) (Snapshot, error) {
 	return v.Service.CreateSnapshot(ctx, v.ID, opts)

@@ -14,6 +14,7 @@ type Service interface {
 	Execs
 	Files
 	Ports
+	Egress
 	Snapshots
 	Images
 	Templates
@@ -81,6 +82,18 @@ type Ports interface {
 	RemovePortForward(ctx context.Context, id string, forward PortForward) error
 	// PortForwards lists a VM's forwards, without that of SSH.
 	PortForwards(ctx context.Context, id string) ([]PortForward, error)
+}
+
+// Egress says what guests may reach.
+type Egress interface {
+	// Egress returns a VM's policy.
+	Egress(ctx context.Context, id string) (EgressState, error)
+	// SetEgress gives a VM another policy. If the VM runs, connections that it does not allow
+	// have ended when this returns.
+	SetEgress(ctx context.Context, id string, policy EgressPolicy) (EgressState, error)
+	// TestEgress returns what a VM's policy says of a destination: NAME or ADDRESS, with or
+	// without :PORT and /PROTOCOL, NAME=ADDRESS for a name that leads there, or a URL.
+	TestEgress(ctx context.Context, id, destination string) (EgressVerdict, error)
 }
 
 // Snapshots saves VMs and makes VMs of what was saved.

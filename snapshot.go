@@ -40,6 +40,9 @@ type RestoreOptions struct {
 	InPlace bool
 	// Ephemeral as in [VMConfig].
 	Ephemeral bool
+	// Egress is the VM's egress policy, which must be within that of the snapshot. Nil: the
+	// snapshot's own. It can't be given with InPlace.
+	Egress *EgressPolicy
 	// Start says how to start it. Cold boots from the snapshot's disk.
 	Start StartOptions
 	// AllowCold has the VM boot from the snapshot's disk if its memory can't be used, with
@@ -53,6 +56,9 @@ type ForkOptions struct {
 	Count int
 	// IDs of the children. Those that are not given are made up.
 	IDs []string
+	// Egress is the children's egress policy, which must be within the parent's. Nil: the
+	// parent's own.
+	Egress *EgressPolicy
 	// Start says how to start them. Cold boots them from the disk as it is now.
 	Start StartOptions
 	// AllowCold has a child boot from the disk if it can't go on where the parent is, with

@@ -43,6 +43,8 @@ type VMInfo struct {
 	Config VMConfig `json:"config"`
 	// Network is the VM's lease and how to reach the guest.
 	Network NetworkConfig `json:"network"`
+	// EgressRevision is that of the egress policy in Config; see [EgressState].
+	EgressRevision int64 `json:"egress_revision,omitempty"`
 	// Image is the digest of the VM's image; empty for a VM made from paths.
 	Image string `json:"image,omitempty"`
 	// Backend runs the VM.

@@ -43,7 +43,10 @@ func TestUnknownAndIllegalIDs(t *testing.T) {
 			_, err := m.AddPortForward(ctx, id, smolvm.PortForward{GuestPort: 1})
 			return err
 		},
-		"unport": func(id string) error { return m.RemovePortForward(ctx, id, smolvm.PortForward{HostPort: 1}) },
+		"policy":      func(id string) error { _, err := m.Egress(ctx, id); return err },
+		"set policy":  func(id string) error { _, err := m.SetEgress(ctx, id, smolvm.EgressPolicy{}); return err },
+		"test policy": func(id string) error { _, err := m.TestEgress(ctx, id, "example.com"); return err },
+		"unport":      func(id string) error { return m.RemovePortForward(ctx, id, smolvm.PortForward{HostPort: 1}) },
 	}
 	for name, verb := range verbs {
 		t.Run(name, func(t *testing.T) {

@@ -74,6 +74,10 @@ var childWork = map[string]func(ctx context.Context, m *manager.Manager, id stri
 		_, err := m.AddPortForward(ctx, id, smolvm.PortForward{HostAddr: childAddr(), GuestPort: webPort})
 		return err
 	},
+	"set policy": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.SetEgress(ctx, id, smolvm.EgressPolicy{Default: smolvm.EgressDeny})
+		return err
+	},
 	"remove port": func(ctx context.Context, m *manager.Manager, id string) error {
 		forwards, err := m.PortForwards(ctx, id)
 		if err != nil {

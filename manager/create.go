@@ -15,6 +15,7 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
@@ -75,7 +76,7 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progres
 		return smolvm.VMInfo{}, err
 	}
 	checked := time.Since(began)
-	vm, phases, err := m.make(ctx, config, backend, digest, "")
+	vm, phases, err := m.make(ctx, config, backend, origin{image: digest})
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
@@ -86,20 +87,28 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progres
 	return info, nil
 }
 
+// origin is what a VM is made of.
+type origin struct {
+	image string // its digest
+	layer string // as in [store.VM]
+	// within is the egress policy that none of the VM's may go beyond, as in [store.VM].
+	within string
+}
+
 // create makes a VM of an image whose disk is to be made over the disk of a snapshot.
-func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, layer string) (store.VM, error) {
+func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, from origin) (store.VM, error) {
 	began := time.Now()
 	backend, _, err := m.check(&config)
 	if err != nil {
 		return store.VM{}, err
 	}
-	release, err := m.images.Hold(digest)
+	release, err := m.images.Hold(from.image)
 	if err != nil {
 		return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
 	}
 	defer release()
 	config.Backend = backend.Name
-	vm, _, err := m.make(ctx, config, backend, digest, layer)
+	vm, _, err := m.make(ctx, config, backend, from)
 	if err != nil {
 		return store.VM{}, err
 	}
@@ -107,14 +116,14 @@ func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, la
 	return vm, nil
 }
 
-// make makes the VM's row and its disk: both or neither. Layer is as in [store.VM].
-func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, layer string) (store.VM, []smolvm.Phase, error) {
+// make makes the VM's row and its disk: both or neither.
+func (m *Manager) make(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, from origin) (store.VM, []smolvm.Phase, error) {
 	began := time.Now()
 	lock, err := m.lock(ctx, config.ID)
 	if err != nil {
 		return store.VM{}, nil, err
 	}
-	vm, err := m.reserve(ctx, config, backend, digest, layer)
+	vm, err := m.reserve(ctx, config, backend, from)
 	if err != nil {
 		if errors.Is(err, smolvm.ErrVMAlreadyExists) {
 			lock.unlock()
@@ -197,6 +206,15 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		}
 		config.Drives[i].Format = smolvm.DiskFormat(found.Format)
 	}
+	if config.Egress != nil {
+		if _, err := network.PolicyOf(*config.Egress); err != nil {
+			var wrong *smolvm.ValidationError
+			if !errors.As(err, &wrong) {
+				return vmm.Traits{}, disk.Info{}, err
+			}
+			invalid.Fields = append(invalid.Fields, wrong.Fields...)
+		}
+	}
 	for i, line := range config.AuthorizedKeys {
 		if _, err := identity.ParseAuthorizedKey(line); err != nil {
 			bad(fmt.Sprintf("authorized_keys[%d]", i), err)
@@ -223,15 +241,15 @@ func checkDiskSize(config smolvm.VMConfig, root disk.Info) error {
 }
 
 // reserve makes the VM's row with all its leases, in one transaction.
-func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, digest, layer string) (store.VM, error) {
+func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend vmm.Traits, from origin) (store.VM, error) {
 	hostKey, err := identity.NewHostKey(config.ID)
 	if err != nil {
 		return store.VM{}, err
 	}
 	path := m.diskPath(config, backend)
-	base := layer
+	base := from.layer
 	switch {
-	case layer != "":
+	case from.layer != "":
 		// If there is a VM of that id, it is its disk.
 		if _, err := m.store.GetVM(ctx, config.ID); errors.Is(err, smolvm.ErrVMNotFound) {
 			if err := refuseRetained(path); err != nil {
@@ -239,21 +257,23 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 			}
 		}
 	case path != "" && path != config.RootfsPath:
-		if base, _, err = m.machines.UsualBase(ctx, config, digest); err != nil {
+		if base, _, err = m.machines.UsualBase(ctx, config, from.image); err != nil {
 			return store.VM{}, err
 		}
 	}
 	vm, err := m.store.CreateVM(ctx, store.NewVM{
 		Config:    config,
-		Image:     digest,
+		Image:     from.image,
 		Backend:   backend.Name,
 		DiskPath:  path,
-		Layer:     layer,
+		Layer:     from.layer,
 		Base:      base,
 		LogPath:   m.dir.Console(config.ID),
 		MachineID: identity.NewMachineID(),
 		HostKey:   hostKey,
 		PortFree:  shim.PortFree,
+
+		EgressWithin: from.within,
 	})
 	switch {
 	case err == nil:

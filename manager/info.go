@@ -143,10 +143,13 @@ func (m *Manager) info(vm store.VM) smolvm.VMInfo {
 	plan.SSHHostPort = vm.SSHPort
 	plan.PortForwards = vm.Forwards
 	info := smolvm.VMInfo{
-		ID:          vm.ID,
-		State:       vm.State,
-		Config:      vm.Config,
-		Network:     plan,
+		ID:      vm.ID,
+		State:   vm.State,
+		Config:  vm.Config,
+		Network: plan,
+
+		EgressRevision: vm.EgressRevision,
+
 		Image:       vm.Image,
 		Backend:     vm.Backend,
 		Accelerator: vm.Accelerator,

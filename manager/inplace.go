@@ -27,6 +27,8 @@ func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from st
 	switch {
 	case opts.ID != "" && opts.ID != meta.VMID:
 		return fail(fmt.Errorf("%w: it is of VM %q, not of %q", smolvm.ErrUnsupported, meta.VMID, opts.ID))
+	case opts.Egress != nil:
+		return fail(fmt.Errorf("%w: the VM keeps its egress policy; change it with `smolvm policy set`", smolvm.ErrUnsupported))
 	case opts.Ephemeral:
 		return fail(fmt.Errorf("%w: a VM that is there already can't be made ephemeral", smolvm.ErrUnsupported))
 	}
@@ -51,7 +53,7 @@ func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from st
 	}
 	step.Reached(ctx, "in place/disk kept")
 	if !reflect.DeepEqual(vm.Config, before.Config) {
-		err = m.store.SetConfig(ctx, vm.ID, vm.Config)
+		err = m.store.SetConfig(ctx, vm)
 	}
 	var info smolvm.VMInfo
 	if err == nil {
@@ -119,7 +121,7 @@ func (m *Manager) keepDisk(ctx context.Context, vm store.VM) error {
 
 // putBack makes a VM what it was before it was to go back to a snapshot.
 func (m *Manager) putBack(ctx context.Context, before store.VM, cause error) error {
-	err := errors.Join(m.putDiskBack(ctx, before), m.store.SetConfig(ctx, before.ID, before.Config),
+	err := errors.Join(m.putDiskBack(ctx, before), m.store.SetConfig(ctx, before),
 		m.store.MarkNotStarted(ctx, before.ID, before.State, "going back to a snapshot failed: "+cause.Error()))
 	m.site().Collect(ctx, before.ID)
 	return err

@@ -49,11 +49,11 @@ func (m *Manager) Resize(ctx context.Context, id string, opts smolvm.ResizeOptio
 		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
 	step.Reached(ctx, "resize/grown")
-	if err := m.store.SetConfig(ctx, id, config); err != nil {
+	vm.Config = config
+	if err := m.store.SetConfig(ctx, vm); err != nil {
 		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
 	step.Reached(ctx, "resize/written")
-	vm.Config = config
 	m.note(ctx, id, "resize", began, fmt.Sprintf("disk of %d MiB", opts.DiskSizeMiB))
 	return m.info(vm), nil
 }

@@ -46,8 +46,17 @@ type snapshotMeta struct {
 	Exact bool `json:"exact,omitempty"`
 }
 
-// snapshotFormat is the number of what is kept with a snapshot; see package compat.
-const snapshotFormat = 1
+// snapshotFormat is the highest number of what is kept with a snapshot; see package compat.
+// Most have 1. One of a VM with an egress policy has 2: an earlier smolvm would make a VM of
+// it without any.
+const snapshotFormat = 2
+
+func formatOf(config smolvm.VMConfig) int {
+	if config.Egress != nil {
+		return 2
+	}
+	return 1
+}
 
 // doubts is why the memory may not be what the guest's was, or nil.
 func (meta snapshotMeta) doubts(name string) error {
@@ -158,7 +167,7 @@ func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, 
 	if err != nil {
 		return snapshotMeta{}, err
 	}
-	meta := snapshotMeta{Format: snapshotFormat, VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, MachineID: vm.MachineID}
+	meta := snapshotMeta{Format: formatOf(config), VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, MachineID: vm.MachineID}
 	if vm.DiskPath != "" {
 		meta.Layer = "snapshot-" + shim.NewRun()
 	}
@@ -316,8 +325,12 @@ func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from start.Save
 		}
 	}
 	config.Ephemeral = opts.Ephemeral
+	within, err := inherit(&config, opts.Egress)
+	if err != nil {
+		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
+	}
 	config = config.WithDefaults()
-	vm, err := m.create(ctx, config, meta.Image, from.Base)
+	vm, err := m.create(ctx, config, origin{image: meta.Image, layer: from.Base, within: within})
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
@@ -377,7 +390,7 @@ func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) 
 	forked := smolvm.Forked{Pause: meta.Pause, Children: make([]smolvm.VMInfo, count)}
 	group, groupCtx := errgroup.WithContext(ctx)
 	for i := range count {
-		restore := smolvm.RestoreOptions{ID: smolvm.NewID(), Start: opts.Start}
+		restore := smolvm.RestoreOptions{ID: smolvm.NewID(), Start: opts.Start, Egress: opts.Egress}
 		if i < len(opts.IDs) {
 			restore.ID = opts.IDs[i]
 		}

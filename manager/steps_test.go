@@ -12,6 +12,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/glob"
+	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/manager"
 )
@@ -100,6 +101,28 @@ func forwardsAnew(t *testing.T, m *manager.Manager) {
 	}
 }
 
+// policyAnew gives the VM another policy, which has to be in force then, whatever was written
+// down of one before.
+func policyAnew(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	before, err := m.Egress(t.Context(), "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := m.SetEgress(t.Context(), "vm", smolvm.EgressPolicy{Default: smolvm.EgressDNSOnly})
+	if err != nil || after.Revision != before.Revision+1 {
+		t.Fatalf("set anew: %+v, %v", after, err)
+	}
+	vm, err := m.Get(t.Context(), "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, err := shim.NewClient(filepath.Dir(vm.SocketPath)).Status(t.Context())
+	if err != nil || status.EgressRevision != after.Revision {
+		t.Errorf("in force is revision %d, %v; want %d", status.EgressRevision, err, after.Revision)
+	}
+}
+
 // imagesAnew builds the image anew, starts a VM of it, and removes all that is not needed.
 func imagesAnew(t *testing.T, m *manager.Manager) {
 	t.Helper()
@@ -167,6 +190,7 @@ var verbs = map[string]verb{
 			t.Fatal(err)
 		}
 	}},
+	"policy set":  {work: "set policy", id: "vm", safe: []string{"vm"}, before: stepsVM, after: policyAnew},
 	"image build": {work: "build image", id: "mine", before: func(t *testing.T, m *manager.Manager) { ownFiles(t, m) }, after: imagesAnew},
 	"image rm":    {work: "remove image", id: "mine", templates: true, before: stepsImage, after: imagesAnew},
 	"image prune": {work: "prune images", templates: true, before: func(t *testing.T, m *manager.Manager) {

@@ -36,7 +36,10 @@ func (a *app) createCommand() *cobra.Command {
 		if len(args) > 0 {
 			image = args[0]
 		}
-		config := flags.resolve(a, image)
+		config, err := flags.resolve(a, image)
+		if err != nil {
+			return err
+		}
 		config.RetainDisk = retain
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			vm, err := m.Create(cmd.Context(), config, smolvm.CreateOptions{Progress: a.progress.report()})

@@ -26,7 +26,7 @@ func noData() map[string]string {
 		names  = "it prints the names that it was given"
 	)
 	return map[string]string{
-		"": group, "port": group, "snapshot": group, "image": group, "template": group, "pool": group,
+		"": group, "port": group, "policy": group, "snapshot": group, "image": group, "template": group, "pool": group,
 		"run": stream, "exec": stream, "shell": stream, "cp": stream, "logs": stream, "completion": stream,
 		"rm": names, "port rm": names, "snapshot rm": names, "image rm": names, "template rm": names, "pool rm": names,
 	}
@@ -72,6 +72,9 @@ func TestJSONStyle(t *testing.T) {
 	run("create", "--name", "web", "--memory", "256M", "--ttl", "1h")
 	run("start", "web")
 	run("port add", "web", "80")
+	run("policy set", "web", "--egress", "deny", "--allow", "example.com:443")
+	run("policy show", "web")
+	run("policy test", "web", "example.com:443")
 	run("port ls", "web")
 	run("ssh", "web")
 	run("inspect", "web", "own")

@@ -64,7 +64,10 @@ func (a *app) runCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		config := flags.vm.resolve(a, image)
+		config, err := flags.vm.resolve(a, image)
+		if err != nil {
+			return err
+		}
 		config.Ephemeral = !flags.keep
 		if len(command) > 0 && !config.UsesImage() {
 			return usagef("a VM with a kernel of its own has no agent to run %q; give an image instead of --kernel, or no command", command[0])

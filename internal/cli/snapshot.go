@@ -78,6 +78,7 @@ func (a *app) snapshotLsCommand() *cobra.Command {
 
 func (a *app) snapshotRestoreCommand() *cobra.Command {
 	var options smolvm.RestoreOptions
+	var egress egressFlags
 	cmd := &cobra.Command{
 		Use:   "restore [flags] NAME",
 		Short: "Make a VM that goes on from a snapshot, and print its id",
@@ -91,17 +92,23 @@ snapshot's disk, with a warning; with --cold it always boots from there.
 With --in-place no new VM is made. The saved VM, which must be stopped, goes back to the
 snapshot under its own id; what was written to its disk since is lost. If that fails, the
 VM stays as it is. For a VM with a kernel of its own this is the only way, as its guest
-has no agent to give it another identity.`,
+has no agent to give it another identity.
+
+The VM has the egress policy of the saved one, or a narrower one that is given.`,
 		Example: "  smolvm snapshot restore ready\n  smolvm snapshot restore --id web-2 ready\n  smolvm snapshot restore --in-place ready",
 		Args:    needs(1, 1, "the name of a snapshot"),
 	}
 	cmd.Flags().StringVar(&options.ID, "id", "", "`ID` of the VM (default: that of the saved VM if it is gone, else made up)")
 	complete(cmd, "id", words())
 	cmd.Flags().BoolVar(&options.InPlace, "in-place", false, "have the saved VM itself go back to the snapshot")
+	egress.register(cmd)
 	startFlags(cmd, &options.Start)
 	allowColdFlag(cmd, &options.AllowCold)
 	timings := timingsFlag(cmd)
-	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) (err error) {
+		if options.Egress, err = egress.policy(); err != nil {
+			return err
+		}
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			vm, err := m.RestoreSnapshot(cmd.Context(), args[0], options)
 			if err != nil {
@@ -127,12 +134,15 @@ func (a *app) snapshotRmCommand() *cobra.Command {
 
 func (a *app) forkCommand() *cobra.Command {
 	var options smolvm.ForkOptions
+	var egress egressFlags
 	cmd := &cobra.Command{
 		Use:   "fork [flags] ID",
 		Short: "Make copies of a running VM, and print their ids",
 		Long: `Make copies of a running VM, and print their ids. Each goes on from the VM's present
 state, with the same memory and disk, and an identity of its own. The VM itself is paused
-for some hundredths of a second, and goes on. If one copy can't be made, none is.`,
+for some hundredths of a second, and goes on. If one copy can't be made, none is.
+
+Copies have the VM's egress policy, or a narrower one that is given.`,
 		Example:           "  smolvm fork -n 3 web",
 		Args:              withID,
 		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StatePaused)),
@@ -141,10 +151,14 @@ for some hundredths of a second, and goes on. If one copy can't be made, none is
 	cmd.Flags().StringSliceVar(&options.IDs, "id", nil, "`ID` of a copy (repeatable; default: made up)")
 	complete(cmd, "count", words())
 	complete(cmd, "id", words())
+	egress.register(cmd)
 	startFlags(cmd, &options.Start)
 	allowColdFlag(cmd, &options.AllowCold)
 	timings := timingsFlag(cmd)
-	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) (err error) {
+		if options.Egress, err = egress.policy(); err != nil {
+			return err
+		}
 		if options.Count < 1 {
 			return usagef("%d copies can't be made; give a number from 1 up", options.Count)
 		}

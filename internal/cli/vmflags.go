@@ -15,6 +15,7 @@ import (
 // vmFlags are the flags that describe a new VM.
 type vmFlags struct {
 	config smolvm.VMConfig
+	egress egressFlags
 	quiet  bool
 }
 
@@ -47,6 +48,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		config.PortForwards = append(config.PortForwards, forwards...)
 		return err
 	})
+	f.egress.register(cmd)
 	flags.FuncP("env", "e", "set a variable for all commands: `NAME[=VALUE]` (repeatable)", f.addEnv)
 	flags.FuncP("label", "l", "attach a label to find the VM by: `NAME[=VALUE]` (repeatable)", func(text string) error {
 		return addLabel(&config.Labels, text)
@@ -119,12 +121,15 @@ func addLabel(labels *map[string]string, text string) error {
 
 // resolve returns the configuration of a VM of that image; empty: the default one,
 // or none if a kernel was given.
-func (f *vmFlags) resolve(a *app, image string) smolvm.VMConfig {
-	config := f.config
+func (f *vmFlags) resolve(a *app, image string) (config smolvm.VMConfig, err error) {
+	config = f.config
+	if config.Egress, err = f.egress.policy(); err != nil {
+		return config, err
+	}
 	config.Image = image
 	config.Backend = a.backend
 	if !f.quiet {
 		a.progress = newProgress(a.Stderr)
 	}
-	return config
+	return config, nil
 }

@@ -80,6 +80,12 @@ func (s *Session) Connect() error {
 		return err
 	}
 	s.network = attached
+	if s.spec.Network.Egress != nil {
+		// It is in force already, or the network knows of no policies.
+		if err := s.setEgress(*s.spec.Network.Egress); err != nil {
+			return err
+		}
+	}
 	s.step(stepNetwork)
 	return nil
 }
@@ -146,6 +152,11 @@ func (s *Session) Reconnect() error {
 	if err := s.network.SetGuestMAC(s.spec.Network.GuestMAC); err != nil {
 		return err
 	}
+	if egress := s.spec.Network.Egress; egress != nil {
+		if err := s.setEgress(*egress); err != nil {
+			return err
+		}
+	}
 	s.step(stepNetwork)
 	return nil
 }
@@ -191,6 +202,15 @@ func (s *Session) startVMM(ctx context.Context) error {
 	s.instance, s.ran = instance, true
 	go s.watchHalts(instance)
 	return nil
+}
+
+// setEgress puts the egress policy of an order in force.
+func (s *Session) setEgress(egress network.Egress) error {
+	setter, ok := s.network.(network.EgressSetter)
+	if !ok {
+		return fmt.Errorf("set the egress policy: %w: the VM's network can't have one", smolvm.ErrUnsupported)
+	}
+	return setter.SetEgress(egress)
 }
 
 // limit gives a VM that was claimed the limits of the one that it is to be.
@@ -267,10 +287,14 @@ func (s *Session) Ran() bool { return s.ran }
 
 // Status returns what is known of a VM that runs.
 func (s *Session) Status() shim.Status {
-	return shim.Status{
+	status := shim.Status{
 		ID: s.spec.ID, Run: s.spec.Run, VMMPID: s.instance.PID(), Uptime: time.Since(s.began),
 		Halt: s.halts.why(), Forwards: s.allForwards(), Answer: s.answer,
 	}
+	if setter, ok := s.network.(network.EgressSetter); ok {
+		status.EgressRevision = setter.EgressRevision()
+	}
+	return status
 }
 
 // Report returns what a launcher is told when the guest is ready.
@@ -282,12 +306,12 @@ func (s *Session) Report() shim.Report {
 	return report
 }
 
-// DialGuest connects to a TCP port of the guest's address.
-func (s *Session) DialGuest(ctx context.Context, port int) (net.Conn, error) {
+// Network returns the VM's network. The error matches [smolvm.ErrUnsupported] if it has none.
+func (s *Session) Network() (network.Attachment, error) {
 	if s.network == nil {
-		return nil, fmt.Errorf("connect to the guest: %w: the VM has no network", smolvm.ErrUnsupported)
+		return nil, fmt.Errorf("%w: the VM has no network", smolvm.ErrUnsupported)
 	}
-	return s.network.DialGuest(ctx, port)
+	return s.network, nil
 }
 
 // DialAgent opens a connection to the guest's agent. The error says why there is none.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm/internal/compat"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/stream"
 )
 
@@ -50,6 +51,13 @@ func (c *Client) AddForward(ctx context.Context, forward Forward) (Forward, erro
 // its guest port does not matter. The error matches [smolvm.ErrNotFound] if there is none.
 func (c *Client) RemoveForward(ctx context.Context, forward Forward) error {
 	_, err := c.call(ctx, Request{Op: OpRemoveForward, Forward: forward})
+	return err
+}
+
+// SetEgress puts an egress policy in force. Flows that it does not allow have ended when it
+// returns. A shim that knows of no policies says so.
+func (c *Client) SetEgress(ctx context.Context, egress network.Egress) error {
+	_, err := c.call(ctx, Request{Op: OpSetEgress, Egress: &egress})
 	return err
 }
 

@@ -235,7 +235,9 @@ func TestOrderNumber(t *testing.T) {
 		"no network":                      {nil, shim.Protocol},
 		"mode of before there were modes": {&network.Config{}, shim.Protocol},
 		"user":                            {&network.Config{Mode: smolvm.NetworkUser}, shim.Protocol},
-		"TAP":                             {&network.Config{Mode: network.TAP}, shim.OrderProtocol},
+		"TAP":                             {&network.Config{Mode: network.TAP}, 2},
+		"policy":                          {&network.Config{Egress: &network.Egress{}}, 3},
+		"TAP and policy":                  {&network.Config{Mode: network.TAP, Egress: &network.Egress{}}, 3},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

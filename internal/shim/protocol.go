@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/network"
 )
 
 // Protocol is the number of what shims and their clients say to each other. See package
@@ -13,8 +14,9 @@ const Protocol = 1
 // OrderProtocol is the highest number of an order or a claim that this build's shims know.
 // Most have [Protocol]. One for a network in another mode than user has 2: a shim from
 // before there were modes would ignore the mode, and connect the guest in another way than
-// it was asked to.
-const OrderProtocol = 2
+// it was asked to. One with an egress policy has 3: a shim from before there were any would
+// let everything out.
+const OrderProtocol = 3
 
 // Operations of the control socket. A connection carries one request and one
 // response, a line of JSON each; after a successful dial it is the connection.
@@ -27,6 +29,7 @@ const (
 	OpResume        = "resume"
 	OpSave          = "save"
 	OpDial          = "dial"
+	OpSetEgress     = "set-egress"
 )
 
 // Request is what a client asks, as a line of JSON. Which fields count depends on Op.
@@ -37,6 +40,8 @@ type Request struct {
 	Forward Forward       `json:"forward,omitzero"`
 	Port    int           `json:"port,omitempty"`
 	Save    *Save         `json:"save,omitempty"`
+
+	Egress *network.Egress `json:"egress,omitempty"`
 }
 
 // Response is the answer to a [Request], as a line of JSON.
@@ -59,6 +64,8 @@ type Status struct {
 	// Uptime is the time since the shim was started.
 	Uptime   time.Duration `json:"uptime_ns"`
 	Forwards []Forward     `json:"forwards"`
+	// EgressRevision is that of the egress policy in force; 0: there is none.
+	EgressRevision int64 `json:"egress_revision,omitempty"`
 	// Halt is why the VMM has paused the guest by itself; empty if it has not.
 	Halt string `json:"halt,omitempty"`
 	// Answer is the agent's, if there is one.

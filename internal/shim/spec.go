@@ -65,10 +65,16 @@ type Spec struct {
 // protocol returns the number that an order is sent with: its own, or the lowest with which
 // no shim misunderstands it.
 func (s Spec) protocol() int {
-	if s.Network.UsedMode() == smolvm.NetworkUser || s.Network == nil {
+	const withMode, withEgress = 2, 3
+	switch {
+	case s.Network == nil:
 		return cmp.Or(s.Protocol, Protocol)
+	case s.Network.Egress != nil:
+		return cmp.Or(s.Protocol, withEgress)
+	case s.Network.UsedMode() != smolvm.NetworkUser:
+		return cmp.Or(s.Protocol, withMode)
 	}
-	return cmp.Or(s.Protocol, OrderProtocol)
+	return cmp.Or(s.Protocol, Protocol)
 }
 
 // NewRun makes a name for one run of a VM, by which the end of that run is told from the end

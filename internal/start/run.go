@@ -15,6 +15,7 @@ import (
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
@@ -117,6 +118,9 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	}
 	runs.NIC = &vmm.NIC{MAC: at.MAC}
 	attached := at.Config()
+	if attached.Egress, err = egressOf(vm); err != nil {
+		return shim.LaunchOptions{}, err
+	}
 	spec := shim.Spec{
 		ID:           vm.ID,
 		Run:          shim.NewRun(),
@@ -149,6 +153,18 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		}
 	}
 	return shim.LaunchOptions{Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log")}, nil
+}
+
+// egressOf returns the egress policy of a VM; nil: it was given none.
+func egressOf(vm store.VM) (*network.Egress, error) {
+	if vm.Config.Egress == nil {
+		return nil, nil //nolint:nilnil // None is what an order has then.
+	}
+	policy, err := network.PolicyOf(*vm.Config.Egress)
+	if err != nil {
+		return nil, err
+	}
+	return &network.Egress{Revision: vm.EgressRevision, Policy: policy}, nil
 }
 
 // warmUpOf returns what a VM runs when it boots: only in the first boot that succeeds, as in a

@@ -7,6 +7,7 @@
 //	               id (unique), state
 //	               vcpus, memory_mib, image_name, options: what was asked for
 //	               lease (unique): the index from which addresses follow
+//	               egress_revision, egress_within: of the egress policy in options
 //	               image, disk_path, layer, host_key, ...: decided at creation
 //	               run, pid, shim_pid, cause, ...: the current or last run
 //	   ^

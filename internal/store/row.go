@@ -20,7 +20,8 @@ import (
 // vmColumns are the columns of table vms, in the order of [row.fields].
 const vmColumns = `seq, id, state, vcpus, memory_mib, image_name, options,
 	lease, image, backend, disk_path, layer, log_path, machine_id, host_key, created_at,
-	run, pid, pid_start, shim_pid, shim_start, boot_id, accelerator, cause, started_at, stopped_at`
+	run, pid, pid_start, shim_pid, shim_start, boot_id, accelerator, cause, started_at, stopped_at,
+	egress_revision, egress_within`
 
 // row is a row of table vms.
 type row struct {
@@ -43,6 +44,8 @@ func (r *row) fields() []any {
 		text[string]{&r.Run}, number[int]{&r.PID}, number[uint64]{&r.PIDStart}, number[int]{&r.ShimPID},
 		number[uint64]{&r.ShimStart}, text[string]{&r.BootID}, text[string]{&r.Accelerator}, text[string]{&r.Cause},
 		moment{&r.StartedAt}, moment{&r.StoppedAt},
+
+		number[int64]{&r.EgressRevision}, text[string]{&r.EgressWithin},
 	}
 }
 
@@ -97,6 +100,7 @@ func (u *unpacker) unpack(vm *VM, options string) error {
 	c := u.config
 	// No two VMs share what a caller may change.
 	c.Drives, c.PortForwards = slices.Clone(c.Drives), slices.Clone(c.PortForwards)
+	c.Egress = c.Egress.Clone()
 	c.AuthorizedKeys, c.Env, c.Labels = slices.Clone(c.AuthorizedKeys), maps.Clone(c.Env), maps.Clone(c.Labels)
 	c.ID, c.VCPUs, c.MemoryMiB, c.Image = vm.ID, vm.Config.VCPUs, vm.Config.MemoryMiB, vm.Config.Image
 	c.Backend = cmp.Or(c.Backend, vm.Backend)

@@ -166,21 +166,23 @@ func (s *Store) MarkFailed(ctx context.Context, id, cause string, at time.Time) 
 }
 
 // SetConfig replaces the configuration of a VM except for its id, image, backend and ports,
-// which decide which VM it is. The error matches [smolvm.ErrVMNotFound].
-func (s *Store) SetConfig(ctx context.Context, id string, config smolvm.VMConfig) error {
-	return s.update(ctx, func(tx *sql.Tx) error {
-		vms, err := s.selectVMs(ctx, tx, 1, "WHERE id = ?", id)
+// which decide which VM it is, and with it the revision of the egress policy. It is written
+// out at once: after a power cut no policy of before is in force. The error matches
+// [smolvm.ErrVMNotFound].
+func (s *Store) SetConfig(ctx context.Context, vm VM) error {
+	return s.updateDurably(ctx, func(tx *sql.Tx) error {
+		vms, err := s.selectVMs(ctx, tx, 1, "WHERE id = ?", vm.ID)
 		if err != nil {
 			return err
 		}
 		if len(vms) == 0 {
-			return notFound(id)
+			return notFound(vm.ID)
 		}
-		vms[0].Config = config
+		vms[0].Config = vm.Config
 		options, err := packOptions(vms[0])
 		if err == nil {
-			_, err = tx.ExecContext(ctx, "UPDATE vms SET vcpus = ?, memory_mib = ?, options = ? WHERE id = ?",
-				config.VCPUs, config.MemoryMiB, text[string]{&options}, id)
+			_, err = tx.ExecContext(ctx, "UPDATE vms SET vcpus = ?, memory_mib = ?, options = ?, egress_revision = ? WHERE id = ?",
+				vm.Config.VCPUs, vm.Config.MemoryMiB, text[string]{&options}, number[int64]{&vm.EgressRevision}, vm.ID)
 		}
 		return err
 	})

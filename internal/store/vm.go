@@ -27,6 +27,12 @@ type VM struct {
 	// which they were added. All have a host port.
 	Forwards []smolvm.PortForward
 
+	// EgressRevision is that of Config.Egress; 0: the VM was never given a policy.
+	// EgressWithin is the policy that none of this VM's may go beyond, as JSON; empty: there
+	// is none.
+	EgressRevision int64
+	EgressWithin   string
+
 	// Image is the digest of the VM's image; empty for a VM made from paths.
 	Image   string
 	Backend string
@@ -63,7 +69,7 @@ type NewVM struct {
 	// Config is the configuration with its defaults filled in.
 	Config smolvm.VMConfig
 	// These are as in [VM].
-	Image, Backend, DiskPath, Layer, LogPath, MachineID, HostKey string
+	Image, Backend, DiskPath, Layer, LogPath, MachineID, HostKey, EgressWithin string
 	// Base is the file that the disk is to be based on, which is Layer if that is not
 	// empty; empty: none.
 	Base string
@@ -95,6 +101,11 @@ func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 		LogPath:   n.LogPath,
 		MachineID: n.MachineID,
 		HostKey:   n.HostKey,
+
+		EgressWithin: n.EgressWithin,
+	}
+	if n.Config.Egress != nil {
+		vm.EgressRevision = 1
 	}
 	err := s.update(ctx, func(tx *sql.Tx) (err error) {
 		vm.CreatedAt = s.opts.Now().UTC() // here, so that it agrees with the order of creation

@@ -56,6 +56,8 @@ func (t *Templates) KindOf(config smolvm.VMConfig, digest, backend string, runs 
 		return Kind{}, errors.New("it shares its disk")
 	case len(config.Drives) > 0:
 		return Kind{}, errors.New("it has drives of its own")
+	case config.WarmUp != "" && config.Egress != nil:
+		return Kind{}, errors.New("its warm-up is to run under its egress policy")
 	}
 	hardware, err := t.Machines.HardwareOf(backend, runs)
 	if err != nil {

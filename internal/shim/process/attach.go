@@ -21,7 +21,7 @@ func attach(config network.Config, warn func(string)) (network.Attachment, error
 		if problem := n.Problem(); problem != nil {
 			warn(problem.Error())
 		}
-		return n, nil
+		return n, nil // with the policy that is in the configuration
 	default:
 		return nil, &smolvm.Error{
 			Hint: "start the VM with the smolvm that it was created with, or a newer one",

@@ -4,12 +4,15 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"time"
 
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/stream"
 )
@@ -88,6 +91,11 @@ func (s *process) handle(ctx context.Context, asked shim.Request, answer *shim.R
 		return err
 	case shim.OpRemoveForward:
 		return s.session.RemoveForward(asked.Forward)
+	case shim.OpSetEgress:
+		if asked.Egress == nil {
+			return errors.New("set the egress policy: there is none in the request")
+		}
+		return s.setEgress(*asked.Egress)
 	case shim.OpPause:
 		return s.session.Pause(ctx)
 	case shim.OpResume:
@@ -106,10 +114,32 @@ func (s *process) status() *shim.Status {
 	return &status
 }
 
+// setEgress puts an egress policy in force.
+func (s *process) setEgress(egress network.Egress) error {
+	attached, err := s.session.Network()
+	if err != nil {
+		return fmt.Errorf("set the egress policy: %w", err)
+	}
+	setter, ok := attached.(network.EgressSetter)
+	if !ok {
+		return fmt.Errorf("set the egress policy: %w: the VM's network can't have one", smolvm.ErrUnsupported)
+	}
+	return setter.SetEgress(egress)
+}
+
+// dialGuest connects to a TCP port of the guest's address.
+func (s *process) dialGuest(ctx context.Context, port int) (net.Conn, error) {
+	attached, err := s.session.Network()
+	if err != nil {
+		return nil, fmt.Errorf("connect to the guest: %w", err)
+	}
+	return attached.DialGuest(ctx, port)
+}
+
 // connectGuest makes conn a connection to a port of the guest.
 func (s *process) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
 	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
-	guest, err := s.session.DialGuest(ctx, port)
+	guest, err := s.dialGuest(ctx, port)
 	cancel()
 	var answer shim.Response
 	if err != nil {
