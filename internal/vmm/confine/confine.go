@@ -17,7 +17,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
-	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -104,29 +103,30 @@ func groupName(id string) string {
 	return fmt.Sprintf("%s-%x", strings.ReplaceAll(filepath.Base(id), " ", "-"), b)
 }
 
-// Start starts a VMM within its limits. Those by group hold from its first instruction on.
-// Within is called on the thread that forks, as by [proc.StartIn]; nil: nothing is. If only
-// limits could not be set, the child that runs is returned beside the error.
-func (l *Limits) Start(cmd *exec.Cmd, within func(fork func() error) error) (*proc.Child, error) {
+// Process is that of a VMM.
+type Process interface{ PID() int }
+
+// Start starts a VMM within limits, by a function that is, or does more than, [proc.StartIn].
+// Those by group hold from its first instruction on. If only limits could not be set, the
+// process that runs is returned beside the error.
+func Start[P Process](l *Limits, cmd *exec.Cmd, start func(cmd *exec.Cmd, within func(fork func() error) error) (P, error)) (P, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if within == nil {
-		within = func(fork func() error) error { return fork() }
-	}
 	plain := again(cmd)
-	child, err := startIn(cmd, l.group, within)
+	process, err := startIn(cmd, l.group, start)
 	if err != nil && l.group != nil && l.bounds.CPUs == 0 {
 		// Some hosts let groups be made, but nothing be started in them.
 		why := err
-		if child, err = startIn(plain, nil, within); err == nil {
+		if process, err = startIn(plain, nil, start); err == nil {
 			_ = l.group.Remove()
 			l.group, l.report = nil, l.bounds.withoutGroup(why)
 		}
 	}
 	if err != nil {
-		return nil, err
+		var none P
+		return none, err
 	}
-	return child, l.bound(child.PID())
+	return process, l.bound(process.PID())
 }
 
 // again copies a command: one that could not be started can't be used again.
@@ -141,18 +141,17 @@ func again(cmd *exec.Cmd) *exec.Cmd {
 	return c
 }
 
-func startIn(cmd *exec.Cmd, group *cgroup.Group, within func(fork func() error) error) (*proc.Child, error) {
+func startIn[P Process](cmd *exec.Cmd, group *cgroup.Group, start func(cmd *exec.Cmd, within func(fork func() error) error) (P, error)) (P, error) {
 	if group == nil {
-		return proc.StartIn(cmd, within)
+		return start(cmd, func(fork func() error) error { return fork() })
 	}
-	inGroup, closeFD, err := group.Within(cmd)
+	within, closeFD, err := group.Within(cmd)
 	if err != nil {
-		return nil, err
+		var none P
+		return none, err
 	}
 	defer closeFD()
-	return proc.StartIn(cmd, func(fork func() error) error {
-		return within(func() error { return inGroup(fork) })
-	})
+	return start(cmd, within)
 }
 
 // bound sets the limits that belong to a process. They are set when it has just been

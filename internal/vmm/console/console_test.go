@@ -14,3 +14,23 @@ func TestPanicLine(t *testing.T) {
 		}
 	}
 }
+
+func TestFarewellOf(t *testing.T) {
+	t.Parallel()
+	for line, want := range map[string]Farewell{
+		"[   12.345678] reboot: System halted\r":               Halted,
+		"[   12.345678] reboot: Power down\r\n":                Halted,
+		"reboot: System halted":                                Halted,
+		"[    1.0] reboot: Restarting system":                  Restart,
+		"[    1.0] reboot: Restarting system with command 'x'": Restart,
+		"":  None,
+		"[": None,
+		"[ OK ] reached target: reboot: System halted":          None,
+		"a user says reboot: System halted":                     None,
+		"[    1.0] systemd-shutdown[1]: reboot: System halted.": None,
+	} {
+		if got := FarewellOf(line); got != want {
+			t.Errorf("FarewellOf(%q) = %v, want %v", line, got, want)
+		}
+	}
+}

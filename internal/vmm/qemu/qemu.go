@@ -18,6 +18,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
+	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/confine"
@@ -149,7 +150,7 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 		return nil, errors.Join(err, inst.closeConns())
 	}
 	start := func() error {
-		inst.child, err = inst.limits.Start(cmd, nil)
+		inst.child, err = confine.Start(inst.limits, cmd, proc.StartIn)
 		return err
 	}
 	if cfg.Restore != nil {

@@ -124,6 +124,9 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 	return nil
 }
 
+// ErrBroken is the error of a call whose connection has ended, as it does when Firecracker ends.
+var ErrBroken = errors.New("the connection to Firecracker is broken")
+
 // broken is the error of a call whose connection did not last.
 func broken(ctx context.Context, call string, err error) error {
 	if ctx.Err() != nil {
@@ -133,7 +136,7 @@ func broken(ctx context.Context, call string, err error) error {
 	if inner := errors.Unwrap(err); inner != nil {
 		err = inner
 	}
-	return fmt.Errorf("%s: the connection to Firecracker is broken: %w", call, err)
+	return fmt.Errorf("%s: %w: %w", call, ErrBroken, err)
 }
 
 // fault returns what an answer says that is an error.
