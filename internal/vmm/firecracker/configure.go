@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker/api"
 )
@@ -134,7 +135,7 @@ func networkInterface(nic vmm.NIC, version api.Version) api.NetworkInterface {
 // tapName is the name of the TAP interface where Firecracker runs.
 func tapName(nic vmm.NIC) string {
 	if nic.Link != nil {
-		return nameTAP
+		return namespace.TAP
 	}
 	return nic.TAP
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
+	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -26,8 +27,8 @@ import (
 	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
-// Process is that of a Firecracker: a [proc.Child], or what does as much.
-type Process interface {
+// process is that of a Firecracker.
+type process interface {
 	PID() int
 	Done() <-chan struct{}
 	Exit() string
@@ -36,17 +37,14 @@ type Process interface {
 	Kill() error
 }
 
-// Launch starts a command, as [proc.StartIn] does, in a network namespace in which the TAP
-// interface "tap0" is the other end of a network interface's link.
-type Launch func(ctx context.Context, cmd *exec.Cmd, within func(fork func() error) error, nic vmm.NIC) (Process, error)
-
 // Options of a [Backend]. The zero value is useful.
 type Options struct {
 	// ConsoleBytes is the limit of each console. Zero: [ring.ConsoleBytes].
 	ConsoleBytes int64
-	// OnLink starts a Firecracker whose VM's network interface is a link. Nil: there is no way
-	// to, so only TAP interfaces can be used.
-	OnLink Launch
+	// Launcher is the program that becomes the launcher of a Firecracker whose VM's network
+	// interface is a link, with its first arguments; see Program of [namespace.Options]. Empty:
+	// this program, as it is right in a shim.
+	Launcher []string
 }
 
 // Backend implements [vmm.Backend].
@@ -182,4 +180,7 @@ func explainStart(binary string, err error) error {
 	return err
 }
 
-var _ Process = (*proc.Child)(nil)
+var (
+	_ process = (*proc.Child)(nil)
+	_ process = (*namespace.Process)(nil)
+)

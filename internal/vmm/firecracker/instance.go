@@ -23,7 +23,7 @@ import (
 type instance struct {
 	cfg     vmm.Config
 	version api.Version // set before the guest is started
-	process Process
+	process process
 	api     *api.Client
 	dir     *runDir
 	limits  *confine.Limits

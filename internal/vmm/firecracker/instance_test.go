@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker/firecrackerfake"
@@ -50,6 +51,33 @@ func TestBootRequests(t *testing.T) {
 	for name, target := range map[string]string{"kernel": "vmlinux", "initrd": "initramfs", "drive0": "a,b =c", "drive1": "other"} {
 		if path, err := os.Readlink(filepath.Join(r.dir, "vmm", name)); err != nil || path != filepath.Join(r.dir, target) {
 			t.Errorf("%s leads to %q, %v", name, path, err)
+		}
+	}
+}
+
+// A network interface that is a link is the TAP of a network namespace for Firecracker, which
+// offers its MTU if the release can.
+func TestNetworkRequests(t *testing.T) {
+	t.Parallel()
+	if err := namespace.Check(t.Context(), launcherProgram()); err != nil {
+		t.Skip("namespaces can't be had here: ", err)
+	}
+	for version, mtu := range map[string]string{"1.15.1": "", "1.16.0": `,"mtu":1400`} {
+		r := newRoom(t)
+		ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		link, other := os.NewFile(uintptr(ends[0]), "link"), os.NewFile(uintptr(ends[1]), "link")
+		instance := r.start(r.config(firecrackerfake.Behaviour{Version: version}, func(c *vmm.Config) {
+			c.NIC = &vmm.NIC{MAC: "02:00:00:00:00:02", MTU: 1400, Link: link}
+		}))
+		want := []string{`{"iface_id":"net","host_dev_name":"tap0","guest_mac":"02:00:00:00:00:02"` + mtu + `}`}
+		if got := r.requests("PUT /network-interfaces/net "); !slices.Equal(got, want) {
+			t.Errorf("%s was told %q, want %q", version, got, want)
+		}
+		if err := errors.Join(instance.Kill(t.Context()), link.Close(), other.Close()); err != nil {
+			t.Error(err)
 		}
 	}
 }

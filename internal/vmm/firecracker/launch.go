@@ -15,8 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
+	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -153,15 +153,13 @@ func (i *instance) place() error {
 }
 
 // starter returns what starts Firecracker where the VM's network interface is.
-func (b *Backend) starter(ctx context.Context, nic *vmm.NIC) (func(*exec.Cmd, func(func() error) error) (Process, error), error) {
+func (b *Backend) starter(ctx context.Context, nic *vmm.NIC) (func(*exec.Cmd, func(func() error) error) (process, error), error) {
 	switch {
 	case nic == nil:
 		return plain, nil
-	case nic.Link != nil && b.opts.OnLink == nil:
-		return nil, fmt.Errorf("network interface of the VM: %w: Firecracker uses TAP interfaces, and not a link", smolvm.ErrUnsupported)
 	case nic.Link != nil:
-		return func(cmd *exec.Cmd, within func(func() error) error) (Process, error) {
-			return b.opts.OnLink(ctx, cmd, within, *nic)
+		return func(cmd *exec.Cmd, within func(func() error) error) (process, error) {
+			return b.onLink(ctx, cmd, within, *nic)
 		}, nil
 	}
 	// Firecracker opens it by its name. What is wrong with it is told in better words here.
@@ -172,7 +170,19 @@ func (b *Backend) starter(ctx context.Context, nic *vmm.NIC) (func(*exec.Cmd, fu
 	return inThisNetwork, file.Close()
 }
 
-func plain(cmd *exec.Cmd, within func(func() error) error) (Process, error) {
+// onLink starts a command in a network namespace of its own, in which a TAP interface is the
+// other end of a link.
+func (b *Backend) onLink(ctx context.Context, cmd *exec.Cmd, within func(func() error) error, nic vmm.NIC) (process, error) {
+	p, err := namespace.Start(ctx, cmd, within, namespace.Options{
+		Program: b.opts.Launcher, Network: &namespace.Network{Link: nic.Link, MTU: nic.MTU},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func plain(cmd *exec.Cmd, within func(func() error) error) (process, error) {
 	child, err := proc.StartIn(cmd, within)
 	if err != nil {
 		return nil, err
@@ -182,7 +192,7 @@ func plain(cmd *exec.Cmd, within func(func() error) error) (Process, error) {
 
 // inThisNetwork starts a command in the network namespace of the calling thread, which may be
 // another than that of the thread that forks.
-func inThisNetwork(cmd *exec.Cmd, within func(func() error) error) (Process, error) {
+func inThisNetwork(cmd *exec.Cmd, within func(func() error) error) (process, error) {
 	const here = "/proc/thread-self/ns/net"
 	namespace, err := os.Open(here)
 	if err != nil {

@@ -30,7 +30,6 @@ const (
 	nameAPI    = "api.sock"
 	nameVsock  = "vsock.sock"
 	nameLog    = "log"
-	nameTAP    = "tap0" // no file, but a name like the others
 )
 
 // runDir is the directory that one Firecracker runs in. It is held open, so it may be moved. Its
