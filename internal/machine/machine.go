@@ -46,6 +46,7 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 		Channel:     vm.Config.UsesImage(),
 		ConsolePath: vm.LogPath,
 		LogPath:     filepath.Join(b.Dir.VM(vm.ID), VMMLog),
+		WorkDir:     b.Dir.VM(vm.ID),
 	}
 	var err error
 	if vm.Config.UsesImage() {

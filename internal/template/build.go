@@ -160,6 +160,7 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 			Channel:     true,
 			ConsolePath: draft.Path("console.log"),
 			LogPath:     draft.Path(machine.VMMLog),
+			WorkDir:     draft.Path(""),
 		},
 		ReadyTimeout: machine.BootTimeout(k.Hardware.Accelerator),
 	})

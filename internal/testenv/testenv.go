@@ -7,9 +7,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -195,6 +197,16 @@ func Initramfs(t testing.TB, script string) string {
 // InitramfsWith is Initramfs with programs of this module, by their packages, in /bin.
 func InitramfsWith(t testing.TB, script string, programs ...string) string {
 	t.Helper()
+	files := map[string][]byte{}
+	for _, program := range programs {
+		files["bin/"+filepath.Base(program)] = build(t, program)
+	}
+	return InitramfsOf(t, script, files)
+}
+
+// InitramfsOf is Initramfs with programs, by their paths in the guest.
+func InitramfsOf(t testing.TB, script string, programs map[string][]byte) string {
+	t.Helper()
 	base := Image(t)
 	original, err := os.ReadFile(base.InitrdPath)
 	if err != nil {
@@ -211,8 +223,8 @@ func InitramfsWith(t testing.TB, script string, programs ...string) string {
 	archive := cpio.NewWriter(out)
 	archive.Dir("bin", 0o755)
 	archive.File("bin/busybox", 0o755, busybox(t, base))
-	for _, program := range programs {
-		archive.File("bin/"+filepath.Base(program), 0o755, build(t, program))
+	for _, path := range slices.Sorted(maps.Keys(programs)) {
+		archive.File(path, 0o755, programs[path])
 	}
 	archive.File("init", 0o755, []byte(prologue+script))
 	if err := errors.Join(writeErr, archive.Close(), out.Close()); err != nil {

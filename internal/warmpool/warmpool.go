@@ -308,6 +308,7 @@ func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind t
 			Channel:     true,
 			ConsolePath: filepath.Join(s.dir, slotConsole),
 			LogPath:     filepath.Join(s.dir, machine.VMMLog),
+			WorkDir:     s.dir,
 			Restore:     &vmm.Restore{Memory: from.Path(snapshot.MemoryFile), State: from.Path(snapshot.StateFile)},
 		},
 		ReadyTimeout: machine.BootTimeout(kind.Hardware.Accelerator),

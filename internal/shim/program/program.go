@@ -1,5 +1,6 @@
 // Package program is what a program does that serves as shim. It is told on its standard
-// input what to be: the shim of one VM, or a worker that makes a template or fills a pool.
+// input what to be: the shim of one VM, a worker that makes a template or fills a pool, or the
+// launcher of a VMM that has namespaces of its own.
 package program
 
 import (
@@ -14,6 +15,8 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/smolvm/smolvm/internal/namespace"
+	"github.com/smolvm/smolvm/internal/namespace/launcher"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/shim/process"
 	"github.com/smolvm/smolvm/internal/teardown"
@@ -34,8 +37,13 @@ func Run(ctx context.Context, orders io.Reader, backends ...vmm.Backend) error {
 	}
 	var is struct {
 		Task json.RawMessage `json:"task"`
+		namespace.Orders
 	}
 	_ = json.Unmarshal(line, &is) // a shim says itself what is wrong with its orders
+	if is.Launch != nil {
+		stop() // signals are for the VMM
+		return launcher.Run(*is.Launch)
+	}
 	orders = io.MultiReader(bytes.NewReader(line), reader)
 	if is.Task != nil {
 		return manager.RunWorker(ctx, orders)

@@ -167,15 +167,3 @@ func TestArgsSameTwice(t *testing.T) {
 		t.Errorf("two command lines of one configuration differ:\n%s\n%s", a, b)
 	}
 }
-
-func TestPanicLine(t *testing.T) {
-	for console, want := range map[string]string{
-		"": "",
-		"[1.0] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\r\n[1.0] CPU: 0": "VFS: Unable to mount root fs on unknown-block(0,0)",
-		"a user prints Kernel panic\n": "",
-	} {
-		if got := panicLine(console); got != want {
-			t.Errorf("panicLine(%q) = %q, want %q", console, got, want)
-		}
-	}
-}
