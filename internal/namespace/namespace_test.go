@@ -22,11 +22,13 @@ import (
 
 	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/namespace/namespacetest"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 // The roles of this test's program, by its first argument.
 const (
 	guestRole   = "guest"   // a VMM that uses tap0
+	parentRole  = "parent"  // starts a command and waits to be killed
 	anybodyRole = "anybody" // becomes a user with no rights
 )
 
@@ -41,13 +43,18 @@ func TestMain(m *testing.M) {
 			return
 		}
 	}
-	goleak.VerifyTestMain(m)
+	os.Exit(testenv.Main(func() int {
+		status := m.Run()
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return status
+	}))
 }
 
 func roles() map[string]func() error {
-	return map[string]func() error{
-		guestRole: guest, anybodyRole: becomeAnybody,
-	}
+	return map[string]func() error{guestRole: guest, parentRole: parent, anybodyRole: becomeAnybody}
 }
 
 // self returns the command line of this program in a role.

@@ -20,6 +20,7 @@ import (
 	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/namespace/namespacetest"
 	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker/jail"
 )
 
@@ -39,7 +40,14 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
-	goleak.VerifyTestMain(m)
+	os.Exit(testenv.Main(func() int {
+		status := m.Run()
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return status
+	}))
 }
 
 // seen is what a stand-in for Firecracker finds in its jail.
