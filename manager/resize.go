@@ -45,7 +45,7 @@ func (m *Manager) Resize(ctx context.Context, id string, opts smolvm.ResizeOptio
 				opts.DiskSizeMiB, info.VirtualSize>>20),
 		}}}
 	}
-	if err := disk.Grow(vm.DiskPath, opts.DiskSizeMiB<<20); err != nil {
+	if err := disk.Grow(vm.DiskPath, disk.QCOW2, opts.DiskSizeMiB<<20); err != nil {
 		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
 	step.Reached(ctx, "resize/grown")
