@@ -134,6 +134,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 
 		budget: &budget.Budget{Dir: dir, Limits: limits},
 	}
+	m.disks.Room = m.budget.CheckFor
 	m.wire(templates)
 	return m, nil
 }
