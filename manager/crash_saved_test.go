@@ -38,30 +38,35 @@ func pull(t *testing.T, m *manager.Manager, id, work string, after time.Duration
 // either complete or not there.
 func TestKilledWhileSaving(t *testing.T) {
 	t.Parallel()
-	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
-		pull(t, m, "vm", "snapshot", moment)
+	eachDisk(t, func(t *testing.T, k kind) {
+		interruptSaving(t, k, func(t *testing.T, m *manager.Manager, moment time.Duration) {
+			pull(t, m, "vm", "snapshot", moment)
+		})
 	})
 }
 
 // Nor does one that only gives up.
 func TestSavingGivenUp(t *testing.T) {
 	t.Parallel()
-	interruptSaving(t, func(t *testing.T, m *manager.Manager, moment time.Duration) {
-		ctx, cancel := context.WithTimeout(t.Context(), moment)
-		defer cancel()
-		_, err := m.CreateSnapshot(ctx, "vm", smolvm.SnapshotOptions{Name: "taken"})
-		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("%s: %v", moment, err)
-		}
-		if all, listErr := m.Snapshots(t.Context()); listErr != nil || (err == nil) != (len(all) == 1) {
-			t.Errorf("%s: snapshots are %+v, %v, and taking one said: %v", moment, all, listErr, err)
-		}
-	})
+	eachDisk(t, func(t *testing.T, k kind) { interruptSaving(t, k, giveUp) })
 }
 
-func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manager, moment time.Duration)) {
+func giveUp(t *testing.T, m *manager.Manager, moment time.Duration) {
 	t.Helper()
-	m := openFake(t)
+	ctx, cancel := context.WithTimeout(t.Context(), moment)
+	defer cancel()
+	_, err := m.CreateSnapshot(ctx, "vm", smolvm.SnapshotOptions{Name: "taken"})
+	if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%s: %v", moment, err)
+	}
+	if all, listErr := m.Snapshots(t.Context()); listErr != nil || (err == nil) != (len(all) == 1) {
+		t.Errorf("%s: snapshots are %+v, %v, and taking one said: %v", moment, all, listErr, err)
+	}
+}
+
+func interruptSaving(t *testing.T, k kind, interrupt func(t *testing.T, m *manager.Manager, moment time.Duration)) {
+	t.Helper()
+	m := openFakeKind(t, k)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	began := time.Now()
 	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "whole"}); err != nil {
@@ -128,7 +133,11 @@ func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manag
 // the VM is lost, but neither its disk nor a snapshot that was reported.
 func TestShimKilledWhileSaving(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, shimKilledWhileSaving)
+}
+
+func shimKilledWhileSaving(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	for i := 0; i < len(moments); i += 2 {
 		moment := moments[i]
 		vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})

@@ -93,6 +93,9 @@ func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, la
 	if err != nil {
 		return store.VM{}, err
 	}
+	if format := disk.FormatOf(layer); !slices.Contains(backend.DiskFormats, format) {
+		return store.VM{}, fmt.Errorf("create %q: %w", config.ID, machine.UnusableFormat(backend, layer, format))
+	}
 	release, err := m.images.Hold(digest)
 	if err != nil {
 		return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
@@ -158,14 +161,6 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	}
 	var code smolvm.Code
 	var hint string
-	backend, err := m.backendOf(context.Background(), config.Backend)
-	switch {
-	case errors.Is(err, smolvm.ErrUnknownBackend):
-		code, hint = smolvm.CodeUnknownBackend, smolvm.HintOf(err)
-		bad("backend", err)
-	case err != nil:
-		return vmm.Traits{}, disk.Info{}, err
-	}
 	if config.CPULimit > 0 {
 		if err := cgroup.Find("/").Why(cgroup.CPU); err != nil {
 			hint = "`smolvm doctor` says what bounds VMs on this host"
@@ -183,11 +178,14 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		}
 	}
 	var root disk.Info
+	var files []broughtDisk
 	if config.RootfsPath != "" {
+		var err error
 		if root, _, err = machine.Declare(machine.RootDrive(*config)); err != nil {
 			bad("rootfs_path", err)
 		}
 		config.RootfsFormat = smolvm.DiskFormat(root.Format)
+		files = append(files, broughtDisk{"rootfs_path", config.RootfsPath, root.Format})
 	}
 	for i, drive := range config.Drives {
 		found, err := m.machines.Users(drive)
@@ -196,6 +194,25 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 			bad(fmt.Sprintf("drives[%d].path", i), err)
 		}
 		config.Drives[i].Format = smolvm.DiskFormat(found.Format)
+		files = append(files, broughtDisk{fmt.Sprintf("drives[%d].path", i), drive.Path, found.Format})
+	}
+	if path := m.retainedDisk(*config); path != "" && !m.exists(config.ID) {
+		files = append(files, broughtDisk{"id", path, disk.FormatOf(path)})
+	}
+	backend, err := m.backendFor(context.Background(), config.Backend, needsOf(files))
+	switch {
+	case errors.Is(err, smolvm.ErrUnknownBackend):
+		code, hint = smolvm.CodeUnknownBackend, smolvm.HintOf(err)
+		bad("backend", err)
+	case err != nil:
+		return vmm.Traits{}, disk.Info{}, err
+	default:
+		for _, file := range files {
+			if err := file.usableBy(backend); err != nil {
+				hint = cmp.Or(hint, smolvm.HintOf(err))
+				bad(file.field, err)
+			}
+		}
 	}
 	for i, line := range config.AuthorizedKeys {
 		if _, err := identity.ParseAuthorizedKey(line); err != nil {
@@ -228,7 +245,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 	if err != nil {
 		return store.VM{}, err
 	}
-	path := m.diskPath(config, backend)
+	path := m.diskPath(config, backend, layer)
 	base := layer
 	switch {
 	case layer != "":
@@ -238,7 +255,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 				return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
 			}
 		}
-	case path != "" && path != config.RootfsPath:
+	case path != "" && path != config.RootfsPath && disk.FormatOf(path) != disk.Raw:
 		if base, _, err = m.machines.UsualBase(ctx, config, digest); err != nil {
 			return store.VM{}, err
 		}
@@ -280,12 +297,20 @@ func refuseRetained(path string) error {
 }
 
 // diskPath is where the VM's root disk is: its own, or in shared mode the root
-// file system itself. A VM without a root file system has none.
-func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits) string {
-	switch {
-	case config.DiskMode == smolvm.DiskShared || (!config.UsesImage() && config.RootfsPath == ""):
+// file system itself. A VM without a root file system has none. The format of its own is
+// decided here for ever: that of the disk of a snapshot that it is made from, that of a disk
+// that was retained, or the best that the backend can use.
+func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits, layer string) string {
+	if !hasOwnDisk(config) {
 		return config.RootfsPath
-	default:
-		return m.dir.Disk(config.ID, backend.DiskFormats[0])
 	}
+	if layer != "" {
+		return m.dir.Disk(config.ID, disk.FormatOf(layer))
+	}
+	return cmp.Or(m.retainedDisk(config), m.dir.Disk(config.ID, backend.DiskFormats[0]))
+}
+
+// hasOwnDisk reports whether a VM has a disk that is its own.
+func hasOwnDisk(config smolvm.VMConfig) bool {
+	return config.DiskMode != smolvm.DiskShared && (config.UsesImage() || config.RootfsPath != "")
 }

@@ -19,7 +19,11 @@ import (
 // A VM goes back to its snapshot under its own id, and is as it was if it can't.
 func TestRestoreInPlace(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, restoreInPlace)
+}
+
+func restoreInPlace(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", Labels: map[string]string{"team": "blue"}, SSHHostAddr: ownAddr(t)})
 	sh(t, m, "vm", "echo one > /root/file")
 	machine := sh(t, m, "vm", "cat /etc/machine-id; hostname")

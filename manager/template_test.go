@@ -139,7 +139,11 @@ func TestClonesAnswer(t *testing.T) {
 // duplicate. All ways out of a clone are taken on it: it works as any VM does.
 func TestClones(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, clones)
+}
+
+func clones(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	first := mustRun(t, m, smolvm.VMConfig{ID: "first"})
 	report := startReport(t, first, smolvm.StartBoot)
 	if len(report.Timeline) == 0 || report.Accelerator == "" || report.Backend != "qemu" {
@@ -224,7 +228,11 @@ func TestClones(t *testing.T) {
 // cloned are booted without a word.
 func TestCold(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, cold)
+}
+
+func cold(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	vm, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{Cold: true})
 	if err != nil {
@@ -249,7 +257,11 @@ func TestCold(t *testing.T) {
 // and says why.
 func TestDamagedTemplate(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, damagedTemplate)
+}
+
+func damagedTemplate(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	path := func(template smolvm.Template, name string) string {
 		return filepath.Join(m.DataDir(), "templates", template.ID, name)
 	}
@@ -268,7 +280,7 @@ func TestDamagedTemplate(t *testing.T) {
 			return flipByte(path(template, "state"))
 		}, "damaged"},
 		{"the disk is gone", func(template smolvm.Template) error {
-			return os.Remove(path(template, "disk.qcow2"))
+			return os.Remove(path(template, "disk."+k.format()))
 		}, "no such file"},
 		{"what describes it is garbage", func(template smolvm.Template) error {
 			return os.WriteFile(path(template, "snapshot.json"), []byte("{"), 0o600)

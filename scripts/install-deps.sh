@@ -80,6 +80,7 @@ need qemu-system-x86_64 "$qemu" 'runs the VMs'
 need mke2fs "$e2fs" 'makes the root file system of the default image'
 if [ "$purpose" = test ]; then
 	need qemu-img "$img" 'checks the disks that we make'
+	need mkfs.xfs xfsprogs 'makes a file system on which copies of disks share blocks'
 	need ssh "$ssh" 'logs in to VMs the way users do'
 fi
 firecracker=''

@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"github.com/smolvm/smolvm/internal/vmm"
-	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Hardware is what a saved guest needs to find again to go on.
@@ -33,7 +32,7 @@ type DriveKind struct {
 
 // HardwareOf returns the hardware of a VM that a backend runs as config says.
 func (b *Builder) HardwareOf(backend string, config vmm.Config) (Hardware, error) {
-	declared, err := traits.Lookup(backend)
+	declared, err := b.Backends.Lookup(backend)
 	if err != nil {
 		return Hardware{}, err
 	}

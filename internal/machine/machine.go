@@ -3,6 +3,7 @@ package machine
 
 import (
 	"context"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Builder makes the machines of the VMs of a data directory.
@@ -24,6 +26,8 @@ type Builder struct {
 	Disks  *backing.Disks
 	Store  *store.Store
 	Host   *host.Host
+	// Backends are those that are known.
+	Backends traits.List
 }
 
 // Addresses returns what follows from a VM's lease, in the mode in which it is connected.
@@ -31,7 +35,8 @@ func Addresses(vm store.VM) (network.Addresses, error) {
 	return network.Plan(smolvm.NetworkUser, vm.Lease)
 }
 
-// Config returns what the VMM of a VM is to run on an accelerator, but for the network.
+// Config returns what the VMM of a VM is to run on an accelerator, but for the network. It is
+// an error if the VM has a disk that its backend can't use.
 func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {
 	config := vmm.Config{
 		ID:          vm.ID,
@@ -64,8 +69,33 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 	if vm.DiskPath != "" && !hasArg(config.BootArgs, "root") {
 		config.BootArgs += " root=/dev/vda rw"
 	}
-	config.Drives, err = b.Drives(vm)
+	if config.Drives, err = b.Drives(vm); err == nil {
+		err = b.checkFormats(vm.Backend, config.Drives)
+	}
 	return config, err
+}
+
+// checkFormats returns an error if there is a disk that a backend can't use.
+func (b *Builder) checkFormats(backend string, drives []vmm.Drive) error {
+	declared, err := b.Backends.Lookup(backend)
+	if err != nil {
+		return err
+	}
+	for _, drive := range drives {
+		if format := (traits.Needs{DiskFormats: []string{drive.Format}}).Unmet(declared); format != "" {
+			return UnusableFormat(declared, drive.Path, format)
+		}
+	}
+	return nil
+}
+
+// UnusableFormat returns the error of a disk that a backend can't use.
+func UnusableFormat(backend vmm.Traits, path, format string) error {
+	return &smolvm.Error{
+		Hint: fmt.Sprintf("choose a backend that can use it, or copy it with `qemu-img convert -f %s -O %s`", format, backend.DiskFormats[0]),
+		Err: fmt.Errorf("%w: %s is %s, and backend %s can use %s only", smolvm.ErrUnsupported,
+			path, format, backend.Name, strings.Join(backend.DiskFormats, " and ")),
+	}
 }
 
 // EmulationFactor is how many times longer things may take without hardware virtualization: a

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -90,6 +91,11 @@ func (s *Session) Save(ctx context.Context, save *shim.Save) (result shim.Saved,
 		return shim.Saved{}, errors.Join(err, removeOverlays(save.Drives))
 	}
 	defer func() { err = errors.Join(err, disks.drop()) }()
+	copies, err := beginCaptures(ctx, save.Drives)
+	if err != nil {
+		return shim.Saved{}, err
+	}
+	defer func() { err = errors.Join(err, copies.close()) }()
 	if s.link != nil && !s.paused.Load() {
 		ctx, cancel := context.WithTimeout(ctx, syncTime)
 		err := s.link.Sync(ctx)
@@ -102,11 +108,16 @@ func (s *Session) Save(ctx context.Context, save *shim.Save) (result shim.Saved,
 		s.link.SetHeld(true) // for a part of the time, and nobody knows how long
 		defer func() { s.link.SetHeld(s.paused.Load()) }()
 	}
+	if err := copies.prepare(); err != nil {
+		return result, err
+	}
 	hold, err := saver.Save(ctx, vmm.SaveOptions{Memory: save.Memory, State: save.State})
 	if err != nil {
 		return result, err
 	}
-	err = disks.use(ctx)
+	if err = copies.finish(ctx); err == nil {
+		err = disks.use(ctx)
+	}
 	saved := hold.Saved()
 	result.Held = saved.Held
 	var goOnErr error
@@ -136,6 +147,7 @@ type overlays struct {
 
 // openOverlays has the VMM open the overlays of drives.
 func (s *Session) openOverlays(ctx context.Context, drives []shim.SavedDrive) (*overlays, error) {
+	drives = slices.DeleteFunc(slices.Clone(drives), func(d shim.SavedDrive) bool { return d.Copy != "" })
 	o := &overlays{drives: drives}
 	if len(drives) == 0 {
 		return o, nil
@@ -185,6 +197,9 @@ func (o *overlays) drop() error {
 func removeOverlays(drives []shim.SavedDrive) error {
 	var errs []error
 	for _, drive := range drives {
+		if drive.Overlay == "" {
+			continue
+		}
 		if err := os.Remove(drive.Overlay); !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}

@@ -141,7 +141,7 @@ func (s *Site) Erase(ctx context.Context, vm store.VM, runtimeDir string) error 
 	paths := []string{s.Dir.VM(vm.ID)}
 	if !vm.Config.RetainDisk && vm.DiskPath != vm.Config.RootfsPath {
 		paths = append(paths, vm.DiskPath)
-		leaves = s.Disks.Leaves(vm.DiskPath)
+		leaves = vm.Layer != "" || s.Disks.Leaves(vm.DiskPath)
 		if err := disk.RemoveLeftovers(vm.DiskPath); err != nil {
 			return err
 		}

@@ -46,7 +46,7 @@ func Run(ctx context.Context, orders io.Reader, backends ...vmm.Backend) error {
 	}
 	orders = io.MultiReader(bytes.NewReader(line), reader)
 	if is.Task != nil {
-		return manager.RunWorker(ctx, orders)
+		return manager.RunWorker(ctx, orders, declared(backends)...)
 	}
 	return process.Main(ctx, process.Options{
 		Stdin:    orders,
@@ -54,6 +54,21 @@ func Run(ctx context.Context, orders io.Reader, backends ...vmm.Backend) error {
 		Exited:   teardown.RecordExit,
 		Halted:   teardown.RecordHalt,
 	})
+}
+
+// declarer is a backend that declares its traits by itself, as those that package traits lists
+// of its name are not what it can do, or there are none.
+type declarer interface{ Traits() vmm.Traits }
+
+// declared returns what backends declare by themselves.
+func declared(backends []vmm.Backend) []vmm.Traits {
+	var all []vmm.Traits
+	for _, backend := range backends {
+		if d, ok := backend.(declarer); ok {
+			all = append(all, d.Traits())
+		}
+	}
+	return all
 }
 
 // Main is [Run] for a program that was started with [shim.Argument], and ends the process. In

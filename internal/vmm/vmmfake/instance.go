@@ -65,7 +65,7 @@ const (
 
 var errEnded = errors.New("the VMM has ended")
 
-// instance implements [vmm.Instance], and all that is optional.
+// instance implements [vmm.Instance], and all that is optional but the switching of disks.
 type instance struct {
 	cfg              vmm.Config
 	faults           []string
@@ -99,8 +99,11 @@ var (
 	_ vmm.Saver       = (*instance)(nil)
 	_ vmm.Halter      = (*instance)(nil)
 
-	_ vmm.DiskSwitcher = (*instance)(nil)
+	_ vmm.DiskSwitcher = (*switchingInstance)(nil)
 )
+
+// switchingInstance is an instance that can switch disks.
+type switchingInstance struct{ *instance }
 
 // PID implements [vmm.Instance].
 func (i *instance) PID() int { return i.child.PID() }
@@ -248,7 +251,7 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (*vmm.Hold, e
 
 // OpenOverlays implements [vmm.DiskSwitcher]. They are opened when they are used, and only
 // looked at before.
-func (i *instance) OpenOverlays(ctx context.Context, overlays []vmm.Overlay) (vmm.DiskSwitch, error) {
+func (i *switchingInstance) OpenOverlays(ctx context.Context, overlays []vmm.Overlay) (vmm.DiskSwitch, error) {
 	if err := i.cfg.CheckOverlays(overlays); err != nil {
 		return nil, err
 	}
@@ -257,7 +260,7 @@ func (i *instance) OpenOverlays(ctx context.Context, overlays []vmm.Overlay) (vm
 			return nil, err
 		}
 	}
-	return &diskSwitch{i, overlays}, nil
+	return &diskSwitch{i.instance, overlays}, nil
 }
 
 // diskSwitch implements [vmm.DiskSwitch].

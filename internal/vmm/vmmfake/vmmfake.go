@@ -34,6 +34,7 @@ import (
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Faults are words, separated by commas, that make a VM behave badly. They are in the
@@ -66,6 +67,8 @@ type Options struct {
 	Name string
 	// ConsoleBytes is the limit of each console. Zero: [ring.ConsoleBytes].
 	ConsoleBytes int64
+	// RawOnly makes it a VMM that can use raw disks only, and can't switch disks.
+	RawOnly bool
 }
 
 // Backend implements [vmm.Backend].
@@ -87,8 +90,24 @@ func New(opts Options) *Backend {
 // Name implements [vmm.Backend].
 func (b *Backend) Name() string { return b.opts.Name }
 
+// Traits declares what it can do, which is what the backend does that it stands in for, unless
+// it can use raw disks only.
+func (b *Backend) Traits() vmm.Traits {
+	declared := traits.QEMU()
+	declared.Name = b.opts.Name
+	if b.opts.RawOnly {
+		declared.DiskFormats = []string{"raw"}
+	}
+	return declared
+}
+
 // Start implements [vmm.Backend].
 func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, error) {
+	for _, drive := range cfg.Drives {
+		if b.opts.RawOnly && (drive.Format != "raw" || len(drive.Backing) > 0) {
+			return nil, fmt.Errorf("start the fake VMM for VM %q: its drive %s is %s", cfg.ID, drive.Path, drive.Format)
+		}
+	}
 	program, err := findProgram(cfg)
 	if err != nil {
 		return nil, err
@@ -100,10 +119,13 @@ func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, erro
 	if err != nil {
 		return nil, fmt.Errorf("start the fake VMM for VM %q: %w", cfg.ID, err)
 	}
-	if slices.Contains(i.faults, Stuck) {
+	switch {
+	case slices.Contains(i.faults, Stuck):
 		return &stuckInstance{i}, nil
+	case b.opts.RawOnly:
+		return i, nil
 	}
-	return i, nil
+	return &switchingInstance{i}, nil
 }
 
 // findProgram returns the program that is the VMM: this one, unless another is named.
