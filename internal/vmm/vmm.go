@@ -61,6 +61,14 @@ type Program struct {
 // ChannelPort is the name of the guest channel's virtio-serial port.
 const ChannelPort = "smolvm.agent"
 
+// A backend whose guest channel is vsock adds the kernel's argument
+// "[ChannelVsockArg]=[ChannelVsockPort]" behind those of [Config]. The guest's agent then
+// listens on that port for connections of the host, and for no virtio-serial port.
+const (
+	ChannelVsockArg  = "smolvm.vsock"
+	ChannelVsockPort = 1024
+)
+
 // Config is all that a backend needs to start one VM. It is plain data, so that
 // it can cross from the manager's process to the shim's.
 type Config struct {
