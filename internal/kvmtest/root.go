@@ -241,7 +241,7 @@ func place(ctx context.Context, source, target string) error {
 	if err := os.Remove(target); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := disk.Copy(ctx, target, source, 0); err != nil {
+	if err := disk.Copy(ctx, disk.CopyOptions{Path: target, Base: source}); err != nil {
 		return err
 	}
 	return os.Chmod(target, stat.Mode().Perm())
