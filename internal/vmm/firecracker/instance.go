@@ -40,6 +40,7 @@ type instance struct {
 	halted  bool       // the guest has halted, and Firecracker was ended
 	channel *channel   // nil: it is not open
 	opening bool       // it is being opened
+	reset   bool       // the guest has been told that its connections are gone; see connect
 
 	done chan struct{}
 	exit vmm.Exit // written before done is closed

@@ -143,6 +143,37 @@ func TestChannel(t *testing.T) {
 	}
 }
 
+// Where a guest that was just restored may break a connection, one is given up for that.
+func TestChannelAfterRestore(t *testing.T) {
+	t.Parallel()
+	for version, want := range map[string]int{"1.15.1": 2, "1.16.0": 1} {
+		r := newRoom(t)
+		behaviour := firecrackerfake.Behaviour{Version: version}
+		opts := r.saveOptions()
+		hold, err := r.start(r.config(behaviour, nil)).(vmm.Saver).Save(t.Context(), opts) //nolint:forcetypeassert // it is one
+		if err != nil {
+			t.Fatal(err)
+		}
+		hold.Keep()
+		child := newRoom(t)
+		instance := child.start(child.config(behaviour, func(c *vmm.Config) {
+			c.Restore = &vmm.Restore{Memory: opts.Memory, State: opts.State}
+		}))
+		for n := range 2 {
+			channel, lines := child.open(instance)
+			if _, err := fmt.Fprintln(channel, "awake"); err != nil || !lines.Scan() || lines.Text() != "awake" {
+				t.Errorf("%s: the guest says %q, %v", version, lines.Text(), err)
+			}
+			if got := len(child.requests("vsock connection")); got != want+n {
+				t.Errorf("%s: channel %d took %d connections, want %d", version, n, got, want+n)
+			}
+			if err := channel.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 // A guest that never listens is waited for until the call is given up.
 func TestChannelOfDeafGuest(t *testing.T) {
 	t.Parallel()
