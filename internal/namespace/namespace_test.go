@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,17 +21,19 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/namespace"
-	"github.com/smolvm/smolvm/internal/namespace/launcher"
+	"github.com/smolvm/smolvm/internal/namespace/namespacetest"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 // The roles of this test's program, by its first argument.
 const (
-	launcherRole = "launcher" // what package program does
-	guestRole    = "guest"    // a VMM that uses tap0
-	anybodyRole  = "anybody"  // becomes a user with no rights
+	guestRole   = "guest"   // a VMM that uses tap0
+	parentRole  = "parent"  // starts a command and waits to be killed
+	anybodyRole = "anybody" // becomes a user with no rights
 )
 
 func TestMain(m *testing.M) {
+	namespacetest.Main()
 	if len(os.Args) > 1 {
 		if role := roles()[os.Args[1]]; role != nil {
 			if err := role(); err != nil {
@@ -42,25 +43,18 @@ func TestMain(m *testing.M) {
 			return
 		}
 	}
-	goleak.VerifyTestMain(m)
+	os.Exit(testenv.Main(func() int {
+		status := m.Run()
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return status
+	}))
 }
 
 func roles() map[string]func() error {
-	return map[string]func() error{
-		launcherRole: launch, guestRole: guest, anybodyRole: becomeAnybody,
-	}
-}
-
-func launch() error {
-	line, err := bufio.NewReader(os.Stdin).ReadBytes('\n')
-	if err != nil {
-		return err
-	}
-	var orders namespace.Orders
-	if err := json.Unmarshal(line, &orders); err != nil {
-		return err
-	}
-	return launcher.Run(*orders.Launch)
+	return map[string]func() error{guestRole: guest, parentRole: parent, anybodyRole: becomeAnybody}
 }
 
 // self returns the command line of this program in a role.
@@ -86,7 +80,7 @@ const rootless = "SMOLVM_TEST_ROOTLESS"
 // eachUser runs a test as this user, and as one who is not root.
 func eachUser(t *testing.T, test func(t *testing.T)) {
 	t.Helper()
-	if err := namespace.Check(t.Context(), self(launcherRole)); err != nil {
+	if err := namespace.Check(t.Context(), namespacetest.Program()); err != nil {
 		t.Skip(err)
 	}
 	t.Run("this user", test)
@@ -241,7 +235,7 @@ func startGuest(t *testing.T, mtu int) *vm {
 	cmd := command(guestRole)
 	cmd.Stdin, cmd.Stdout = stdinRead, stdoutWrite
 	process, err := namespace.Start(t.Context(), cmd, nil, namespace.Options{
-		Program: self(launcherRole), Network: &namespace.Network{Link: theirs, MTU: mtu},
+		Program: namespacetest.Program(), Network: &namespace.Network{Link: theirs, MTU: mtu},
 	})
 	_, _, _ = theirs.Close(), stdinRead.Close(), stdoutWrite.Close()
 	if err != nil {
@@ -445,7 +439,7 @@ func output(t *testing.T, script string) string {
 	cmd.Env = append(os.Environ(), "SMOLVM_TEST_ENV=of the environment")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = input, printed, printed
 	process, err := namespace.Start(t.Context(), cmd, nil, namespace.Options{
-		Program: self(launcherRole), Network: &namespace.Network{Link: theirs},
+		Program: namespacetest.Program(), Network: &namespace.Network{Link: theirs},
 	})
 	if err != nil {
 		t.Fatal(err)
