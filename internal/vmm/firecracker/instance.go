@@ -75,7 +75,7 @@ func (i *instance) Limits() smolvm.Limits { return i.limits.Report() }
 
 // SetCPULimit implements [vmm.Limiter].
 func (i *instance) SetCPULimit(_ context.Context, cpus float64) error {
-	return i.limits.SetCPUs(cpus, i.process.PID())
+	return i.limits.SetCPUs(cpus, i.PID())
 }
 
 // Shutdown implements [vmm.Instance]. A guest whose init has not asked for the keys restarts

@@ -16,6 +16,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/namespace"
+	"github.com/smolvm/smolvm/internal/namespace/namespacetest"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker/firecrackerfake"
@@ -59,7 +60,7 @@ func TestBootRequests(t *testing.T) {
 // offers its MTU if the release can.
 func TestNetworkRequests(t *testing.T) {
 	t.Parallel()
-	if err := namespace.Check(t.Context(), launcherProgram()); err != nil {
+	if err := namespace.Check(t.Context(), namespacetest.Program()); err != nil {
 		t.Skip("namespaces can't be had here: ", err)
 	}
 	for version, mtu := range map[string]string{"1.15.1": "", "1.16.0": `,"mtu":1400`} {
