@@ -3,6 +3,7 @@ package kvmtest_test
 import (
 	"os"
 	"testing"
+	"time"
 
 	"github.com/smolvm/smolvm/internal/kvmtest"
 	"github.com/smolvm/smolvm/internal/testenv"
@@ -23,6 +24,11 @@ func jobs() []kvmtest.Job {
 		{Package: "internal/host", Flags: []string{"-run=^(TestAcceleratorOfThisHost|TestAcceleratorCancelled|TestProbe.*)$"}},
 		{Package: "internal/host", Flags: []string{"-run=^(TestAcceleratorOfThisHost|TestProbe)$"}, AsUser: true},
 		{Package: "internal/vmm/qemu", Flags: []string{"-run=^TestConformance$/^(q35|microvm)_on_KVM$"}},
+		{
+			Package: "internal/vmm/firecracker", Flags: []string{"-run=^TestConformance$", "-parallel=1"}, Timeout: 20 * time.Minute,
+			// It has no overlays, and busy guests are left out.
+			MaySkip: []string{"TestConformance/save_with_disks", "TestConformance/overlays_fail", "TestConformance/save_a_busy_guest_*"},
+		},
 	}
 }
 

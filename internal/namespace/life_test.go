@@ -219,3 +219,57 @@ func TestSupervised(t *testing.T) {
 		t.Errorf("what it has started goes on, or it has ended with %q", process.Exit())
 	}
 }
+
+// Files are mounted for the command only, with another owner where the file system can do that,
+// and as they are where it can't and need not.
+func TestMounts(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("mounts take root")
+	}
+	const user = 123456
+	dir := t.TempDir()
+	private, target, printed := filepath.Join(dir, "private"), filepath.Join(dir, "target"), filepath.Join(dir, "printed")
+	for _, path := range []string{private, target} {
+		if err := os.WriteFile(path, []byte(filepath.Base(path)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, test := range []struct {
+		mount namespace.Mount
+		want  string // what the command sees: the owner, then the content, then if it can write
+		says  string // or the error
+	}{
+		{namespace.Mount{Source: private, ReadOnly: true}, "0 private read-only", ""},
+		{namespace.Mount{Source: private, ReadOnly: true, User: user}, "123456 private read-only", ""},
+		{namespace.Mount{Source: private, User: user}, "123456 private writable", ""},
+		{namespace.Mount{Source: "/proc/sys/kernel/ostype", ReadOnly: true, User: user}, "0 Linux read-only", ""}, // of a file system that shows no other owners
+		{namespace.Mount{Source: "/proc/vmallocinfo", ReadOnly: true, User: user}, "", "must be readable by everybody"},
+		{namespace.Mount{Source: filepath.Join(dir, "none")}, "", "no such file"},
+	} {
+		out, err := os.Create(printed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		test.mount.Target = target
+		cmd := exec.Command("/bin/sh", "-c", `echo $(stat -c %u $0) $(cat $0) $(if (: >>$0) 2>/dev/null; then echo writable; else echo read-only; fi)`, target)
+		cmd.Stdout, cmd.Stderr = out, os.Stderr
+		process, err := namespace.Start(t.Context(), cmd, nil, namespace.Options{
+			Program: namespacetest.Program(), Mounts: []namespace.Mount{test.mount},
+			Capabilities: []uintptr{unix.CAP_DAC_OVERRIDE},
+		})
+		if err == nil {
+			<-process.Done()
+		}
+		_ = out.Close()
+		text, readErr := os.ReadFile(printed)
+		if got := strings.TrimSpace(string(text)); got != test.want || readErr != nil {
+			t.Errorf("of %+v the command sees %q, not %q; %v", test.mount, got, test.want, readErr)
+		}
+		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
+			t.Errorf("of %+v: error is %v", test.mount, err)
+		}
+	}
+	if text, err := os.ReadFile(target); err != nil || string(text) != "target" {
+		t.Errorf("the host sees %q, %v", text, err)
+	}
+}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/firecracker/api"
 )
 
 // channel is the host's end of a connection to the guest's port.
@@ -103,6 +104,7 @@ func (i *instance) reserveChannel(ctx context.Context) error {
 func (i *instance) resetChannel() {
 	i.mu.Lock()
 	c := i.channel
+	i.reset = true
 	i.mu.Unlock()
 	if c != nil {
 		_ = c.Close()
@@ -120,12 +122,19 @@ const (
 	attemptTime = 2 * time.Second
 )
 
-// connect connects to the port on which the guest's agent listens.
+// connect connects to the port on which the guest's agent listens. Where a connection can be
+// broken by the guest's learning that earlier ones are gone, one is made for that, and another
+// one returned: the guest answers the first when it knows, as Linux does both in the order in
+// which they have come.
 func (i *instance) connect(ctx context.Context) (net.Conn, error) {
 	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
 		conn, err := i.attempt(ctx)
-		if err == nil {
+		if err == nil && !i.takeReset() {
 			return conn, nil
+		}
+		if err == nil {
+			_ = conn.Close()
+			continue
 		}
 		select {
 		case <-time.After(wait):
@@ -135,6 +144,15 @@ func (i *instance) connect(ctx context.Context) (net.Conn, error) {
 			return nil, fmt.Errorf("the guest does not listen: %w", context.Cause(ctx))
 		}
 	}
+}
+
+// takeReset reports whether a connection is to be given up that the guest's reset may break.
+func (i *instance) takeReset() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	reset := i.reset && api.ResetBreaksNewVsock(i.version)
+	i.reset = false
+	return reset
 }
 
 // attempt connects once; see Firecracker's docs/vsock.md.

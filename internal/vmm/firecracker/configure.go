@@ -182,6 +182,7 @@ func (i *instance) restore(ctx context.Context) error {
 	if err := i.api.LoadSnapshot(ctx, load); err != nil {
 		return err
 	}
+	i.resetChannel()
 	if len(i.cfg.Drives) > 0 {
 		if err := i.SetDiskLimit(ctx, i.cfg.DiskLimit); err != nil {
 			return err

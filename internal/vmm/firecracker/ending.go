@@ -98,14 +98,14 @@ const (
 func (i *instance) isStill() bool {
 	tick := time.NewTicker(stillTime)
 	defer tick.Stop()
-	before := cpuTimes(i.process.PID())
+	before := cpuTimes(i.PID())
 	for range stillLooks {
 		select {
 		case <-i.process.Done():
 			return true
 		case <-tick.C:
 		}
-		now := cpuTimes(i.process.PID())
+		now := cpuTimes(i.PID())
 		if now == before {
 			return true
 		}

@@ -3,7 +3,6 @@ package firecracker_test
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -13,8 +12,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/namespace"
-	"github.com/smolvm/smolvm/internal/namespace/launcher"
+	"github.com/smolvm/smolvm/internal/namespace/namespacetest"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker"
@@ -23,6 +21,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	namespacetest.Main()
 	if len(os.Args) > 2 && os.Args[1] == firecrackerfake.Command {
 		os.Exit(firecrackerfake.Main(os.Args[2:]))
 	}
@@ -30,30 +29,8 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, vmmtest.Relay())
 		os.Exit(1)
 	}
-	if len(os.Args) > 1 && os.Args[1] == launcherRole {
-		fmt.Fprintln(os.Stderr, becomeLauncher())
-		os.Exit(1)
-	}
 	os.Exit(testenv.Main(m.Run))
 }
-
-// launcherRole is the argument by which this program becomes a launcher of package namespace.
-const launcherRole = "become-launcher"
-
-func becomeLauncher() error {
-	line, err := bufio.NewReader(os.Stdin).ReadBytes('\n')
-	if err != nil {
-		return err
-	}
-	var orders namespace.Orders
-	if err := json.Unmarshal(line, &orders); err != nil {
-		return err
-	}
-	return launcher.Run(*orders.Launch)
-}
-
-// launcherProgram is this program in that role.
-func launcherProgram() []string { return []string{"/proc/self/exe", launcherRole} }
 
 // patience is how long a test waits for what must come in the end.
 const patience = time.Minute
@@ -106,7 +83,7 @@ func (r *room) start(c vmm.Config) vmm.Instance {
 	r.Helper()
 	ctx, cancel := context.WithTimeout(r.Context(), patience)
 	defer cancel()
-	instance, err := firecracker.New(firecracker.Options{Launcher: launcherProgram()}).Start(ctx, c)
+	instance, err := firecracker.New(firecracker.Options{Launcher: namespacetest.Program()}).Start(ctx, c)
 	if err != nil {
 		r.Fatal(err)
 	}

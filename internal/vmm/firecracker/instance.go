@@ -40,6 +40,7 @@ type instance struct {
 	halted  bool       // the guest has halted, and Firecracker was ended
 	channel *channel   // nil: it is not open
 	opening bool       // it is being opened
+	reset   bool       // the guest has been told that its connections are gone; see connect
 
 	done chan struct{}
 	exit vmm.Exit // written before done is closed
@@ -74,7 +75,7 @@ func (i *instance) Limits() smolvm.Limits { return i.limits.Report() }
 
 // SetCPULimit implements [vmm.Limiter].
 func (i *instance) SetCPULimit(_ context.Context, cpus float64) error {
-	return i.limits.SetCPUs(cpus, i.process.PID())
+	return i.limits.SetCPUs(cpus, i.PID())
 }
 
 // Shutdown implements [vmm.Instance]. A guest whose init has not asked for the keys restarts

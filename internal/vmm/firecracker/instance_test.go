@@ -16,6 +16,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/namespace"
+	"github.com/smolvm/smolvm/internal/namespace/namespacetest"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker/firecrackerfake"
@@ -59,7 +60,7 @@ func TestBootRequests(t *testing.T) {
 // offers its MTU if the release can.
 func TestNetworkRequests(t *testing.T) {
 	t.Parallel()
-	if err := namespace.Check(t.Context(), launcherProgram()); err != nil {
+	if err := namespace.Check(t.Context(), namespacetest.Program()); err != nil {
 		t.Skip("namespaces can't be had here: ", err)
 	}
 	for version, mtu := range map[string]string{"1.15.1": "", "1.16.0": `,"mtu":1400`} {
@@ -140,6 +141,37 @@ func TestChannel(t *testing.T) {
 	}
 	if _, err := instance.OpenChannel(t.Context()); err == nil || errors.Is(err, vmm.ErrChannelTaken) {
 		t.Errorf("OpenChannel of a VM that has ended: %v", err)
+	}
+}
+
+// Where a guest that was just restored may break a connection, one is given up for that.
+func TestChannelAfterRestore(t *testing.T) {
+	t.Parallel()
+	for version, want := range map[string]int{"1.15.1": 2, "1.16.0": 1} {
+		r := newRoom(t)
+		behaviour := firecrackerfake.Behaviour{Version: version}
+		opts := r.saveOptions()
+		hold, err := r.start(r.config(behaviour, nil)).(vmm.Saver).Save(t.Context(), opts) //nolint:forcetypeassert // it is one
+		if err != nil {
+			t.Fatal(err)
+		}
+		hold.Keep()
+		child := newRoom(t)
+		instance := child.start(child.config(behaviour, func(c *vmm.Config) {
+			c.Restore = &vmm.Restore{Memory: opts.Memory, State: opts.State}
+		}))
+		for n := range 2 {
+			channel, lines := child.open(instance)
+			if _, err := fmt.Fprintln(channel, "awake"); err != nil || !lines.Scan() || lines.Text() != "awake" {
+				t.Errorf("%s: the guest says %q, %v", version, lines.Text(), err)
+			}
+			if got := len(child.requests("vsock connection")); got != want+n {
+				t.Errorf("%s: channel %d took %d connections, want %d", version, n, got, want+n)
+			}
+			if err := channel.Close(); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }
 

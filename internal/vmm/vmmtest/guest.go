@@ -243,8 +243,7 @@ func (g *guest) line() string {
 	select {
 	case line, open := <-g.lines:
 		if !open {
-			<-g.Done()
-			g.Fatalf("the channel has ended: %v", g.Exit())
+			g.Fatalf("the channel has ended: %v", g.end())
 		}
 		return line
 	case <-time.After(patience):

@@ -14,8 +14,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 )
@@ -32,21 +34,64 @@ type Client struct {
 
 	mu      sync.Mutex // guards the following
 	version Version    // zero before Firecracker was asked
+	conns   map[*tracked]struct{}
+	closed  bool
+}
+
+// tracked is a connection that the client knows of until it is closed. Package http closes one
+// whose other end is gone at some time after that.
+type tracked struct {
+	net.Conn
+	client *Client
+}
+
+// Close implements [net.Conn].
+func (t *tracked) Close() error {
+	t.client.mu.Lock()
+	delete(t.client.conns, t)
+	t.client.mu.Unlock()
+	return t.Conn.Close()
 }
 
 // New returns a client of the Firecracker that dial connects to. It is to be closed.
 func New(dial func(ctx context.Context) (net.Conn, error)) *Client {
-	transport := &http.Transport{
-		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+	c := &Client{conns: map[*tracked]struct{}{}}
+	c.transport = &http.Transport{
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dial(ctx, dial) },
 		DisableCompression:     true,
 		MaxIdleConnsPerHost:    1,
 		MaxResponseHeaderBytes: maxAnswer,
 	}
-	return &Client{http: http.Client{Transport: transport}, transport: transport}
+	c.http = http.Client{Transport: c.transport}
+	return c
 }
 
-// Close closes the connection. Calls that wait go on to their end.
-func (c *Client) Close() { c.transport.CloseIdleConnections() }
+func (c *Client) dial(ctx context.Context, dial func(ctx context.Context) (net.Conn, error)) (net.Conn, error) {
+	conn, err := dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, errors.Join(net.ErrClosed, conn.Close())
+	}
+	t := &tracked{conn, c}
+	c.conns[t] = struct{}{}
+	return t, nil
+}
+
+// Close closes the connection, which ends calls that wait.
+func (c *Client) Close() {
+	c.mu.Lock()
+	c.closed = true
+	open := slices.Collect(maps.Keys(c.conns))
+	c.mu.Unlock()
+	for _, conn := range open {
+		_ = conn.Close()
+	}
+	c.transport.CloseIdleConnections()
+}
 
 // Fault is what Firecracker says of a request that it refuses.
 type Fault struct {

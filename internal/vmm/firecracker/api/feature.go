@@ -140,6 +140,11 @@ func PauseBreaksVsock(v Version) bool {
 	return !v.Before(Version{1, 16, 0}) && v.Before(Version{1, 17, 0})
 }
 
+// ResetBreaksNewVsock reports whether a vsock connection to a guest that was just saved or
+// restored can be broken: the guest is told that all its connections are gone, and may take a
+// new one before it notices. #5882, in 1.16.0, holds new ones back until it has.
+func ResetBreaksNewVsock(v Version) bool { return v.Before(Version{1, 16, 0}) }
+
 // TooOldError is the error of a request that Firecracker is too old for.
 type TooOldError struct {
 	Feature Feature

@@ -26,7 +26,8 @@ type Behaviour struct {
 	Deaf int `json:"deaf,omitempty"`
 	// Silent has it never make the socket of its API.
 	Silent bool `json:"silent,omitempty"`
-	// Requests is a file to which each request is appended, as a line "CALL BODY".
+	// Requests is a file to which each request is appended, as a line "CALL BODY", and
+	// "vsock connection" for each that the guest takes.
 	Requests string `json:"requests,omitempty"`
 }
 
@@ -75,7 +76,7 @@ func Main(args []string) int {
 			g.end(1)
 		},
 	})
-	g.paused = server.isPaused
+	g.paused, g.record = server.isPaused, server.record
 	listener, err := stream.ListenUnix(options["--api-sock"])
 	if err != nil {
 		return fail(err)
@@ -94,6 +95,7 @@ func fail(err error) int {
 type guest struct {
 	log    io.Writer
 	paused func() bool
+	record func(line string)
 	ends   chan int // receives the exit status
 
 	mu   sync.Mutex // guards the following
@@ -142,6 +144,7 @@ func (g *guest) serve(conn net.Conn) {
 	if !lines.Scan() || !strings.HasPrefix(lines.Text(), "CONNECT 1024") || !g.listens() {
 		return
 	}
+	g.record("vsock connection")
 	_, _ = fmt.Fprintln(conn, "OK 1073741824")
 	for lines.Scan() {
 		for g.paused() {
