@@ -13,9 +13,11 @@ import (
 
 // A VM whose restoring, or forking, was cut short before it ran has the disk of what it was
 // to go on from, whenever that was, and although there is a template of its kind.
-func TestKilledBeforeRestoredVMRuns(t *testing.T) {
+func TestKilledBeforeRestoredVMRuns(t *testing.T) { onEachChannel(t, testKilledBeforeRestoredVMRuns) }
+
+func testKilledBeforeRestoredVMRuns(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFakeFast(t)
+	m := fake.openFast(t)
 	if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{}); err != nil {
 		t.Fatal(err)
 	}

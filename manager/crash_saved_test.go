@@ -126,9 +126,11 @@ func interruptSaving(t *testing.T, interrupt func(t *testing.T, m *manager.Manag
 
 // The same when it is not the process that asked for it which dies, but the VM's shim:
 // the VM is lost, but neither its disk nor a snapshot that was reported.
-func TestShimKilledWhileSaving(t *testing.T) {
+func TestShimKilledWhileSaving(t *testing.T) { onEachChannel(t, testShimKilledWhileSaving) }
+
+func testShimKilledWhileSaving(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFake(t)
+	m := fake.open(t)
 	for i := 0; i < len(moments); i += 2 {
 		moment := moments[i]
 		vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})

@@ -129,9 +129,11 @@ func TestFailedStartKeepsVM(t *testing.T) {
 
 // Whoever is killed at whichever point of a claim, no other VM is ended, nothing is left
 // behind, the pool knows how many VMs it has, and the next start succeeds (D1, D2).
-func TestKilledWhileClaiming(t *testing.T) {
+func TestKilledWhileClaiming(t *testing.T) { onEachChannel(t, testKilledWhileClaiming) }
+
+func testKilledWhileClaiming(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFakeFast(t)
+	m := fake.openFast(t)
 	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1}); err != nil {
 		t.Fatal(err)
 	}

@@ -21,12 +21,17 @@ import (
 // QEMU's name.
 const fakeShim = "fake-shim"
 
+// resettingShim is fakeShim with VMs whose guest channel is reset when they are saved.
+const resettingShim = "fake-shim-resets"
+
 // beShim makes this process a shim, if it was started as one.
 func beShim(role string) {
 	backend := vmm.Backend(qemu.New(qemu.Options{}))
 	switch role {
 	case fakeShim:
 		backend = vmmfake.New(vmmfake.Options{})
+	case resettingShim:
+		backend = vmmfake.New(vmmfake.Options{ResetsChannel: true})
 	case "shim", shim.Argument: // as the smolvm program that it stands in for
 	default:
 		return
@@ -35,7 +40,8 @@ func beShim(role string) {
 	program.Main(backend)
 }
 
-// fakeMark is the name of a file beside the data directories whose VMs are fake.
+// fakeMark is the name of a file beside the data directories whose VMs are fake. It holds the
+// first argument of their shims.
 const fakeMark = "fake"
 
 // isFake reports whether a data directory's VMs are those of the fake VMM.
@@ -47,8 +53,8 @@ func isFake(dataDir string) bool {
 // shimCommandOf returns what becomes the shims of a data directory's VMs.
 func shimCommandOf(dataDir string) ([]string, error) {
 	self, err := os.Executable()
-	if isFake(dataDir) {
-		return []string{self, fakeShim}, err
+	if role, readErr := os.ReadFile(filepath.Join(filepath.Dir(dataDir), fakeMark)); readErr == nil {
+		return []string{self, string(role)}, err
 	}
 	return []string{self, shimCommand}, err
 }
@@ -56,10 +62,12 @@ func shimCommandOf(dataDir string) ([]string, error) {
 // useFake makes the VMs of a new data directory those of the fake VMM, and returns the
 // configuration of a Manager that can boot them. It changes nothing of the process's, so
 // that such tests can run beside each other.
-func useFake(t testing.TB) manager.Config {
+func useFake(t testing.TB) manager.Config { t.Helper(); return useShim(t, fakeShim) }
+
+func useShim(t testing.TB, role string) manager.Config {
 	t.Helper()
 	dir := tempDir(t)
-	if err := os.WriteFile(filepath.Join(dir, fakeMark), nil, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, fakeMark), []byte(role), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	config := testConfig(t, dir)
@@ -118,6 +126,33 @@ func openFakeFast(t testing.TB) *manager.Manager {
 	config := useFake(t)
 	config.Templates = manager.TemplateConfig{}
 	return openAt(t, config)
+}
+
+// fakeVMs is a kind of fake VMs.
+type fakeVMs struct{ shim string }
+
+// open is openFake with VMs of that kind.
+func (f fakeVMs) open(t testing.TB) *manager.Manager {
+	t.Helper()
+	return openAt(t, useShim(t, f.shim))
+}
+
+// openFast is openFakeFast with VMs of that kind.
+func (f fakeVMs) openFast(t testing.TB) *manager.Manager {
+	t.Helper()
+	config := useShim(t, f.shim)
+	config.Templates = manager.TemplateConfig{}
+	return openAt(t, config)
+}
+
+// onEachChannel runs a test with fake VMs whose guest channel survives that they are saved, and
+// with those whose channel does not.
+func onEachChannel(t *testing.T, test func(*testing.T, fakeVMs)) {
+	t.Helper()
+	t.Parallel()
+	for name, role := range map[string]string{"channel stays": fakeShim, "channel is reset": resettingShim} {
+		t.Run(name, func(t *testing.T) { test(t, fakeVMs{role}) })
+	}
 }
 
 // onSmallDisk gives a data directory a file system of its own, of a size as mount(8) takes it.

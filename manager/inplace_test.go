@@ -17,9 +17,11 @@ import (
 )
 
 // A VM goes back to its snapshot under its own id, and is as it was if it can't.
-func TestRestoreInPlace(t *testing.T) {
+func TestRestoreInPlace(t *testing.T) { onEachChannel(t, testRestoreInPlace) }
+
+func testRestoreInPlace(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFake(t)
+	m := fake.open(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", Labels: map[string]string{"team": "blue"}, SSHHostAddr: ownAddr(t)})
 	sh(t, m, "vm", "echo one > /root/file")
 	machine := sh(t, m, "vm", "cat /etc/machine-id; hostname")

@@ -14,9 +14,11 @@ import (
 
 // While one VM is saved, however long that takes, the disks of others can be made and
 // collected (C5).
-func TestSavingLocksNobodyOut(t *testing.T) {
+func TestSavingLocksNobodyOut(t *testing.T) { onEachChannel(t, testSavingLocksNobodyOut) }
+
+func testSavingLocksNobodyOut(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFake(t)
+	m := fake.open(t)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "web"})
 	if err := syscall.Kill(vm.PID, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)

@@ -50,9 +50,11 @@ func TestPause(t *testing.T) {
 }
 
 // A child that can't start programs is not handed out, and nothing of it is left.
-func TestForkOfGuestThatHangs(t *testing.T) {
+func TestForkOfGuestThatHangs(t *testing.T) { onEachChannel(t, testForkOfGuestThatHangs) }
+
+func testForkOfGuestThatHangs(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFake(t)
+	m := fake.open(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "parent"})
 	// To the agent this is as if programs got stuck in the kernel.
 	sh(t, m, "parent", `rm /bin/true; printf '#!/bin/sh\nwhile :; do sleep 1; done\n' > /bin/true; chmod +x /bin/true`)
@@ -153,9 +155,11 @@ func TestFork(t *testing.T) {
 
 // A parent can be forked again and again, and every disk of the chain is its VM's own, also
 // when that boots from it. Forwards of a child are its own too.
-func TestForkAgain(t *testing.T) {
+func TestForkAgain(t *testing.T) { onEachChannel(t, testForkAgain) }
+
+func testForkAgain(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFake(t)
+	m := fake.open(t)
 	forward := smolvm.PortForward{HostAddr: ownAddr(t), GuestPort: webPort}
 	mustRun(t, m, smolvm.VMConfig{ID: "parent", PortForwards: []smolvm.PortForward{forward}})
 	sh(t, m, "parent", "echo before > /root/file; mkdir /www")
@@ -202,9 +206,11 @@ func TestForkAgain(t *testing.T) {
 	}
 }
 
-func TestSnapshot(t *testing.T) {
+func TestSnapshot(t *testing.T) { onEachChannel(t, testSnapshot) }
+
+func testSnapshot(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFake(t)
+	m := fake.open(t)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm", Env: map[string]string{"WORD": "kept"}})
 	sh(t, m, "vm", "echo one > /root/file; "+counter)
 	taken, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "one"})
@@ -320,9 +326,11 @@ func TestSnapshotRefusals(t *testing.T) {
 }
 
 // EnsurePool fills a pool while its caller goes on.
-func TestEnsurePool(t *testing.T) {
+func TestEnsurePool(t *testing.T) { onEachChannel(t, testEnsurePool) }
+
+func testEnsurePool(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFakeFast(t)
+	m := fake.openFast(t)
 	if _, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: -1}); err == nil {
 		t.Error("there is a pool of -1 VMs")
 	}
@@ -349,9 +357,11 @@ func TestEnsurePool(t *testing.T) {
 }
 
 // A pool's VMs take on the identity of those that claim them.
-func TestPool(t *testing.T) {
+func TestPool(t *testing.T) { onEachChannel(t, testPool) }
+
+func testPool(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFakeFast(t)
+	m := fake.openFast(t)
 	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{}); err == nil {
 		t.Error("a pool of no VMs was made")
 	}

@@ -137,9 +137,11 @@ func TestClonesAnswer(t *testing.T) {
 
 // The first start of a kind boots, later ones are clones, none of which is another's
 // duplicate. All ways out of a clone are taken on it: it works as any VM does.
-func TestClones(t *testing.T) {
+func TestClones(t *testing.T) { onEachChannel(t, testClones) }
+
+func testClones(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFakeFast(t)
+	m := fake.openFast(t)
 	first := mustRun(t, m, smolvm.VMConfig{ID: "first"})
 	report := startReport(t, first, smolvm.StartBoot)
 	if len(report.Timeline) == 0 || report.Accelerator == "" || report.Backend != "qemu" {
@@ -317,9 +319,11 @@ func flipByte(path string) error {
 }
 
 // A state that verifies but that the VMM can't load falls back as well.
-func TestUnloadableTemplate(t *testing.T) {
+func TestUnloadableTemplate(t *testing.T) { onEachChannel(t, testUnloadableTemplate) }
+
+func testUnloadableTemplate(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFakeFast(t)
+	m := fake.openFast(t)
 	template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -342,9 +346,11 @@ func TestUnloadableTemplate(t *testing.T) {
 
 // What a guest has run before it was frozen is there in every clone, and in the VM that
 // was booted for the lack of one.
-func TestWarmUp(t *testing.T) {
+func TestWarmUp(t *testing.T) { onEachChannel(t, testWarmUp) }
+
+func testWarmUp(t *testing.T, fake fakeVMs) {
 	t.Parallel()
-	m := openFakeFast(t)
+	m := fake.openFast(t)
 	config := smolvm.VMConfig{WarmUp: "echo warm > /run/warm"}
 	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
 		vm := mustRun(t, m, config)
