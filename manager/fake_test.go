@@ -23,8 +23,8 @@ import (
 // have QEMU's name.
 type kind string
 
-// Kinds. Those that are raw can use raw disks only, and the fake one of them can't switch disks
-// either.
+// Kinds. Those that are raw can use raw disks only. The fake one of them can't switch disks either,
+// and resets the guest channel when a VM is saved, as Firecracker does.
 const (
 	realKind    = kind(shim.Argument)
 	fakeKind    = kind("fake-shim")
@@ -32,7 +32,8 @@ const (
 	rawRealKind = kind("raw-shim")
 )
 
-// fakeKinds are those with the fake VMM, for tests that are about both kinds of disks.
+// fakeKinds are those with the fake VMM, for tests of what depends on the kind of disks, or on
+// what becomes of the guest channel.
 var fakeKinds = map[string]kind{"qcow2": fakeKind, "raw": rawFakeKind}
 
 // rawQEMU is QEMU that says that it can use raw disks only.
@@ -65,7 +66,7 @@ func beShim(role string) {
 	case fakeKind:
 		backend = vmmfake.New(vmmfake.Options{})
 	case rawFakeKind:
-		backend = vmmfake.New(vmmfake.Options{RawOnly: true})
+		backend = vmmfake.New(vmmfake.Options{RawOnly: true, ResetsChannel: true})
 	case rawRealKind:
 		backend = rawQEMU{backend}
 	case "shim", realKind: // as the smolvm program that it stands in for

@@ -16,7 +16,11 @@ import (
 // collected (C5).
 func TestSavingLocksNobodyOut(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, savingLocksNobodyOut)
+}
+
+func savingLocksNobodyOut(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "web"})
 	if err := syscall.Kill(vm.PID, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)

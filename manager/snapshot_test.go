@@ -334,7 +334,11 @@ func TestSnapshotRefusals(t *testing.T) {
 // EnsurePool fills a pool while its caller goes on.
 func TestEnsurePool(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, ensurePool)
+}
+
+func ensurePool(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	if _, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: -1}); err == nil {
 		t.Error("there is a pool of -1 VMs")
 	}

@@ -331,7 +331,11 @@ func flipByte(path string) error {
 // A state that verifies but that the VMM can't load falls back as well.
 func TestUnloadableTemplate(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, unloadableTemplate)
+}
+
+func unloadableTemplate(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -356,7 +360,11 @@ func TestUnloadableTemplate(t *testing.T) {
 // was booted for the lack of one.
 func TestWarmUp(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, warmUp)
+}
+
+func warmUp(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	config := smolvm.VMConfig{WarmUp: "echo warm > /run/warm"}
 	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
 		vm := mustRun(t, m, config)

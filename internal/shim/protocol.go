@@ -63,6 +63,18 @@ type Status struct {
 	Halt string `json:"halt,omitempty"`
 	// Answer is the agent's, if there is one.
 	Answer *wire.Answer `json:"answer,omitempty"`
+	// Unreachable is why the guest's agent can't be reached although the guest runs; empty
+	// if it can.
+	Unreachable string `json:"unreachable,omitempty"`
+	// ChannelEnd is how the guest channel was last ended without the VM; nil: it never was.
+	ChannelEnd *ChannelEnd `json:"channel_end,omitempty"`
+}
+
+// ChannelEnd is the end of a guest channel, which has ended all calls that went over it.
+type ChannelEnd struct {
+	At time.Time `json:"at"`
+	// Why is why it was ended, in words.
+	Why string `json:"why"`
 }
 
 // Stop says how to stop a VM.

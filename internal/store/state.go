@@ -190,10 +190,22 @@ func (s *Store) SetConfig(ctx context.Context, id string, config smolvm.VMConfig
 // why. It reports whether that changed anything; it does not if the VM is not alive in that
 // run any more.
 func (s *Store) MarkHalted(ctx context.Context, id, run, cause string) (bool, error) {
+	return s.changes(ctx, "UPDATE vms SET state = ?, cause = ? WHERE id = ? AND run = ? AND state IN (?, ?)",
+		string(smolvm.StatePaused), cause, id, run, string(smolvm.StateRunning), string(smolvm.StatePaused))
+}
+
+// MarkReached writes down why the agent of a VM can't be reached that runs in a run; empty: it
+// can. It reports whether that changed anything.
+func (s *Store) MarkReached(ctx context.Context, id, run, cause string) (bool, error) {
+	return s.changes(ctx, "UPDATE vms SET cause = ? WHERE id = ? AND run = ? AND state = ? AND cause IS NOT ?",
+		text[string]{&cause}, id, run, string(smolvm.StateRunning), text[string]{&cause})
+}
+
+// changes makes an update, and reports whether it changed a row.
+func (s *Store) changes(ctx context.Context, query string, args ...any) (bool, error) {
 	var changed bool
 	err := s.update(ctx, func(tx *sql.Tx) error {
-		result, err := tx.ExecContext(ctx, "UPDATE vms SET state = ?, cause = ? WHERE id = ? AND run = ? AND state IN (?, ?)",
-			string(smolvm.StatePaused), cause, id, run, string(smolvm.StateRunning), string(smolvm.StatePaused))
+		result, err := tx.ExecContext(ctx, query, args...)
 		if err != nil {
 			return err
 		}

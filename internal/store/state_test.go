@@ -134,6 +134,35 @@ func TestMarkHalted(t *testing.T) {
 	}
 }
 
+// A VM that runs has a cause while its agent can't be reached, in that run only.
+func TestMarkReached(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	mustCreate(t, s, newVM("web"))
+	if err := s.MarkStarted(t.Context(), "web", Started{Run: "1", At: startedAt}); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		run, cause string
+		changed    bool
+		want       string
+	}{
+		{"0", "of another run", false, ""}, {"1", "deaf", true, "deaf"}, {"1", "deaf", false, "deaf"},
+		{"0", "", false, "deaf"}, {"1", "", true, ""}, {"1", "", false, ""},
+	} {
+		changed, err := s.MarkReached(t.Context(), "web", step.run, step.cause)
+		if vm := mustGet(t, s, "web"); err != nil || changed != step.changed || vm.State != smolvm.StateRunning || vm.Cause != step.want {
+			t.Errorf("%+v: %t, %v; it is %s (%s)", step, changed, err, vm.State, vm.Cause)
+		}
+	}
+	if _, err := s.MarkHalted(t.Context(), "web", "1", "full"); err != nil {
+		t.Fatal(err)
+	}
+	if changed, err := s.MarkReached(t.Context(), "web", "1", ""); err != nil || changed {
+		t.Errorf("of a VM that is paused: %t, %v", changed, err)
+	}
+}
+
 // A start that did not come to run the VM leaves only its cause.
 func TestMarkNotStarted(t *testing.T) {
 	t.Parallel()

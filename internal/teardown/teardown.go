@@ -68,14 +68,27 @@ func RecordExit(ctx context.Context, record shim.ExitRecord) error {
 
 // RecordHalt writes down that a VMM has paused its guest, in the shim's process.
 func RecordHalt(ctx context.Context, record shim.HaltRecord) error {
+	return mark(ctx, record, "paused", (*store.Store).MarkHalted)
+}
+
+// RecordReach writes down, in the shim's process, that the agent of a VM that runs can't be
+// reached, or can be again.
+func RecordReach(ctx context.Context, record shim.HaltRecord) error {
+	return mark(ctx, record, "unreachable", (*store.Store).MarkReached)
+}
+
+// mark writes down the cause of a VM that is alive, and an event if that is something new.
+func mark(ctx context.Context, record shim.HaltRecord, action string,
+	set func(s *store.Store, ctx context.Context, id, run, cause string) (bool, error),
+) error {
 	site, err := open(ctx, record.Origin.DataDir)
 	if err != nil {
 		return err
 	}
 	began := time.Now()
-	changed, err := site.Store.MarkHalted(ctx, record.ID, record.Run, record.Cause)
-	if changed {
-		site.Note(ctx, record.ID, "paused", began, record.Cause)
+	changed, err := set(site.Store, ctx, record.ID, record.Run, record.Cause)
+	if changed && record.Cause != "" {
+		site.Note(ctx, record.ID, action, began, record.Cause)
 	}
 	return errors.Join(err, site.Store.Close())
 }

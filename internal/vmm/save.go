@@ -36,8 +36,18 @@ type Saver interface {
 	// removed. A guest that the VMM has paused by itself, before or meanwhile, is not saved,
 	// and stays paused.
 	//
-	// The guest's channel may be reset by it, as that of Firecracker is.
+	// The guest's channel may be reset by it; see [ChannelResetter].
 	Save(ctx context.Context, opts SaveOptions) (*Hold, error)
+}
+
+// ChannelResetter is an Instance whose guest channel is reset by its VMM when the guest is saved,
+// also in the guest that goes on, and when a restored guest begins to run. The host's end need
+// not notice. Whoever has the channel open closes it when a save has succeeded, and opens it again
+// when the guest goes on; a channel that was opened to a guest that was just restored may have to
+// be opened again as well.
+type ChannelResetter interface {
+	// ResetsChannel reports whether this VM's channel is one of that kind.
+	ResetsChannel() bool
 }
 
 // SaveOptions are the options of [Saver].

@@ -113,6 +113,9 @@ type Hello struct {
 	Env map[string]string `json:"env,omitempty"`
 	// Network configures the guest's interface; nil leaves it alone.
 	Network *Network `json:"network,omitempty"`
+	// Continues says that the guest has run on since the last hello, and only its channel is
+	// another: it need not prove that it still runs programs, as one that was restored.
+	Continues bool `json:"continues,omitempty"`
 }
 
 // Network is the configuration of the guest's interface.

@@ -53,6 +53,7 @@ func Run(ctx context.Context, orders io.Reader, backends ...vmm.Backend) error {
 		Backends: backends,
 		Exited:   teardown.RecordExit,
 		Halted:   teardown.RecordHalt,
+		Reached:  teardown.RecordReach,
 	})
 }
 
