@@ -21,7 +21,8 @@ import (
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
-// Create reserves all that a VM needs and makes its disk, but does not start it.
+// Create reserves all that a VM needs and makes its disk, but does not start it. A disk that is
+// a copy, as the VM's backend has no overlays, is made by the first start.
 // If the VM's image is missing and it is the default one, it is built first; see
 // [smolvm.CreateOptions].Progress.
 //
