@@ -1,10 +1,12 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
@@ -17,22 +19,10 @@ import (
 // brings it.
 type broughtDisk struct{ field, path, format string }
 
-// usableBy returns an error if a backend can't use the disk. Why its format is not known is
-// another one.
-func (b broughtDisk) usableBy(backend vmm.Traits) error {
-	if format := needsOf([]broughtDisk{b}).Unmet(backend); format != "" {
-		err := machine.UnusableFormat(backend, b.path, format)
-		if b.field == "id" {
-			err = fmt.Errorf("the disk of an earlier VM of that id was retained: %w; choose another id, or move it away", err)
-		}
-		return err
-	}
-	return nil
-}
-
-// needsOf returns what a VM with such disks needs of its backend.
-func needsOf(files []broughtDisk) traits.Needs {
-	var needs traits.Needs
+// needsOf returns what a VM with such disks needs of its backend. Why a format is not known is
+// another error.
+func needsOf(files []broughtDisk, ownFormat string) traits.Needs {
+	needs := traits.Needs{OwnFormat: ownFormat}
 	for _, file := range files {
 		if file.format != "" {
 			needs.DiskFormats = append(needs.DiskFormats, file.format)
@@ -41,23 +31,42 @@ func needsOf(files []broughtDisk) traits.Needs {
 	return needs
 }
 
+// checkFormats calls bad with the fields that bring disks which a backend can't use, and returns
+// what to do about the first.
+func (m *Manager) checkFormats(backend vmm.Traits, config smolvm.VMConfig, files []broughtDisk, ownFormat string, bad func(field string, err error)) (hint string) {
+	for _, file := range files {
+		if format := needsOf([]broughtDisk{file}, "").Unmet(backend); format != "" {
+			err := machine.UnusableFormat(backend, file.path, format)
+			hint = cmp.Or(hint, smolvm.HintOf(err))
+			bad(file.field, err)
+		}
+	}
+	if format := (traits.Needs{OwnFormat: ownFormat}).Unmet(backend); format != "" {
+		hint = cmp.Or(hint, "choose another backend or another id, or move the disk away")
+		bad("id", fmt.Errorf("the disk of an earlier VM of that id was retained: %s is %s, and backend %s gives VMs disks that are %s",
+			m.dir.Disk(config.ID, format), format, backend.Name, backend.DiskFormats[0]))
+	}
+	return hint
+}
+
 // exists reports whether there is a VM of that id.
 func (m *Manager) exists(id string) bool {
 	_, err := m.store.GetVM(context.Background(), id)
 	return !errors.Is(err, smolvm.ErrVMNotFound)
 }
 
-// retainedDisk returns the disk that is there for a VM that is to have one of its own, as it
-// was retained from an earlier VM of that id; empty if there is none.
-func (m *Manager) retainedDisk(config smolvm.VMConfig) string {
+// retainedFormat returns the format of the disk that is there for a new VM, as it was retained
+// from an earlier VM of that id; empty if there is none, or one in each format.
+func (m *Manager) retainedFormat(config smolvm.VMConfig) string {
 	if !hasOwnDisk(config) {
 		return ""
 	}
-	for _, format := range []string{disk.QCOW2, disk.Raw} {
-		path := m.dir.Disk(config.ID, format)
-		if _, err := os.Lstat(path); err == nil {
-			return path
-		}
+	there := slices.DeleteFunc([]string{disk.QCOW2, disk.Raw}, func(format string) bool {
+		_, err := os.Lstat(m.dir.Disk(config.ID, format))
+		return err != nil
+	})
+	if len(there) != 1 || m.exists(config.ID) {
+		return ""
 	}
-	return ""
+	return there[0]
 }

@@ -21,7 +21,8 @@ import (
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
-// Create reserves all that a VM needs and makes its disk, but does not start it.
+// Create reserves all that a VM needs and makes its disk, but does not start it. A disk that is
+// a copy, as the VM's backend has no overlays, is made by the first start.
 // If the VM's image is missing and it is the default one, it is built first; see
 // [smolvm.CreateOptions].Progress.
 //
@@ -93,7 +94,7 @@ func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, digest, la
 	if err != nil {
 		return store.VM{}, err
 	}
-	if format := disk.FormatOf(layer); !slices.Contains(backend.DiskFormats, format) {
+	if format := disk.FormatOf(layer); layer != "" && format != backend.DiskFormats[0] {
 		return store.VM{}, fmt.Errorf("create %q: %w", config.ID, machine.UnusableFormat(backend, layer, format))
 	}
 	release, err := m.images.Hold(digest)
@@ -196,10 +197,8 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		config.Drives[i].Format = smolvm.DiskFormat(found.Format)
 		files = append(files, broughtDisk{fmt.Sprintf("drives[%d].path", i), drive.Path, found.Format})
 	}
-	if path := m.retainedDisk(*config); path != "" && !m.exists(config.ID) {
-		files = append(files, broughtDisk{"id", path, disk.FormatOf(path)})
-	}
-	backend, err := m.backendFor(context.Background(), config.Backend, needsOf(files))
+	retained := m.retainedFormat(*config)
+	backend, err := m.backendFor(context.Background(), config.Backend, needsOf(files, retained))
 	switch {
 	case errors.Is(err, smolvm.ErrUnknownBackend):
 		code, hint = smolvm.CodeUnknownBackend, smolvm.HintOf(err)
@@ -207,12 +206,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	case err != nil:
 		return vmm.Traits{}, disk.Info{}, err
 	default:
-		for _, file := range files {
-			if err := file.usableBy(backend); err != nil {
-				hint = cmp.Or(hint, smolvm.HintOf(err))
-				bad(file.field, err)
-			}
-		}
+		hint = cmp.Or(hint, m.checkFormats(backend, *config, files, retained, bad))
 	}
 	for i, line := range config.AuthorizedKeys {
 		if _, err := identity.ParseAuthorizedKey(line); err != nil {
@@ -245,7 +239,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 	if err != nil {
 		return store.VM{}, err
 	}
-	path := m.diskPath(config, backend, layer)
+	path := m.diskPath(config, backend)
 	base := layer
 	switch {
 	case layer != "":
@@ -298,16 +292,13 @@ func refuseRetained(path string) error {
 
 // diskPath is where the VM's root disk is: its own, or in shared mode the root
 // file system itself. A VM without a root file system has none. The format of its own is
-// decided here for ever: that of the disk of a snapshot that it is made from, that of a disk
-// that was retained, or the best that the backend can use.
-func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits, layer string) string {
+// decided here for ever: the best that its backend can use, which is that of the disk of a
+// snapshot, too.
+func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits) string {
 	if !hasOwnDisk(config) {
 		return config.RootfsPath
 	}
-	if layer != "" {
-		return m.dir.Disk(config.ID, disk.FormatOf(layer))
-	}
-	return cmp.Or(m.retainedDisk(config), m.dir.Disk(config.ID, backend.DiskFormats[0]))
+	return m.dir.Disk(config.ID, backend.DiskFormats[0])
 }
 
 // hasOwnDisk reports whether a VM has a disk that is its own.

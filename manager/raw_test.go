@@ -53,7 +53,6 @@ func TestBackendByFormats(t *testing.T) {
 		"a qcow2 root":            {own, "qemu", ".qcow2", "rootfs_path"},
 		"a retained disk":         {smolvm.VMConfig{ID: "kept-raw"}, "rawonly", ".raw", ""},
 		"a retained qcow2 disk":   {smolvm.VMConfig{ID: "kept-qcow2"}, "qemu", ".qcow2", "id"},
-		"qemu with a raw disk":    {smolvm.VMConfig{ID: "kept-other", Backend: "qemu"}, "qemu", ".raw", ""},
 		"qemu with a new disk":    {smolvm.VMConfig{Backend: "qemu"}, "qemu", ".qcow2", ""},
 		"qemu with a qcow2 drive": {smolvm.VMConfig{Backend: "qemu", Drives: []smolvm.Drive{drive}}, "qemu", ".qcow2", "drives[0].path"},
 	} {
@@ -84,15 +83,92 @@ func TestBackendByFormats(t *testing.T) {
 			named.Backend = "rawonly"
 			_, err := m.Create(t.Context(), named, smolvm.CreateOptions{})
 			invalid, ok := errors.AsType[*smolvm.ValidationError](err)
-			if !ok || len(invalid.Fields) != 1 || invalid.Fields[0].Field != test.field || !strings.Contains(err.Error(), "is qcow2, and backend rawonly can use raw only") ||
-				!strings.Contains(smolvm.HintOf(err), "qemu-img convert -f qcow2 -O raw") {
+			words, hint := "is qcow2, and backend rawonly can use raw only", "qemu-img convert -f qcow2 -O raw"
+			if test.field == "id" {
+				words, hint = "kept-qcow2.qcow2 is qcow2, and backend rawonly gives VMs disks that are raw", "move the disk away"
+			}
+			if !ok || len(invalid.Fields) != 1 || invalid.Fields[0].Field != test.field || !strings.Contains(err.Error(), words) || !strings.Contains(smolvm.HintOf(err), hint) {
 				t.Errorf("by the one for raw disks: %v, hint %q", err, smolvm.HintOf(err))
 			}
 			_ = os.Remove(filepath.Join(m.DiskDir(), test.config.ID+test.disk))
 		})
 	}
+	// A backend that prefers another format does not take a raw disk, though it can use it: an
+	// earlier program would believe what a guest has written into it.
+	path := filepath.Join(m.DiskDir(), "other.raw")
+	if err := os.Link(raw, path); err != nil {
+		t.Fatal(err)
+	}
+	_, err := m.Create(t.Context(), smolvm.VMConfig{ID: "other", Backend: "qemu"}, smolvm.CreateOptions{})
+	if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "was retained") {
+		t.Errorf("beside a raw disk: %v", err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Error(err)
+	}
 	if vms, err := m.List(t.Context(), smolvm.ListOptions{}); err != nil || len(vms) > 0 {
 		t.Errorf("VMs are there: %+v, %v", vms, err)
+	}
+}
+
+// A data directory with raw disks may be renamed and copied, before and after they are made.
+func TestRawDisksInMovedDirectory(t *testing.T) {
+	t.Parallel()
+	config := useFakeKind(t, rawFakeKind)
+	m := openAt(t, config)
+	stepsSnapshot(t, m)
+	mustCreate(t, m, smolvm.VMConfig{ID: "new"})
+	if _, err := m.Stop(t.Context(), "vm", smolvm.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for name, move := range map[string]func(to string) error{
+		"copied":  func(to string) error { return exec.CommandContext(t.Context(), "cp", "-a", config.DataDir, to).Run() },
+		"renamed": func(to string) error { return os.Rename(config.DataDir, to) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(filepath.Dir(config.DataDir), name)
+			if err := move(dir); err != nil {
+				t.Fatal(err)
+			}
+			other := openDir(t, config, dir)
+			if vm, err := other.Start(t.Context(), "vm", smolvm.StartOptions{}); err != nil || vm.DiskPath != filepath.Join(dir, "disks", "vm.raw") {
+				t.Fatalf("its disk is %s, %v", vm.DiskPath, err)
+			}
+			_, err := other.Start(t.Context(), "new", smolvm.StartOptions{})
+			if err == nil {
+				_, err = other.RestoreSnapshot(t.Context(), "saved", smolvm.RestoreOptions{ID: "restored"})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			for id, want := range map[string]string{"vm": kept, "restored": kept, "new": ""} {
+				if got := sh(t, other, id, "cat /root/file 2>/dev/null || true"); got != want {
+					t.Errorf("the file of VM %s says %q", id, got)
+				}
+			}
+			for _, id := range []string{"restored", "new"} {
+				if err := other.Delete(t.Context(), id, smolvm.DeleteOptions{}); err != nil {
+					t.Error(err)
+				}
+			}
+			if _, err := other.Stop(t.Context(), "vm", smolvm.StopOptions{}); err != nil {
+				t.Error(err)
+			}
+			if name == "copied" {
+				err = os.RemoveAll(dir)
+			} else {
+				err = os.Rename(dir, config.DataDir)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := m.Create(t.Context(), smolvm.VMConfig{ID: "new"}, smolvm.CreateOptions{Reuse: true}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if err := m.RemoveSnapshot(t.Context(), "saved"); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -212,10 +212,10 @@ func forkAgain(t *testing.T, k kind) {
 
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
-	eachDisk(t, snapshot)
+	eachDisk(t, snapshotOfVM)
 }
 
-func snapshot(t *testing.T, k kind) {
+func snapshotOfVM(t *testing.T, k kind) {
 	m := openFakeKind(t, k)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm", Env: map[string]string{"WORD": "kept"}})
 	sh(t, m, "vm", "echo one > /root/file; "+counter)

@@ -108,7 +108,7 @@ func (d *Disks) copy(ctx context.Context, o Disk) error {
 	if err := d.RoomFor(o.Base, filepath.Dir(o.Path)); err != nil {
 		return fmt.Errorf("make disk %s: %w", o.Path, err)
 	}
-	return disk.Copy(ctx, disk.CopyOptions{Path: o.Path, Base: o.Base, Size: o.Size, Replace: o.Replace, Sync: o.Sync})
+	return disk.Copy(ctx, disk.CopyOptions{Path: o.Path, Base: o.Base, Size: o.Size, Sectors: true, Replace: o.Replace, Sync: o.Sync})
 }
 
 // RoomFor returns an error if there is no room for a copy of a raw disk in a directory. One

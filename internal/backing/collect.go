@@ -61,11 +61,10 @@ func (d *Disks) collect(ctx context.Context) error {
 			return err
 		}
 	}
-	if !c.left() {
-		return nil
-	}
-	if err := c.checkFiles(); err != nil {
-		return err
+	if c.left() {
+		if err := c.checkFiles(); err != nil {
+			return err
+		}
 	}
 	var errs []error
 	for layer := range c.candidates {
@@ -227,10 +226,11 @@ func (c *collection) need(layer string) {
 	}
 }
 
-// left reports whether there are candidates that have not been found to be needed so far.
+// left reports whether there are candidates that have not been found to be needed so far, and
+// that files may be based on.
 func (c *collection) left() bool {
 	for layer := range c.candidates {
-		if !c.needed[layer] {
+		if !c.needed[layer] && disk.FormatOf(layer) != disk.Raw {
 			return true
 		}
 	}

@@ -277,3 +277,21 @@ func TestRemoveIncomplete(t *testing.T) {
 		t.Error("it is there when nobody is at it any more")
 	}
 }
+
+// What is left of a disk that was to take the place of another goes with that.
+func TestRemoveLeftovers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "vm.raw")
+	for _, name := range []string{path, path + ".new", path + disk.ClaimedSuffix} {
+		if err := os.WriteFile(name, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := disk.RemoveLeftovers(path); err != nil {
+			t.Error(err)
+		}
+	}
+	if left, err := os.ReadDir(filepath.Dir(path)); err != nil || len(left) != 1 || left[0].Name() != "vm.raw" {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}

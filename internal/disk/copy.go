@@ -29,6 +29,8 @@ type CopyOptions struct {
 	// Size is that of the copy, in bytes. Zero: the base's. It can't be smaller. The part
 	// that the base has not reads as zeros.
 	Size int64
+	// Sectors makes the size a multiple of a sector's, so that a guest sees all of it.
+	Sectors bool
 	// Replace and Sync are as in [Overlay].
 	Replace, Sync bool
 }
@@ -47,6 +49,9 @@ func Copy(ctx context.Context, o CopyOptions) error {
 		o.Size = size
 	case o.Size < size:
 		return fmt.Errorf("copy disk %s: %d bytes are fewer than the %d that it has", o.Base, o.Size, size)
+	}
+	if o.Sectors {
+		o.Size = roundUp(o.Size, 512)
 	}
 	err = writeFile(o.Path, publisher(o.Replace), func(out *os.File) error {
 		shared, err := share(out, in)

@@ -121,9 +121,14 @@ func emptyOverlay(base, baseFormat string, size int64) []byte {
 // newSuffix ends the name that a file has for the moment before it replaces another.
 const newSuffix = ".new"
 
-// RemoveLeftovers removes what a process that was killed while it replaced a disk has left.
+// RemoveLeftovers removes what a process that was killed while it replaced a disk, or gave it to
+// the VM that claimed it, has left.
 func RemoveLeftovers(path string) error {
-	if err := os.Remove(path + newSuffix); !errors.Is(err, fs.ErrNotExist) {
+	return errors.Join(removeIfThere(path+newSuffix), removeIfThere(path+ClaimedSuffix))
+}
+
+func removeIfThere(path string) error {
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
@@ -140,7 +145,7 @@ func publisher(replaces bool) func(temp, path string) error {
 
 // replace gives a file the name of another, which it takes the place of.
 func replace(temp, path string) error {
-	if err := errors.Join(RemoveLeftovers(path), link(temp, path+newSuffix)); err != nil {
+	if err := errors.Join(removeIfThere(path+newSuffix), link(temp, path+newSuffix)); err != nil {
 		return err
 	}
 	return os.Rename(path+newSuffix, path)

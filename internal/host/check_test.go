@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 const (
@@ -204,6 +205,17 @@ func TestCheckSpace(t *testing.T) {
 	}
 }
 
+// Whether copies of disks cost anything is told by what the file system can do.
+func TestCheckCopies(t *testing.T) {
+	if found := checkCopies(testenv.Reflinks(t), "test"); found.Severity != smolvm.SeverityOK || !strings.Contains(found.Problem, "share blocks in") {
+		t.Errorf("with reflinks: %v", found)
+	}
+	dir := filepath.Join("/proc", "not", "yet") // where nothing can be written
+	if found := checkCopies(dir, "test"); found.Severity != smolvm.SeverityWarning || !strings.Contains(found.Problem, dir) || !strings.Contains(found.Fix, "XFS") {
+		t.Errorf("without: %v", found)
+	}
+}
+
 // A user gets to see every finding, each complete.
 func TestCheckThisHost(t *testing.T) {
 	t.Parallel()
@@ -212,6 +224,8 @@ func TestCheckThisHost(t *testing.T) {
 		Backend:  "test",
 		Programs: []Program{{Names: []string{"no-such-vmm"}, MinVersion: "1.0", Why: "runs the VMs"}},
 		DataDir:  t.TempDir(),
+
+		CopiesDisks: true,
 	}
 	var names []string
 	for _, finding := range h.Check(t.Context(), needed) {
@@ -224,7 +238,7 @@ func TestCheckThisHost(t *testing.T) {
 			t.Errorf("finding mends what is well: %+v", finding)
 		}
 	}
-	if got, want := fmt.Sprint(names), "[no-such-vmm mke2fs ssh kvm memory limits disk space]"; got != want {
+	if got, want := fmt.Sprint(names), "[no-such-vmm mke2fs ssh kvm memory limits disk space copies of disks]"; got != want {
 		t.Errorf("Check looked at %s, want %s", got, want)
 	}
 }

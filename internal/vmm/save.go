@@ -24,6 +24,9 @@ import (
 //	  - [DiskSwitch]'s Switch, for a VM whose drives are to stay as they were at that moment: what
 //	    the guest writes from now on goes to other files. They have been opened before, while
 //	    the guest ran. A VM without drives, and a backend that can't do it, leave this out.
+//	  - Instead of a switch, the files of raw drives may be copied. All that the guest was told
+//	    is written is in them from the end of Save on, and the VMM writes to none of them
+//	    before the end of the hold.
 //	  - [Hold]'s Release has the guest go on, unless it was paused when it was to be saved. Keep
 //	    leaves it paused.
 //

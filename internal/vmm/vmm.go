@@ -32,7 +32,8 @@ const (
 type Traits struct {
 	// Name of the backend.
 	Name string
-	// DiskFormats lists the formats of disks that it can use, best first.
+	// DiskFormats lists the formats of disks that it can use, best first. VMs' own disks are
+	// of the first, which once released stays the first.
 	DiskFormats []string
 	// Accelerators lists what it can run VMs on, best first: [KVM], [TCG].
 	Accelerators []string

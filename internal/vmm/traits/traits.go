@@ -62,12 +62,18 @@ func (l List) Lookup(name string) (vmm.Traits, error) {
 
 // Needs are what a VM asks of its backend.
 type Needs struct {
-	// DiskFormats are the formats of the disks that are there before the VM is.
+	// DiskFormats are the formats of the disks that the VM is to be given.
 	DiskFormats []string
+	// OwnFormat is that of the VM's own disk, if it is there already; empty: it is not. It is
+	// the first that the VM's backend lists.
+	OwnFormat string
 }
 
 // Unmet returns the first format of a disk that a backend can't use; empty if there is none.
 func (n Needs) Unmet(t vmm.Traits) string {
+	if n.OwnFormat != "" && (len(t.DiskFormats) == 0 || t.DiskFormats[0] != n.OwnFormat) {
+		return n.OwnFormat
+	}
 	for _, format := range n.DiskFormats {
 		if !slices.Contains(t.DiskFormats, format) {
 			return format

@@ -103,15 +103,18 @@ func TestAble(t *testing.T) {
 	t.Parallel()
 	raw, both := vmm.Traits{Name: "raw", DiskFormats: []string{"raw"}}, vmm.Traits{Name: "both", DiskFormats: []string{"qcow2", "raw"}}
 	for name, test := range map[string]struct {
-		needs []string
+		needs Needs
 		want  string
 	}{
-		"nothing":         {nil, "raw both"},
-		"what all can":    {[]string{"raw"}, "raw both"},
-		"what one can":    {[]string{"raw", "qcow2"}, "both"},
-		"what nobody can": {[]string{"vmdk"}, ""},
+		"nothing":             {Needs{}, "raw both"},
+		"what all can":        {Needs{DiskFormats: []string{"raw"}}, "raw both"},
+		"what one can":        {Needs{DiskFormats: []string{"raw", "qcow2"}}, "both"},
+		"what nobody can":     {Needs{DiskFormats: []string{"vmdk"}}, ""},
+		"a raw disk":          {Needs{OwnFormat: "raw"}, "raw"},
+		"a qcow2 disk":        {Needs{OwnFormat: "qcow2"}, "both"},
+		"raw, and qcow2 ones": {Needs{OwnFormat: "raw", DiskFormats: []string{"qcow2"}}, ""},
 	} {
-		needs := Needs{DiskFormats: test.needs}
+		needs := test.needs
 		var names []string
 		for _, t := range (List{raw, both}).Able(needs) {
 			names = append(names, t.Name)

@@ -116,32 +116,6 @@ func (k *kit) needsQCOW2() {
 	}
 }
 
-// saveCopiedDisk: a drive that is copied while the guest is held is that of the guest that was
-// saved, for one that is restored with the copy.
-func saveCopiedDisk(k *kit) {
-	g := k.boot(func(c *vmm.Config) { c.Drives = []vmm.Drive{k.drive("data", "raw")} })
-	saver := k.saver(g)
-	g.writeLine("first")
-	opts := k.saveOptions("saved")
-	hold, err := saver.Save(k.Context(), opts)
-	if err != nil {
-		k.Fatal(err)
-	}
-	copied := vmm.Drive{Path: filepath.Join(k.dir, "copy.img"), Format: "raw"}
-	if err := os.WriteFile(copied.Path, []byte(readFile(g.cfg.Drives[0].Path)), 0o600); err != nil {
-		k.Fatal(err)
-	}
-	if _, err := hold.Release(k.Context()); err != nil {
-		k.Fatal(err)
-	}
-	g.writeLine("second")
-	child := k.restore(g.cfg, hold.Saved(), opts, []vmm.Drive{copied})
-	child.checkLine("first")
-	child.writeLine("child")
-	child.checkLine("child")
-	g.checkLine("second")
-}
-
 // writeLine writes the first line of the guest's first drive.
 func (g *guest) writeLine(line string) {
 	g.Helper()

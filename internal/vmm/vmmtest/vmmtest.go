@@ -84,7 +84,7 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"save", save, false},
 		{"save resets the channel", channelReset, false},
 		{"save with disks", saveDisks, false},
-		{"save with a disk that is copied", saveCopiedDisk, false},
+		{"save with raw disks", saveRawDisks, false},
 		{"overlays fail", overlaysFail, false},
 		{"save a guest that is held", saveHeld, false},
 		{"save a busy guest with 2 CPUs", saveBusy(2), false},
