@@ -8,6 +8,7 @@
 //     jailer has. So nothing is mounted on the host that somebody would have to unmount, and
 //     what is removed there is never a file of the VM's. A hard link would need one file system
 //     and the change of its owner, and the jailer closes descriptors.
+//   - A block device has a second device file in the directory.
 //   - Each mount shows its file's owner as the jail's user. So no file changes its owner, and
 //     none has to be readable by everybody; what several VMs share each user sees as its own,
 //     and can't write to. Where the kernel can't do that (before 5.12, and on some file
@@ -32,6 +33,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -54,7 +56,7 @@ type Config struct {
 	Files []File
 }
 
-// File is a file of the host that a jail has.
+// File is a regular file, or a block device, of the host that a jail has.
 type File struct {
 	// Name is the file's in the jail, without a directory.
 	Name string
@@ -66,8 +68,9 @@ type File struct {
 
 // Jail is a directory that is ready for a jailer.
 type Jail struct {
-	config Config
-	root   string
+	config  Config
+	root    string
+	mounted []File // those of the files that are mounted
 }
 
 // maxID is the length of the longest id that Firecracker takes.
@@ -144,24 +147,50 @@ func (j *Jail) make() error {
 		if err != nil {
 			return err
 		}
-		if !info.Mode().IsRegular() {
-			return fmt.Errorf("file %s: %s is no regular file", file.Name, file.Path)
+		if !info.Mode().IsRegular() && !isBlockDevice(info) {
+			return fmt.Errorf("file %s: %s is neither a regular file nor a block device", file.Name, file.Path)
 		}
-		if err := os.WriteFile(filepath.Join(j.root, file.Name), nil, 0o600); err != nil {
+		path := filepath.Join(j.root, file.Name)
+		if isBlockDevice(info) {
+			err = j.makeDevice(path, info, file.Writable)
+		} else {
+			err = os.WriteFile(path, nil, 0o600)
+			j.mounted = append(j.mounted, file)
+		}
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// makeDevice makes another device file of a block device. That of the host keeps its owner; this
+// one is root's, so that Firecracker can't give itself a right to it.
+func (j *Jail) makeDevice(path string, of fs.FileInfo, writable bool) error {
+	stat, ok := of.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fmt.Errorf("device %s: its number is not known", path)
+	}
+	mode := os.FileMode(0o040)
+	if writable {
+		mode = 0o060
+	}
+	if err := unix.Mknod(path, unix.S_IFBLK, int(stat.Rdev)); err != nil {
+		return &fs.PathError{Op: "mknod", Path: path, Err: err}
+	}
+	if err := os.Lchown(path, 0, j.config.User); err != nil {
+		return err
+	}
+	return os.Chmod(path, mode)
+}
+
+func isBlockDevice(info fs.FileInfo) bool {
+	return info.Mode()&fs.ModeDevice != 0 && info.Mode()&fs.ModeCharDevice == 0
+}
+
 // Root returns the directory that is "/" to Firecracker, and its working directory. The files
 // of the configuration are seen there by Firecracker only.
 func (j *Jail) Root() string { return j.root }
-
-// Own gives the jail's user a file that the caller has made in [Jail.Root].
-func (j *Jail) Own(name string) error {
-	return os.Lchown(filepath.Join(j.root, name), j.config.User, j.config.User)
-}
 
 // Start starts Firecracker in the jail by a command: its arguments, but for "--id", which the
 // jailer adds, and its streams. Network, if not nil, is Firecracker's, whose user owns the TAP.
@@ -198,7 +227,7 @@ func (j *Jail) command(of *exec.Cmd) *exec.Cmd {
 // programs.
 func (j *Jail) mounts() []namespace.Mount {
 	mounts := []namespace.Mount{{Source: j.config.Dir, Target: j.config.Dir, Devices: true}}
-	for _, file := range j.config.Files {
+	for _, file := range j.mounted {
 		mounts = append(mounts, namespace.Mount{
 			Source: file.Path, Target: filepath.Join(j.root, file.Name),
 			ReadOnly: !file.Writable, User: j.config.User,

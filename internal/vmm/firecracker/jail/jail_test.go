@@ -261,6 +261,38 @@ func TestJail(t *testing.T) {
 	}
 }
 
+// A drive may be a block device, which is another one's no more than a file is.
+func TestBlockDevice(t *testing.T) {
+	h := newHost(t)
+	file := filepath.Join(h.dir, "device")
+	if err := os.WriteFile(file, append([]byte("of the host"), make([]byte, 1<<20)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", file).Output()
+	if err != nil {
+		t.Skip("this host has no loop devices: ", err)
+	}
+	device := strings.TrimSpace(string(out))
+	var before, after unix.Stat_t
+	if err := unix.Stat(device, &before); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+	config := h.config("a")
+	config.Files = append(config.Files, jail.File{Name: "drive1", Path: device, Writable: true})
+	got := h.start(config).seen
+	if got.Read["drive1"] != "of the host" || got.Write["drive1"] != "" {
+		t.Errorf("it reads %q, and writes: %q", got.Read["drive1"], got.Write["drive1"])
+	}
+	if err := unix.Stat(device, &after); err != nil || after.Uid != before.Uid || after.Gid != before.Gid || after.Mode != before.Mode {
+		t.Errorf("the host's device file has changed: %+v, %+v, %v", before, after, err)
+	}
+}
+
 // status returns the first value of a field in /proc/<pid>/status.
 func status(t *testing.T, pid int, field string) string {
 	t.Helper()

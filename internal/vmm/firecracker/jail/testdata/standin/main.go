@@ -49,14 +49,14 @@ func run() error {
 	for _, entry := range entries {
 		s.Names = append(s.Names, entry.Name())
 	}
-	for _, name := range []string{"kernel", "drive0", "../../../../etc/passwd"} {
+	for _, name := range []string{"kernel", "drive0", "drive1", "../../../../etc/passwd"} {
 		text, err := os.ReadFile(name)
-		s.Read[name] = string(text)
+		s.Read[name] = string(text[:min(len(text), 11)])
 		if err != nil {
 			s.Read[name] = err.Error()
 		}
 	}
-	for _, name := range []string{"kernel", "drive0", "saved-memory"} {
+	for _, name := range []string{"kernel", "drive0", "drive1", "saved-memory"} {
 		s.Write[name] = ""
 		if err := os.WriteFile(name, []byte("written"), 0o600); err != nil {
 			s.Write[name] = err.Error()
