@@ -29,7 +29,7 @@ const (
 	PlaceholderIndex = FirstIndex - 1
 )
 
-// Modes that take a privilege. No shim knows them yet.
+// Modes that take a privilege. Shims know them; no VM can be asked to have one yet.
 const (
 	// TAP connects the guest by a TAP interface of the host, which routes for it.
 	TAP smolvm.NetworkMode = "tap"

@@ -1,6 +1,8 @@
 package tapnet
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"strconv"
@@ -32,6 +34,12 @@ func OwnedBy(directory, vm string) (Owner, error) {
 	pid := os.Getpid()
 	start, err := proc.StartTime(pid)
 	return Owner{VM: vm, Directory: directory, PID: pid, Start: start}, err
+}
+
+// DirectoryName returns the name of a data directory in owners: a short sum of its path.
+func DirectoryName(path string) string {
+	sum := sha256.Sum256([]byte(path))
+	return hex.EncodeToString(sum[:8])
 }
 
 // String returns the text that stands with an object.
