@@ -50,7 +50,8 @@ func TestReach(t *testing.T) {
 		{"a guest from itself", one, oneAddr, oneAddr},
 		{"another guest", one, otherAddr, ""},
 		{"another guest by IPv6", one, otherAddr6, ""},
-		{"the address of no guest", one, "172.16.9.9", ""},
+		{"the address of no guest", one, strayAddr, ""},
+		{"the address of no guest by IPv6", one, strayAddr6, ""},
 		{"the host by its gateway", one, gateway, ""},
 		{"the host by its gateway of IPv6", one, gateway6, ""},
 		{"the host by its address", one, hostAddr, ""},
@@ -74,7 +75,7 @@ func TestReach(t *testing.T) {
 	}
 	t.Run("servers that must not be reached are there", func(t *testing.T) {
 		mustReach(t, out, "tcp", hostAddr, outsideAddr)
-		for _, addr := range []string{metadataAddr, wireAddr, metadataAddr6} {
+		for _, addr := range []string{metadataAddr, wireAddr, metadataAddr6, strayAddr, strayAddr6} {
 			if _, err := reach(host, "udp", addr, patience); err != nil {
 				t.Errorf("%s from the host: %v", addr, err)
 			}
@@ -137,13 +138,17 @@ func TestOptions(t *testing.T) {
 	newOutside(t)
 	open := func(c *network.Config) { c.OpenToVMs = true }
 	first, second := newGuest(t, newNetwork(t, 2, open)), newGuest(t, newNetwork(t, 3, open))
-	third := newGuest(t, newNetwork(t, 4, func(c *network.Config) { c.Metadata = []netip.Addr{netip.MustParseAddr(metadataAddr)} }))
+	third := newGuest(t, newNetwork(t, 4, func(c *network.Config) {
+		c.Metadata = []netip.Addr{netip.MustParseAddr(metadataAddr), netip.MustParseAddr(metadataAddr6)}
+	}))
 	mustReach(t, first, "tcp", second.config.Guest.String(), first.config.Guest.String())
 	mustReach(t, first, "udp", second.config.Guest6.String(), first.config.Guest6.String())
 	mustNotReach(t, first, "tcp", third.config.Guest.String())
 	mustNotReach(t, third, "tcp", first.config.Guest.String())
 	mustReach(t, third, "tcp", metadataAddr, hostAddr)
+	mustReach(t, third, "tcp", metadataAddr6, hostAddr6)
 	mustNotReach(t, third, "tcp", wireAddr)
+	mustNotReach(t, first, "tcp", metadataAddr6)
 	mustNotReach(t, first, "tcp", metadataAddr)
 }
 

@@ -33,6 +33,7 @@ const (
 	farAddr, farAddr6         = "203.0.113.7", "2001:db8:2::7" // beyond it
 	metadataAddr, wireAddr    = "169.254.169.254", "168.63.129.16"
 	metadataAddr6             = "fd00:ec2::254"
+	strayAddr, strayAddr6     = "172.16.9.9", "fd73:6d6f:6c76::ac10:909" // outside, as if of a VM
 	echoPort                  = 7
 	// patience is for what must come; impatience for what must not.
 	patience, impatience = 20 * time.Second, 300 * time.Millisecond
@@ -53,7 +54,7 @@ func newOutside(t testing.TB) *nettest.Namespace {
 	must(t, out.Do(func() error {
 		return errors.Join(
 			nettest.Configure("out0", outsideAddr+"/24", outsideAddr6+"/64"),
-			nettest.Configure("lo", farAddr+"/32", farAddr6+"/128", metadataAddr+"/32", wireAddr+"/32", metadataAddr6+"/128"),
+			nettest.Configure("lo", farAddr+"/32", farAddr6+"/128", metadataAddr+"/32", wireAddr+"/32", metadataAddr6+"/128", strayAddr+"/32", strayAddr6+"/128"),
 			// So a packet that is not masqueraded, or sent to a guest, finds its way.
 			nettest.Route("172.16.0.0/12", hostAddr, ""), nettest.Route("fd73::/16", hostAddr6, ""),
 		)
@@ -62,7 +63,7 @@ func newOutside(t testing.TB) *nettest.Namespace {
 	must(t, nettest.Route("0.0.0.0/0", outsideAddr, ""))
 	must(t, nettest.Route("::/0", outsideAddr6, ""))
 	must(t, out.Do(func() error {
-		return serve(t, outsideAddr, outsideAddr6, farAddr, farAddr6, metadataAddr, wireAddr, metadataAddr6)
+		return serve(t, outsideAddr, outsideAddr6, farAddr, farAddr6, metadataAddr, wireAddr, metadataAddr6, strayAddr, strayAddr6)
 	}))
 	return out
 }
