@@ -56,7 +56,7 @@ func savingLocksNobodyOut(t *testing.T, k kind) {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-	lock, err := os.OpenFile(filepath.Join(m.DataDir(), "layers", ".lock"), os.O_RDWR, 0)
+	lock, err := os.OpenFile(filepath.Join(m.DataDir(), "layers", ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}

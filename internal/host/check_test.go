@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 const (
@@ -202,17 +201,6 @@ func TestCheckSpace(t *testing.T) {
 	// A data directory is made when it is needed first.
 	if later := checkSpace(filepath.Join(t.TempDir(), "not", "yet")); later.Severity != there.Severity {
 		t.Errorf("checkSpace of a directory to come = %v", later)
-	}
-}
-
-// Whether copies of disks cost anything is told by what the file system can do.
-func TestCheckCopies(t *testing.T) {
-	if found := checkCopies(testenv.Reflinks(t), "test"); found.Severity != smolvm.SeverityOK || !strings.Contains(found.Problem, "share blocks in") {
-		t.Errorf("with reflinks: %v", found)
-	}
-	dir := filepath.Join("/proc", "not", "yet") // where nothing can be written
-	if found := checkCopies(dir, "test"); found.Severity != smolvm.SeverityWarning || !strings.Contains(found.Problem, dir) || !strings.Contains(found.Fix, "XFS") {
-		t.Errorf("without: %v", found)
 	}
 }
 

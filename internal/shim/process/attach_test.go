@@ -16,8 +16,8 @@ import (
 func newTestProcess() *process { return &process{log: slog.New(slog.DiscardHandler)} }
 
 func TestAttachUnknownMode(t *testing.T) {
-	for _, mode := range []smolvm.NetworkMode{network.TAP, "bridge", "USER"} {
-		attached, err := attach(network.Config{Mode: mode}, func(string) {})
+	for _, mode := range []smolvm.NetworkMode{"carrier-pigeon", "TAP", "USER"} {
+		attached, err := newTestProcess().attach(network.Config{Mode: mode}, func(string) {})
 		if !errors.Is(err, smolvm.ErrUnsupported) || smolvm.HintOf(err) == "" || attached != nil {
 			t.Errorf("%q: %v, %v", mode, attached, err)
 		}

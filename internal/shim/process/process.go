@@ -135,7 +135,7 @@ func (s *process) newSession() (*session.Session, error) {
 		return nil, fmt.Errorf("backend %q is not part of this program", s.spec.Backend)
 	}
 	return session.New(s.spec, session.Options{
-		Backend: s.opts.Backends[i], Attach: attach, Log: s.log,
+		Backend: s.opts.Backends[i], Attach: s.attach, Log: s.log,
 		StartVMM: func(start func()) {
 			releaseData() // the VMM would inherit it
 			start()
