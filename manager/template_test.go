@@ -228,11 +228,7 @@ func clones(t *testing.T, k kind) {
 // cloned are booted without a word.
 func TestCold(t *testing.T) {
 	t.Parallel()
-	eachDisk(t, cold)
-}
-
-func cold(t *testing.T, k kind) {
-	m := openFakeFastKind(t, k)
+	m := openFakeFast(t)
 	vm := mustCreate(t, m, smolvm.VMConfig{})
 	vm, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{Cold: true})
 	if err != nil {

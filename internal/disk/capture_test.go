@@ -44,7 +44,7 @@ func (w writer) discard(at, size int64) {
 	}
 }
 
-// newDisk makes a disk of 64 MiB with some data.
+// newDisk makes a disk of 16 MiB with some data.
 func newDisk(t *testing.T, path string) writer {
 	t.Helper()
 	file, err := os.Create(path)
@@ -55,8 +55,8 @@ func newDisk(t *testing.T, path string) writer {
 	w := writer{t, file}
 	w.put(0, "begin")
 	w.put(3<<20-2, string(bytes.Repeat([]byte("x"), 2<<20))) // over the borders of what is compared
-	w.put(40<<20, "to be discarded")
-	if err := file.Truncate(64 << 20); err != nil {
+	w.put(10<<20, "to be discarded")
+	if err := file.Truncate(16 << 20); err != nil {
 		t.Fatal(err)
 	}
 	return w
@@ -83,11 +83,11 @@ func TestCapture(t *testing.T) {
 			"nothing":       func(writer) {},
 			"written again": func(w writer) { w.put(0, "other"); w.put(4<<20, "y") },
 			"where a hole was": func(w writer) {
-				w.put(20<<20+12345, "new")
-				w.put(64<<20-1, "z")
+				w.put(6<<20+12345, "new")
+				w.put(16<<20-1, "z")
 			},
-			"discarded":       func(w writer) { w.discard(0, 4096); w.discard(40<<20, 1<<20) },
-			"all discarded":   func(w writer) { w.discard(0, 64<<20) },
+			"discarded":       func(w writer) { w.discard(0, 4096); w.discard(10<<20, 1<<20) },
+			"all discarded":   func(w writer) { w.discard(0, 16<<20) },
 			"here and there":  scribble,
 			"written, undone": func(w writer) { w.put(0, "other"); w.put(0, "begin") },
 		} {
@@ -129,8 +129,8 @@ func TestCapture(t *testing.T) {
 
 // scribble writes and discards at random.
 func scribble(w writer) {
-	for range 200 {
-		at := rand.Int64N(63 << 20)
+	for range 100 {
+		at := rand.Int64N(15 << 20)
 		if rand.IntN(3) == 0 {
 			w.discard(at, rand.Int64N(1<<20))
 		} else {
@@ -173,7 +173,7 @@ func TestCaptureGivenUp(t *testing.T) {
 		}
 		gone("cancelled")
 		c = begin()
-		if err := w.Truncate(65 << 20); err != nil {
+		if err := w.Truncate(17 << 20); err != nil {
 			t.Fatal(err)
 		}
 		if err := c.Finish(t.Context()); err == nil {
@@ -215,21 +215,21 @@ func TestCopyOnFileSystems(t *testing.T) {
 		if err := disk.Copy(t.Context(), o); !errors.Is(err, fs.ErrExist) {
 			t.Errorf("over a file: %v", err)
 		}
-		o.Replace, o.Size = true, 128<<20
+		o.Replace, o.Size = true, 32<<20
 		if err := disk.Copy(t.Context(), o); err != nil {
 			t.Fatal(err)
 		}
 		data, err := os.ReadFile(target)
-		if err != nil || len(data) != 128<<20 || string(data[:5]) != "later" || len(bytes.Trim(data[64<<20:], "\x00")) > 0 {
+		if err != nil || len(data) != 32<<20 || string(data[:5]) != "later" || len(bytes.Trim(data[16<<20:], "\x00")) > 0 {
 			t.Errorf("the copy has %d bytes, %q..., %v", len(data), data[:5], err)
 		}
-		if err := disk.Grow(target, disk.Raw, 200<<20); err != nil {
+		if err := disk.Grow(target, disk.Raw, 50<<20); err != nil {
 			t.Error(err)
 		}
-		if err := disk.Grow(target, disk.Raw, 100<<20); err == nil {
+		if err := disk.Grow(target, disk.Raw, 20<<20); err == nil {
 			t.Error("a disk was made smaller")
 		}
-		if info, err := os.Stat(target); err != nil || info.Size() != 200<<20 {
+		if info, err := os.Stat(target); err != nil || info.Size() != 50<<20 {
 			t.Errorf("it has %d bytes, %v", info.Size(), err)
 		}
 		for name, want := range map[string]string{target: disk.Raw, target + ".new": disk.Raw, "a.raw.claimed": disk.Raw, "a.raw.qcow2": disk.QCOW2, "a.raw.qcow2.new": disk.QCOW2, "": disk.QCOW2} {
