@@ -2,6 +2,7 @@ package namespace_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -211,6 +212,10 @@ func TestSupervised(t *testing.T) {
 	if err != nil || line == fmt.Sprintln(process.PID()) {
 		t.Errorf("it says that it is process %q, %v", line, err)
 	}
+	// Whoever ends all processes of the host, one after the other, ends the command in order too.
+	if err := syscall.Kill(parentOf(t, process.PID()), syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
 	if err := process.Signal(syscall.SIGTERM); err != nil {
 		t.Error(err)
 	}
@@ -218,6 +223,20 @@ func TestSupervised(t *testing.T) {
 	if _, err := out.ReadByte(); err == nil || process.Exit() != "signal: terminated" {
 		t.Errorf("what it has started goes on, or it has ended with %q", process.Exit())
 	}
+}
+
+// parentOf returns the process id of a process's parent.
+func parentOf(t *testing.T, pid int) int {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var parent int
+	if _, err := fmt.Sscanf(string(text[bytes.LastIndexByte(text, ')')+1:]), " %1s %d", new(string), &parent); err != nil {
+		t.Fatal(err)
+	}
+	return parent
 }
 
 // Files are mounted for the command only, with another owner where the file system can do that,

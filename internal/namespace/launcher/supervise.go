@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"runtime/debug"
 	"syscall"
 
@@ -47,6 +48,8 @@ func (l *launch) supervise() error {
 	for _, file := range append(cmd.ExtraFiles, stdin, os.Stdin, os.Stdout, os.Stderr) {
 		_ = file.Close()
 	}
+	// When the host shuts down, all processes get these. The shim ends the VM in order then.
+	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	debug.FreeOSMemory() // it only waits from now on
 	wait, err := reap(cmd.Process.Pid)
 	if err != nil {
