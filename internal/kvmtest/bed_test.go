@@ -24,10 +24,26 @@ func jobs() []kvmtest.Job {
 		{Package: "internal/host", Flags: []string{"-run=^(TestAcceleratorOfThisHost|TestAcceleratorCancelled|TestProbe.*)$"}},
 		{Package: "internal/host", Flags: []string{"-run=^(TestAcceleratorOfThisHost|TestProbe)$"}, AsUser: true},
 		{Package: "internal/vmm/qemu", Flags: []string{"-run=^TestConformance$/^(q35|microvm)_on_KVM$"}},
+		// Firecracker has no overlays, and no busy guest of it is saved.
 		{
-			Package: "internal/vmm/firecracker", Flags: []string{"-run=^TestConformance$", "-parallel=1"}, Timeout: 20 * time.Minute,
-			// It has no overlays, and busy guests are left out.
-			MaySkip: []string{"TestConformance/save_with_disks", "TestConformance/overlays_fail", "TestConformance/save_a_busy_guest_*"},
+			Package: "internal/vmm/firecracker", Flags: []string{"-run=^TestConformance$/^plain$", "-parallel=1"}, Timeout: 20 * time.Minute,
+			AsUser: true,
+			MaySkip: []string{
+				"TestConformance/plain/save_with_disks", "TestConformance/plain/overlays_fail", "TestConformance/plain/save_a_busy_guest_*",
+				"TestConformance/plain/network_by_TAP", "TestConformance/plain/block_device",
+			},
+		},
+		// What takes root, and what a jail makes different.
+		{
+			Package: "internal/vmm/firecracker", Flags: []string{"-run=^TestConformance$/^plain$/^(network_by_TAP|block_device)$", "-parallel=1"},
+			MaySkip: []string{"TestConformance/plain/block_device"}, // there may be no loop devices
+		},
+		{
+			Package: "internal/vmm/firecracker",
+			Flags: []string{
+				"-run=^TestConformance$/^in_its_jail$/^(leaves_nothing_open|start_fails|dies_with_its_parent|drives|network|power-off|crash|" +
+					"kill_a_VMM_that_hangs|save|save_with_a_disk_that_is_copied|save_fails|restore_fails)$", "-parallel=1",
+			},
 		},
 	}
 }

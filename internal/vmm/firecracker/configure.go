@@ -163,7 +163,7 @@ const elfMagic = "\x7fELF"
 func checkMemory(cfg vmm.Config) error {
 	memory, err := os.Stat(cfg.Restore.Memory)
 	if err != nil {
-		return nil //nolint:nilerr // it was told already
+		return err
 	}
 	if want := int64(cfg.MemoryMiB) << 20; memory.Size() != want {
 		return fmt.Errorf("the saved memory %s is of %d bytes, not of the VM's %d", cfg.Restore.Memory, memory.Size(), want)

@@ -45,6 +45,10 @@ type Options struct {
 	// interface is a link, with its first arguments; see Program of [namespace.Options]. Empty:
 	// this program, as it is right in a shim.
 	Launcher []string
+	// Jailer is the path of Firecracker's jailer, of the same release, by which Firecracker
+	// is started as a user of its own in a chroot. It takes root. Drives are regular files
+	// then, and network interfaces links. Empty: Firecracker runs as this process's user.
+	Jailer string
 }
 
 // Backend implements [vmm.Backend].

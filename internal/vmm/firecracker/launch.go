@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/proc"
@@ -22,6 +23,7 @@ import (
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/confine"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker/api"
+	"github.com/smolvm/smolvm/internal/vmm/firecracker/jail"
 	"github.com/smolvm/smolvm/internal/vmm/tap"
 )
 
@@ -40,10 +42,14 @@ func (b *Backend) launch(ctx context.Context, binary string, cfg vmm.Config, sit
 			err = errors.Join(err, i.release())
 		}
 	}()
-	if i.dir, err = newRunDir(cfg.WorkDir); err != nil {
+	files, err := filesOf(cfg)
+	if err == nil && cfg.Restore != nil {
+		err = checkMemory(cfg)
+	}
+	if err != nil {
 		return nil, err
 	}
-	if err := i.place(); err != nil {
+	if i.dir, err = newRunDir(binary, b.opts.Jailer, cfg, files); err != nil {
 		return nil, err
 	}
 	var consoleEnd, logEnd *os.File
@@ -56,7 +62,7 @@ func (b *Backend) launch(ctx context.Context, binary string, cfg vmm.Config, sit
 	}
 	defer func() { _ = logEnd.Close() }()
 
-	cmd := exec.Command(binary, args(cfg)...) //nolint:noctx // it outlives the call that starts it
+	cmd := exec.Command(binary, args(cfg, i.dir.jail != nil)...) //nolint:noctx // it outlives the call that starts it
 	if cmd.Dir, err = i.dir.path(); err != nil {
 		return nil, err
 	}
@@ -67,7 +73,7 @@ func (b *Backend) launch(ctx context.Context, binary string, cfg vmm.Config, sit
 	if err != nil {
 		return nil, err
 	}
-	start, err := b.starter(ctx, cfg.NIC)
+	start, err := b.starter(ctx, i.dir.jail, cfg.NIC)
 	if err != nil {
 		return nil, err
 	}
@@ -85,9 +91,13 @@ func (b *Backend) launch(ctx context.Context, binary string, cfg vmm.Config, sit
 	return i, nil
 }
 
-// args is Firecracker's command line. It is a function of its argument alone.
-func args(cfg vmm.Config) []string {
-	return []string{"--id", identifier(cfg.ID), "--api-sock", nameAPI, "--log-path", nameLog, "--level", "Info"}
+// args is Firecracker's command line, of which a jailer adds a part.
+func args(cfg vmm.Config, jailed bool) []string {
+	all := []string{"--api-sock", nameAPI, "--log-path", nameLog, "--level", "Info"}
+	if !jailed {
+		all = append([]string{"--id", identifier(cfg.ID)}, all...)
+	}
+	return all
 }
 
 // identifier returns what of a VM's id Firecracker takes for one: letters, digits and hyphens.
@@ -114,6 +124,11 @@ func openLog(path string, dir *runDir) (_ *ring.Piped, theirs *os.File, err erro
 		ours, theirs, err = openPipe(filepath.Join(path, nameLog))
 		return err
 	})
+	if err == nil {
+		if err = dir.own(nameLog); err != nil {
+			err = errors.Join(err, ours.Close(), theirs.Close())
+		}
+	}
 	if err != nil {
 		return nil, nil, errors.Join(err, log.Close())
 	}
@@ -135,26 +150,19 @@ func openPipe(path string) (reads, writes *os.File, err error) {
 	return reads, writes, nil
 }
 
-// place gives the VM's files their names in Firecracker's directory.
-func (i *instance) place() error {
-	var errs []error
-	if restore := i.cfg.Restore; restore != nil {
-		errs = append(errs, i.dir.link(restore.Memory, nameMemory), i.dir.link(restore.State, nameState), checkMemory(i.cfg))
-	} else {
-		errs = append(errs, i.dir.link(i.cfg.Kernel, nameKernel))
-		if i.cfg.Initrd != "" {
-			errs = append(errs, i.dir.link(i.cfg.Initrd, nameInitrd))
-		}
-	}
-	for n, drive := range i.cfg.Drives {
-		errs = append(errs, i.dir.link(drive.Path, driveName(n)))
-	}
-	return errors.Join(errs...)
-}
-
 // starter returns what starts Firecracker where the VM's network interface is.
-func (b *Backend) starter(ctx context.Context, nic *vmm.NIC) (func(*exec.Cmd, func(func() error) error) (process, error), error) {
+func (b *Backend) starter(ctx context.Context, cell *jail.Jail, nic *vmm.NIC) (func(*exec.Cmd, func(func() error) error) (process, error), error) {
 	switch {
+	case cell != nil && nic != nil && nic.TAP != "":
+		return nil, fmt.Errorf("network interface of the VM: %w: Firecracker's user in its jail may not use TAP interface %s", smolvm.ErrUnsupported, nic.TAP)
+	case cell != nil:
+		return func(cmd *exec.Cmd, within func(func() error) error) (process, error) {
+			p, err := cell.Start(ctx, cmd, within, b.opts.Launcher, networkOf(nic))
+			if err != nil {
+				return nil, err
+			}
+			return p, nil
+		}, nil
 	case nic == nil:
 		return plain, nil
 	case nic.Link != nil:
@@ -174,12 +182,20 @@ func (b *Backend) starter(ctx context.Context, nic *vmm.NIC) (func(*exec.Cmd, fu
 // other end of a link.
 func (b *Backend) onLink(ctx context.Context, cmd *exec.Cmd, within func(func() error) error, nic vmm.NIC) (process, error) {
 	p, err := namespace.Start(ctx, cmd, within, namespace.Options{
-		Program: b.opts.Launcher, Network: &namespace.Network{Link: nic.Link, MTU: nic.MTU},
+		Program: b.opts.Launcher, Network: networkOf(&nic),
 	})
 	if err != nil {
 		return nil, err
 	}
 	return p, nil
+}
+
+// networkOf is the network of a Firecracker whose VM's network interface is a link; nil: none.
+func networkOf(nic *vmm.NIC) *namespace.Network {
+	if nic == nil {
+		return nil
+	}
+	return &namespace.Network{Link: nic.Link, MTU: nic.MTU}
 }
 
 func plain(cmd *exec.Cmd, within func(func() error) error) (process, error) {

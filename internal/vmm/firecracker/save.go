@@ -63,17 +63,19 @@ func (i *instance) save(ctx context.Context, opts vmm.SaveOptions) (since time.T
 	if err != nil {
 		return since, err
 	}
-	return since, punchHoles(ctx, files.memory)
+	return since, files.finish(ctx)
 }
 
 // savedFiles are those that a guest is saved to.
 type savedFiles struct {
-	dir           *runDir
-	memory, state *os.File
+	dir  *runDir
+	made []savedFile
 }
 
-// makeFiles makes the files of a saving, which must not be there, and gives them their names
-// in Firecracker's directory.
+type savedFile struct{ path, name string } // and its name in Firecracker's directory
+
+// makeFiles makes the files of a saving, which must not be there, and has Firecracker write to
+// them, or in its jail to others that take their place.
 func (i *instance) makeFiles(opts vmm.SaveOptions) (_ *savedFiles, err error) {
 	f := &savedFiles{dir: i.dir}
 	defer func() {
@@ -81,12 +83,17 @@ func (i *instance) makeFiles(opts vmm.SaveOptions) (_ *savedFiles, err error) {
 			err = errors.Join(err, f.close(true))
 		}
 	}()
-	for _, one := range []struct {
-		path, name string
-		file       **os.File
-	}{{opts.State, nameSaved + nameState, &f.state}, {opts.Memory, nameSaved + nameMemory, &f.memory}} {
-		if *one.file, err = os.OpenFile(one.path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600); err != nil {
+	for _, one := range []savedFile{{opts.State, nameSaved + nameState}, {opts.Memory, nameSaved + nameMemory}} {
+		file, err := os.OpenFile(one.path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+		if err != nil {
 			return nil, err
+		}
+		f.made = append(f.made, one)
+		if err := file.Close(); err != nil {
+			return nil, err
+		}
+		if i.dir.jail != nil {
+			continue
 		}
 		if err := i.dir.link(one.path, one.name); err != nil {
 			return nil, err
@@ -95,18 +102,30 @@ func (i *instance) makeFiles(opts vmm.SaveOptions) (_ *savedFiles, err error) {
 	return f, nil
 }
 
-// close closes the files, and removes them if they are of no use.
+// finish makes the files that Firecracker has written what they are to be.
+func (f *savedFiles) finish(ctx context.Context) error {
+	if f.dir.jail != nil {
+		for _, one := range f.made {
+			if err := f.dir.take(one.name, one.path); err != nil {
+				return err
+			}
+		}
+	}
+	memory, err := os.OpenFile(f.made[len(f.made)-1].path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(punchHoles(ctx, memory), memory.Close())
+}
+
+// close takes the files away from Firecracker, and removes them if they are of no use.
 func (f *savedFiles) close(remove bool) error {
 	var errs []error
-	for file, name := range map[*os.File]string{f.memory: nameSaved + nameMemory, f.state: nameSaved + nameState} {
-		if file == nil {
-			continue
-		}
-		errs = append(errs, f.dir.unlink(name))
+	for _, one := range f.made {
+		errs = append(errs, f.dir.unlink(one.name))
 		if remove {
-			errs = append(errs, os.Remove(file.Name()))
+			errs = append(errs, os.Remove(one.path))
 		}
-		errs = append(errs, file.Close())
 	}
 	return errors.Join(errs...)
 }

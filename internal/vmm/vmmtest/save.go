@@ -353,8 +353,8 @@ func saveFails(k *kit) {
 		if g.wasReset() {
 			g.reopen()
 		}
-		if now := openFiles(k); now != files {
-			k.Errorf("%s: %d files are open, %d before", what, now, files)
+		if now := openFiles(k); now.differ(files) {
+			k.Errorf("%s: open: %q; before: %q", what, now, files)
 		}
 		if got := g.run("echo awake"); got != "awake" {
 			k.Errorf("%s: the guest says %q", what, got)

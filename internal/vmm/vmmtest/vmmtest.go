@@ -37,6 +37,8 @@ type Assets struct {
 	NoMTU bool
 	// SkipTAP says why network interfaces that are TAPs are not tested. Empty: they are.
 	SkipTAP string
+	// SkipDevice says why drives that are block devices are not tested. Empty: they are.
+	SkipDevice string
 	// BusySaves is how often each busy guest is saved. Zero: busy guests are left out.
 	BusySaves int
 	// CheckSave checks what is reported of each save of a busy guest. Nil: that the

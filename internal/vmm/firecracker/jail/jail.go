@@ -73,6 +73,10 @@ type Jail struct {
 	mounted []File // those of the files that are mounted
 }
 
+// maxFiles is how many files Firecracker may have open: it needs some 20, and one for each
+// device.
+const maxFiles = 1024
+
 // maxID is the length of the longest id that Firecracker takes.
 const maxID = 64
 
@@ -211,7 +215,9 @@ func (j *Jail) command(of *exec.Cmd) *exec.Cmd {
 	user := strconv.Itoa(j.config.User)
 	args := []string{
 		"--id", j.config.ID, "--exec-file", j.config.Firecracker, "--uid", user, "--gid", user,
-		"--chroot-base-dir", j.config.Dir, "--",
+		"--chroot-base-dir", j.config.Dir,
+		// The jailer's own choice is more than who limits Firecracker may allow.
+		"--resource-limit", "no-file=" + strconv.Itoa(maxFiles), "--",
 	}
 	if len(of.Args) > 1 {
 		args = append(args, of.Args[1:]...)
