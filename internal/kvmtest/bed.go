@@ -29,6 +29,9 @@ const (
 	prepareTimeout, bootTimeout = 15 * time.Minute, 5 * time.Minute
 	// grace is how long after its timeout a test binary may take to tell where it hangs.
 	grace = 30 * time.Second
+	// The outer machine is asked at intervals whether it is alive: by a program that it starts,
+	// which takes a second, and more while all its CPUs are busy.
+	watchEvery, watchLimit = 10 * time.Second, time.Minute
 	// consoleLines is how much of the console is shown of an outer machine that failed.
 	consoleLines = 60
 )
@@ -207,10 +210,15 @@ func (b *Bed) Run(t *testing.T, job Job) {
 		if job.AsUser {
 			command.User = userName
 		}
+		ctx, stop := watched(ctx, watchEvery, watchLimit, func(ctx context.Context) error {
+			_, err := b.vms.Exec(ctx, machineID, smolvm.Command{Args: []string{"true"}})
+			return err
+		})
+		defer stop()
 		status, err := b.vms.Exec(ctx, machineID, command)
 		switch {
 		case err != nil:
-			return fmt.Errorf("%w\n%s", err, b.console())
+			return fmt.Errorf("%w\n%s", errors.Join(err, context.Cause(ctx)), b.console())
 		case !status.Success():
 			return errors.New(status.String())
 		}
