@@ -67,17 +67,10 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 	return config, err
 }
 
-// EmulationFactor is how many times longer things may take without hardware virtualization: a
-// kernel boots about ten times slower, a guest that is up works about four times slower.
-const EmulationFactor = 4
-
 // BootTimeout returns how long a VM may take to become ready on an accelerator, unless its
-// user says otherwise.
-func BootTimeout(accelerator string) time.Duration {
-	if accelerator == vmm.KVM {
-		return smolvm.DefaultBootTimeout
-	}
-	return EmulationFactor * smolvm.DefaultBootTimeout
+// user says otherwise: [smolvm.DefaultBootTimeout], times what the accelerator is slower.
+func (b *Builder) BootTimeout(ctx context.Context, accelerator string) time.Duration {
+	return time.Duration(b.Host.Slowness(ctx, accelerator) * float64(smolvm.DefaultBootTimeout)).Round(time.Second)
 }
 
 // VMMLog is the name of the file with a VMM's own output, beside the log of the console.

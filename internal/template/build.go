@@ -161,7 +161,7 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 			ConsolePath: draft.Path("console.log"),
 			LogPath:     draft.Path(machine.VMMLog),
 		},
-		ReadyTimeout: machine.BootTimeout(k.Hardware.Accelerator),
+		ReadyTimeout: t.Machines.BootTimeout(ctx, k.Hardware.Accelerator),
 	})
 }
 

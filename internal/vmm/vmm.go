@@ -54,6 +54,8 @@ type Program struct {
 	// Packages names the package that holds it, by package manager ("apt", "dnf",
 	// "pacman", "apk", "zypper").
 	Packages map[string]string
+	// Get says how to get the program where no package has it, as a clause. Empty: one has.
+	Get string
 	// Optional programs make things better; the backend works without them.
 	Optional bool
 }

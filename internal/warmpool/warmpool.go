@@ -285,7 +285,7 @@ func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind t
 			LogPath:     filepath.Join(s.dir, machine.VMMLog),
 			Restore:     &vmm.Restore{Memory: from.Path(snapshot.MemoryFile), State: from.Path(snapshot.StateFile)},
 		},
-		ReadyTimeout: machine.BootTimeout(kind.Hardware.Accelerator),
+		ReadyTimeout: p.Machines.BootTimeout(ctx, kind.Hardware.Accelerator),
 		Standby:      true,
 		RuntimeDir:   runtimeDir,
 	})
