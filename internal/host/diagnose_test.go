@@ -184,3 +184,25 @@ func TestForbiddenKVM(t *testing.T) {
 		})
 	}
 }
+
+func TestNestedProblem(t *testing.T) {
+	t.Parallel()
+	const intel, amd = "sys/module/kvm_intel/parameters/nested", "sys/module/kvm_amd/parameters/nested"
+	for name, test := range map[string]struct {
+		files        map[string]string
+		accelerator  string
+		problem, fix string
+	}{
+		"emulated":  {nil, TCG, "", ""},
+		"Intel":     {map[string]string{intel: "Y\n"}, KVM, "", ""},
+		"AMD":       {map[string]string{amd: "1\n"}, KVM, "", ""},
+		"Intel off": {map[string]string{intel: "N\n"}, KVM, "does not pass", "kvm_intel nested=1"},
+		"AMD off":   {map[string]string{amd: "0\n"}, KVM, "does not pass", "kvm_amd nested=1"},
+		"unknown":   {nil, KVM, "does not say", ""},
+	} {
+		problem, fix := newTestHost(t, test.files).NestedProblem(test.accelerator)
+		if (problem == "") != (test.problem == "") || !strings.Contains(problem, test.problem) || !strings.Contains(fix, test.fix) {
+			t.Errorf("%s: %q, mended by %q", name, problem, fix)
+		}
+	}
+}

@@ -3,7 +3,9 @@ package machine
 
 import (
 	"context"
+	"fmt"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Builder makes the machines of the VMs of a data directory.
@@ -38,6 +41,7 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 		Accelerator: accelerator,
 		VCPUs:       vm.Config.VCPUs,
 		MemoryMiB:   vm.Config.MemoryMiB,
+		Nested:      vm.Config.NestedVirtualization,
 		CPULimit:    vm.Config.CPULimit,
 		DiskLimit:   vmm.DiskLimit{BytesPerSecond: vm.Config.DiskBytesPerSecond, IOPS: vm.Config.DiskIOPS},
 		Kernel:      vm.Config.KernelPath,
@@ -47,7 +51,10 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 		ConsolePath: vm.LogPath,
 		LogPath:     filepath.Join(b.Dir.VM(vm.ID), VMMLog),
 	}
-	var err error
+	err := b.checkNested(vm, accelerator)
+	if err != nil {
+		return config, err
+	}
 	if vm.Config.UsesImage() {
 		image, err := b.Images.Get(ctx, vm.Image)
 		if err != nil {
@@ -65,6 +72,24 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 	}
 	config.Drives, err = b.Drives(vm)
 	return config, err
+}
+
+// checkNested returns why a VM that is to run VMs itself can't do so here.
+func (b *Builder) checkNested(vm store.VM, accelerator string) error {
+	if !vm.Config.NestedVirtualization {
+		return nil
+	}
+	backend, err := traits.Lookup(vm.Backend)
+	if err != nil {
+		return err
+	}
+	if !backend.Nested {
+		return fmt.Errorf("nested virtualization: %w by backend %s on %s", smolvm.ErrUnsupported, backend.Name, runtime.GOARCH)
+	}
+	if reason, fix := b.Host.NestedProblem(accelerator); reason != "" {
+		return &smolvm.Error{Hint: fix, Err: fmt.Errorf("nested virtualization: %w: %s", smolvm.ErrUnsupported, reason)}
+	}
+	return nil
 }
 
 // BootTimeout returns how long a VM may take to become ready on an accelerator, unless its

@@ -153,6 +153,7 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 			Accelerator: k.Hardware.Accelerator,
 			VCPUs:       config.VCPUs,
 			MemoryMiB:   config.MemoryMiB,
+			Nested:      k.Hardware.Nested,
 			Kernel:      image.KernelPath,
 			Initrd:      image.InitrdPath,
 			BootArgs:    k.BootArgs,

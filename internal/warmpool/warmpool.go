@@ -279,6 +279,7 @@ func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind t
 			Accelerator: kind.Hardware.Accelerator,
 			VCPUs:       kind.Hardware.VCPUs,
 			MemoryMiB:   kind.Hardware.MemoryMiB,
+			Nested:      kind.Hardware.Nested,
 			Drives:      []vmm.Drive{drive},
 			Channel:     true,
 			ConsolePath: filepath.Join(s.dir, slotConsole),
