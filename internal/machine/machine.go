@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -43,6 +44,7 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 		Accelerator: accelerator,
 		VCPUs:       vm.Config.VCPUs,
 		MemoryMiB:   vm.Config.MemoryMiB,
+		Nested:      vm.Config.NestedVirtualization,
 		CPULimit:    vm.Config.CPULimit,
 		DiskLimit:   vmm.DiskLimit{BytesPerSecond: vm.Config.DiskBytesPerSecond, IOPS: vm.Config.DiskIOPS},
 		Kernel:      vm.Config.KernelPath,
@@ -53,7 +55,10 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 		LogPath:     filepath.Join(b.Dir.VM(vm.ID), VMMLog),
 		WorkDir:     b.Dir.VM(vm.ID),
 	}
-	var err error
+	err := b.checkNested(vm, accelerator)
+	if err != nil {
+		return config, err
+	}
 	if vm.Config.UsesImage() {
 		image, err := b.Images.Get(ctx, vm.Image)
 		if err != nil {
@@ -98,17 +103,28 @@ func UnusableFormat(backend vmm.Traits, path, format string) error {
 	}
 }
 
-// EmulationFactor is how many times longer things may take without hardware virtualization: a
-// kernel boots about ten times slower, a guest that is up works about four times slower.
-const EmulationFactor = 4
+// checkNested returns why a VM that is to run VMs itself can't do so here.
+func (b *Builder) checkNested(vm store.VM, accelerator string) error {
+	if !vm.Config.NestedVirtualization {
+		return nil
+	}
+	backend, err := b.Backends.Lookup(vm.Backend)
+	if err != nil {
+		return err
+	}
+	if !backend.Nested {
+		return fmt.Errorf("nested virtualization: %w by backend %s on %s", smolvm.ErrUnsupported, backend.Name, runtime.GOARCH)
+	}
+	if reason, fix := b.Host.NestedProblem(accelerator); reason != "" {
+		return &smolvm.Error{Hint: fix, Err: fmt.Errorf("nested virtualization: %w: %s", smolvm.ErrUnsupported, reason)}
+	}
+	return nil
+}
 
 // BootTimeout returns how long a VM may take to become ready on an accelerator, unless its
-// user says otherwise.
-func BootTimeout(accelerator string) time.Duration {
-	if accelerator == vmm.KVM {
-		return smolvm.DefaultBootTimeout
-	}
-	return EmulationFactor * smolvm.DefaultBootTimeout
+// user says otherwise: [smolvm.DefaultBootTimeout], times what the accelerator is slower.
+func (b *Builder) BootTimeout(ctx context.Context, accelerator string) time.Duration {
+	return time.Duration(b.Host.Slowness(ctx, accelerator) * float64(smolvm.DefaultBootTimeout)).Round(time.Second)
 }
 
 // VMMLog is the name of the file with a VMM's own output, beside the log of the console.

@@ -206,10 +206,10 @@ func (s *Session) reopen() {
 		case s.ended(): // and that says more
 		case err != nil:
 			s.log.Warn("the guest's agent can't be reached", "error", err)
-			s.reaches.set(err)
+			s.Reach.set(err)
 		default:
 			s.log.Info("the guest channel is open again", "took", time.Since(began))
-			s.reaches.set(nil)
+			s.Reach.set(nil)
 		}
 	}()
 }
@@ -326,16 +326,16 @@ func (s *Session) checkLink() {
 	}()
 }
 
-// reaches is whether the guest's agent can be reached, for whoever writes it down.
-type reaches struct {
+// Reach is whether the guest's agent can be reached while the guest runs.
+type Reach struct {
 	mu      sync.Mutex
 	why     string        // it can't be; empty: it can
 	changed chan struct{} // receives when that has changed
 }
 
-func newReaches() *reaches { return &reaches{changed: make(chan struct{}, 1)} }
+func newReach() *Reach { return &Reach{changed: make(chan struct{}, 1)} }
 
-func (r *reaches) set(err error) {
+func (r *Reach) set(err error) {
 	why := ""
 	if err != nil {
 		why = err.Error()
@@ -352,15 +352,12 @@ func (r *reaches) set(err error) {
 	}
 }
 
-func (r *reaches) unreachable() string {
+// Changed receives when the agent has become unreachable, or can be reached again.
+func (r *Reach) Changed() <-chan struct{} { return r.changed }
+
+// Lost returns why the agent can't be reached; empty if it can.
+func (r *Reach) Lost() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.why
 }
-
-// ReachChanged receives when the guest's agent has become unreachable, or can be reached again.
-func (s *Session) ReachChanged() <-chan struct{} { return s.reaches.changed }
-
-// Unreachable returns why the guest's agent can't be reached although the guest runs; empty if
-// it can.
-func (s *Session) Unreachable() string { return s.reaches.unreachable() }

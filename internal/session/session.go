@@ -37,6 +37,9 @@ type Options struct {
 // Session is one guest. It is brought up by [Session.Connect] and [Session.Boot], and ended by
 // [Session.Close].
 type Session struct {
+	// Reach is whether the guest's agent can be reached.
+	Reach *Reach
+
 	opts  Options
 	spec  shim.Spec
 	log   *slog.Logger
@@ -46,7 +49,6 @@ type Session struct {
 	instance vmm.Instance       // nil before the VMM is started
 	ran      bool               // the guest's CPUs have run
 	line     line               // to the guest's agent
-	reaches  *reaches           // whether that can be reached
 	timeline []wire.Step
 	warnings []string
 
@@ -63,7 +65,7 @@ type Session struct {
 // New returns the session of the VM of a spec. Nothing of it runs.
 func New(spec shim.Spec, opts Options) *Session {
 	return &Session{
-		opts: opts, spec: spec, log: opts.Log, began: time.Now(), halts: newHalts(), reaches: newReaches(),
+		opts: opts, spec: spec, log: opts.Log, began: time.Now(), halts: newHalts(), Reach: newReach(),
 		consolePath: spec.VMM.ConsolePath, forwards: map[shim.Forward]io.Closer{},
 	}
 }
@@ -266,7 +268,7 @@ func (s *Session) Status() shim.Status {
 	return shim.Status{
 		ID: s.spec.ID, Run: s.spec.Run, VMMPID: s.instance.PID(), Uptime: time.Since(s.began),
 		Halt: s.halts.why(), Forwards: s.allForwards(), Answer: answer,
-		Unreachable: s.Unreachable(), ChannelEnd: end,
+		Unreachable: s.Reach.Lost(), ChannelEnd: end,
 	}
 }
 

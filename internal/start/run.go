@@ -144,7 +144,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		VMM:          runs,
 		Network:      &attached,
 		Ready:        vm.Config.Ready,
-		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, machine.BootTimeout(accelerator)),
+		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,
 		WarmUp:       warmUpOf(vm),
 		Ephemeral:    vm.Config.Ephemeral,

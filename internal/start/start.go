@@ -108,7 +108,7 @@ func (s *Starter) Start(ctx context.Context, plan Plan) (store.VM, *smolvm.Start
 	if err := r.prepare(ctx); err != nil {
 		return plan.VM, nil, wrap(plan.VM.ID, err)
 	}
-	endTurn, err := s.Turns.Take(ctx, r.report.Accelerator)
+	endTurn, err := s.Turns.Take(ctx, s.Machines.Host.Slowness(ctx, r.report.Accelerator))
 	if err != nil {
 		return plan.VM, nil, wrap(plan.VM.ID, err)
 	}

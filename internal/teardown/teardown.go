@@ -68,25 +68,23 @@ func RecordExit(ctx context.Context, record shim.ExitRecord) error {
 
 // RecordHalt writes down that a VMM has paused its guest, in the shim's process.
 func RecordHalt(ctx context.Context, record shim.HaltRecord) error {
-	return mark(ctx, record, "paused", (*store.Store).MarkHalted)
+	return mark(ctx, record, smolvm.StatePaused, "paused")
 }
 
 // RecordReach writes down, in the shim's process, that the agent of a VM that runs can't be
 // reached, or can be again.
 func RecordReach(ctx context.Context, record shim.HaltRecord) error {
-	return mark(ctx, record, "unreachable", (*store.Store).MarkReached)
+	return mark(ctx, record, smolvm.StateRunning, "unreachable")
 }
 
 // mark writes down the cause of a VM that is alive, and an event if that is something new.
-func mark(ctx context.Context, record shim.HaltRecord, action string,
-	set func(s *store.Store, ctx context.Context, id, run, cause string) (bool, error),
-) error {
+func mark(ctx context.Context, record shim.HaltRecord, state smolvm.VMState, action string) error {
 	site, err := open(ctx, record.Origin.DataDir)
 	if err != nil {
 		return err
 	}
 	began := time.Now()
-	changed, err := set(site.Store, ctx, record.ID, record.Run, record.Cause)
+	changed, err := site.Store.MarkCause(ctx, record.ID, record.Run, state, record.Cause)
 	if changed && record.Cause != "" {
 		site.Note(ctx, record.ID, action, began, record.Cause)
 	}

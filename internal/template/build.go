@@ -154,6 +154,7 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 			Accelerator: k.Hardware.Accelerator,
 			VCPUs:       config.VCPUs,
 			MemoryMiB:   config.MemoryMiB,
+			Nested:      k.Hardware.Nested,
 			Kernel:      image.KernelPath,
 			Initrd:      image.InitrdPath,
 			BootArgs:    k.BootArgs,
@@ -163,7 +164,7 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 			LogPath:     draft.Path(machine.VMMLog),
 			WorkDir:     draft.Path(""),
 		},
-		ReadyTimeout: machine.BootTimeout(k.Hardware.Accelerator),
+		ReadyTimeout: t.Machines.BootTimeout(ctx, k.Hardware.Accelerator),
 	})
 }
 

@@ -37,7 +37,10 @@ type Traits struct {
 	DiskFormats []string
 	// Accelerators lists what it can run VMs on, best first: [KVM], [TCG].
 	Accelerators []string
-	// Layout is the version of the devices that the backend gives to VMs. It grows when
+	// Nested reports whether guests can be given a CPU with virtualization, where the
+	// accelerator has it. Others never have one.
+	Nested bool
+	// Layout is the version of the devices, and of the CPU, that the backend gives to VMs. It grows when
 	// they change, or their order does: guests that were saved before can't be restored.
 	Layout int
 	// Programs lists the programs that it needs on the host, the VMM first.
@@ -55,6 +58,8 @@ type Program struct {
 	// Packages names the package that holds it, by package manager ("apt", "dnf",
 	// "pacman", "apk", "zypper").
 	Packages map[string]string
+	// Get says how to get the program where no package has it, as a clause. Empty: one has.
+	Get string
 	// Optional programs make things better; the backend works without them.
 	Optional bool
 }
@@ -81,6 +86,8 @@ type Config struct {
 	Accelerator string `json:"accelerator"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryMiB   int    `json:"memory_mib"`
+	// Nested gives the guest a CPU with virtualization; see Nested of [Traits].
+	Nested bool `json:"nested,omitempty"`
 
 	Kernel string `json:"kernel"`
 	Initrd string `json:"initrd,omitempty"`

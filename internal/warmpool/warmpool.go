@@ -304,6 +304,7 @@ func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind t
 			Accelerator: kind.Hardware.Accelerator,
 			VCPUs:       kind.Hardware.VCPUs,
 			MemoryMiB:   kind.Hardware.MemoryMiB,
+			Nested:      kind.Hardware.Nested,
 			Drives:      []vmm.Drive{drive},
 			Channel:     true,
 			ConsolePath: filepath.Join(s.dir, slotConsole),
@@ -311,7 +312,7 @@ func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind t
 			WorkDir:     s.dir,
 			Restore:     &vmm.Restore{Memory: from.Path(snapshot.MemoryFile), State: from.Path(snapshot.StateFile)},
 		},
-		ReadyTimeout: machine.BootTimeout(kind.Hardware.Accelerator),
+		ReadyTimeout: p.Machines.BootTimeout(ctx, kind.Hardware.Accelerator),
 		Standby:      true,
 		RuntimeDir:   runtimeDir,
 	})

@@ -321,7 +321,7 @@ func (s *process) awaitEnd(ctx context.Context) {
 			stop(shim.Stop{}, "the process that it belongs to ended")
 		case <-s.session.Halted():
 			stops.Go(s.noteHalt)
-		case <-s.session.ReachChanged():
+		case <-s.session.Reach.Changed():
 			stops.Go(s.noteReach)
 		case <-told:
 			told = nil
@@ -388,7 +388,7 @@ func (s *process) noteHalt() {
 }
 
 // noteReach writes down whether the guest's agent can be reached.
-func (s *process) noteReach() { s.writeDown(s.opts.Reached, s.session.Unreachable()) }
+func (s *process) noteReach() { s.writeDown(s.opts.Reached, s.session.Reach.Lost()) }
 
 func (s *process) writeDown(record func(context.Context, shim.HaltRecord) error, cause string) {
 	if record == nil {
