@@ -291,6 +291,44 @@ func TestLayoutChanges(t *testing.T) {
 	}
 }
 
+// The kernel knows no connection of a VM any more when its network is removed, and those of
+// others still.
+func TestConnectionsAreForgotten(t *testing.T) {
+	if !nettest.InOwnNetwork(t) {
+		return
+	}
+	newOutside(t)
+	n := newNetwork(t, 2, nil)
+	one, other := newGuest(t, n), newGuest(t, newNetwork(t, 3, nil))
+	for _, g := range []guest{one, other} {
+		mustReach(t, g, "udp", farAddr, hostAddr)
+		mustReach(t, g, "udp", farAddr6, hostAddr6)
+	}
+	count := func(g guest) (known int) {
+		for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+			flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, family)
+			must(t, err)
+			for _, flow := range flows {
+				if from, ok := netip.AddrFromSlice(flow.Forward.SrcIP); ok && (from.Unmap() == g.config.Guest || from == g.config.Guest6) {
+					known++
+				}
+			}
+		}
+		return known
+	}
+	if known := count(one); known < 2 {
+		t.Fatalf("%d connections are known", known)
+	}
+	before := count(other)
+	must(t, n.Close())
+	if known := count(one); known > 0 {
+		t.Errorf("%d connections of a VM are known that has no network any more", known)
+	}
+	if known := count(other); known != before {
+		t.Errorf("of another VM %d connections are known, were %d", known, before)
+	}
+}
+
 // The networks of many VMs cost no more each than those of few, and leave nothing.
 func TestManyVMs(t *testing.T) {
 	if testing.Short() {
