@@ -21,12 +21,12 @@ import (
 func (n *Network) Close() error {
 	n.open.Close()
 	n.endNames()
-	n.closing.Lock()
-	defer n.closing.Unlock()
+	n.changing.Lock()
+	defer n.changing.Unlock()
 	if n.removed {
 		return nil
 	}
-	unlock, err := lock(context.Background())
+	unlock, err := lockSoon()
 	if err != nil {
 		return fmt.Errorf("remove the network of VM %s: %w", n.owner.VM, err)
 	}
