@@ -97,14 +97,24 @@ func TestClaim(t *testing.T) {
 		mustBeEmpty(t)
 	})
 	t.Run("after a dead owner, whose VMM holds the interface", func(t *testing.T) {
-		config, _ := planned(t, 3, nil)
+		config, _ := planned(t, 3, func(c *network.Config) {
+			c.Rate.FromGuest, c.OpenToVMs, c.Metadata = MinRate, true, []netip.Addr{netip.MustParseAddr(metadataAddr)}
+		})
 		_, err := New(t.Context(), config, deadOwner(t, "dead"))
 		must(t, err)
 		file, err := nettest.OpenTAP(config.TAP)
 		must(t, err)
 		defer func() { _ = file.Close() }()
 		n := newNetwork(t, 3, nil)
-		mustReach(t, newGuest(t, n), "tcp", farAddr, hostAddr)
+		g := newGuest(t, n)
+		if left := leftOnHost(t); slices.Contains(left, "chain port-"+config.TAP) {
+			t.Error("the dead owner's rate is kept")
+		}
+		if removed, err := Reconcile(t.Context(), nil); err != nil || len(removed) > 0 {
+			t.Errorf("belongs to a dead owner still: %v, %v", removed, err)
+		}
+		mustReach(t, g, "tcp", farAddr, hostAddr)
+		mustNotReach(t, g, "udp", metadataAddr)
 		must(t, n.Close())
 		mustBeEmpty(t)
 	})

@@ -213,6 +213,9 @@ func (n *Network) admit(conn *nftables.Conn) error {
 			return err
 		}
 	}
+	if err := known.dropStale(conn, n.config); err != nil {
+		return err
+	}
 	if err := addPort(conn, n.config); err != nil {
 		return err
 	}
