@@ -37,6 +37,7 @@ func TestReach(t *testing.T) {
 	oneAddr6, otherAddr6 := one.config.Guest6.String(), other.config.Guest6.String()
 	gateway, gateway6 := one.config.Gateway.String(), one.config.Gateway6.String()
 	host := theHost{}
+	must(t, errors.Join(serveEcho(t, gateway), serveEcho(t, gateway6)))
 	for _, test := range []struct {
 		what string
 		from place
@@ -76,9 +77,23 @@ func TestReach(t *testing.T) {
 	}
 	t.Run("servers that must not be reached are there", func(t *testing.T) {
 		mustReach(t, out, "tcp", hostAddr, outsideAddr)
+		mustReach(t, host, "udp", gateway, gateway)
+		mustReach(t, host, "tcp", gateway6, gateway6)
 		for _, addr := range []string{metadataAddr, wireAddr, metadataAddr6, strayAddr, strayAddr6} {
 			if _, err := reach(host, "udp", addr, patience); err != nil {
 				t.Errorf("%s from the host: %v", addr, err)
+			}
+		}
+	})
+	t.Run("pings", func(t *testing.T) {
+		for _, addr := range []string{gateway, gateway6, farAddr, farAddr6} {
+			if !ping(one, addr, patience) {
+				t.Errorf("%s does not answer", addr)
+			}
+		}
+		for _, addr := range []string{hostAddr, hostAddr6, otherAddr, otherAddr6, wireAddr, metadataAddr6} {
+			if ping(one, addr, impatience) {
+				t.Errorf("%s answers", addr)
 			}
 		}
 	})
