@@ -97,14 +97,24 @@ func TestClaim(t *testing.T) {
 		mustBeEmpty(t)
 	})
 	t.Run("after a dead owner, whose VMM holds the interface", func(t *testing.T) {
-		config, _ := planned(t, 3, nil)
+		config, _ := planned(t, 3, func(c *network.Config) {
+			c.Rate.FromGuest, c.OpenToVMs, c.Metadata = MinRate, true, []netip.Addr{netip.MustParseAddr(metadataAddr)}
+		})
 		_, err := New(t.Context(), config, deadOwner(t, "dead"))
 		must(t, err)
 		file, err := nettest.OpenTAP(config.TAP)
 		must(t, err)
 		defer func() { _ = file.Close() }()
 		n := newNetwork(t, 3, nil)
-		mustReach(t, newGuest(t, n), "tcp", farAddr, hostAddr)
+		g := newGuest(t, n)
+		if left := leftOnHost(t); slices.Contains(left, "chain port-"+config.TAP) {
+			t.Error("the dead owner's rate is kept")
+		}
+		if removed, err := Reconcile(t.Context(), nil); err != nil || len(removed) > 0 {
+			t.Errorf("belongs to a dead owner still: %v, %v", removed, err)
+		}
+		mustReach(t, g, "tcp", farAddr, hostAddr)
+		mustNotReach(t, g, "udp", metadataAddr)
 		must(t, n.Close())
 		mustBeEmpty(t)
 	})
@@ -288,6 +298,44 @@ func TestLayoutChanges(t *testing.T) {
 		if strings.HasPrefix(c.Name, layoutPrefix) && c.Name != fmt.Sprint(layoutPrefix, layout) {
 			t.Errorf("chain %s is left", c.Name)
 		}
+	}
+}
+
+// The kernel knows no connection of a VM any more when its network is removed, and those of
+// others still.
+func TestConnectionsAreForgotten(t *testing.T) {
+	if !nettest.InOwnNetwork(t) {
+		return
+	}
+	newOutside(t)
+	n := newNetwork(t, 2, nil)
+	one, other := newGuest(t, n), newGuest(t, newNetwork(t, 3, nil))
+	for _, g := range []guest{one, other} {
+		mustReach(t, g, "udp", farAddr, hostAddr)
+		mustReach(t, g, "udp", farAddr6, hostAddr6)
+	}
+	count := func(g guest) (known int) {
+		for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+			flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, family)
+			must(t, err)
+			for _, flow := range flows {
+				if from, ok := netip.AddrFromSlice(flow.Forward.SrcIP); ok && (from.Unmap() == g.config.Guest || from == g.config.Guest6) {
+					known++
+				}
+			}
+		}
+		return known
+	}
+	if known := count(one); known < 2 {
+		t.Fatalf("%d connections are known", known)
+	}
+	before := count(other)
+	must(t, n.Close())
+	if known := count(one); known > 0 {
+		t.Errorf("%d connections of a VM are known that has no network any more", known)
+	}
+	if known := count(other); known != before {
+		t.Errorf("of another VM %d connections are known, were %d", known, before)
 	}
 }
 

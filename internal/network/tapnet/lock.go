@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/smolvm/smolvm/internal/flock"
 )
@@ -20,4 +21,14 @@ func lock(ctx context.Context) (unlock func(), err error) {
 		return nil, fmt.Errorf("wait for another process that changes the networks of VMs: %w", err)
 	}
 	return func() { _ = file.Close() }, nil
+}
+
+// lockTimeout is far more than those who hold the lock before need.
+const lockTimeout = 30 * time.Second
+
+// lockSoon is [lock] for calls that have no context.
+func lockSoon() (unlock func(), err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), lockTimeout)
+	defer cancel()
+	return lock(ctx)
 }

@@ -1,6 +1,7 @@
 package tapnet
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -323,6 +324,36 @@ func addGuest(conn *nftables.Conn, c network.Config, owner Owner, named bool) er
 		}
 	}
 	return nil
+}
+
+// dropStale adds the removal of what a dead owner has left under a VM's name and addresses to a
+// transaction. To add an element that is there would leave it with the owner that it has.
+func (s state) dropStale(conn *nftables.Conn, c network.Config) error {
+	for _, chain := range s.ours() {
+		if chain.Name == portPrefix+c.TAP {
+			conn.FlushChain(chain)
+			conn.DelChain(chain)
+		}
+	}
+	if !s.hasTable() || !c.Guest.IsValid() {
+		return nil
+	}
+	// A VM's elements come and go together.
+	guests, err := conn.GetSetElements(set(ipv4().guests))
+	if err != nil {
+		return fmt.Errorf("list the guests in nftables: %w", err)
+	}
+	if !slices.ContainsFunc(guests, func(e nftables.SetElement) bool { return slices.Equal(e.Key, c.Guest.AsSlice()) }) {
+		return nil
+	}
+	all, err := listElements(conn)
+	if err != nil {
+		return err
+	}
+	return removeElements(conn, slices.DeleteFunc(all, func(e element) bool {
+		of := slices.Equal(e.Key, c.Guest.AsSlice()) || slices.Equal(e.Key, c.Guest6.AsSlice()) || bytes.HasPrefix(e.Key, ifname(c.TAP))
+		return !of
+	}))
 }
 
 // addPort adds a VM's own chain to a transaction, for all frames that come in by its

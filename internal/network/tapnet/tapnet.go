@@ -50,8 +50,8 @@ type Network struct {
 	running  sync.WaitGroup // they
 	open     stream.Open    // forwards and connections
 
-	closing sync.Mutex // held while something is removed; guards the following
-	removed bool       // nothing is left on the host
+	changing sync.Mutex // held while something of it changes on the host; guards the following, and the MAC
+	removed  bool       // nothing is left on the host
 }
 
 // New makes the network of a VM, in the mode [network.TAP] or [network.Bridge]. What another
@@ -213,6 +213,9 @@ func (n *Network) admit(conn *nftables.Conn) error {
 			return err
 		}
 	}
+	if err := known.dropStale(conn, n.config); err != nil {
+		return err
+	}
 	if err := addPort(conn, n.config); err != nil {
 		return err
 	}
@@ -248,9 +251,11 @@ func (n *Network) SetGuestMAC(mac string) error {
 	if err != nil || len(parsed) != macLength {
 		return fmt.Errorf("MAC address %q of the guest is not valid", mac)
 	}
-	unlock, err := lock(context.Background())
+	n.changing.Lock()
+	defer n.changing.Unlock()
+	unlock, err := lockSoon()
 	if err != nil {
-		return err
+		return fmt.Errorf("change the hardware address of the guest: %w", err)
 	}
 	defer unlock()
 	n.config.GuestMAC = mac

@@ -2,6 +2,7 @@ package tapnet
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -75,14 +76,39 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// serve begins the servers of a namespace at its addresses, which end with the test: what comes
-// by TCP or UDP is answered with the address that it came from, and then what was sent; names
-// lead to farAddr; HTTP says hello.
+// serveEcho begins the echo servers of a namespace at an address, which end with the test: what
+// comes by TCP or UDP is answered with the address that it came from, and then what was sent.
+func serveEcho(t testing.TB, addr string) error {
+	at := net.JoinHostPort(addr, strconv.Itoa(echoPort))
+	listener, err := net.Listen("tcp", at)
+	if err != nil {
+		return err
+	}
+	packets, err := net.ListenPacket("udp", at)
+	if err != nil {
+		_ = listener.Close()
+		return err
+	}
+	var running sync.WaitGroup
+	running.Go(func() { echo(listener) })
+	running.Go(func() { echoPackets(packets) })
+	t.Cleanup(func() {
+		_, _ = listener.Close(), packets.Close()
+		running.Wait()
+	})
+	return nil
+}
+
+// serve begins all servers of a namespace at its addresses, which end with the test: those of
+// serveEcho, one of names, which lead to farAddr, and one of HTTP, which says hello.
 func serve(t testing.TB, addrs ...string) error {
 	var running sync.WaitGroup
 	t.Cleanup(running.Wait)
 	for _, addr := range addrs {
-		for _, port := range []int{echoPort, 53, 80} {
+		if err := serveEcho(t, addr); err != nil {
+			return err
+		}
+		for _, port := range []int{dnsPort, 80} {
 			at := net.JoinHostPort(addr, strconv.Itoa(port))
 			listener, err := net.Listen("tcp", at)
 			if err != nil {
@@ -95,10 +121,7 @@ func serve(t testing.TB, addrs ...string) error {
 			}
 			t.Cleanup(func() { _ = packets.Close() })
 			switch port {
-			case echoPort:
-				running.Go(func() { echo(listener) })
-				running.Go(func() { echoPackets(packets) })
-			case 53:
+			case dnsPort:
 				handler := dns.HandlerFunc(answerNames)
 				running.Go(func() { _ = (&dns.Server{Listener: listener, Handler: handler}).ActivateAndServe() })
 				running.Go(func() { _ = (&dns.Server{PacketConn: packets, Handler: handler}).ActivateAndServe() })
@@ -360,4 +383,41 @@ func mustResolve(t testing.TB, g guest) {
 			t.Errorf("a name by %s: %q, %v; want %s", protocol, addrs, err, farAddr)
 		}
 	}
+}
+
+// ping sends an echo request from a place, and reports whether it was answered.
+func ping(from place, addr string, within time.Duration) bool {
+	network, request, reply := "ip4:icmp", byte(8), byte(0)
+	if strings.Contains(addr, ":") {
+		network, request, reply = "ip6:ipv6-icmp", 128, 129
+	}
+	answered := false
+	_ = from.Do(func() error {
+		conn, err := net.Dial(network, addr)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = conn.Close() }()
+		// The checksum is that of IPv4; the kernel makes that of IPv6.
+		const id = 0x1234
+		message := binary.BigEndian.AppendUint32([]byte{request, 0, 0, 0}, id<<16|1)
+		binary.BigEndian.PutUint16(message[2:], ^(uint16(request)<<8 + id + 1))
+		if _, err := conn.Write(message); err != nil {
+			return err
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(within))
+		for answer := make([]byte, 100); !answered; {
+			size, err := conn.Read(answer)
+			if err != nil {
+				return err
+			}
+			got := answer[:size]
+			if request == 8 { // it comes with the header of IPv4
+				got = got[min(20, size):]
+			}
+			answered = len(got) >= len(message) && got[0] == reply && binary.BigEndian.Uint16(got[4:]) == id
+		}
+		return nil
+	})
+	return answered
 }
