@@ -78,7 +78,7 @@ func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, erro
 	if err != nil {
 		return nil, fmt.Errorf("start Firecracker for VM %q: %w", cfg.ID, err)
 	}
-	if err := inst.bringUp(ctx, binary); err != nil {
+	if err := errors.Join(inst.bringUp(ctx, binary), inst.slowConsole()); err != nil {
 		return nil, fmt.Errorf("start Firecracker for VM %q: %w", cfg.ID, inst.abandon(ctx, err))
 	}
 	return inst, nil

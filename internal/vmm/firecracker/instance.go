@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"sync"
 	"time"
@@ -29,6 +30,7 @@ type instance struct {
 	limits  *confine.Limits
 	// The guest's console, and Firecracker's own output.
 	console, log *ring.Piped
+	consoleEnd   *os.File // Firecracker's end of the console, until the guest runs
 	ending       *ending
 
 	// running holds one while the guest is saved, paused or continued, and guards paused.

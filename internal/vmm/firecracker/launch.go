@@ -52,11 +52,15 @@ func (b *Backend) launch(ctx context.Context, binary string, cfg vmm.Config, sit
 	if i.dir, err = newRunDir(binary, b.opts.Jailer, cfg, files); err != nil {
 		return nil, err
 	}
-	var consoleEnd, logEnd *os.File
-	if i.console, consoleEnd, err = ring.OpenPiped(cfg.ConsolePath, b.opts.ConsoleBytes); err != nil {
+	var logEnd *os.File
+	if i.console, i.consoleEnd, err = ring.OpenPiped(cfg.ConsolePath, b.opts.ConsoleBytes); err != nil {
 		return nil, err
 	}
-	defer func() { _ = consoleEnd.Close() }()
+	defer func() {
+		if err != nil {
+			_ = i.consoleEnd.Close()
+		}
+	}()
 	if i.log, logEnd, err = openLog(cfg.LogPath, i.dir); err != nil {
 		return nil, err
 	}
@@ -66,7 +70,7 @@ func (b *Backend) launch(ctx context.Context, binary string, cfg vmm.Config, sit
 	if cmd.Dir, err = i.dir.path(); err != nil {
 		return nil, err
 	}
-	cmd.Stdout, cmd.Stderr = consoleEnd, logEnd
+	cmd.Stdout, cmd.Stderr = i.consoleEnd, logEnd
 	i.limits, err = confine.New(site, confine.Bounds{
 		ID: cfg.ID, GuestMiB: cfg.MemoryMiB, OverheadMiB: overheadMiB, Tasks: cfg.VCPUs + spareTasks, CPUs: cfg.CPULimit,
 	})
@@ -227,6 +231,17 @@ func inThisNetwork(cmd *exec.Cmd, within func(func() error) error) (process, err
 		}
 		return within(fork)
 	})
+}
+
+// slowConsole has a guest that floods its console wait, and lets go of Firecracker's end.
+// Firecracker makes its standard output fail when that is full; it drops what could not be
+// written then, and the interrupt that the guest's UART waits for.
+func (i *instance) slowConsole() error {
+	err := unix.SetNonblock(int(i.consoleEnd.Fd()), false)
+	if err != nil {
+		err = fmt.Errorf("have the console wait: %w", err)
+	}
+	return errors.Join(err, i.consoleEnd.Close())
 }
 
 // awaitAPI returns when Firecracker takes requests.

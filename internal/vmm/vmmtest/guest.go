@@ -24,7 +24,9 @@ const patience = 2 * time.Minute
 // answers with its output and a line with the exit status. It goes on when the
 // host's end closes, so that a VM never ends but by what is tested.
 const obey = `
-# The keys by which a machine is shut down are not to restart it.
+# The keys by which a machine is shut down are not to restart it, but to be told to init, which
+# does not listen.
+trap '' INT
 echo 0 >/proc/sys/kernel/ctrl-alt-del
 case " $(cat /proc/cmdline) " in *" ` + vsockWord + ` "*)
 	mkfifo ` + pipeIn + ` ` + pipeOut + `
