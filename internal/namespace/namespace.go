@@ -284,6 +284,9 @@ func newCall(cmd *exec.Cmd, opts Options) (_ *call, err error) {
 		program = append([]string{ownProgram}, os.Args[1:]...)
 	}
 	launcher := exec.Command(program[0], program[1:]...) //nolint:noctx // it becomes the command, which outlives the call
+	if program[0] == ownProgram {
+		launcher.Args[0] = os.Args[0] // a program may be another one by another name
+	}
 	launcher.Dir, launcher.Env = cmd.Dir, cmd.Env
 	launcher.Stdin, launcher.Stdout, launcher.Stderr = orders, cmd.Stdout, cmd.Stderr
 	launcher.ExtraFiles = append(cmd.ExtraFiles[:len(cmd.ExtraFiles):len(cmd.ExtraFiles)], reports, stdin)
