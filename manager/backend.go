@@ -33,11 +33,11 @@ func resolveBackend(known traits.List, option string) (string, error) {
 }
 
 // Backend is the backend of VMs that don't name one. Where that is "auto" and none of the
-// backends can run VMs on this host, it is the one that is preferred.
+// backends can run VMs on this host, it is the one that needs the least of a host.
 func (m *Manager) Backend() string {
 	backend, err := m.backendOf(context.Background(), "")
 	if err != nil {
-		return m.known[0].Name
+		return m.known[len(m.known)-1].Name
 	}
 	return backend.Name
 }

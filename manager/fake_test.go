@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm/internal/shim/program"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/firecracker"
 	"github.com/smolvm/smolvm/internal/vmm/qemu"
 	"github.com/smolvm/smolvm/internal/vmm/traits"
 	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
@@ -74,7 +75,7 @@ func beShim(role string) {
 		return
 	}
 	os.Args[1] = shim.Argument
-	program.Main(backend)
+	program.Main(backend, firecracker.New(firecracker.Options{}))
 }
 
 // kindMark is the name of a file beside a data directory that has the kind of its VMs.

@@ -19,21 +19,28 @@ import (
 // emulated, a boot takes half a minute.
 const kvmBootTimeout = 4 * time.Minute
 
-// What other tests show of emulated VMs is so on KVM: a VM that stood still knows the time, a
-// saved one goes on in another, and whichever process of one is killed, the other goes too and
-// nothing is left. That VMs boot there, are cloned and forked, and stand by in pools is shown
-// by the tests of those, which use what accelerator there is.
+// What other tests show of emulated VMs is so on KVM, by each backend: a VM that stood still knows
+// the time, a saved one goes on in another, clones and forks are VMs of their own, and whichever
+// process of one is killed, the other goes too and nothing is left.
 func TestOnKVM(t *testing.T) {
 	testenv.RequireKVM(t)
-	m := openReal(t)
+	for _, backend := range []string{"qemu", "firecracker"} {
+		t.Run(backend, func(t *testing.T) { onKVM(t, backend) })
+	}
+}
+
+func onKVM(t *testing.T, backend string) {
+	config := useReal(t)
+	config.Backend, config.Templates = backend, manager.TemplateConfig{}
+	m := openAt(t, config)
 	ctx := t.Context()
 	vm := mustCreate(t, m, smolvm.VMConfig{ID: "first", MemoryMiB: 256, PortForwards: []smolvm.PortForward{{HostAddr: ownAddr(t), GuestPort: webPort}}})
-	vm, err := m.Start(ctx, vm.ID, smolvm.StartOptions{Timeout: kvmBootTimeout})
+	vm, err := m.Start(ctx, vm.ID, smolvm.StartOptions{Timeout: kvmBootTimeout, Cold: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if vm.Accelerator != vmm.KVM {
-		t.Fatalf("the VM runs on %s", vm.Accelerator)
+	if vm.Accelerator != vmm.KVM || vm.Backend != backend {
+		t.Fatalf("the VM runs on %s, by %s", vm.Accelerator, vm.Backend)
 	}
 	t.Run("copy", func(t *testing.T) {
 		dir := t.TempDir()
@@ -94,7 +101,45 @@ func TestOnKVM(t *testing.T) {
 			t.Errorf("by a forward: %q", got)
 		}
 	})
-	t.Run("kill QEMU", func(t *testing.T) { killOnKVM(t, m, "second", func(vm smolvm.VMInfo) int { return vm.PID }) })
+	t.Run("fork", func(t *testing.T) {
+		sh(t, m, vm.ID, "echo forked > /root/file")
+		forked, err := m.Fork(ctx, vm.ID, smolvm.ForkOptions{IDs: []string{"child"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("the parent was held for %s", forked.Pause)
+		for _, id := range []string{"child", vm.ID} {
+			if got := sh(t, m, id, "cat /root/file; echo "+id+" > /root/file"); got != "forked" {
+				t.Errorf("VM %s says %q", id, got)
+			}
+		}
+		if got := sh(t, m, "child", "sync; cat /root/file"); got != "child" {
+			t.Errorf("the child's file is %q", got)
+		}
+	})
+	t.Run("clone and pool", func(t *testing.T) {
+		if _, err := m.BuildTemplate(ctx, smolvm.TemplateOptions{MemoryMiB: 256}); err != nil {
+			t.Fatal(err)
+		}
+		clone := mustRun(t, m, smolvm.VMConfig{ID: "clone", MemoryMiB: 256})
+		startReport(t, clone, smolvm.StartClone)
+		pool, err := m.SetPool(ctx, smolvm.PoolOptions{Size: 1, MemoryMiB: 256})
+		if err != nil {
+			t.Fatal(err)
+		}
+		claimed := mustRun(t, m, smolvm.VMConfig{ID: "claimed", MemoryMiB: 256})
+		startReport(t, claimed, smolvm.StartPool)
+		if got := sh(t, m, "claimed", "hostname"); got != "claimed" {
+			t.Errorf("the VM of the pool is called %q", got)
+		}
+		if err := m.RemovePool(ctx, pool.ID); err != nil {
+			t.Error(err)
+		}
+		if _, err := m.Stop(ctx, "clone", smolvm.StopOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("kill the VMM", func(t *testing.T) { killOnKVM(t, m, "second", func(vm smolvm.VMInfo) int { return vm.PID }) })
 	t.Run("kill the shim", func(t *testing.T) { killOnKVM(t, m, vm.ID, func(vm smolvm.VMInfo) int { return vm.ShimPID }) })
 }
 

@@ -24,6 +24,9 @@ func jobs() []kvmtest.Job {
 		{Package: "internal/host", Flags: []string{"-run=^(TestAcceleratorOfThisHost|TestAcceleratorCancelled|TestProbe.*)$"}},
 		{Package: "internal/host", Flags: []string{"-run=^(TestAcceleratorOfThisHost|TestProbe)$"}, AsUser: true},
 		{Package: "internal/vmm/qemu", Flags: []string{"-run=^TestConformance$/^(q35|microvm)_on_KVM$"}},
+		{Package: "manager", Flags: []string{"-run=^TestOnKVM$"}},
+		{Package: "internal/cli", Flags: []string{"-run=^TestRunByFirecracker$"}},
+		{Package: "internal/cli", Flags: []string{"-run=^TestRunByFirecracker$"}, AsUser: true},
 		// Firecracker has no overlays, and no busy guest of it is saved. A guest that floods its
 		// console is left out here: on Firecracker in this machine it is reset after some 80 s, without a
 		// word of its kernel's, for a reason that is not known yet.
@@ -45,7 +48,7 @@ func jobs() []kvmtest.Job {
 			Package: "internal/vmm/firecracker",
 			Flags: []string{
 				"-run=^TestConformance$/^in_its_jail$/^(leaves_nothing_open|start_fails|dies_with_its_parent|drives|network|power-off|crash|" +
-					"kill_a_VMM_that_hangs|save|save_with_a_disk_that_is_copied|save_fails|restore_fails)$", "-parallel=1",
+					"kill_a_VMM_that_hangs|save|save_with_raw_disks|save_fails|restore_fails)$", "-parallel=1",
 			},
 		},
 	}

@@ -201,3 +201,6 @@ func readLine(conn net.Conn) (string, error) {
 	}
 	return "", fmt.Errorf("Firecracker answers %q without an end", line) //nolint:staticcheck // its name
 }
+
+// ResetsChannel implements [vmm.ChannelResetter]: Firecracker resets all of vsock.
+func (i *instance) ResetsChannel() bool { return i.cfg.Channel }

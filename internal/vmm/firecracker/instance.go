@@ -55,6 +55,8 @@ var (
 	_ vmm.DiskLimiter = (*instance)(nil)
 	_ vmm.Pauser      = (*instance)(nil)
 	_ vmm.Saver       = (*instance)(nil)
+
+	_ vmm.ChannelResetter = (*instance)(nil)
 )
 
 // errEnded is the error of calls to a Firecracker that has ended.

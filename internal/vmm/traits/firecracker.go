@@ -2,8 +2,14 @@ package traits
 
 import "github.com/smolvm/smolvm/internal/vmm"
 
-// FirecrackerProgram is the name of Firecracker's program.
-const FirecrackerProgram = "firecracker"
+// FirecrackerProgram is the name of Firecracker's program, and JailerProgram that of its jailer.
+const (
+	FirecrackerProgram = "firecracker"
+	JailerProgram      = "jailer"
+)
+
+// getFirecracker is how to get both: distributions have no package of them.
+const getFirecracker = "put `firecracker` and `jailer` of a release of https://github.com/firecracker-microvm/firecracker/releases into PATH"
 
 // Firecracker returns the traits of package firecracker.
 func Firecracker() vmm.Traits {
@@ -16,6 +22,12 @@ func Firecracker() vmm.Traits {
 			Names:      []string{FirecrackerProgram},
 			MinVersion: "1.7", // as package api of the backend has it
 			Why:        "runs the VMs",
+			Get:        getFirecracker,
+		}, {
+			Names:    []string{JailerProgram},
+			Why:      "runs Firecracker in a chroot, as a user of its own, when root starts a VM",
+			Get:      getFirecracker,
+			Optional: true,
 		}},
 	}
 }

@@ -16,12 +16,14 @@ import (
 // Auto is the name that stands for the first backend that can run VMs on a host; see [List.First].
 const Auto = "auto"
 
-// List lists the traits of backends, in the order in which [Auto] prefers them.
+// List lists the traits of backends, in the order in which [Auto] prefers them. The last needs
+// the least of a host.
 type List []vmm.Traits
 
 // All returns the traits of every backend.
 func All() List {
 	return List{
+		Firecracker(),
 		QEMU(),
 	}
 }

@@ -33,7 +33,7 @@ func TestLookupOfUnknown(t *testing.T) {
 		if !errors.Is(err, smolvm.ErrUnknownBackend) || smolvm.CodeOf(err) != smolvm.CodeUnknownBackend {
 			t.Errorf("Lookup(%q): %v", name, err)
 		}
-		if hint := smolvm.HintOf(err); !strings.Contains(hint, "auto, qemu") {
+		if hint := smolvm.HintOf(err); !strings.Contains(hint, "auto, firecracker, qemu") {
 			t.Errorf("Lookup(%q) has the hint %q", name, hint)
 		}
 	}
