@@ -50,7 +50,6 @@ VM_TESTS := ./manager/... ./internal/cli/... ./internal/shim/... ./internal/vmm/
 test: test-deps
 	$(GO) test -timeout 25m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(VM_TESTS))")
 	$(GO) test -p 1 -timeout 25m $(VM_TESTS)
-	@$(MAKE) --no-print-directory test-kvm
 
 # What needs KVM, by itself as it takes all CPUs: in a VM whose emulated CPU has virtualization,
 # unless this host's KVM works. KVMTEST chooses one package, with flags of its tests, as in
