@@ -116,6 +116,12 @@ type VMConfig struct {
 	DiskBytesPerSecond int64 `json:"disk_bytes_per_second,omitempty"`
 	DiskIOPS           int64 `json:"disk_iops,omitempty"`
 
+	// NestedVirtualization gives the guest a CPU by which it can run VMs itself: emulated, AMD's
+	// SVM; on KVM, what the host's KVM passes on. It takes a kernel with KVM in the guest, as
+	// a module or built in. A VM that can't have it here does not start; see
+	// [ErrUnsupported].
+	NestedVirtualization bool `json:"nested_virtualization,omitempty"`
+
 	// Image is the name or digest of the image to boot. Empty: "base", unless
 	// KernelPath is given. It excludes KernelPath, InitrdPath and RootfsPath.
 	Image string `json:"image,omitempty"`

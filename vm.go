@@ -54,7 +54,7 @@ type VMInfo struct {
 	// HostInfo is what only programs on the VM's host have a use for.
 	HostInfo
 	// Cause says why the VM stopped, failed, could not be started, or was paused by its
-	// VMM, in words; empty while it runs.
+	// VMM, in words; empty while it runs, unless its agent can't be reached any more.
 	Cause string `json:"cause,omitempty"`
 	// Start says how the VM was last started; nil in lists, and before its first start.
 	Start *StartReport `json:"start,omitempty"`

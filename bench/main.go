@@ -8,6 +8,8 @@
 // With the argument soak it saves busy VMs instead, some hundred times:
 //
 //	make soak
+//
+// With the argument backends it compares the backends of a host, as scripts/bench-kvm.sh does.
 package main
 
 import (
@@ -26,6 +28,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/manager"
+	"github.com/smolvm/smolvm/shim"
 )
 
 const (
@@ -39,10 +42,13 @@ const (
 )
 
 func main() {
+	shim.Main() // backends are measured with this program as the shim
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	task, args := run, os.Args[1:]
-	if len(args) > 0 && args[0] == "soak" {
-		task, args = soak, args[1:]
+	if len(args) > 0 {
+		if other := map[string]func(context.Context, []string) error{"soak": soak, "backends": backends}[args[0]]; other != nil {
+			task, args = other, args[1:]
+		}
 	}
 	err := task(ctx, args)
 	stop()
@@ -73,7 +79,7 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	m, dir, closeAll, err := open(ctx, program)
+	m, dir, closeAll, err := open(ctx, withProgram(program), "")
 	if err != nil {
 		return err
 	}
@@ -108,23 +114,37 @@ func run(ctx context.Context, args []string) error {
 	return nil
 }
 
-// open opens a Manager on a directory of its own, which closeAll removes.
-func open(ctx context.Context, program string) (_ *manager.Manager, dir string, closeAll func(), err error) {
+// withProgram is the configuration of a Manager whose shims are the smolvm program.
+func withProgram(program string) manager.Config {
+	return manager.Config{ShimCommand: []string{program, "smolvm-shim"}, AgentPath: agentPath()}
+}
+
+// open opens a Manager on a directory of its own, which closeAll removes. The images are those
+// of another data directory; empty: the default one is made.
+func open(ctx context.Context, config manager.Config, images string) (_ *manager.Manager, dir string, closeAll func(), err error) {
 	if dir, err = os.MkdirTemp("", "smolvm-bench-"); err != nil {
 		return nil, "", nil, err
 	}
-	m, err := manager.Open(ctx, manager.Config{
-		DataDir:     filepath.Join(dir, "data"),
-		SocketDir:   filepath.Join(dir, "run"),
-		ShimCommand: []string{program, "smolvm-shim"},
-		AgentPath:   "bin/smolvm-agent",
-	})
+	config.DataDir, config.SocketDir = filepath.Join(dir, "data"), filepath.Join(dir, "run")
+	if images != "" {
+		err = os.Mkdir(config.DataDir, 0o700)
+		if err == nil {
+			err = os.Symlink(filepath.Join(images, "images"), filepath.Join(config.DataDir, "images"))
+		}
+	}
+	var m *manager.Manager
+	if err == nil {
+		m, err = manager.Open(ctx, config)
+	}
 	if err != nil {
 		return nil, "", nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	closeAll = func() {
 		removeVMs(context.WithoutCancel(ctx), m) // of a part that has failed, or was interrupted
 		_, _ = m.Close(), os.RemoveAll(dir)
+	}
+	if images != "" {
+		return m, dir, closeAll, nil
 	}
 	if _, err := m.BuildImage(ctx, smolvm.BuildOptions{Progress: func(p smolvm.Progress) { fmt.Fprintf(os.Stderr, "\r\033[K%s", p.Phase) }}); err != nil {
 		closeAll()

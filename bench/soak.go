@@ -64,7 +64,7 @@ func soak(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	m, dir, closeAll, err := open(ctx, program)
+	m, dir, closeAll, err := open(ctx, withProgram(program), "")
 	if err != nil {
 		return err
 	}

@@ -18,7 +18,7 @@ const backendEnv = "SMOLVM_BACKEND"
 // resolveBackend returns the name of the backend of VMs that don't name one, by the option
 // or the environment; [traits.Auto] if neither has one. What that stands for is found out
 // when it is needed: a Manager can be opened on a host that can't run VMs.
-func resolveBackend(option string) (string, error) {
+func resolveBackend(known traits.List, option string) (string, error) {
 	name, from := option, "the Backend option"
 	if name == "" {
 		name, from = os.Getenv(backendEnv), "$"+backendEnv
@@ -26,18 +26,18 @@ func resolveBackend(option string) (string, error) {
 	if name == "" || name == traits.Auto {
 		return traits.Auto, nil
 	}
-	if _, err := traits.Lookup(name); err != nil {
+	if _, err := known.Lookup(name); err != nil {
 		return "", fmt.Errorf("%s: %w", from, err)
 	}
 	return name, nil
 }
 
 // Backend is the backend of VMs that don't name one. Where that is "auto" and none of the
-// backends can run VMs on this host, it is the one that is preferred.
+// backends can run VMs on this host, it is the one that needs the least of a host.
 func (m *Manager) Backend() string {
 	backend, err := m.backendOf(context.Background(), "")
 	if err != nil {
-		return traits.All()[0].Name
+		return m.known[len(m.known)-1].Name
 	}
 	return backend.Name
 }
@@ -46,13 +46,23 @@ func (m *Manager) Backend() string {
 // error matches [smolvm.ErrUnknownBackend], or is a [*smolvm.PrerequisiteError] if the name
 // is [traits.Auto] and no backend can run VMs on this host.
 func (m *Manager) backendOf(ctx context.Context, name string) (vmm.Traits, error) {
+	return m.backendFor(ctx, name, traits.Needs{})
+}
+
+// backendFor is backendOf for a VM that needs something of its backend, of which [traits.Auto]
+// stands for one that can do it, if any can. One that is named is not asked.
+func (m *Manager) backendFor(ctx context.Context, name string, needs traits.Needs) (vmm.Traits, error) {
 	if name == "" {
 		name = m.backend
 	}
 	if name != traits.Auto {
-		return traits.Lookup(name)
+		return m.known.Lookup(name)
 	}
-	return traits.First(traits.All(), func(t vmm.Traits) []smolvm.Finding { return m.lacks(ctx, t) })
+	able := m.known.Able(needs)
+	if len(able) == 0 {
+		able = m.known
+	}
+	return able.First(func(t vmm.Traits) []smolvm.Finding { return m.lacks(ctx, t) })
 }
 
 // lacks returns what keeps a backend from running VMs on this host: a program that is not
@@ -102,7 +112,7 @@ func (m *Manager) requireBackend(ctx context.Context, name string) error {
 // whether each has what it needs of this host.
 func (m *Manager) Backends(ctx context.Context) ([]smolvm.BackendInfo, error) {
 	var backends []smolvm.BackendInfo
-	for _, backend := range traits.All() {
+	for _, backend := range m.known {
 		info := smolvm.BackendInfo{Name: backend.Name, Available: true}
 		findings, err := m.CheckPrerequisites(ctx, backend.Name)
 		if err != nil {

@@ -114,14 +114,14 @@ func childAddr() netip.Addr {
 // childMain starts a VM, or does some other work, says so, and waits to be killed.
 func childMain(args []string) int {
 	ctx := context.Background()
-	command, err := shimCommandOf(args[0])
+	config, err := as(manager.Config{
+		DataDir: args[0], SocketDir: args[1], AgentPath: args[2],
+		Templates: manager.TemplateConfig{Disabled: childWork[args[4]] == nil},
+	})
 	if err != nil {
 		return 1
 	}
-	m, err := manager.Open(ctx, manager.Config{
-		DataDir: args[0], SocketDir: args[1], AgentPath: args[2], ShimCommand: command,
-		Templates: manager.TemplateConfig{Disabled: childWork[args[4]] == nil},
-	})
+	m, err := manager.Open(ctx, config)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -136,8 +136,7 @@ func childMain(args []string) int {
 		_, _ = os.Stdin.Read(make([]byte, 1))
 		return 0
 	}
-	config := smolvm.VMConfig{ID: args[3], Ephemeral: args[4] != "lasting"}
-	vm, err := m.Create(ctx, config, smolvm.CreateOptions{})
+	vm, err := m.Create(ctx, smolvm.VMConfig{ID: args[3], Ephemeral: args[4] != "lasting"}, smolvm.CreateOptions{})
 	fmt.Println("created")
 	if err == nil && args[4] != "ephemeral-create-only" {
 		_, err = m.Start(ctx, vm.ID, smolvm.StartOptions{})

@@ -15,7 +15,11 @@ import (
 // to go on from, whenever that was, and although there is a template of its kind.
 func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, killedBeforeRestoredVMRuns)
+}
+
+func killedBeforeRestoredVMRuns(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	if _, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +55,7 @@ func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 		t.Run(test.work+" at "+test.point, func(t *testing.T) {
 			interrupt(test.from, test.work, test.point)
 			vm := mustGet(t, m, test.id)
-			if _, err := os.Stat(vm.DiskPath); (err == nil) != test.hasDisk || vm.State != smolvm.StateCreated {
+			if _, err := os.Stat(vm.DiskPath); (err == nil) != (test.hasDisk && !k.isRaw()) || vm.State != smolvm.StateCreated {
 				t.Fatalf("it is %s, and its disk: %v", vm.State, err)
 			}
 			if !test.hasDisk && test.work == "restore" { // its snapshot may be removed meanwhile
@@ -103,7 +107,11 @@ func TestKilledBeforeRestoredVMRuns(t *testing.T) {
 // A disk that was retained is not replaced by that of a snapshot, nor taken for it.
 func TestRestoreBesideRetainedDisk(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, restoreBesideRetainedDisk)
+}
+
+func restoreBesideRetainedDisk(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", RetainDisk: true})
 	if _, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "kept"}); err != nil {
 		t.Fatal(err)

@@ -50,7 +50,7 @@ func startChild(t *testing.T, m *manager.Manager, id, kind string, env ...string
 // childAgent is the agent that a child makes images with.
 func childAgent(t *testing.T, m *manager.Manager) string {
 	t.Helper()
-	if isFake(m.DataDir()) {
+	if kindOf(m.DataDir()).isFake() {
 		return fakeAgent(m.DataDir())
 	}
 	return testenv.Agent(t)

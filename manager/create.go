@@ -22,7 +22,8 @@ import (
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
-// Create reserves all that a VM needs and makes its disk, but does not start it.
+// Create reserves all that a VM needs and makes its disk, but does not start it. A disk that is
+// a copy, as the VM's backend has no overlays, is made by the first start.
 // If the VM's image is missing and it is the default one, it is built first; see
 // [smolvm.CreateOptions].Progress.
 //
@@ -102,6 +103,9 @@ func (m *Manager) create(ctx context.Context, config smolvm.VMConfig, from origi
 	if err != nil {
 		return store.VM{}, err
 	}
+	if format := disk.FormatOf(from.layer); from.layer != "" && format != backend.DiskFormats[0] {
+		return store.VM{}, fmt.Errorf("create %q: %w", config.ID, machine.UnusableFormat(backend, from.layer, format))
+	}
 	release, err := m.images.Hold(from.image)
 	if err != nil {
 		return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
@@ -167,14 +171,6 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	}
 	var code smolvm.Code
 	var hint string
-	backend, err := m.backendOf(context.Background(), config.Backend)
-	switch {
-	case errors.Is(err, smolvm.ErrUnknownBackend):
-		code, hint = smolvm.CodeUnknownBackend, smolvm.HintOf(err)
-		bad("backend", err)
-	case err != nil:
-		return vmm.Traits{}, disk.Info{}, err
-	}
 	if config.CPULimit > 0 {
 		if err := cgroup.Find("/").Why(cgroup.CPU); err != nil {
 			hint = "`smolvm doctor` says what bounds VMs on this host"
@@ -192,11 +188,14 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		}
 	}
 	var root disk.Info
+	var files []broughtDisk
 	if config.RootfsPath != "" {
+		var err error
 		if root, _, err = machine.Declare(machine.RootDrive(*config)); err != nil {
 			bad("rootfs_path", err)
 		}
 		config.RootfsFormat = smolvm.DiskFormat(root.Format)
+		files = append(files, broughtDisk{"rootfs_path", config.RootfsPath, root.Format})
 	}
 	for i, drive := range config.Drives {
 		found, err := m.machines.Users(drive)
@@ -205,6 +204,18 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 			bad(fmt.Sprintf("drives[%d].path", i), err)
 		}
 		config.Drives[i].Format = smolvm.DiskFormat(found.Format)
+		files = append(files, broughtDisk{fmt.Sprintf("drives[%d].path", i), drive.Path, found.Format})
+	}
+	retained := m.retainedFormat(*config)
+	backend, err := m.backendFor(context.Background(), config.Backend, needsOf(files, retained))
+	switch {
+	case errors.Is(err, smolvm.ErrUnknownBackend):
+		code, hint = smolvm.CodeUnknownBackend, smolvm.HintOf(err)
+		bad("backend", err)
+	case err != nil:
+		return vmm.Traits{}, disk.Info{}, err
+	default:
+		hint = cmp.Or(hint, m.checkFormats(backend, *config, files, retained, bad))
 	}
 	if config.Egress != nil {
 		if _, err := network.PolicyOf(*config.Egress); err != nil {
@@ -256,7 +267,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 				return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
 			}
 		}
-	case path != "" && path != config.RootfsPath:
+	case path != "" && path != config.RootfsPath && disk.FormatOf(path) != disk.Raw:
 		if base, _, err = m.machines.UsualBase(ctx, config, from.image); err != nil {
 			return store.VM{}, err
 		}
@@ -300,12 +311,17 @@ func refuseRetained(path string) error {
 }
 
 // diskPath is where the VM's root disk is: its own, or in shared mode the root
-// file system itself. A VM without a root file system has none.
+// file system itself. A VM without a root file system has none. The format of its own is
+// decided here for ever: the best that its backend can use, which is that of the disk of a
+// snapshot, too.
 func (m *Manager) diskPath(config smolvm.VMConfig, backend vmm.Traits) string {
-	switch {
-	case config.DiskMode == smolvm.DiskShared || (!config.UsesImage() && config.RootfsPath == ""):
+	if !hasOwnDisk(config) {
 		return config.RootfsPath
-	default:
-		return m.dir.Disk(config.ID, backend.DiskFormats[0])
 	}
+	return m.dir.Disk(config.ID, backend.DiskFormats[0])
+}
+
+// hasOwnDisk reports whether a VM has a disk that is its own.
+func hasOwnDisk(config smolvm.VMConfig) bool {
+	return config.DiskMode != smolvm.DiskShared && (config.UsesImage() || config.RootfsPath != "")
 }

@@ -1,7 +1,9 @@
 package manager_test
 
 import (
+	"encoding/json"
 	"errors"
+	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -168,5 +170,53 @@ func TestEgressOfFastStarts(t *testing.T) {
 	}
 	if err := m.RemovePool(ctx, pool.ID); err != nil {
 		t.Error(err)
+	}
+}
+
+// A snapshot says what a program must know of to restore it, and no more: one that does not
+// know of policies, or of raw disks, refuses those that have them.
+func TestFormatOfSnapshots(t *testing.T) {
+	t.Parallel()
+	policy := &smolvm.EgressPolicy{Default: smolvm.EgressDeny}
+	for _, test := range []struct {
+		name   string
+		kind   kind
+		egress *smolvm.EgressPolicy
+		want   int
+	}{
+		{"neither", fakeKind, nil, 1},
+		{"raw disk", rawFakeKind, nil, 2},
+		{"policy", fakeKind, policy, 3},
+		{"raw disk and policy", rawFakeKind, policy, 3},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			m := openFakeKind(t, test.kind)
+			vm := mustRun(t, m, smolvm.VMConfig{Egress: test.egress})
+			if _, err := m.CreateSnapshot(t.Context(), vm.ID, smolvm.SnapshotOptions{Name: "taken"}); err != nil {
+				t.Fatal(err)
+			}
+			text, err := os.ReadFile(filepath.Join(m.DataDir(), "snapshots", "taken", "snapshot.json"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var saved struct{ Meta struct{ Format int } }
+			if err := json.Unmarshal(text, &saved); err != nil {
+				t.Fatal(err)
+			}
+			if saved.Meta.Format != test.want {
+				t.Errorf("the format is %d, want %d", saved.Meta.Format, test.want)
+			}
+			restored, err := m.RestoreSnapshot(t.Context(), "taken", smolvm.RestoreOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(restored.Config.Egress, test.egress) {
+				t.Errorf("the restored VM has policy %+v, want %+v", restored.Config.Egress, test.egress)
+			}
+			if err := m.RemoveSnapshot(t.Context(), "taken"); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

@@ -131,7 +131,11 @@ func TestFailedStartKeepsVM(t *testing.T) {
 // behind, the pool knows how many VMs it has, and the next start succeeds (D1, D2).
 func TestKilledWhileClaiming(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, killedWhileClaiming)
+}
+
+func killedWhileClaiming(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1}); err != nil {
 		t.Fatal(err)
 	}

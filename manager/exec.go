@@ -2,9 +2,11 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"strconv"
+	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
@@ -236,11 +238,26 @@ func (m *Manager) connect(vm store.VM) (*guestClient, error) {
 	shimClient := shim.NewClient(m.runtimeDir(vm.ID))
 	client := agent.NewClient(agent.ClientConfig{
 		Dial:    shimClient.DialAgent,
+		Lost:    func(began time.Time) error { return whyLost(shimClient, began) },
 		User:    "root",
 		Signer:  signer,
 		HostKey: key,
 	})
 	return &guestClient{Client: client, run: vm.Run}, nil
+}
+
+// lostTime bounds how long a shim may take to say why a connection was lost.
+const lostTime = 2 * time.Second
+
+// whyLost asks a shim why a call has lost its connection; nil if it does not know.
+func whyLost(client *shim.Client, began time.Time) error {
+	ctx, cancel := context.WithTimeout(context.Background(), lostTime)
+	defer cancel()
+	status, err := client.Status(ctx)
+	if end := status.ChannelEnd; err == nil && end != nil && end.At.After(began) {
+		return errors.New(end.Why)
+	}
+	return nil
 }
 
 // forgetClient closes the connection to a VM that is about to end.

@@ -8,49 +8,105 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/shim/program"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/firecracker"
 	"github.com/smolvm/smolvm/internal/vmm/qemu"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
 	"github.com/smolvm/smolvm/manager"
 )
 
-// fakeShim is the first argument of a shim that runs its VMs by the fake VMM, which takes
-// QEMU's name.
-const fakeShim = "fake-shim"
+// kind is what runs the VMs of a data directory: the first argument of a shim of that kind. All
+// have QEMU's name.
+type kind string
+
+// Kinds. Those that are raw can use raw disks only. The fake one of them can't switch disks either,
+// and resets the guest channel when a VM is saved, as Firecracker does.
+const (
+	realKind    = kind(shim.Argument)
+	fakeKind    = kind("fake-shim")
+	rawFakeKind = kind("raw-fake-shim")
+	rawRealKind = kind("raw-shim")
+)
+
+// fakeKinds are those with the fake VMM, for tests of what depends on the kind of disks, or on
+// what becomes of the guest channel.
+var fakeKinds = map[string]kind{"qcow2": fakeKind, "raw": rawFakeKind}
+
+// rawQEMU is QEMU that says that it can use raw disks only.
+type rawQEMU struct{ vmm.Backend }
+
+func (rawQEMU) Traits() vmm.Traits {
+	declared := traits.QEMU()
+	declared.DiskFormats = []string{disk.Raw}
+	return declared
+}
+
+// isFake reports whether the VMM is the fake one.
+func (k kind) isFake() bool { return k == fakeKind || k == rawFakeKind }
+
+// isRaw reports whether the VMs have raw disks.
+func (k kind) isRaw() bool { return k == rawFakeKind || k == rawRealKind }
+
+// format is that of the VMs' own disks.
+func (k kind) format() string {
+	if k.isRaw() {
+		return disk.Raw
+	}
+	return disk.QCOW2
+}
 
 // beShim makes this process a shim, if it was started as one.
 func beShim(role string) {
 	backend := vmm.Backend(qemu.New(qemu.Options{}))
-	switch role {
-	case fakeShim:
+	switch kind(role) {
+	case fakeKind:
 		backend = vmmfake.New(vmmfake.Options{})
-	case "shim", shim.Argument: // as the smolvm program that it stands in for
+	case rawFakeKind:
+		backend = vmmfake.New(vmmfake.Options{RawOnly: true, ResetsChannel: true})
+	case rawRealKind:
+		backend = rawQEMU{backend}
+	case "shim", realKind: // as the smolvm program that it stands in for
 	default:
 		return
 	}
 	os.Args[1] = shim.Argument
-	program.Main(backend)
+	program.Main(backend, firecracker.New(firecracker.Options{}))
 }
 
-// fakeMark is the name of a file beside the data directories whose VMs are fake.
-const fakeMark = "fake"
+// kindMark is the name of a file beside a data directory that has the kind of its VMs.
+const kindMark = "kind"
 
-// isFake reports whether a data directory's VMs are those of the fake VMM.
-func isFake(dataDir string) bool {
-	_, err := os.Stat(filepath.Join(filepath.Dir(dataDir), fakeMark))
-	return err == nil
-}
-
-// shimCommandOf returns what becomes the shims of a data directory's VMs.
-func shimCommandOf(dataDir string) ([]string, error) {
-	self, err := os.Executable()
-	if isFake(dataDir) {
-		return []string{self, fakeShim}, err
+// kindOf returns the kind of a data directory's VMs.
+func kindOf(dataDir string) kind {
+	text, err := os.ReadFile(filepath.Join(filepath.Dir(dataDir), kindMark))
+	if err != nil {
+		return realKind
 	}
-	return []string{self, shimCommand}, err
+	return kind(text)
+}
+
+// as gives a Manager's VMs their kind.
+func as(config manager.Config) (manager.Config, error) {
+	self, err := os.Executable()
+	k := kindOf(config.DataDir)
+	config.ShimCommand = []string{self, string(k)}
+	if k.isRaw() {
+		config = manager.WithBackends(config, rawQEMU{}.Traits())
+	}
+	return config, err
+}
+
+// setKind makes the VMs of a new data directory in dir those of a kind.
+func setKind(t testing.TB, dir string, k kind) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, kindMark), []byte(k), 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // useFake makes the VMs of a new data directory those of the fake VMM, and returns the
@@ -58,10 +114,19 @@ func shimCommandOf(dataDir string) ([]string, error) {
 // that such tests can run beside each other.
 func useFake(t testing.TB) manager.Config {
 	t.Helper()
-	dir := tempDir(t)
-	if err := os.WriteFile(filepath.Join(dir, fakeMark), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	return useFakeKind(t, fakeKind)
+}
+
+// useFakeKind is useFake with VMs of a kind.
+func useFakeKind(t testing.TB, k kind) manager.Config {
+	t.Helper()
+	return useFakeIn(t, tempDir(t), k)
+}
+
+// useFakeIn is useFakeKind with a new data directory in dir.
+func useFakeIn(t testing.TB, dir string, k kind) manager.Config {
+	t.Helper()
+	setKind(t, dir, k)
 	config := testConfig(t, dir)
 	config.AgentPath = "" // the image is there
 	testenv.FakeImages(t, config.DataDir)
@@ -112,10 +177,34 @@ func openFake(t testing.TB) *manager.Manager {
 	return openAt(t, useFake(t))
 }
 
+// openFakeKind is openFake with VMs of a kind.
+func openFakeKind(t testing.TB, k kind) *manager.Manager {
+	t.Helper()
+	return openAt(t, useFakeKind(t, k))
+}
+
+// eachDisk runs a test with VMs of the fake VMM that have qcow2 disks, and with such that have
+// raw ones.
+func eachDisk(t *testing.T, test func(t *testing.T, k kind)) {
+	t.Helper()
+	for name, k := range fakeKinds {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, k)
+		})
+	}
+}
+
 // openFakeFast is openFake with templates.
 func openFakeFast(t testing.TB) *manager.Manager {
 	t.Helper()
-	config := useFake(t)
+	return openFakeFastKind(t, fakeKind)
+}
+
+// openFakeFastKind is openFakeFast with VMs of a kind.
+func openFakeFastKind(t testing.TB, k kind) *manager.Manager {
+	t.Helper()
+	config := useFakeKind(t, k)
 	config.Templates = manager.TemplateConfig{}
 	return openAt(t, config)
 }

@@ -17,7 +17,11 @@ import (
 // A disk outlives its VM where that is asked for, and keeps its image.
 func TestRetainedDisk(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, retainedDisk)
+}
+
+func retainedDisk(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	ctx := t.Context()
 	var invalid *smolvm.ValidationError
 	if _, err := m.Create(ctx, smolvm.VMConfig{DiskSizeMiB: 3}, smolvm.CreateOptions{}); !errors.As(err, &invalid) || !strings.Contains(err.Error(), "disk_size_mib") {
@@ -31,7 +35,11 @@ func TestRetainedDisk(t *testing.T) {
 	if _, err := os.Stat(vm.DiskPath); err != nil {
 		t.Fatalf("the disk is gone: %v", err)
 	}
-	if err := m.RemoveImage(ctx, vm.Image); !errors.Is(err, smolvm.ErrImageInUse) || !strings.Contains(err.Error(), "keeper") {
+	if k.isRaw() { // it needs nothing of its image any more
+		if _, err := m.PruneImages(ctx); err != nil {
+			t.Error(err)
+		}
+	} else if err := m.RemoveImage(ctx, vm.Image); !errors.Is(err, smolvm.ErrImageInUse) || !strings.Contains(err.Error(), "keeper") {
 		t.Errorf("the image of a retained disk can be removed: %v", err)
 	}
 	vm = mustRun(t, m, smolvm.VMConfig{ID: "keeper"})
@@ -47,7 +55,11 @@ func TestRetainedDisk(t *testing.T) {
 // it. Pruning takes those without a name, and no others.
 func TestRemoveImage(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, removeImage)
+}
+
+func removeImage(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	ctx := t.Context()
 	ownFiles(t, m)
 	built := buildOwn(t, m)
@@ -133,7 +145,11 @@ func TestDamagedImage(t *testing.T) {
 // A disk is made larger while its VM does not run, and is never made smaller.
 func TestResize(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, resize)
+}
+
+func resize(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	ctx := t.Context()
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm"})
 	sh(t, m, "vm", "echo kept > /root/file")
@@ -156,7 +172,7 @@ func TestResize(t *testing.T) {
 			t.Errorf("to %d MiB: %v", size, err)
 		}
 	}
-	if info, err := disk.Inspect(vm.DiskPath, disk.QCOW2); err != nil || info.VirtualSize != grown<<20 {
+	if info, err := disk.Inspect(vm.DiskPath, k.format()); err != nil && !errors.Is(err, disk.ErrNoFileSystem) || info.VirtualSize != grown<<20 {
 		t.Errorf("the disk is %+v, %v", info, err)
 	}
 	if got := mustGet(t, m, "vm"); got.Config.DiskSizeMiB != grown {
@@ -167,6 +183,19 @@ func TestResize(t *testing.T) {
 	}
 	if got := sh(t, m, "vm", "cat /root/file"); got != "kept" {
 		t.Errorf("the file says %q", got)
+	}
+	mustCreate(t, m, smolvm.VMConfig{ID: "new"}) // whose disk may not be there yet
+	if err := resize("new", grown); err != nil {
+		t.Error(err)
+	}
+	if err := resize("new", grown-1); !errors.As(err, &invalid) {
+		t.Errorf("it was made smaller: %v", err)
+	}
+	if _, err := m.Start(ctx, "new", smolvm.StartOptions{}); err != nil {
+		t.Error(err)
+	}
+	if info, err := disk.Inspect(mustGet(t, m, "new").DiskPath, k.format()); err != nil && !errors.Is(err, disk.ErrNoFileSystem) || info.VirtualSize != grown<<20 {
+		t.Errorf("the disk of a new VM is %+v, %v", info, err)
 	}
 	mustCreate(t, m, withoutImage(t, "diskless"))
 	if err := resize("diskless", grown); !errors.Is(err, smolvm.ErrUnsupported) {

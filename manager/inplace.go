@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -79,6 +80,7 @@ func (meta snapshotMeta) isOf(vm store.VM) error {
 		vm.Image != meta.Image,
 		vm.Config.DiskMode != meta.Config.DiskMode,
 		(vm.DiskPath == "") != (meta.Layer == ""),
+		disk.FormatOf(vm.DiskPath) != cmp.Or(meta.DiskFormat, disk.QCOW2),
 		// Only an agent can tell a guest that it is another VM now.
 		!meta.Config.UsesImage() && vm.MachineID != meta.MachineID:
 		return fmt.Errorf("%w: VM %q is not the one that it was taken of, but a later one of the same id", smolvm.ErrUnsupported, vm.ID)

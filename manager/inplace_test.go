@@ -19,7 +19,11 @@ import (
 // A VM goes back to its snapshot under its own id, and is as it was if it can't.
 func TestRestoreInPlace(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, restoreInPlace)
+}
+
+func restoreInPlace(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "vm", Labels: map[string]string{"team": "blue"}, SSHHostAddr: ownAddr(t)})
 	sh(t, m, "vm", "echo one > /root/file")
 	machine := sh(t, m, "vm", "cat /etc/machine-id; hostname")
@@ -128,7 +132,6 @@ done
 // or without. As a new VM it would be another's duplicate.
 func TestRestoreWithoutAgent(t *testing.T) {
 	t.Parallel()
-	m := openReal(t)
 	disk := filepath.Join(t.TempDir(), "disk")
 	content := make([]byte, 1<<20)
 	copy(content[0x438:], "\x53\xef") // looks like ext4 to a probe, and is no more
@@ -136,8 +139,12 @@ func TestRestoreWithoutAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	kernel, initrd := testenv.Kernel(t), testenv.Initramfs(t, ticking)
-	for id, rootfs := range map[string]string{"with-disk": disk, "without-disk": ""} {
+	for id, test := range map[string]struct {
+		rootfs string
+		kind   kind
+	}{"with-disk": {disk, realKind}, "without-disk": {"", realKind}, "with-raw-disk": {disk, rawRealKind}} {
 		t.Run(id, func(t *testing.T) {
+			m, rootfs := openAt(t, useRealKind(t, test.kind)), test.rootfs
 			vm := mustRun(t, m, smolvm.VMConfig{ID: id, KernelPath: kernel, InitrdPath: initrd, RootfsPath: rootfs})
 			awaitTick(t, m, id, func(ticks []int) bool { return len(ticks) > 0 && ticks[len(ticks)-1] >= 3 })
 			taken, err := m.CreateSnapshot(t.Context(), id, smolvm.SnapshotOptions{Name: "kept"})

@@ -23,6 +23,7 @@ import (
 	"github.com/smolvm/smolvm/internal/start"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/template"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 	"github.com/smolvm/smolvm/internal/warmpool"
 )
 
@@ -34,6 +35,7 @@ var _ smolvm.Service = (*Manager)(nil)
 type Manager struct {
 	dir                *datadir.Dir
 	dataDir, socketDir string
+	known              traits.List
 	backend            string // of VMs that don't name one; see resolveBackend
 	config             Config
 
@@ -78,7 +80,11 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	backend, err := resolveBackend(config.Backend)
+	known := config.backends
+	if known == nil {
+		known = traits.All()
+	}
+	backend, err := resolveBackend(known, config.Backend)
 	if err != nil {
 		return nil, err
 	}
@@ -114,6 +120,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 		disks:     backing.New(dir, state.Bases()),
 		dataDir:   dir.Root(),
 		socketDir: socketDir,
+		known:     known,
 		backend:   backend,
 		config:    config,
 		store:     state,
@@ -127,13 +134,14 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 
 		budget: &budget.Budget{Dir: dir, Limits: limits},
 	}
+	m.disks.Room = m.budget.CheckFor
 	m.wire(templates)
 	return m, nil
 }
 
 // wire gives each room of the engine what it needs of the others.
 func (m *Manager) wire(templates *snapshot.Store) {
-	m.machines = &machine.Builder{Dir: m.dir, Images: m.images, Disks: m.disks, Store: m.store, Host: m.host}
+	m.machines = &machine.Builder{Dir: m.dir, Images: m.images, Disks: m.disks, Store: m.store, Host: m.host, Backends: m.known}
 	m.templates = &template.Templates{
 		Dir: m.dir, Saved: templates, Disks: m.disks, Machines: m.machines, Budget: m.budget,
 		Program: m.shimCommand, HostBootID: m.bootID,

@@ -12,14 +12,10 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm/vmmfake"
 	"github.com/smolvm/smolvm/manager"
 )
-
-// shimCommand makes this test's program a shim.
-const shimCommand = shim.Argument
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
@@ -51,20 +47,18 @@ func tempDir(t testing.TB) string {
 
 func testConfig(t testing.TB, dir string) manager.Config {
 	t.Helper()
-	dataDir := filepath.Join(dir, "data [a], 100%b") // patterns and options give these a meaning
-	command, err := shimCommandOf(dataDir)
+	config, err := as(manager.Config{
+		DataDir:   filepath.Join(dir, "data [a], 100%b"), // patterns and options give these a meaning
+		SocketDir: filepath.Join(dir, "run"),
+		Backend:   "qemu",
+		AgentPath: "/nonexistent/agent", // nothing may need it that does not boot an image
+		// Only tests of templates want a second VM booted for each that they start.
+		Templates: manager.TemplateConfig{Disabled: true},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return manager.Config{
-		DataDir:     dataDir,
-		SocketDir:   filepath.Join(dir, "run"),
-		Backend:     "qemu",
-		ShimCommand: command,
-		AgentPath:   "/nonexistent/agent", // nothing may need it that does not boot an image
-		// Only tests of templates want a second VM booted for each that they start.
-		Templates: manager.TemplateConfig{Disabled: true},
-	}
+	return config
 }
 
 // openEmpty opens a Manager without an image: for what needs no VM.
@@ -92,8 +86,16 @@ func openReal(t testing.TB) *manager.Manager {
 // useReal returns the configuration of a Manager that can boot the default image.
 func useReal(t testing.TB) manager.Config {
 	t.Helper()
+	return useRealKind(t, realKind)
+}
+
+// useRealKind is useReal with VMs of a kind.
+func useRealKind(t testing.TB, k kind) manager.Config {
+	t.Helper()
 	testenv.RequireQEMU(t)
-	config := testConfig(t, tempDir(t))
+	dir := tempDir(t)
+	setKind(t, dir, k)
+	config := testConfig(t, dir)
 	config.AgentPath = testenv.Agent(t)
 	testenv.SeedImages(t, config.DataDir)
 	return config

@@ -6,6 +6,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/budget"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Config says how to open a [Manager]. The zero value is useful.
@@ -57,6 +58,9 @@ type Config struct {
 	// wait for their turn. A start that takes longer than others do gives its turn up.
 	// Zero: twice the number of CPUs.
 	MaxStarts int
+
+	// backends are those that are known; nil: those of package traits.
+	backends traits.List
 }
 
 // TemplateConfig says how templates are kept. The zero value keeps them.

@@ -43,7 +43,7 @@ func (m *Manager) Resume(ctx context.Context, id string) (smolvm.VMInfo, error) 
 		// It may have been paused again before that was written.
 		status, err := client.Status(ctx)
 		if err == nil && status.Halt != "" {
-			_, err = m.store.MarkHalted(ctx, id, status.Run, status.Halt)
+			_, err = m.store.MarkCause(ctx, id, status.Run, smolvm.StatePaused, status.Halt)
 		}
 		return err
 	})

@@ -6,6 +6,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
@@ -24,6 +25,7 @@ func (m *Manager) CheckPrerequisites(ctx context.Context, backend string) ([]smo
 	}
 	needed := requirementsOf(declared)
 	needed.DataDir = m.dataDir
+	needed.CopiesDisks = declared.DiskFormats[0] == disk.Raw
 	return m.host.Check(ctx, needed), nil
 }
 

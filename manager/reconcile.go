@@ -9,6 +9,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/datadir"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/store"
 )
@@ -38,7 +39,7 @@ func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 	}
 	failed, err := m.store.TakeFailed(ctx)
 	dead, errs = append(dead, failed...), append(errs, err)
-	errs = append(errs, m.reclaim(ctx, known), m.templates.Saved.Clean(), m.snapshots.Clean(), m.pools.Reconcile(ctx), m.disks.Collect(ctx), cgroup.Sweep("/", cgroup.IdleAge))
+	errs = append(errs, m.reclaim(ctx, known), m.templates.Saved.Clean(), m.snapshots.Clean(), m.pools.Reconcile(ctx), m.disks.Collect(ctx), disk.RemoveIncomplete(m.dir.Disks()), cgroup.Sweep("/", cgroup.IdleAge))
 	return dead, errors.Join(errs...)
 }
 

@@ -2,12 +2,14 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/step"
+	"github.com/smolvm/smolvm/internal/store"
 )
 
 // Resize makes the disk of a VM that does not run larger. The guest of an image has its
@@ -34,7 +36,9 @@ func (m *Manager) Resize(ctx context.Context, id string, opts smolvm.ResizeOptio
 	if err := config.Validate(); err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	info, err := disk.Inspect(vm.DiskPath, disk.QCOW2)
+	format := disk.FormatOf(vm.DiskPath)
+	made := format != disk.Raw || !disk.Pristine(vm.DiskPath) // a raw one is made by the first start
+	info, err := m.diskInfo(ctx, vm, made)
 	if err != nil {
 		return smolvm.VMInfo{}, vmError("resize", id, err)
 	}
@@ -45,8 +49,10 @@ func (m *Manager) Resize(ctx context.Context, id string, opts smolvm.ResizeOptio
 				opts.DiskSizeMiB, info.VirtualSize>>20),
 		}}}
 	}
-	if err := disk.Grow(vm.DiskPath, opts.DiskSizeMiB<<20); err != nil {
-		return smolvm.VMInfo{}, vmError("resize", id, err)
+	if made {
+		if err := disk.Grow(vm.DiskPath, format, opts.DiskSizeMiB<<20); err != nil {
+			return smolvm.VMInfo{}, vmError("resize", id, err)
+		}
 	}
 	step.Reached(ctx, "resize/grown")
 	vm.Config = config
@@ -56,4 +62,26 @@ func (m *Manager) Resize(ctx context.Context, id string, opts smolvm.ResizeOptio
 	step.Reached(ctx, "resize/written")
 	m.note(ctx, id, "resize", began, fmt.Sprintf("disk of %d MiB", opts.DiskSizeMiB))
 	return m.info(vm), nil
+}
+
+// diskInfo looks at the disk of a VM, or at what it is to be made of.
+func (m *Manager) diskInfo(ctx context.Context, vm store.VM, made bool) (disk.Info, error) {
+	path, format := vm.DiskPath, disk.FormatOf(vm.DiskPath)
+	if !made {
+		if vm.State != smolvm.StateCreated {
+			return disk.Info{}, fmt.Errorf("its disk %s is missing", path)
+		}
+		var err error
+		if path, format, err = m.machines.BaseOf(ctx, vm); err != nil {
+			return disk.Info{}, err
+		}
+	}
+	info, err := disk.Inspect(path, format)
+	if errors.Is(err, disk.ErrNoFileSystem) {
+		err = nil // a guest may make one of its own
+	}
+	if !made {
+		info.VirtualSize = max(info.VirtualSize, vm.Config.DiskSizeMiB<<20)
+	}
+	return info, err
 }

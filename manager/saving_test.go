@@ -1,6 +1,7 @@
 package manager_test
 
 import (
+	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -8,15 +9,21 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
+	"github.com/smolvm/smolvm/internal/snapshot"
 )
 
 // While one VM is saved, however long that takes, the disks of others can be made and
 // collected (C5).
 func TestSavingLocksNobodyOut(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, savingLocksNobodyOut)
+}
+
+func savingLocksNobodyOut(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	vm := mustRun(t, m, smolvm.VMConfig{ID: "web"})
 	if err := syscall.Kill(vm.PID, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
@@ -28,13 +35,19 @@ func TestSavingLocksNobodyOut(t *testing.T) {
 		_, err := m.CreateSnapshot(t.Context(), "web", smolvm.SnapshotOptions{Name: "ready"})
 		saved <- err
 	}()
-	// The saving has begun when there is an overlay for the VM to get.
-	overlays := func() []string {
-		paths, _ := glob.In(filepath.Dir(vm.LogPath), "*.overlay")
-		return paths
+	// The saving has begun when there is an overlay for the VM to get, or a copy of its disk.
+	begun := func() bool {
+		found, _ := glob.In(filepath.Dir(vm.LogPath), "*.overlay")
+		_ = filepath.WalkDir(filepath.Join(m.DataDir(), "snapshots"), func(path string, _ fs.DirEntry, _ error) error {
+			if filepath.Base(path) == snapshot.DiskFile(disk.Raw) {
+				found = append(found, path)
+			}
+			return nil
+		})
+		return len(found) > 0
 	}
 	limit := time.After(time.Minute)
-	for len(overlays()) == 0 {
+	for !begun() {
 		select {
 		case err := <-saved:
 			t.Fatalf("the snapshot of a VMM that hangs: %v", err)
@@ -43,7 +56,7 @@ func TestSavingLocksNobodyOut(t *testing.T) {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-	lock, err := os.OpenFile(filepath.Join(m.DataDir(), "layers", ".lock"), os.O_RDWR, 0)
+	lock, err := os.OpenFile(filepath.Join(m.DataDir(), "layers", ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}

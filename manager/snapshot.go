@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/compat"
+	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -27,7 +29,7 @@ import (
 
 // snapshotMeta is what is kept with a snapshot.
 type snapshotMeta struct {
-	// Format is [snapshotFormat]. Zero: from before there was one.
+	// Format is what [snapshotMeta.needs] returned. Zero: from before there was one.
 	Format   int              `json:"format,omitempty"`
 	VMID     string           `json:"vm_id"`
 	Config   smolvm.VMConfig  `json:"config"`
@@ -36,26 +38,47 @@ type snapshotMeta struct {
 	// MachineID is the VM's, by which it is told from a later one of the same id.
 	MachineID string `json:"machine_id,omitempty"`
 	// Layer is the name of the disk's layer; empty for a VM without a disk.
-	Layer  string        `json:"layer"`
-	Pause  time.Duration `json:"pause_ns"`
-	Held   bool          `json:"held,omitempty"` // as in [vmm.Saved]
-	Synced bool          `json:"synced"`
+	Layer string `json:"layer"`
+	// DiskFormat is that of the disk. Empty: qcow2.
+	DiskFormat string        `json:"disk_format,omitempty"`
+	Pause      time.Duration `json:"pause_ns"`
+	Held       bool          `json:"held,omitempty"` // as in [vmm.Saved]
+	Synced     bool          `json:"synced"`
 	// Exact says that the memory is the guest's at one moment, whatever it was doing.
 	// Before the program saw to that, emulated guests that were busy were saved with some
 	// pages out of date.
 	Exact bool `json:"exact,omitempty"`
 }
 
-// snapshotFormat is the highest number of what is kept with a snapshot; see package compat.
-// Most have 1. One of a VM with an egress policy has 2: an earlier smolvm would make a VM of
-// it without any.
-const snapshotFormat = 2
+// snapshotFormat is the highest number of what is kept with a snapshot that this program
+// knows; see package compat. Each snapshot has the lowest that it needs, see [snapshotMeta.needs].
+const snapshotFormat = withEgress
 
-func formatOf(config smolvm.VMConfig) int {
-	if config.Egress != nil {
-		return 2
+// What a program must know of to restore a snapshot. Each number includes those before it.
+const (
+	plainFormat = 1
+	// withRawDisk is that of one with a raw disk: a program from before there were such would
+	// take the disk for a qcow2 one.
+	withRawDisk = 2
+	// withEgress is that of one of a VM with an egress policy: a program from before there were
+	// any would make a VM that may reach everything.
+	withEgress = 3
+)
+
+// needs returns the lowest number with which the snapshot is not taken for something else.
+func (meta snapshotMeta) needs() int {
+	switch {
+	case meta.Config.Egress != nil:
+		return withEgress
+	case meta.DiskFormat == disk.Raw:
+		return withRawDisk
 	}
-	return 1
+	return plainFormat
+}
+
+// layer returns the path of the disk's layer.
+func (meta snapshotMeta) layer(dir *datadir.Dir) string {
+	return dir.Layer(meta.Layer, cmp.Or(meta.DiskFormat, disk.QCOW2))
 }
 
 // doubts is why the memory may not be what the guest's was, or nil.
@@ -140,7 +163,7 @@ func (m *Manager) save(ctx context.Context, id, name string) (_ *snapshot.Draft,
 		return nil, meta, snapshotError(err)
 	}
 	step.Reached(ctx, "save/draft")
-	saved, err := m.saveInto(ctx, vm, draft, meta.Layer)
+	saved, err := m.saveInto(ctx, vm, draft, meta)
 	if err != nil {
 		ctx := context.WithoutCancel(ctx)
 		return nil, meta, errors.Join(fmt.Errorf("snapshot VM %q: %w", id, err), draft.Discard(), m.disks.Collect(ctx))
@@ -167,23 +190,64 @@ func (m *Manager) snapshotMeta(ctx context.Context, vm store.VM) (snapshotMeta, 
 	if err != nil {
 		return snapshotMeta{}, err
 	}
-	meta := snapshotMeta{Format: formatOf(config), VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, MachineID: vm.MachineID}
+	meta := snapshotMeta{VMID: vm.ID, Config: config, Image: vm.Image, Hardware: h, MachineID: vm.MachineID}
 	if vm.DiskPath != "" {
 		meta.Layer = "snapshot-" + shim.NewRun()
 	}
+	if disk.FormatOf(vm.DiskPath) == disk.Raw {
+		meta.DiskFormat = disk.Raw
+	}
+	meta.Format = meta.needs()
 	return meta, nil
 }
 
-// saveInto saves a VM. Its disk becomes a layer, of which the VM gets an overlay that
-// has the disk's name from then on. Until that moment the layer is but another name of
-// the disk, so neither can be lost.
-func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Draft, layer string) (saved shim.Saved, err error) {
+// saveInto saves a VM with its disk, if it has one.
+func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Draft, meta snapshotMeta) (shim.Saved, error) {
 	save := shim.Save{Memory: draft.Path(snapshot.MemoryFile), State: draft.Path(snapshot.StateFile)}
-	client := shim.NewClient(m.runtimeDir(vm.ID))
-	if layer == "" {
-		draft.Diskless = true
-		return client.Save(ctx, save)
+	switch {
+	case meta.Layer == "":
+		return shim.NewClient(m.runtimeDir(vm.ID)).Save(ctx, save)
+	case meta.DiskFormat == disk.Raw:
+		return m.saveCopy(ctx, vm, draft, meta.Layer, save)
 	}
+	return m.saveOverlay(ctx, vm, draft, meta.Layer, save)
+}
+
+// saveCopy saves a VM with a raw disk, of which a copy is made that becomes a layer. The VM
+// keeps its disk. The layer is for those disks that are to be made of it and are not yet: the
+// draft may be gone by then.
+func (m *Manager) saveCopy(ctx context.Context, vm store.VM, draft *snapshot.Draft, layer string, save shim.Save) (shim.Saved, error) {
+	draft.Disk = snapshot.DiskFile(disk.Raw)
+	path := draft.Path(draft.Disk)
+	if err := m.disks.RoomFor(vm.DiskPath, filepath.Dir(path)); err != nil {
+		return shim.Saved{}, err
+	}
+	save.Drives = []shim.SavedDrive{{Number: 0, Path: vm.DiskPath, Copy: path}}
+	saved, err := shim.NewClient(m.runtimeDir(vm.ID)).Save(ctx, save)
+	if err != nil {
+		return saved, err
+	}
+	step.Reached(ctx, "save/saved")
+	// Before a disk is made of it that would be so after a power cut.
+	if err := m.disks.Persist(path); err != nil {
+		return saved, err
+	}
+	unlock, err := m.disks.Lock(ctx)
+	if err != nil {
+		return saved, err
+	}
+	defer unlock()
+	err = m.disks.AddLayer(ctx, path, layer)
+	step.Reached(ctx, "save/layer")
+	return saved, err
+}
+
+// saveOverlay saves a VM with a qcow2 disk. That becomes a layer, of which the VM gets an
+// overlay that has the disk's name from then on. Until that moment the layer is but another
+// name of the disk, so neither can be lost.
+func (m *Manager) saveOverlay(ctx context.Context, vm store.VM, draft *snapshot.Draft, layer string, save shim.Save) (saved shim.Saved, err error) {
+	draft.Disk = snapshot.DiskFile(disk.QCOW2)
+	layerPath := m.dir.Layer(layer, disk.QCOW2)
 	// The shim gives it the disk's name, or removes it. Its own name is of this saving
 	// only: the shim may still be at that of another process that was killed.
 	overlay := filepath.Join(m.vmDir(vm.ID), layer+backing.OverlaySuffix)
@@ -193,18 +257,18 @@ func (m *Manager) saveInto(ctx context.Context, vm store.VM, draft *snapshot.Dra
 			err = errors.Join(err, m.disks.DropUnused(context.WithoutCancel(ctx), layer, vm.DiskPath))
 		}
 	}()
-	if err := m.makeLayer(ctx, vm.DiskPath, draft.Path(snapshot.DiskFile), layer, overlay); err != nil {
+	if err := m.makeLayer(ctx, vm.DiskPath, draft.Path(draft.Disk), layer, overlay); err != nil {
 		return shim.Saved{}, err
 	}
 	step.Reached(ctx, "save/layer")
 	// The lock of the layers is not held meanwhile: the draft has the layer's file too, and
 	// keeps it.
-	save.Drives = []shim.SavedDrive{{Number: 0, Layer: m.dir.Layer(layer), Overlay: overlay, Path: vm.DiskPath}}
-	if saved, err = client.Save(ctx, save); err != nil {
+	save.Drives = []shim.SavedDrive{{Number: 0, Layer: layerPath, Overlay: overlay, Path: vm.DiskPath}}
+	if saved, err = shim.NewClient(m.runtimeDir(vm.ID)).Save(ctx, save); err != nil {
 		return saved, err
 	}
 	step.Reached(ctx, "save/saved")
-	return saved, errors.Join(m.store.Bases().Persist(ctx, vm.DiskPath, m.dir.Layer(layer)), disk.SyncDir(m.DiskDir()))
+	return saved, errors.Join(m.store.Bases().Persist(ctx, vm.DiskPath, layerPath), disk.SyncDir(m.DiskDir()))
 }
 
 // makeLayer makes a disk a layer and the disk of a draft as well, and an overlay of it.
@@ -221,11 +285,11 @@ func (m *Manager) makeLayer(ctx context.Context, path, draft, layer, overlay str
 	if err := os.Link(path, draft); err != nil {
 		return err
 	}
-	base := m.dir.Layer(layer)
+	base := m.dir.Layer(layer, disk.QCOW2)
 	if err := m.store.Bases().Add(ctx, overlay, base); err != nil {
 		return err
 	}
-	return m.disks.Create(ctx, backing.Overlay{Path: overlay, Base: base, BaseFormat: disk.QCOW2, Sync: true})
+	return m.disks.Create(ctx, backing.Disk{Path: overlay, Base: base, BaseFormat: disk.QCOW2, Sync: true})
 }
 
 // Snapshots lists the snapshots, the oldest first.
@@ -291,7 +355,7 @@ func (m *Manager) RestoreSnapshot(ctx context.Context, name string, opts smolvm.
 		Method:    smolvm.StartSnapshot,
 		Source:    name,
 		Files:     meta.restore(found.Path),
-		Base:      m.dir.Layer(meta.Layer),
+		Base:      meta.layer(m.dir),
 		InSession: true,
 		Must:      !opts.AllowCold,
 		Doubts:    meta.doubts(name),
@@ -377,13 +441,19 @@ func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) 
 	if err != nil {
 		return smolvm.Forked{}, err
 	}
-	// The children have its memory mapped, and its disk is a layer.
-	defer func() { _ = draft.Discard() }()
+	// The children have its memory mapped, and its disk is a layer, which a raw disk needs only
+	// until it is made.
+	defer func() {
+		_ = draft.Discard()
+		if meta.DiskFormat == disk.Raw {
+			m.site().Collect(context.WithoutCancel(ctx), id)
+		}
+	}()
 	from := start.Saved{
 		Method:    smolvm.StartSnapshot,
 		Source:    id,
 		Files:     meta.restore(draft.Path),
-		Base:      m.dir.Layer(meta.Layer),
+		Base:      meta.layer(m.dir),
 		InSession: true,
 		Must:      !opts.AllowCold,
 	}

@@ -155,7 +155,11 @@ func TestFork(t *testing.T) {
 // when that boots from it. Forwards of a child are its own too.
 func TestForkAgain(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, forkAgain)
+}
+
+func forkAgain(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	forward := smolvm.PortForward{HostAddr: ownAddr(t), GuestPort: webPort}
 	mustRun(t, m, smolvm.VMConfig{ID: "parent", PortForwards: []smolvm.PortForward{forward}})
 	sh(t, m, "parent", "echo before > /root/file; mkdir /www")
@@ -204,7 +208,11 @@ func TestForkAgain(t *testing.T) {
 
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
-	m := openFake(t)
+	eachDisk(t, snapshotOfVM)
+}
+
+func snapshotOfVM(t *testing.T, k kind) {
+	m := openFakeKind(t, k)
 	mustRun(t, m, smolvm.VMConfig{ID: "vm", Env: map[string]string{"WORD": "kept"}})
 	sh(t, m, "vm", "echo one > /root/file; "+counter)
 	taken, err := m.CreateSnapshot(t.Context(), "vm", smolvm.SnapshotOptions{Name: "one"})
@@ -322,7 +330,11 @@ func TestSnapshotRefusals(t *testing.T) {
 // EnsurePool fills a pool while its caller goes on.
 func TestEnsurePool(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, ensurePool)
+}
+
+func ensurePool(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	if _, err := m.EnsurePool(t.Context(), smolvm.PoolOptions{Size: -1}); err == nil {
 		t.Error("there is a pool of -1 VMs")
 	}
@@ -351,7 +363,11 @@ func TestEnsurePool(t *testing.T) {
 // A pool's VMs take on the identity of those that claim them.
 func TestPool(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, pool)
+}
+
+func pool(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	if _, err := m.SetPool(t.Context(), smolvm.PoolOptions{}); err == nil {
 		t.Error("a pool of no VMs was made")
 	}
@@ -424,7 +440,7 @@ func TestSnapshotOfNewerProgram(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	newer := strings.Replace(string(text), `"format": 1`, `"format": 2`, 1)
+	newer := strings.Replace(string(text), `"format": 1`, `"format": 4`, 1)
 	if newer == string(text) {
 		t.Fatalf("the snapshot has no format: %s", text)
 	}
@@ -432,7 +448,7 @@ func TestSnapshotOfNewerProgram(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, opts := range []smolvm.RestoreOptions{{}, {AllowCold: true}} {
-		if _, err := m.RestoreSnapshot(t.Context(), "new", opts); !errors.Is(err, smolvm.ErrUnsupported) || !strings.Contains(err.Error(), "format 2") || smolvm.HintOf(err) == "" {
+		if _, err := m.RestoreSnapshot(t.Context(), "new", opts); !errors.Is(err, smolvm.ErrUnsupported) || !strings.Contains(err.Error(), "format 4") || smolvm.HintOf(err) == "" {
 			t.Errorf("%+v: %v", opts, err)
 		}
 	}

@@ -22,6 +22,8 @@ type verb struct {
 	work, id string // what a child does; see childWork
 	// templates has starts use and make templates; with fresh its VM has no file yet.
 	templates, fresh bool
+	// disks says that it has to do with disks: it is cut short with both kinds of them.
+	disks bool
 	// before makes what the operation works on.
 	before func(t *testing.T, m *manager.Manager)
 	// after makes sure that what the operation was to do can be done still, or anew.
@@ -155,7 +157,7 @@ func imagesAnew(t *testing.T, m *manager.Manager) {
 // verbs are the operations that change something.
 var verbs = map[string]verb{
 	"create": {work: "create", id: "vm"},
-	"start, first": {work: "start", id: "vm", starts: []string{"vm"}, fresh: true, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
+	"start, first": {disks: true, work: "start", id: "vm", starts: []string{"vm"}, fresh: true, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
 		mustCreate(t, m, smolvm.VMConfig{ID: "vm"})
 	}},
 	"start": {work: "start", id: "vm", starts: []string{"vm"}, safe: []string{"vm"}, before: stepsStopped},
@@ -168,15 +170,15 @@ var verbs = map[string]verb{
 			t.Fatal(err)
 		}
 	}},
-	"snapshot": {work: "snapshot", id: "vm", safe: []string{"vm"}, before: stepsVM},
-	"restore":  {work: "restore", id: "saved", starts: []string{"restored"}, safe: []string{"vm"}, before: stepsSnapshot},
-	"restore in place": {work: "restore in place", id: "saved", starts: []string{"vm"}, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
+	"snapshot": {disks: true, work: "snapshot", id: "vm", safe: []string{"vm"}, before: stepsVM},
+	"restore":  {disks: true, work: "restore", id: "saved", starts: []string{"restored"}, safe: []string{"vm"}, before: stepsSnapshot},
+	"restore in place": {disks: true, work: "restore in place", id: "saved", starts: []string{"vm"}, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
 		stepsSnapshot(t, m)
 		if _, err := m.Stop(t.Context(), "vm", smolvm.StopOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}},
-	"resize": {work: "resize", id: "vm", safe: []string{"vm"}, before: stepsStopped, after: func(t *testing.T, m *manager.Manager) {
+	"resize": {disks: true, work: "resize", id: "vm", safe: []string{"vm"}, before: stepsStopped, after: func(t *testing.T, m *manager.Manager) {
 		t.Helper()
 		if vm, err := m.Resize(t.Context(), "vm", smolvm.ResizeOptions{DiskSizeMiB: grown}); err != nil || vm.Config.DiskSizeMiB != grown {
 			t.Errorf("resized it has %d MiB, %v", vm.Config.DiskSizeMiB, err)
@@ -193,7 +195,7 @@ var verbs = map[string]verb{
 	"policy set":  {work: "set policy", id: "vm", safe: []string{"vm"}, before: stepsVM, after: policyAnew},
 	"image build": {work: "build image", id: "mine", before: func(t *testing.T, m *manager.Manager) { ownFiles(t, m) }, after: imagesAnew},
 	"image rm":    {work: "remove image", id: "mine", templates: true, before: stepsImage, after: imagesAnew},
-	"image prune": {work: "prune images", templates: true, before: func(t *testing.T, m *manager.Manager) {
+	"image prune": {disks: true, work: "prune images", templates: true, before: func(t *testing.T, m *manager.Manager) {
 		t.Helper()
 		stepsImage(t, m) // which is without a name when another one has that
 		ownFiles(t, m)
@@ -206,10 +208,10 @@ var verbs = map[string]verb{
 			t.Fatal(err)
 		}
 	}},
-	"fork":           {work: "fork", id: "vm", starts: []string{"forked"}, safe: []string{"vm"}, before: stepsVM},
-	"template build": {work: "template", templates: true},
-	"pool fill":      {work: "pool", templates: true},
-	"pool claim": {work: "start", id: "vm", starts: []string{"vm"}, templates: true, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
+	"fork":           {disks: true, work: "fork", id: "vm", starts: []string{"forked"}, safe: []string{"vm"}, before: stepsVM},
+	"template build": {disks: true, work: "template", templates: true},
+	"pool fill":      {disks: true, work: "pool", templates: true},
+	"pool claim": {disks: true, work: "start", id: "vm", starts: []string{"vm"}, templates: true, safe: []string{"vm"}, before: func(t *testing.T, m *manager.Manager) {
 		stepsPool(t, m)
 		mustCreate(t, m, smolvm.VMConfig{ID: "vm"})
 	}},
@@ -224,29 +226,34 @@ func TestKilledAtEachStep(t *testing.T) {
 	var steps, killed, leaked atomic.Int32
 	t.Run("of", func(t *testing.T) { // ends when all that run beside each other have
 		for name, v := range verbs {
-			t.Run(name, func(t *testing.T) {
-				t.Parallel()
-				names := v.run(t, useFake(t), "")
-				if len(names) == 0 {
-					t.Errorf("%s comes to no step", name)
+			for disks, k := range fakeKinds {
+				if k.isRaw() && !v.disks {
+					continue
 				}
-				for _, point := range names {
-					steps.Add(1)
-					t.Run("at "+point, func(t *testing.T) {
-						t.Parallel()
-						t.Cleanup(func() { // the last one: after it was looked for what is left
-							if t.Failed() {
-								leaked.Add(1)
+				t.Run(name+" with "+disks, func(t *testing.T) {
+					t.Parallel()
+					names := v.run(t, useFakeKind(t, k), "")
+					if len(names) == 0 {
+						t.Errorf("%s comes to no step", name)
+					}
+					for _, point := range names {
+						steps.Add(1)
+						t.Run("at "+point, func(t *testing.T) {
+							t.Parallel()
+							t.Cleanup(func() { // the last one: after it was looked for what is left
+								if t.Failed() {
+									leaked.Add(1)
+								}
+							})
+							if slices.Contains(v.run(t, useFakeKind(t, k), point), point) {
+								killed.Add(1)
+							} else { // what goes on in the background may come to it too late
+								t.Log("it was not come to a second time")
 							}
 						})
-						if slices.Contains(v.run(t, useFake(t), point), point) {
-							killed.Add(1)
-						} else { // what goes on in the background may come to it too late
-							t.Log("it was not come to a second time")
-						}
-					})
-				}
-			})
+					}
+				})
+			}
 		}
 	})
 	t.Logf("steps=%d killed=%d leaked=%d", steps.Load(), killed.Load(), leaked.Load())

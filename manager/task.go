@@ -11,6 +11,8 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/template"
+	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 	"github.com/smolvm/smolvm/internal/worker"
 )
 
@@ -84,17 +86,21 @@ func (m *Manager) workerLog() string { return filepath.Join(m.dir.Cache(), "task
 // RunWorker makes this process do in the background what a Manager has ordered on its
 // standard input: make a template, or fill a pool. It is for package shim of this module,
 // which programs that serve as shims use.
-func RunWorker(ctx context.Context, orders io.Reader) error {
+//
+// The traits are those of backends that declare them by themselves, and take the place of what
+// is known of backends of those names.
+func RunWorker(ctx context.Context, orders io.Reader, declared ...vmm.Traits) error {
 	var t task
-	return worker.Serve(ctx, orders, &t, func(ctx context.Context) (string, error) { return t.run(ctx) })
+	return worker.Serve(ctx, orders, &t, func(ctx context.Context) (string, error) { return t.run(ctx, traits.All().With(declared...)) })
 }
 
 // run does the task.
-func (t *task) run(ctx context.Context) (id string, err error) {
+func (t *task) run(ctx context.Context, known traits.List) (id string, err error) {
 	m, err := open(ctx, Config{
 		Existing: true, // it may have been removed since
 		DataDir:  t.DataDir, SocketDir: t.SocketDir, Backend: t.Backend, ShimCommand: t.Shim,
 		Templates: TemplateConfig{MaxBytes: t.MaxBytes}, DiskBudget: t.DiskBudget, DiskReserve: t.DiskReserve,
+		backends: known,
 	})
 	if err != nil {
 		return "", err

@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/template"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -69,7 +68,7 @@ func (m *Manager) kindOf(ctx context.Context, config smolvm.VMConfig, progress f
 	}
 	return m.templates.KindOf(config, image.Digest, backend.Name, vmm.Config{
 		Accelerator: accelerator, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB,
-		BootArgs: args, Drives: []vmm.Drive{{Format: disk.QCOW2}},
+		BootArgs: args, Drives: []vmm.Drive{{Format: backend.DiskFormats[0]}},
 	})
 }
 

@@ -139,7 +139,11 @@ func TestClonesAnswer(t *testing.T) {
 // duplicate. All ways out of a clone are taken on it: it works as any VM does.
 func TestClones(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, clones)
+}
+
+func clones(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	first := mustRun(t, m, smolvm.VMConfig{ID: "first"})
 	report := startReport(t, first, smolvm.StartBoot)
 	if len(report.Timeline) == 0 || report.Accelerator == "" || report.Backend != "qemu" {
@@ -249,7 +253,11 @@ func TestCold(t *testing.T) {
 // and says why.
 func TestDamagedTemplate(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, damagedTemplate)
+}
+
+func damagedTemplate(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	path := func(template smolvm.Template, name string) string {
 		return filepath.Join(m.DataDir(), "templates", template.ID, name)
 	}
@@ -268,7 +276,7 @@ func TestDamagedTemplate(t *testing.T) {
 			return flipByte(path(template, "state"))
 		}, "damaged"},
 		{"the disk is gone", func(template smolvm.Template) error {
-			return os.Remove(path(template, "disk.qcow2"))
+			return os.Remove(path(template, "disk."+k.format()))
 		}, "no such file"},
 		{"what describes it is garbage", func(template smolvm.Template) error {
 			return os.WriteFile(path(template, "snapshot.json"), []byte("{"), 0o600)
@@ -319,7 +327,11 @@ func flipByte(path string) error {
 // A state that verifies but that the VMM can't load falls back as well.
 func TestUnloadableTemplate(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, unloadableTemplate)
+}
+
+func unloadableTemplate(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	template, err := m.BuildTemplate(t.Context(), smolvm.TemplateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -344,7 +356,11 @@ func TestUnloadableTemplate(t *testing.T) {
 // was booted for the lack of one.
 func TestWarmUp(t *testing.T) {
 	t.Parallel()
-	m := openFakeFast(t)
+	eachDisk(t, warmUp)
+}
+
+func warmUp(t *testing.T, k kind) {
+	m := openFakeFastKind(t, k)
 	config := smolvm.VMConfig{WarmUp: "echo warm > /run/warm"}
 	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
 		vm := mustRun(t, m, config)

@@ -13,12 +13,14 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/plain"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // call is an open channel to the guest's agent, for one command, copy or connection.
 type call struct {
 	ssh.Channel
 	client *Client
+	began  time.Time
 	// connected is closed once Channel is set.
 	connected chan struct{}
 	// kills reports whether what the call has started is to end when the call is given up.
@@ -47,7 +49,7 @@ func mustJSON(request any) []byte {
 // open opens a channel. An SSH library call can't be cancelled, so when ctx is done
 // first, the channel is closed when it opens.
 func (c *Client) open(ctx context.Context, kind string, payload []byte) (*call, error) {
-	k := &call{client: c, connected: make(chan struct{}), over: make(chan struct{}), pid: make(chan int, 1)}
+	k := &call{client: c, began: time.Now(), connected: make(chan struct{}), over: make(chan struct{}), pid: make(chan int, 1)}
 	if err := c.begin(k); err != nil {
 		return nil, describeOpen(err)
 	}
@@ -65,7 +67,7 @@ func (c *Client) open(ctx context.Context, kind string, payload []byte) (*call, 
 	case err := <-opened:
 		if err != nil {
 			k.end()
-			return nil, describeOpen(err)
+			return nil, k.explain(describeOpen(err))
 		}
 		return k, nil
 	case <-ctx.Done():
@@ -130,12 +132,26 @@ func (k *call) abort() bool {
 	return ok
 }
 
+// errLost is the error of a command whose connection has ended before it did.
+var errLost = errors.New("connection to the guest was lost before the command ended")
+
+// explain adds to the error of a connection that was lost why that has ended, if it is known.
+func (k *call) explain(err error) error {
+	if k.client.config.Lost == nil || !errors.Is(err, errLost) && !stream.IsBroken(err) {
+		return err
+	}
+	if why := k.client.config.Lost(k.began); why != nil {
+		return fmt.Errorf("%w: %w", err, why)
+	}
+	return err
+}
+
 // end counts the call out.
 func (k *call) end() { k.ended.Do(func() { k.client.end(k) }) }
 
 // follow reads requests until the channel ends, among which is how it went.
 func (k *call) follow(requests <-chan *ssh.Request) {
-	k.err = errors.New("connection to the guest was lost before the command ended")
+	k.err = errLost
 	for request := range requests {
 		if status, err := parseStatus(request); err != nil || status != nil {
 			if k.err = err; err == nil {

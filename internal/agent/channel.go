@@ -116,7 +116,7 @@ func (l *Link) Open(ctx context.Context) (net.Conn, error) {
 
 // open opens a stream. Where yamux goes on waiting, for a guest that does not read, the
 // stream is closed as soon as it is open.
-func (l *Link) open(ctx context.Context) (*stream, error) {
+func (l *Link) open(ctx context.Context) (*muxStream, error) {
 	type opened struct {
 		stream *yamux.Stream
 		err    error
@@ -131,7 +131,7 @@ func (l *Link) open(ctx context.Context) (*stream, error) {
 		if o.err != nil {
 			return nil, l.explain(o.err)
 		}
-		return &stream{o.stream}, nil
+		return &muxStream{o.stream}, nil
 	case <-ctx.Done():
 		go func() {
 			if o := <-result; o.err == nil {
@@ -144,11 +144,15 @@ func (l *Link) open(ctx context.Context) (*stream, error) {
 
 // explain adds to an error of a session why the session has ended.
 func (l *Link) explain(err error) error {
-	if cause := errors.Join(l.guard.Err(), l.end.err()); cause != nil {
+	if cause := l.Fault(); cause != nil {
 		return fmt.Errorf("%w (%w)", err, cause)
 	}
 	return err
 }
+
+// Fault returns what the guest has done, or not done, that ended the session; nil if it was
+// not that.
+func (l *Link) Fault() error { return errors.Join(l.guard.Err(), l.end.err()) }
 
 // Shutdown asks the guest to shut down, giving its processes so long to end. It
 // returns when the guest has agreed, before it is down.

@@ -23,6 +23,9 @@ type ClientConfig struct {
 	// User to log in as if that is needed; only root may run commands as somebody else.
 	// Otherwise calls are made as root.
 	User string
+	// Lost, if not nil, is asked why a connection that was lost, over which a call went that
+	// began then, has ended; nil is not known. It is waited for.
+	Lost func(began time.Time) error
 	// Signer is for logins; HostKey is the key that the guest must have.
 	Signer  ssh.Signer
 	HostKey ssh.PublicKey

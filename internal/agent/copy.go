@@ -215,7 +215,7 @@ func (c *Client) receive(ctx context.Context, guestPath string, opts CopyOptions
 	err = await(ctx, taken, func(cause error) { _ = reader.CloseWithError(cause); _ = writer.CloseWithError(cause) })
 	_ = reader.CloseWithError(io.ErrClosedPipe)
 	call.abandon()
-	return describeCopy(err)
+	return call.explain(describeCopy(err))
 }
 
 // send runs a copy into the guest: give writes it, and the guest answers how it went.
@@ -258,7 +258,7 @@ func (c *Client) send(ctx context.Context, request wire.TreeRequest, notes *note
 	err = await(ctx, ended, stop)
 	stop(io.ErrClosedPipe)
 	call.abandon()
-	return describeCopy(err)
+	return call.explain(describeCopy(err))
 }
 
 // cleanUpTime is how long a copy that is given up may take to remove what it has begun.

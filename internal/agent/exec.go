@@ -74,7 +74,7 @@ func (r *running) wait(ctx context.Context) (smolvm.ExitStatus, error) {
 	}
 	select {
 	case <-r.copied:
-		return r.call.status, errors.Join(r.call.err, r.copyErr)
+		return r.call.status, errors.Join(r.call.explain(r.call.err), r.copyErr)
 	case <-ctx.Done():
 	}
 	r.call.abandon()

@@ -80,15 +80,15 @@ func (e *sessionEnd) err() error {
 	return nil
 }
 
-// stream is a stream of a session as a connection. Of yamux's own, Close only ends the
+// muxStream is a stream of a session as a connection. Of yamux's own, Close only ends the
 // writing, and waits for a guest that does not read.
-type stream struct{ *yamux.Stream }
+type muxStream struct{ *yamux.Stream }
 
 // CloseWrite ends the writing.
-func (s *stream) CloseWrite() error { return s.Stream.Close() }
+func (s *muxStream) CloseWrite() error { return s.Stream.Close() }
 
 // Close implements [net.Conn]. What was written is sent.
-func (s *stream) Close() error {
+func (s *muxStream) Close() error {
 	err := s.SetDeadline(past)
 	go func() { _ = s.Stream.Close() }()
 	return err

@@ -1,12 +1,17 @@
 // Package backing keeps the disks of a data directory that others are based on, and the
 // chains of files that they make.
 //
+// A disk's name declares its format, for as long as there is the disk. One in qcow2 is an
+// overlay of another. One that is raw is a copy of another, with which it has nothing in common
+// any more but blocks that the file system shares by itself.
+//
 // A layer is a disk that does not change any more and that others are overlays of: the
 // disk of a template or a snapshot, which has the same file under another name. A layer is
 // needed as long as it has that other name, or some disk is based on it. Which disk is based
 // on which is written down before the disk is made (see [References]), and the headers of the
 // files say it as well: a layer is removed only if both agree that it is not needed. A file
-// that can't be read leaves a doubt, and ends a collection.
+// that can't be read leaves a doubt, and ends a collection. A raw layer is needed by a disk
+// only until that has been made.
 //
 // An overlay's header names its base by a relative path, as seen from a directory just below
 // the data directory, so that it is right in disks/ and in layers/. VMMs don't use that name:
@@ -47,6 +52,8 @@ type References interface {
 type Disks struct {
 	dir  *datadir.Dir
 	refs References
+	// Room returns an error if there is no room for so many bytes more; nil: there is.
+	Room func(bytes int64) error
 }
 
 // New returns the disks of a data directory.
@@ -68,11 +75,13 @@ func (d *Disks) Lock(ctx context.Context) (unlock func(), err error) {
 	return func() { _ = file.Close() }, nil
 }
 
-// Overlay is a disk to be made over another.
-type Overlay struct {
+// Disk is a disk to be made from another: an overlay of it, or, if its name says that it is
+// raw, a copy.
+type Disk struct {
 	// Path is the path of the new disk.
 	Path string
-	// Base is the file that the new disk is to be based on, and BaseFormat that file's format.
+	// Base is the file that the new disk is to be based on, or a copy of, and BaseFormat that
+	// file's format. A raw disk has a raw base.
 	Base, BaseFormat string
 	// Size is that of the new disk, in bytes. Zero: the base's.
 	Size int64
@@ -80,16 +89,46 @@ type Overlay struct {
 	Replace, Sync bool
 }
 
-// Create makes an overlay, whose base must have been written down. If the base is a
-// layer, the lock must be held.
-func (d *Disks) Create(ctx context.Context, o Overlay) error {
+// Create makes a disk. The base of an overlay must have been written down; if it is a layer,
+// the lock must be held.
+func (d *Disks) Create(ctx context.Context, o Disk) error {
+	if disk.FormatOf(o.Path) == disk.Raw {
+		return d.copy(ctx, o)
+	}
 	return disk.CreateOverlay(ctx, disk.Overlay{
 		Path: o.Path, Base: o.Base, BaseFormat: o.BaseFormat, BaseName: d.nameOf(o.Base), Size: o.Size, Replace: o.Replace, Sync: o.Sync,
 	})
 }
 
-// Derive writes down the base of an overlay, and makes it.
-func (d *Disks) Derive(ctx context.Context, o Overlay) error {
+// copy makes a raw disk. Its base may be removed as soon as it is open.
+func (d *Disks) copy(ctx context.Context, o Disk) error {
+	if o.BaseFormat != disk.Raw {
+		return fmt.Errorf("make disk %s: it is to be raw, and %s is %s", o.Path, o.Base, o.BaseFormat)
+	}
+	if err := d.RoomFor(o.Base, filepath.Dir(o.Path)); err != nil {
+		return fmt.Errorf("make disk %s: %w", o.Path, err)
+	}
+	return disk.Copy(ctx, disk.CopyOptions{Path: o.Path, Base: o.Base, Size: o.Size, Sectors: true, Replace: o.Replace, Sync: o.Sync})
+}
+
+// RoomFor returns an error if there is no room for a copy of a raw disk in a directory. One
+// that shares blocks takes none.
+func (d *Disks) RoomFor(path, dir string) error {
+	if d.Room == nil || disk.Shares(dir) {
+		return nil
+	}
+	bytes, err := disk.Allocated(path)
+	if err != nil {
+		return err
+	}
+	return d.Room(bytes)
+}
+
+// Derive writes down the base of an overlay, and makes it. A raw disk is only made.
+func (d *Disks) Derive(ctx context.Context, o Disk) error {
+	if disk.FormatOf(o.Path) == disk.Raw {
+		return d.copy(ctx, o)
+	}
 	unlock, err := d.Lock(ctx)
 	if err != nil {
 		return err
@@ -161,6 +200,15 @@ func (d *Disks) baseOf(path, format string) (File, error) {
 	return base, nil
 }
 
+// baseOfOwn is baseOf of a disk whose name declares its format. One that is raw is not looked
+// at: a guest has written it, or it is not made yet.
+func (d *Disks) baseOfOwn(path string) (File, error) {
+	if disk.FormatOf(path) == disk.Raw {
+		return File{}, nil
+	}
+	return d.baseOf(path, disk.QCOW2)
+}
+
 func ignoreNoFileSystem(err error) error {
 	if errors.Is(err, disk.ErrNoFileSystem) {
 		return nil
@@ -205,7 +253,10 @@ func (d *Disks) isUsers(path string, declared []File) bool {
 // user's.
 func (d *Disks) walk(path string, declared []File) ([]File, error) {
 	var chain []File
-	at := File{Path: path, Format: disk.QCOW2}
+	at := File{Path: path, Format: disk.FormatOf(path)}
+	if at.Format == disk.Raw {
+		return nil, nil
+	}
 	for {
 		base, err := d.baseOf(at.Path, at.Format)
 		if err != nil {
@@ -229,7 +280,7 @@ func (d *Disks) walk(path string, declared []File) ([]File, error) {
 // guest has written its header. It may be retained from a VM that is gone.
 func (d *Disks) IsOurs(ctx context.Context, path string) (bool, error) {
 	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
-	if err != nil || dir != d.dir.Disks() || !strings.HasSuffix(path, layerSuffix) {
+	if err != nil || dir != d.dir.Disks() || !strings.HasSuffix(path, overlaySuffix) {
 		return false, nil //nolint:nilerr // what can't be found is not ours
 	}
 	return d.refs.IsBased(ctx, filepath.Join(dir, filepath.Base(path)))
@@ -239,7 +290,7 @@ func (d *Disks) IsOurs(ctx context.Context, path string) (bool, error) {
 func (d *Disks) List() ([]string, error) {
 	paths, err := list(d.dir.Disks())
 	return slices.DeleteFunc(paths, func(path string) bool {
-		return !strings.HasSuffix(path, layerSuffix) || strings.HasPrefix(filepath.Base(path), disk.TempPrefix)
+		return !isLayer(path) || strings.HasPrefix(filepath.Base(path), disk.TempPrefix)
 	}), err
 }
 
@@ -255,7 +306,10 @@ func (d *Disks) Root(path string) (string, error) {
 // Adopt writes down the base of a disk for another name that the disk has, or is about to
 // get.
 func (d *Disks) Adopt(ctx context.Context, path, name string) error {
-	base, err := d.baseOf(path, disk.QCOW2)
+	if disk.FormatOf(name) == disk.Raw {
+		return nil
+	}
+	base, err := d.baseOfOwn(path)
 	if err != nil || base.Path == "" {
 		return err
 	}
@@ -264,9 +318,10 @@ func (d *Disks) Adopt(ctx context.Context, path, name string) error {
 
 // AddLayer makes a disk a layer as well. The lock must be held.
 func (d *Disks) AddLayer(ctx context.Context, path, name string) error {
-	err := d.Adopt(ctx, path, d.dir.Layer(name))
+	layer := d.dir.Layer(name, disk.FormatOf(path))
+	err := d.Adopt(ctx, path, layer)
 	if err == nil {
-		err = os.Link(path, d.dir.Layer(name))
+		err = os.Link(path, layer)
 	}
 	if err == nil {
 		err = disk.SyncDir(d.dir.Layers())
@@ -277,7 +332,7 @@ func (d *Disks) AddLayer(ctx context.Context, path, name string) error {
 	return nil
 }
 
-// DropUnused removes a layer that is just another name of a disk, as the saving for which
+// DropUnused removes a qcow2 layer that is just another name of a disk, as the saving for which
 // it was made has failed before the VM got an overlay of it.
 func (d *Disks) DropUnused(ctx context.Context, name, diskPath string) error {
 	unlock, err := d.Lock(ctx)
@@ -285,7 +340,8 @@ func (d *Disks) DropUnused(ctx context.Context, name, diskPath string) error {
 		return err
 	}
 	defer unlock()
-	layer, err := os.Stat(d.dir.Layer(name))
+	path := d.dir.Layer(name, disk.QCOW2)
+	layer, err := os.Stat(path)
 	if err != nil {
 		return err
 	}
@@ -293,5 +349,5 @@ func (d *Disks) DropUnused(ctx context.Context, name, diskPath string) error {
 	if err != nil || !os.SameFile(layer, current) {
 		return err
 	}
-	return os.Remove(d.dir.Layer(name))
+	return os.Remove(path)
 }

@@ -59,7 +59,7 @@ func (b *bench) vm(id, base, format string) string {
 	b.Helper()
 	path := b.dir.Disk(id, "qcow2")
 	_, err := b.state.CreateVM(b.Context(), store.NewVM{Config: smolvm.VMConfig{ID: id}.WithDefaults(), DiskPath: path, Base: base})
-	b.must(err, b.disks.Create(b.Context(), backing.Overlay{Path: path, Base: base, BaseFormat: format}))
+	b.must(err, b.disks.Create(b.Context(), backing.Disk{Path: path, Base: base, BaseFormat: format}))
 	return path
 }
 
@@ -71,7 +71,7 @@ func (b *bench) save(id, layer string) {
 	b.must(err)
 	b.must(b.disks.AddLayer(b.Context(), path, layer))
 	unlock()
-	b.must(b.disks.Derive(b.Context(), backing.Overlay{Path: path, Base: b.dir.Layer(layer), BaseFormat: disk.QCOW2, Replace: true}))
+	b.must(b.disks.Derive(b.Context(), backing.Disk{Path: path, Base: b.dir.Layer(layer, disk.QCOW2), BaseFormat: disk.QCOW2, Replace: true}))
 }
 
 func (b *bench) layers(want ...string) {
@@ -101,13 +101,13 @@ func TestCollect(t *testing.T) {
 	b := newBench(t)
 	b.vm("web", b.image, disk.Raw)
 	b.save("web", "first")
-	b.vm("child", b.dir.Layer("first"), disk.QCOW2)
+	b.vm("child", b.dir.Layer("first", disk.QCOW2), disk.QCOW2)
 	b.save("web", "second")
 	b.save("child", "third")
 	b.collect()
 	b.layers("first", "second", "third")
 	chain, err := b.disks.Chain(b.dir.Disk("child", "qcow2"))
-	want := []backing.File{{Path: b.dir.Layer("third"), Format: disk.QCOW2}, {Path: b.dir.Layer("first"), Format: disk.QCOW2}, {Path: b.image, Format: disk.Raw}}
+	want := []backing.File{{Path: b.dir.Layer("third", disk.QCOW2), Format: disk.QCOW2}, {Path: b.dir.Layer("first", disk.QCOW2), Format: disk.QCOW2}, {Path: b.image, Format: disk.Raw}}
 	if err != nil || !slices.Equal(chain, want) {
 		t.Errorf("the chain is %v, %v; want %v", chain, err, want)
 	}
@@ -117,7 +117,7 @@ func TestCollect(t *testing.T) {
 	b.deleteVM("child")
 	b.collect()
 	b.layers()
-	if left, err := b.state.Bases().On(t.Context(), b.dir.Layer("first")); err != nil || len(left) != 0 {
+	if left, err := b.state.Bases().On(t.Context(), b.dir.Layer("first", disk.QCOW2)); err != nil || len(left) != 0 {
 		t.Errorf("rows are left: %q, %v", left, err)
 	}
 }
@@ -135,10 +135,10 @@ func TestRowsAndFilesKeepLayers(t *testing.T) {
 	b.collect()
 	b.layers("layer")
 	b.must(os.Rename(elsewhere, path))
-	b.must(b.state.Bases().Remove(t.Context(), path, b.dir.Layer("layer")))
+	b.must(b.state.Bases().Remove(t.Context(), path, b.dir.Layer("layer", disk.QCOW2)))
 	b.collect()
 	b.layers("layer")
-	b.must(b.state.Bases().Add(t.Context(), filepath.Join(b.dir.VM("gone"), "x.overlay"), b.dir.Layer("layer")))
+	b.must(b.state.Bases().Add(t.Context(), filepath.Join(b.dir.VM("gone"), "x.overlay"), b.dir.Layer("layer", disk.QCOW2)))
 	b.deleteVM("web")
 	b.collect()
 	b.layers()
@@ -175,7 +175,7 @@ func TestUnreadableDiskKeepsLayers(t *testing.T) {
 				b.save("web", "layer")
 				path := b.dir.Disk("web", "qcow2")
 				if !written { // as by a version that wrote nothing down
-					b.must(b.state.Bases().Remove(t.Context(), path, b.dir.Layer("layer")))
+					b.must(b.state.Bases().Remove(t.Context(), path, b.dir.Layer("layer", disk.QCOW2)))
 				}
 				test.harm(b, path)
 				err := b.disks.Collect(t.Context())
@@ -184,7 +184,7 @@ func TestUnreadableDiskKeepsLayers(t *testing.T) {
 				}
 				if !errors.Is(test.want, unix.EMFILE) {
 					b.layers("layer")
-				} else if _, err := os.Lstat(b.dir.Layer("layer")); err != nil {
+				} else if _, err := os.Lstat(b.dir.Layer("layer", disk.QCOW2)); err != nil {
 					t.Error(err)
 				}
 			})
@@ -227,7 +227,7 @@ func TestNamesAreOfThisDirectory(t *testing.T) {
 			t.Errorf("a base %q gives the chain %v", name, chain)
 		}
 	}
-	loop := b.dir.Layer("loop")
+	loop := b.dir.Layer("loop", disk.QCOW2)
 	b.must(disk.CreateOverlay(t.Context(), disk.Overlay{Path: loop, Base: evil, BaseFormat: disk.QCOW2, BaseName: "../layers/loop.qcow2"}))
 	if _, err := b.disks.Chain(loop); err == nil {
 		t.Error("a disk that is based on itself has a chain")

@@ -15,11 +15,16 @@ import (
 )
 
 const (
-	layerSuffix = ".qcow2"
+	overlaySuffix, rawSuffix = "." + disk.QCOW2, "." + disk.Raw
 	// OverlaySuffix ends the names of overlays in a VM's directory that the VM is to get
 	// when it is saved.
 	OverlaySuffix = ".overlay"
 )
+
+// isLayer reports whether a name is that of a disk of ours that is complete.
+func isLayer(path string) bool {
+	return strings.HasSuffix(path, overlaySuffix) || strings.HasSuffix(path, rawSuffix)
+}
 
 // Leaves reports whether there may be a layer that nothing needs once a disk is gone: its
 // base, or, after a saving that was killed, the disk itself under another name.
@@ -28,7 +33,7 @@ func (d *Disks) Leaves(path string) bool {
 	if unix.Stat(path, &stat) != nil {
 		return false
 	}
-	base, err := d.baseOf(path, disk.QCOW2)
+	base, err := d.baseOfOwn(path)
 	return stat.Nlink > 1 || err != nil || filepath.Dir(base.Path) == d.dir.Layers()
 }
 
@@ -56,11 +61,10 @@ func (d *Disks) collect(ctx context.Context) error {
 			return err
 		}
 	}
-	if !c.left() {
-		return nil
-	}
-	if err := c.checkFiles(); err != nil {
-		return err
+	if c.left() {
+		if err := c.checkFiles(); err != nil {
+			return err
+		}
 	}
 	var errs []error
 	for layer := range c.candidates {
@@ -96,7 +100,7 @@ func (c *collection) findCandidates() error {
 	// Layers have names of the same file if a saving was tried again.
 	names, links := map[uint64][]string{}, map[uint64]int{}
 	for _, layer := range entries {
-		if !strings.HasSuffix(layer, layerSuffix) {
+		if !isLayer(layer) {
 			continue
 		}
 		var stat unix.Stat_t
@@ -115,7 +119,7 @@ func (c *collection) findCandidates() error {
 			continue
 		}
 		for _, layer := range layers {
-			base, err := c.baseOf(layer, disk.QCOW2)
+			base, err := c.baseOfOwn(layer)
 			if err != nil {
 				return err
 			}
@@ -142,7 +146,7 @@ func (c *collection) checkReferences(ctx context.Context, layer string) error {
 			needed, err = c.refs.IsDisk(ctx, path)
 		} else {
 			var base File
-			base, err = c.baseOf(path, disk.QCOW2)
+			base, err = c.baseOfOwn(path) // one that is raw, and has been made, needs none
 			needed = base.Path == layer
 		}
 		if err == nil && !needed {
@@ -171,7 +175,7 @@ func (c *collection) checkFiles() error {
 		depth int
 		keep  func(path string) bool
 	}{
-		{c.dir.Pools(), 3, func(path string) bool { return strings.HasSuffix(path, layerSuffix) }},
+		{c.dir.Pools(), 3, func(path string) bool { return strings.HasSuffix(path, overlaySuffix) }},
 		{c.dir.VMs(), 2, func(path string) bool { return strings.HasSuffix(path, OverlaySuffix) }},
 	} {
 		paths, err := listDeep(deeper.dir, deeper.depth)
@@ -201,8 +205,12 @@ func (c *collection) checkFiles() error {
 }
 
 // baseOfAny returns the base of a file of which no more is known than that it is in a
-// directory for disks. It may be taken for an overlay that it is not: then a layer stays.
+// directory for disks. It may be taken for an overlay that it is not: then a layer stays. One
+// that is said to be raw is not looked at.
 func (c *collection) baseOfAny(path string) (File, error) {
+	if disk.FormatOf(path) == disk.Raw {
+		return File{}, nil
+	}
 	info, err := disk.Probe(path)
 	if ignoreNoFileSystem(err) != nil {
 		return File{}, err
@@ -218,10 +226,11 @@ func (c *collection) need(layer string) {
 	}
 }
 
-// left reports whether there are candidates that have not been found to be needed so far.
+// left reports whether there are candidates that have not been found to be needed so far, and
+// that files may be based on.
 func (c *collection) left() bool {
 	for layer := range c.candidates {
-		if !c.needed[layer] {
+		if !c.needed[layer] && disk.FormatOf(layer) != disk.Raw {
 			return true
 		}
 	}

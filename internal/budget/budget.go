@@ -75,15 +75,18 @@ func fromEnv(option int64, name string) (int64, error) {
 // Check fails if there is no room for what takes more of the disk. The error matches
 // [smolvm.ErrDiskBudget]. Two that check at once may both find room: the budget is for the
 // sum of what guests write over hours, not for the last megabyte.
-func (b *Budget) Check() error {
+func (b *Budget) Check() error { return b.CheckFor(0) }
+
+// CheckFor is Check for so many bytes at once.
+func (b *Budget) CheckFor(bytes int64) error {
 	free, total, err := diskspace.Of(b.Dir.Root())
 	if err != nil {
 		return err
 	}
 	reserve := cmp.Or(b.Limits.Reserve, min(DefaultReserve, total/20))
-	if free < reserve {
-		return fmt.Errorf("%w: %s are free on the file system of %s, and %s are to stay free ($%s): remove VMs, snapshots or images, or other files",
-			smolvm.ErrDiskBudget, size.Format(free), b.Dir.Root(), size.Format(reserve), reserveEnv)
+	if free-bytes < reserve {
+		return fmt.Errorf("%w: %s are free on the file system of %s, and %s are to stay free ($%s)%s: remove VMs, snapshots or images, or other files",
+			smolvm.ErrDiskBudget, size.Format(free), b.Dir.Root(), size.Format(reserve), reserveEnv, wanted(bytes))
 	}
 	if b.Limits.Bytes == 0 {
 		return nil
@@ -92,11 +95,19 @@ func (b *Budget) Check() error {
 	if err != nil {
 		return fmt.Errorf("find out what is used of the disk budget: %w", err)
 	}
-	if used >= b.Limits.Bytes {
-		return fmt.Errorf("%w: %s takes %s (%s), and %s are allowed ($%s): remove VMs, snapshots, templates or images",
-			smolvm.ErrDiskBudget, b.Dir.Root(), size.Format(used), kinds, size.Format(b.Limits.Bytes), bytesEnv)
+	if used+bytes >= b.Limits.Bytes {
+		return fmt.Errorf("%w: %s takes %s (%s), and %s are allowed ($%s)%s: remove VMs, snapshots, templates or images",
+			smolvm.ErrDiskBudget, b.Dir.Root(), size.Format(used), kinds, size.Format(b.Limits.Bytes), bytesEnv, wanted(bytes))
 	}
 	return nil
+}
+
+// wanted tells what room is asked for.
+func wanted(bytes int64) string {
+	if bytes == 0 {
+		return ""
+	}
+	return ", and the copy of a disk takes " + size.Format(bytes)
 }
 
 // usage counts the bytes that the data directory takes on disk, holes not counted and

@@ -221,11 +221,13 @@ func TestTable(t *testing.T) {
 func TestPausedState(t *testing.T) {
 	t.Parallel()
 	for want, vm := range map[string]smolvm.VMInfo{
-		"running":            {State: smolvm.StateRunning},
-		"paused (by user)":   {State: smolvm.StatePaused},
-		"paused (disk full)": {State: smolvm.StatePaused, Cause: vmm.Halt{NoSpace: true}.Cause("/disk")},
-		"paused (I/O error)": {State: smolvm.StatePaused, Cause: vmm.Halt{Detail: "Input/output error"}.Cause("/disk")},
-		"stopped":            {State: smolvm.StateStopped, Cause: "it was stopped by request"},
+		"running": {State: smolvm.StateRunning},
+
+		"running (unreachable)": {State: smolvm.StateRunning, Cause: "open the guest channel again: it did not answer"},
+		"paused (by user)":      {State: smolvm.StatePaused},
+		"paused (disk full)":    {State: smolvm.StatePaused, Cause: vmm.Halt{NoSpace: true}.Cause("/disk")},
+		"paused (I/O error)":    {State: smolvm.StatePaused, Cause: vmm.Halt{Detail: "Input/output error"}.Cause("/disk")},
+		"stopped":               {State: smolvm.StateStopped, Cause: "it was stopped by request"},
 	} {
 		if got := vmStateCell(vm); got.text != want || got.color != stateCell(vm.State).color {
 			t.Errorf("state is %+v, want %q", got, want)

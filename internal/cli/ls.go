@@ -118,10 +118,12 @@ func vmTable(vms []smolvm.VMInfo, now time.Time) *table {
 }
 
 // vmStateCell returns the cell with a VM's state; that of a paused VM tells who has paused
-// it, or why.
+// it, or why, and that of one that runs if its agent can't be reached.
 func vmStateCell(vm smolvm.VMInfo) cell {
 	c := stateCell(vm.State)
 	switch {
+	case vm.State == smolvm.StateRunning && vm.Cause != "":
+		c.text += " (unreachable)"
 	case vm.State != smolvm.StatePaused:
 	case vm.Cause == "":
 		c.text += " (by user)"

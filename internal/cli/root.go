@@ -37,7 +37,7 @@ func (a *app) rootCommand() *cobra.Command {
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.dataDir, "data-dir", "", "keep VMs and images in `DIR`")
 	flags.StringVar(&a.socketDir, "socket-dir", "", "keep sockets of running VMs in `DIR`")
-	flags.StringVar(&a.backend, "backend", "", "run VMs by `BACKEND`: qemu or auto")
+	flags.StringVar(&a.backend, "backend", "", "run VMs by `BACKEND`: auto, firecracker or qemu")
 	flags.BoolVar(&a.json, "json", false, "print data as JSON")
 	complete(root, "data-dir", directories)
 	complete(root, "socket-dir", directories)

@@ -34,6 +34,6 @@ func (a *app) startCommand() *cobra.Command {
 // startFlags adds the flags that say how to start a VM.
 func startFlags(cmd *cobra.Command, options *smolvm.StartOptions) {
 	cmd.Flags().DurationVar(&options.Timeout, "boot-timeout", 0,
-		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization)")
+		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization, more where that is slow)")
 	cmd.Flags().BoolVar(&options.Cold, "cold", false, "boot instead of cloning, and make no template")
 }

@@ -29,6 +29,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		return err
 	})
 	flags.Int64Var(&config.DiskIOPS, "disk-iops", 0, "let the VM make `N` reads and writes a second on all its disks (default: no limit)")
+	flags.BoolVar(&config.NestedVirtualization, "nested", false, "let the guest run VMs itself, if its kernel has KVM")
 	flags.FuncP("memory", "m", fmt.Sprintf("memory of `SIZE`: MiB, or as in 2G (default %d)", smolvm.DefaultMemoryMiB), func(text string) error {
 		size, err := parseMebibytes(text)
 		config.MemoryMiB = int(size)

@@ -17,11 +17,11 @@ func (l Layout) Disks() string { return l.path(disksName) }
 // Disk returns the path of the disk of a VM, whose format is the file name's ending.
 func (l Layout) Disk(id, format string) string { return l.path(disksName, id+"."+format) }
 
-// Layers returns the directory of the disks that others are based on.
+// Layers returns the directory of the disks that others are based on, or copies of.
 func (l Layout) Layers() string { return l.path(layersName) }
 
-// Layer returns the path of a layer.
-func (l Layout) Layer(name string) string { return l.path(layersName, name+".qcow2") }
+// Layer returns the path of a layer, whose format is the file name's ending.
+func (l Layout) Layer(name, format string) string { return l.path(layersName, name+"."+format) }
 
 // LayersLock returns the path of the lock that is held while a disk gets a base or loses it.
 func (l Layout) LayersLock() string { return l.path(layersName, ".lock") }

@@ -60,7 +60,7 @@ func tiers() [][]string {
 			"internal/cgroup", "internal/compat", "internal/diskspace", "internal/errcode", "internal/flock", "internal/glob", "internal/proc",
 			"internal/ring", "internal/size", "internal/step", "internal/stream", "internal/termsafe",
 		},
-		{"internal/datadir", "internal/disk"}, // files
+		{"internal/datadir", "internal/disk", "internal/namespace"}, // files, and programs in namespaces
 		{ // nouns
 			"internal/agent", "internal/backing", "internal/host", "internal/image", "internal/network",
 			"internal/snapshot", "internal/store", "internal/vmm",
@@ -118,6 +118,8 @@ func onlyBy() map[string]string {
 		"internal/network/usernet": "internal/shim/process",
 		"internal/session":         "internal/shim/process",
 		"internal/cli":             "cmd/smolvm",
+		// So is what a program does that launches a VMM in namespaces.
+		"internal/namespace/launcher": "internal/shim/program",
 	}
 }
 

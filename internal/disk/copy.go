@@ -10,45 +10,134 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 // chunk is how much is copied or read between two looks at the context, in bytes.
 const chunk = 64 << 20
 
-// Copy makes a copy of a disk file that has nothing in common with the original any
-// more: at once where the file system can share blocks (btrfs, xfs), else by copying
-// all but the holes. Size is the copy's in bytes: zero means the original's, and it
-// can't be smaller. If it fails, nothing is left.
-func Copy(ctx context.Context, target, source string, size int64) error {
-	in, err := os.Open(source)
+// CopyOptions says what copy of a raw disk is to be made.
+type CopyOptions struct {
+	// Path is the path of the copy.
+	Path string
+	// Base is the disk that is copied. Nobody writes to it meanwhile.
+	Base string
+	// Size is that of the copy, in bytes. Zero: the base's. It can't be smaller. The part
+	// that the base has not reads as zeros.
+	Size int64
+	// Sectors makes the size a multiple of a sector's, so that a guest sees all of it.
+	Sectors bool
+	// Replace and Sync are as in [Overlay].
+	Replace, Sync bool
+}
+
+// Copy makes a copy of a raw disk that has nothing in common with the original any more: at
+// once where the file system can share blocks (btrfs, xfs), else by copying all but the holes.
+// If it fails, nothing is left.
+func Copy(ctx context.Context, o CopyOptions) error {
+	in, size, err := openBase(o.Base)
 	if err != nil {
 		return fmt.Errorf("copy disk: %w", err)
 	}
 	defer func() { _ = in.Close() }()
-	info, err := in.Stat()
-	if err != nil {
-		return fmt.Errorf("copy disk: %w", err)
+	switch {
+	case o.Size == 0:
+		o.Size = size
+	case o.Size < size:
+		return fmt.Errorf("copy disk %s: %d bytes are fewer than the %d that it has", o.Base, o.Size, size)
 	}
-	if size == 0 {
-		size = info.Size()
+	if o.Sectors {
+		o.Size = roundUp(o.Size, 512)
 	}
-	if size < info.Size() {
-		return fmt.Errorf("copy disk %s: %d bytes are fewer than the %d that it has", source, size, info.Size())
-	}
-	err = writeFile(target, link, func(out *os.File) error {
-		if unix.IoctlFileClone(int(out.Fd()), int(in.Fd())) != nil {
-			if err := copyData(ctx, out, in, info.Size()); err != nil {
-				return err
-			}
+	err = writeFile(o.Path, publisher(o.Replace), func(out *os.File) error {
+		shared, err := share(out, in)
+		if err == nil && !shared {
+			err = copyData(ctx, out, in, size)
 		}
-		return out.Truncate(size)
+		if err == nil {
+			err = out.Truncate(o.Size)
+		}
+		if err == nil && o.Sync {
+			err = out.Sync()
+		}
+		if err == nil {
+			step.Reached(ctx, "disk/copied")
+		}
+		return err
 	})
+	if err == nil && o.Sync {
+		err = SyncDir(filepath.Dir(o.Path))
+	}
 	if err != nil {
-		return fmt.Errorf("copy disk %s: %w", source, err)
+		return fmt.Errorf("copy disk %s: %w", o.Base, err)
 	}
 	return nil
+}
+
+// openBase opens a raw disk, and returns its size in bytes. It may be a block device, whose
+// size is where its end is.
+func openBase(path string) (*os.File, int64, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, 0, err
+	}
+	size, err := file.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil, 0, errors.Join(err, file.Close())
+	}
+	return file, size, nil
+}
+
+// share makes a file a copy of another that has the same blocks, and reports whether the file
+// system can do that. What the file had before is gone then.
+func share(out, in *os.File) (bool, error) {
+	err := unix.IoctlFileClone(int(out.Fd()), int(in.Fd()))
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EIO) {
+		return false, os.NewSyscallError("FICLONE", err)
+	}
+	return err == nil, nil
+}
+
+// Shares reports whether a file system can make copies that share blocks (reflinks), in one of
+// its directories that can be written to.
+func Shares(dir string) bool {
+	var files []*os.File
+	defer func() {
+		for _, file := range files {
+			_ = file.Close()
+		}
+	}()
+	for range 2 {
+		fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return false
+		}
+		files = append(files, os.NewFile(uintptr(fd), dir))
+	}
+	shared, err := share(files[1], files[0])
+	return err == nil && shared
+}
+
+// Allocated returns how many bytes of a file are no hole: what a copy of it takes.
+func Allocated(path string) (int64, error) {
+	file, size, err := openBase(path)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = file.Close() }()
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(file.Fd()), &stat); err != nil {
+		return 0, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFREG {
+		return size, nil
+	}
+	const blockSize = 512 // of st_blocks, whatever the file system's is; see stat(3type)
+	return stat.Blocks * blockSize, nil
 }
 
 func copyData(ctx context.Context, out, in *os.File, size int64) error {

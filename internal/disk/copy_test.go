@@ -58,7 +58,7 @@ func TestCopy(t *testing.T) {
 			t.Parallel()
 			source := sparse(t, test.at...)
 			target := filepath.Join(t.TempDir(), "copy")
-			if err := Copy(context.Background(), target, source, test.size); err != nil {
+			if err := Copy(context.Background(), CopyOptions{Path: target, Base: source, Size: test.size}); err != nil {
 				t.Fatal(err)
 			}
 			info, err := os.Stat(target)
@@ -103,7 +103,7 @@ func TestCopyRefusals(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			err := Copy(test.ctx, test.target, test.source, test.size)
+			err := Copy(test.ctx, CopyOptions{Path: test.target, Base: test.source, Size: test.size})
 			if err == nil && test.want != nil && errors.Is(test.want, context.Canceled) {
 				t.Skip("this file system shares blocks, which can't be interrupted")
 			}
@@ -129,7 +129,7 @@ func TestCopyDiskFull(t *testing.T) {
 	}
 	defer func() { _ = unix.Unmount(dir, 0) }()
 	source := write(t, "source", bytes.Repeat([]byte{1}, 1<<20))
-	if err := Copy(context.Background(), filepath.Join(dir, "copy"), source, 0); !errors.Is(err, unix.ENOSPC) {
+	if err := Copy(context.Background(), CopyOptions{Path: filepath.Join(dir, "copy"), Base: source}); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("error is %v, want no space", err)
 	}
 	if entries, _ := os.ReadDir(dir); len(entries) != 0 {

@@ -8,9 +8,9 @@ import (
 	"os"
 )
 
-// Grow makes an overlay of ours larger. Nobody may have it open. Sizes are in
-// bytes. What it holds stays, and the new part reads as zeros.
-func Grow(path string, size int64) (err error) {
+// Grow makes a disk of ours larger, which is a raw file or a qcow2 overlay. Nobody may have it
+// open. Sizes are in bytes. What it holds stays, and the new part reads as zeros.
+func Grow(path, format string, size int64) (err error) {
 	file, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return fmt.Errorf("grow disk: %w", err)
@@ -20,14 +20,42 @@ func Grow(path string, size int64) (err error) {
 			err = fmt.Errorf("grow disk %s: %w", path, err)
 		}
 	}()
-	h, err := readHeader(file)
+	size = roundUp(size, 512)
+	if format == Raw {
+		return growRaw(file, size)
+	}
+	return growOverlay(file, size)
+}
+
+func growRaw(file *os.File, size int64) error {
+	info, err := file.Stat()
+	if err == nil {
+		err = checkGrowth(info.Size(), size)
+	}
+	if err == nil {
+		err = file.Truncate(size)
+	}
 	if err != nil {
 		return err
 	}
-	size = roundUp(size, 512)
+	return file.Sync()
+}
+
+func checkGrowth(was, size int64) error {
+	if size < was {
+		return fmt.Errorf("%d bytes are fewer than the %d that it has; a disk can't be made smaller", size, was)
+	}
+	return nil
+}
+
+func growOverlay(file *os.File, size int64) error {
+	h, err := readHeader(file)
+	if err == nil {
+		err = checkGrowth(int64(h.size), size)
+	}
 	switch {
-	case size < int64(h.size):
-		return fmt.Errorf("%d bytes are fewer than the %d that it has; a disk can't be made smaller", size, h.size)
+	case err != nil:
+		return err
 	case h.features != 0 || h.snapshots != 0 || h.clusterBits != clusterBits:
 		return errors.New("it is none of those that smolvm makes")
 	}

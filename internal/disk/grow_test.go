@@ -21,7 +21,7 @@ func TestGrow(t *testing.T) {
 	}{
 		{1 << 20, ""}, {20 << 30, ""}, {1 << 30, "fewer than"}, {4 << 40, ""}, {4<<40 + 1, "more than"},
 	} {
-		err := Grow(path, test.size)
+		err := Grow(path, QCOW2, test.size)
 		if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
 			t.Errorf("to %d: %v, want %q", test.size, err, test.want)
 		}
@@ -32,7 +32,7 @@ func TestGrow(t *testing.T) {
 	if !Pristine(path) {
 		t.Error("a disk that was grown holds something")
 	}
-	if err := Grow(base, 1<<30); err == nil || !strings.Contains(err.Error(), "no qcow2 disk") {
+	if err := Grow(base, QCOW2, 1<<30); err == nil || !strings.Contains(err.Error(), "no qcow2 disk") {
 		t.Errorf("a raw disk: %v", err)
 	}
 	needQEMUImg(t)
@@ -43,7 +43,7 @@ func TestGrow(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, "1M")
-	if err := Grow(path, 1<<30); err == nil || !strings.Contains(err.Error(), "none of those that smolvm makes") {
+	if err := Grow(path, QCOW2, 1<<30); err == nil || !strings.Contains(err.Error(), "none of those that smolvm makes") {
 		t.Errorf("somebody else's disk: %v", err)
 	}
 }

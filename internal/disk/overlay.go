@@ -8,8 +8,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/flock"
 )
 
 // Overlay is a disk to be made over another one.
@@ -63,11 +66,7 @@ func CreateOverlay(ctx context.Context, o Overlay) error {
 		return fmt.Errorf("make disk %s: %d bytes are more than the %d that a disk can have", o.Path, o.Size, int64(maxOverlay))
 	}
 	image := emptyOverlay(name, o.BaseFormat, roundUp(o.Size, 512))
-	publish := link // unlike a rename, it never replaces what is there
-	if o.Replace {
-		publish = replace
-	}
-	err = writeFile(o.Path, publish, func(out *os.File) error {
+	err = writeFile(o.Path, publisher(o.Replace), func(out *os.File) error {
 		if _, err := out.Write(image); err != nil || !o.Sync {
 			return err
 		}
@@ -122,17 +121,31 @@ func emptyOverlay(base, baseFormat string, size int64) []byte {
 // newSuffix ends the name that a file has for the moment before it replaces another.
 const newSuffix = ".new"
 
-// RemoveLeftovers removes what a process that was killed while it replaced a disk has left.
+// RemoveLeftovers removes what a process that was killed while it replaced a disk, or gave it to
+// the VM that claimed it, has left.
 func RemoveLeftovers(path string) error {
-	if err := os.Remove(path + newSuffix); !errors.Is(err, fs.ErrNotExist) {
+	return errors.Join(removeIfThere(path+newSuffix), removeIfThere(path+ClaimedSuffix))
+}
+
+func removeIfThere(path string) error {
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
 }
 
+// publisher returns how a file gets its name: by a link, which unlike a rename never replaces
+// what is there, or in the place of another.
+func publisher(replaces bool) func(temp, path string) error {
+	if replaces {
+		return replace
+	}
+	return link
+}
+
 // replace gives a file the name of another, which it takes the place of.
 func replace(temp, path string) error {
-	if err := errors.Join(RemoveLeftovers(path), link(temp, path+newSuffix)); err != nil {
+	if err := errors.Join(removeIfThere(path+newSuffix), link(temp, path+newSuffix)); err != nil {
 		return err
 	}
 	return os.Rename(path+newSuffix, path)
@@ -152,15 +165,68 @@ func writeFile(path string, publish func(temp, path string) error, fill func(*os
 		}
 		return publish(fmt.Sprintf("/proc/self/fd/%d", file.Fd()), path)
 	}
-	temp, err := os.CreateTemp(dir, TempPrefix+"*") // mode 0600
+	temp, err := createTemp(dir)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.Remove(temp.Name())) }()
-	if err := errors.Join(fill(temp), temp.Close()); err != nil {
+	// The lock ends with the file.
+	defer func() { err = errors.Join(err, os.Remove(temp.Name()), temp.Close()) }()
+	if err := fill(temp); err != nil {
 		return err
 	}
 	return publish(temp.Name(), path)
+}
+
+// createTemp makes a file whose name says that it is not complete, and locks it for as long as
+// somebody is at it.
+func createTemp(dir string) (*os.File, error) {
+	for {
+		temp, err := os.CreateTemp(dir, TempPrefix+"*") // mode 0600
+		if err != nil {
+			return nil, err
+		}
+		// Before it was locked it may have been taken for a file that was left. Where files
+		// can't be locked none is.
+		if !errors.Is(flock.TryLock(temp), flock.ErrLocked) && isNamed(temp) {
+			return temp, nil
+		}
+		_ = temp.Close()
+	}
+}
+
+// isNamed reports whether a file still has the name by which it was opened.
+func isNamed(file *os.File) bool {
+	here, err := file.Stat()
+	if err != nil {
+		return false
+	}
+	there, err := os.Lstat(file.Name())
+	return err == nil && os.SameFile(here, there)
+}
+
+// RemoveIncomplete removes the files of a directory that killed processes have not completed.
+func RemoveIncomplete(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, entry := range entries {
+		if !strings.HasPrefix(entry.Name(), TempPrefix) || !entry.Type().IsRegular() {
+			continue
+		}
+		file, err := os.Open(filepath.Join(dir, entry.Name()))
+		if err != nil {
+			continue // it was completed since
+		}
+		if flock.TryLock(file) == nil {
+			if err := os.Remove(file.Name()); !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+		_ = file.Close()
+	}
+	return errors.Join(errs...)
 }
 
 // link gives a file a name that is not taken. Unlike [os.Link] it follows a link to it.

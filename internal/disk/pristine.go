@@ -2,12 +2,18 @@ package disk
 
 import (
 	"bytes"
+	"errors"
+	"io/fs"
 	"os"
 )
 
-// Pristine reports whether a qcow2 overlay holds nothing of its own yet: whether it is
-// just what its base is.
+// Pristine reports whether a disk of ours holds nothing of its own yet: whether an overlay is
+// just what its base is, or a raw disk, of which nobody can tell that, is not there yet.
 func Pristine(path string) bool {
+	if FormatOf(path) == Raw {
+		_, err := os.Lstat(path)
+		return errors.Is(err, fs.ErrNotExist)
+	}
 	file, err := os.Open(path)
 	if err != nil {
 		return false

@@ -26,6 +26,31 @@ type Accelerator struct {
 	Name string
 	// Reason says, for people, why it is not KVM. Empty for KVM.
 	Reason string
+	// Slowness is how many times longer things may take on it than on a usual host with
+	// KVM, for limits of time: from 1 to [maxSlowness]. It is measured for KVM, which a host
+	// that is itself a VM may have too, and [EmulationFactor] for TCG.
+	Slowness float64
+}
+
+const (
+	// EmulationFactor is the slowness of [TCG]: a kernel boots about ten times slower, a guest
+	// that is up works about four times slower.
+	EmulationFactor = 4
+	// maxSlowness bounds what a measurement makes of limits of time.
+	maxSlowness = 8
+	// usualExit is how long a guest is left for at most, from one exit to the next, on a usual
+	// host: some microseconds, or some ten on one that is a VM with hardware virtualization.
+	usualExit = 25 * time.Microsecond
+	// usualLoop is how long the probe's loop takes at most on a usual host that is busy.
+	usualLoop = 30 * time.Millisecond
+	// probeExits is how many exits of the guest a probe measures. The shortest counts, as a
+	// busy host makes others longer.
+	probeExits = 50
+)
+
+// slowness returns the slowness of KVM that was measured.
+func (m measured) slowness() float64 {
+	return min(max(1, float64(m.Exit)/float64(usualExit), float64(m.Loop)/float64(usualLoop)), maxSlowness)
 }
 
 const (
@@ -47,6 +72,15 @@ type probed struct {
 	Key string `json:"key"`
 	// Problem says what is wrong; empty: KVM works.
 	Problem string `json:"problem,omitempty"`
+	measured
+}
+
+// measured is how fast KVM runs a guest.
+type measured struct {
+	// Loop is how long the probe's loop took, and Exit the shortest exit of the guest after
+	// it. Zero: it was not measured.
+	Loop time.Duration `json:"loop_ns,omitempty"`
+	Exit time.Duration `json:"exit_ns,omitempty"`
 }
 
 // slowError reports that KVM runs a guest, but so slowly that emulation is faster.
@@ -64,7 +98,17 @@ var errStuck = errors.New("KVM is there but does not answer")
 // guest is run once per boot of the host. That takes a few milliseconds, or 0.2 s
 // where KVM turns out to be unusable. If ctx is done before that, it is TCG.
 func (h *Host) Accelerator(ctx context.Context) Accelerator {
-	return acceleratorOf(h.kvmProblem(ctx, true))
+	return acceleratorOf(h.probeKVM(ctx, true))
+}
+
+// Slowness returns the slowness of one of the accelerators; see [Accelerator].
+func (h *Host) Slowness(ctx context.Context, accelerator string) float64 {
+	if accelerator == KVM {
+		if best := h.Accelerator(ctx); best.Name == KVM {
+			return best.Slowness
+		}
+	}
+	return EmulationFactor
 }
 
 // Has reports whether the host has an accelerator: [KVM], as [Host.Accelerator] finds out,
@@ -73,36 +117,36 @@ func (h *Host) Has(ctx context.Context, accelerator string) bool {
 	return accelerator == TCG || accelerator == KVM && h.Accelerator(ctx).Name == KVM
 }
 
-func acceleratorOf(problem error) Accelerator {
+func acceleratorOf(speed measured, problem error) Accelerator {
 	if problem != nil {
-		return Accelerator{Name: TCG, Reason: problem.Error()}
+		return Accelerator{Name: TCG, Reason: problem.Error(), Slowness: EmulationFactor}
 	}
-	return Accelerator{Name: KVM}
+	return Accelerator{Name: KVM, Slowness: speed.slowness()}
 }
 
-// kvmProblem returns what keeps VMs from running on KVM; nil: nothing does. Without
-// useKnown it probes in any case.
-func (h *Host) kvmProblem(ctx context.Context, useKnown bool) error {
+// probeKVM returns how fast VMs run on KVM, or what keeps them from it. Without useKnown it
+// probes in any case.
+func (h *Host) probeKVM(ctx context.Context, useKnown bool) (measured, error) {
 	device := h.path(kvmDevice)
 	if err := access(device); err != nil {
-		return err
+		return measured{}, err
 	}
 	key, keyErr := h.key(device)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if useKnown && keyErr == nil {
 		if known := h.recall(key); known != nil {
-			return known.err()
+			return known.measured, known.err()
 		}
 	}
-	problem := runProbe(ctx, device)
+	speed, problem := h.runProbe(ctx, device)
 	// Only what a guest's run has shown is kept. Other errors cost nothing to find
 	// again, and may pass: another hypervisor may hold the CPU for now.
 	_, slow := errors.AsType[*slowError](problem)
 	if keyErr == nil && (problem == nil || slow || errors.Is(problem, errStuck)) {
-		h.remember(key, problem)
+		h.remember(key, speed, problem)
 	}
-	return problem
+	return speed, problem
 }
 
 // access reports whether the device is there and may be used.
@@ -120,6 +164,9 @@ func access(device string) error {
 	}
 }
 
+// probeVersion changes whenever a probe finds out more.
+const probeVersion = "2"
+
 // key names what a probe's result holds for: the device node (which a newly loaded
 // module makes anew) in this boot of the host.
 func (h *Host) key(device string) (string, error) {
@@ -131,7 +178,7 @@ func (h *Host) key(device string) (string, error) {
 	if boot == "" {
 		return "", errors.New("the host's boot has no id")
 	}
-	return fmt.Sprintf("%s %d %d %d %d.%09d", boot, stat.Dev, stat.Ino, stat.Rdev, stat.Ctim.Sec, stat.Ctim.Nsec), nil
+	return fmt.Sprintf("%s %s %d %d %d %d.%09d", probeVersion, boot, stat.Dev, stat.Ino, stat.Rdev, stat.Ctim.Sec, stat.Ctim.Nsec), nil
 }
 
 func (p *probed) err() error {
@@ -163,8 +210,8 @@ func (h *Host) recall(key string) *probed {
 
 // remember keeps a result. That the cache can't be written is no error: the next
 // process then probes again.
-func (h *Host) remember(key string, problem error) {
-	h.known = &probed{Key: key}
+func (h *Host) remember(key string, speed measured, problem error) {
+	h.known = &probed{Key: key, measured: speed}
 	if problem != nil {
 		h.known.Problem = problem.Error()
 	}
@@ -192,17 +239,24 @@ func (h *Host) remember(key string, problem error) {
 
 // runProbe runs the probe on a goroutine of its own, so that a kernel which does
 // not give it back can't hold the caller up.
-func runProbe(ctx context.Context, device string) error {
-	result := make(chan error, 1)
-	go func() { result <- probe(device, probeLoop, probeLimit) }()
+func (h *Host) runProbe(ctx context.Context, device string) (measured, error) {
+	type outcome struct {
+		speed measured
+		err   error
+	}
+	result := make(chan outcome, 1)
+	go func() {
+		speed, err := h.probe(device, probeLoop, probeLimit)
+		result <- outcome{speed, err}
+	}()
 	stuck := time.NewTimer(probeLimit + probeGrace)
 	defer stuck.Stop()
 	select {
-	case err := <-result:
-		return err
+	case o := <-result:
+		return o.speed, o.err
 	case <-ctx.Done():
-		return fmt.Errorf("probe KVM: %w", context.Cause(ctx))
+		return measured{}, fmt.Errorf("probe KVM: %w", context.Cause(ctx))
 	case <-stuck.C:
-		return errStuck
+		return measured{}, errStuck
 	}
 }

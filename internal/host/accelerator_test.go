@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // newTestHost returns a Host which sees these files, and nothing else, and is an
@@ -93,17 +94,17 @@ func TestCache(t *testing.T) {
 		t.Fatal(err)
 	}
 	// another is a later process on the same host.
-	another := func() *Host { return &Host{cacheDir: h.cacheDir, root: h.root} }
+	another := func() *Host { return &Host{cacheDir: h.cacheDir, root: h.root, probe: probe} }
 
-	h.remember(key, errors.New("too slow"))
-	if got := another().Accelerator(t.Context()); got != (Accelerator{TCG, "too slow"}) {
+	h.remember(key, measured{}, errors.New("too slow"))
+	if got := another().Accelerator(t.Context()); got != (Accelerator{TCG, "too slow", EmulationFactor}) {
 		t.Errorf("what is known is not used: %+v", got)
 	}
-	h.remember(key, nil)
-	if got := another().Accelerator(t.Context()); got != (Accelerator{Name: KVM}) {
+	h.remember(key, measured{Exit: 3 * usualExit}, nil)
+	if got := another().Accelerator(t.Context()); got != (Accelerator{Name: KVM, Slowness: 3}) {
 		t.Errorf("what is known is not used: %+v", got)
 	}
-	if got := another().kvmProblem(t.Context(), false); got == nil {
+	if _, got := another().probeKVM(t.Context(), false); got == nil {
 		t.Error("Check does not probe afresh")
 	}
 
@@ -112,7 +113,7 @@ func TestCache(t *testing.T) {
 		"another device": func() error { return replace(h.path(kvmDevice)) },
 		"damaged cache":  func() error { return os.WriteFile(filepath.Join(h.cacheDir, cacheName), []byte("{"), 0o600) },
 	} {
-		h.remember(key, nil)
+		h.remember(key, measured{Exit: 3 * usualExit}, nil)
 		if err := spoil(); err != nil {
 			t.Fatal(err)
 		}
@@ -158,4 +159,46 @@ func requireKVM(t *testing.T) string {
 	}
 	_ = file.Close()
 	return device
+}
+
+// Limits of time follow what a probe has measured, which is kept for the host's boot.
+func TestSlowness(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		exit time.Duration
+		loop time.Duration
+		err  error
+		kvm  float64
+		best string
+	}{
+		"plain":        {2 * time.Microsecond, time.Millisecond, nil, 1, KVM},
+		"busy":         {usualExit, usualLoop, nil, 1, KVM},
+		"not measured": {0, 0, nil, 1, KVM},
+		"nested":       {4 * usualExit, usualLoop, nil, 4, KVM},
+		"slow CPU":     {usualExit, 3 * usualLoop, nil, 3, KVM},
+		"no end":       {time.Second, 0, nil, maxSlowness, KVM},
+		"too slow":     {0, 0, &slowError{1, 100}, EmulationFactor, TCG},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newTestHost(t, map[string]string{kvmDevice: "", bootID: "boot"})
+			probes := 0
+			h.probe = func(string, int, time.Duration) (measured, error) {
+				probes++
+				return measured{Loop: test.loop, Exit: test.exit}, test.err
+			}
+			for _, host := range []*Host{h, {cacheDir: h.cacheDir, root: h.root, probe: h.probe}} {
+				best := host.Accelerator(t.Context())
+				if got := host.Slowness(t.Context(), KVM); best.Name != test.best || got != test.kvm || best.Slowness != got {
+					t.Errorf("the best is %+v, and KVM's slowness %v, want %v", best, got, test.kvm)
+				}
+				if got := host.Slowness(t.Context(), TCG); got != EmulationFactor {
+					t.Errorf("slowness of emulation is %v", got)
+				}
+			}
+			if probes != 1 {
+				t.Errorf("KVM was probed %d times", probes)
+			}
+		})
+	}
 }

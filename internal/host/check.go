@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/diskspace"
 )
 
@@ -24,6 +26,8 @@ type Requirements struct {
 	// DataDir is where VMs keep their disks; it need not be there yet. Empty: its
 	// free space is not checked.
 	DataDir string
+	// CopiesDisks says that VMs have disks that are copies, and no overlays.
+	CopiesDisks bool
 }
 
 // Check looks at everything that VMs need of this host. It reports each finding,
@@ -41,6 +45,9 @@ func (h *Host) Check(ctx context.Context, needed Requirements) []smolvm.Finding 
 	findings = append(findings, h.checkKVM(ctx, needed), h.checkMemory(), h.checkLimits())
 	if needed.DataDir != "" {
 		findings = append(findings, checkSpace(needed.DataDir))
+	}
+	if needed.DataDir != "" && needed.CopiesDisks {
+		findings = append(findings, checkCopies(needed.DataDir, needed.Backend))
 	}
 	return findings
 }
@@ -100,6 +107,28 @@ func checkSpace(dir string) smolvm.Finding {
 	default:
 		finding.Problem = fmt.Sprintf("%s are free in %s", mebibytes(uint64(free)), dir)
 	}
+	return finding
+}
+
+// checkCopies looks whether copies of disks share blocks on the file system that holds dir, or
+// is to hold it.
+func checkCopies(dir, backend string) smolvm.Finding {
+	finding := smolvm.Finding{
+		Name: "copies of disks", Severity: smolvm.SeverityOK,
+		Why: "backend " + backend + " has no overlays: each VM, fork and snapshot has a copy of a disk",
+	}
+	at := dir
+	for _, err := os.Stat(at); errors.Is(err, fs.ErrNotExist) && at != filepath.Dir(at); _, err = os.Stat(at) {
+		at = filepath.Dir(at)
+	}
+	if disk.Shares(at) {
+		finding.Problem = "they share blocks in " + dir
+		return finding
+	}
+	finding.Severity = smolvm.SeverityWarning
+	finding.Problem = fmt.Sprintf("the file system of %s can't share blocks: a start, a fork and a snapshot copy all that a disk holds, "+
+		"some milliseconds for a new disk and about half a second for each GiB more", dir)
+	finding.Fix = "put the data directory ($SMOLVM_DATA_DIR) on XFS or btrfs"
 	return finding
 }
 

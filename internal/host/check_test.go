@@ -212,6 +212,8 @@ func TestCheckThisHost(t *testing.T) {
 		Backend:  "test",
 		Programs: []Program{{Names: []string{"no-such-vmm"}, MinVersion: "1.0", Why: "runs the VMs"}},
 		DataDir:  t.TempDir(),
+
+		CopiesDisks: true,
 	}
 	var names []string
 	for _, finding := range h.Check(t.Context(), needed) {
@@ -224,7 +226,7 @@ func TestCheckThisHost(t *testing.T) {
 			t.Errorf("finding mends what is well: %+v", finding)
 		}
 	}
-	if got, want := fmt.Sprint(names), "[no-such-vmm mke2fs ssh kvm memory limits disk space]"; got != want {
+	if got, want := fmt.Sprint(names), "[no-such-vmm mke2fs ssh kvm memory limits disk space copies of disks]"; got != want {
 		t.Errorf("Check looked at %s, want %s", got, want)
 	}
 }

@@ -1,9 +1,28 @@
 package host
 
 import (
+	"fmt"
 	"os"
 	"strings"
 )
+
+// NestedProblem returns why guests on an accelerator can't have virtualization, and what would
+// mend it; empty: they can.
+func (h *Host) NestedProblem(accelerator string) (problem, fix string) {
+	if accelerator != KVM {
+		return "", "" // it is emulated too
+	}
+	for _, module := range []string{"kvm_intel", "kvm_amd"} {
+		switch strings.TrimSpace(h.read("sys/module/" + module + "/parameters/nested")) {
+		case "Y", "1":
+			return "", ""
+		case "N", "0":
+			return "the host's KVM does not pass virtualization on to guests",
+				fmt.Sprintf("when no VM runs: `%s && %s`", h.sudo("modprobe -r "+module), h.sudo("modprobe "+module+" nested=1"))
+		}
+	}
+	return "the host's KVM does not say that it passes virtualization on to guests", ""
+}
 
 // CPUModel names the host's processor, as far as the kernel tells.
 func (h *Host) CPUModel() string {

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -24,7 +25,11 @@ func (h *Host) checkKVM(ctx context.Context, needed Requirements) smolvm.Finding
 		Problem:  "usable",
 		Why:      "runs VMs on the processor itself; without it they are emulated, and several times slower",
 	}
-	problem := h.kvmProblem(ctx, false)
+	speed, problem := h.probeKVM(ctx, false)
+	if slow := speed.slowness(); problem == nil && slow > 1 {
+		finding.Problem = fmt.Sprintf("usable, but slow: a test loop takes %s, and leaving a guest %s; VMs get %.1f times longer to boot",
+			speed.Loop.Round(time.Microsecond), speed.Exit.Round(time.Microsecond), slow)
+	}
 	if problem == nil {
 		return finding
 	}
@@ -37,6 +42,8 @@ func (h *Host) checkKVM(ctx context.Context, needed Requirements) smolvm.Finding
 		finding.Problem, finding.Fix = h.missingKVM()
 	case errors.Is(problem, fs.ErrPermission):
 		finding.Problem, finding.Fix = h.forbiddenKVM()
+	default:
+		finding.Problem, finding.Fix = h.brokenKVM(problem)
 	}
 	return finding
 }
@@ -52,10 +59,9 @@ func (h *Host) missingKVM() (problem, fix string) {
 		return "the host has KVM, but this container has no /dev/kvm", withDevice
 	case hasMisc(h.read("proc/misc"), "kvm"):
 		return "the kernel has KVM, but there is no /dev/kvm", h.sudo("mknod /dev/kvm c 10 232")
-	case has("vmx"):
-		return "no /dev/kvm: its kernel module is not loaded", h.sudo("modprobe kvm_intel")
-	case has("svm"):
-		return "no /dev/kvm: its kernel module is not loaded", h.sudo("modprobe kvm_amd")
+	case kvmModule(flags) != "":
+		return "no /dev/kvm: its kernel module is not loaded (if it can't be, the firmware's settings have virtualization switched off)",
+			h.sudo("modprobe " + kvmModule(flags))
 	case has("hypervisor"):
 		return "no /dev/kvm: this host is itself a VM, and its provider has not enabled nested virtualization", ""
 	case len(flags) > 0:
@@ -63,6 +69,34 @@ func (h *Host) missingKVM() (problem, fix string) {
 	default:
 		return "no /dev/kvm: the kernel has no KVM", ""
 	}
+}
+
+// kvmModule returns the kernel module that makes KVM of a processor's virtualization; empty if
+// that has none.
+func kvmModule(flags []string) string {
+	switch {
+	case slices.Contains(flags, "vmx"):
+		return "kvm_intel"
+	case slices.Contains(flags, "svm"):
+		return "kvm_amd"
+	}
+	return ""
+}
+
+// brokenKVM says why a /dev/kvm that this user may open can't be used.
+func (h *Host) brokenKVM(cause error) (problem, fix string) {
+	flags := cpuFlags(h.read("proc/cpuinfo"))
+	problem = "not usable: " + cause.Error()
+	switch module := kvmModule(flags); {
+	case errors.Is(cause, unix.EBUSY):
+		return problem + "; end the other one (VirtualBox, VMware), or unload its kernel modules", ""
+	case slices.Contains(flags, "hypervisor"):
+		return problem + "; this host is itself a VM, whose nested virtualization is broken: " +
+			"ask its provider for a host that has it, or use the machine below it", ""
+	case module != "":
+		return problem, fmt.Sprintf("%s && %s", h.sudo("modprobe -r "+module), h.sudo("modprobe "+module))
+	}
+	return problem, ""
 }
 
 // forbiddenKVM says why this user may not open /dev/kvm.

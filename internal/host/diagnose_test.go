@@ -1,10 +1,14 @@
 package host
 
 import (
+	"fmt"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
 )
@@ -38,6 +42,64 @@ func TestMissingKVM(t *testing.T) {
 				t.Errorf("got %+v\nwant %q, mended by %q", got, test.problem, test.fix)
 			}
 		})
+	}
+}
+
+// What is wrong with a /dev/kvm that can be opened is told apart from one that is not there, or
+// may not be opened, and so is what would mend it.
+func TestBrokenKVM(t *testing.T) {
+	t.Parallel()
+	const vmCPU, cpu = "flags\t: fpu svm hypervisor\n", "flags\t: fpu vmx\n"
+	for name, test := range map[string]struct {
+		cpuinfo string
+		speed   measured
+		err     error
+		problem []string
+		fix     string
+		works   bool
+	}{
+		"usable":            {cpu, measured{Exit: time.Microsecond}, nil, []string{"usable"}, "", true},
+		"not measured":      {cpu, measured{}, nil, []string{"usable"}, "", true},
+		"slow":              {vmCPU, measured{Exit: 2 * usualExit}, nil, []string{"usable, but slow", "50µs", "2.0 times longer"}, "", true},
+		"too slow, in a VM": {vmCPU, measured{}, &slowError{1, 100}, []string{"not usable", "too slow", "1 %", "itself a VM", "nested virtualization is broken"}, "", false},
+		"stuck, in a VM":    {vmCPU, measured{}, errStuck, []string{"not usable", "does not answer", "itself a VM"}, "", false},
+		"stuck":             {cpu, measured{}, errStuck, []string{"not usable", "does not answer"}, "sudo modprobe -r kvm_intel && sudo modprobe kvm_intel", false},
+		"taken":             {cpu, measured{}, fmt.Errorf("another hypervisor: %w", unix.EBUSY), []string{"not usable", "another hypervisor", "VirtualBox"}, "", false},
+		"unknown CPU":       {"", measured{}, errStuck, []string{"not usable"}, "", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newTestHost(t, map[string]string{kvmDevice: "", bootID: "boot", "proc/cpuinfo": test.cpuinfo})
+			h.probe = func(string, int, time.Duration) (measured, error) { return test.speed, test.err }
+			for _, accelerators := range [][]string{{KVM, TCG}, {KVM}} {
+				got := h.checkKVM(t.Context(), Requirements{Backend: "vmm", Accelerators: accelerators})
+				severity := smolvm.SeverityOK
+				if !test.works {
+					severity = smolvm.SeverityWarning
+					if len(accelerators) == 1 {
+						severity = smolvm.SeverityError
+					}
+				}
+				if got.Severity != severity || got.Fix != test.fix {
+					t.Errorf("by %v: got %+v, want severity %s, mended by %q", accelerators, got, severity, test.fix)
+				}
+				for _, part := range test.problem {
+					if !strings.Contains(got.Problem, part) {
+						t.Errorf("problem is %q, without %q", got.Problem, part)
+					}
+				}
+			}
+		})
+	}
+}
+
+// A program that no package has is got in the way that its backend tells.
+func TestProgramToGet(t *testing.T) {
+	t.Parallel()
+	const get = "get a release from https://example.org/releases"
+	findings := newTestHost(t, nil).Check(t.Context(), Requirements{Backend: "vmm", Programs: []Program{{Names: []string{"no-such-vmm"}, Why: "runs the VMs", Get: get}}})
+	if got := findings[0]; got.Severity != smolvm.SeverityError || got.Problem != "not installed; "+get || got.Fix != "" {
+		t.Errorf("got %+v", got)
 	}
 }
 
@@ -120,5 +182,27 @@ func TestForbiddenKVM(t *testing.T) {
 				t.Errorf("got %q, mended by %q\nwant %q, mended by %q", problem, fix, test.problem, test.fix)
 			}
 		})
+	}
+}
+
+func TestNestedProblem(t *testing.T) {
+	t.Parallel()
+	const intel, amd = "sys/module/kvm_intel/parameters/nested", "sys/module/kvm_amd/parameters/nested"
+	for name, test := range map[string]struct {
+		files        map[string]string
+		accelerator  string
+		problem, fix string
+	}{
+		"emulated":  {nil, TCG, "", ""},
+		"Intel":     {map[string]string{intel: "Y\n"}, KVM, "", ""},
+		"AMD":       {map[string]string{amd: "1\n"}, KVM, "", ""},
+		"Intel off": {map[string]string{intel: "N\n"}, KVM, "does not pass", "kvm_intel nested=1"},
+		"AMD off":   {map[string]string{amd: "0\n"}, KVM, "does not pass", "kvm_amd nested=1"},
+		"unknown":   {nil, KVM, "does not say", ""},
+	} {
+		problem, fix := newTestHost(t, test.files).NestedProblem(test.accelerator)
+		if (problem == "") != (test.problem == "") || !strings.Contains(problem, test.problem) || !strings.Contains(fix, test.fix) {
+			t.Errorf("%s: %q, mended by %q", name, problem, fix)
+		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 )
 
 // Options of a [Host].
@@ -22,10 +23,14 @@ type Host struct {
 	root   string
 	uid    int
 	groups []int // this process's own, the effective one among them
+	probe  prober
 
 	mu    sync.Mutex // guards the following; held while KVM is probed
 	known *probed
 }
+
+// prober runs a loop of some iterations on KVM, cut off after a limit, and measures it.
+type prober func(device string, iterations int, limit time.Duration) (measured, error)
 
 // New returns a Host.
 func New(opts Options) *Host {
@@ -35,6 +40,7 @@ func New(opts Options) *Host {
 		root:     "/",
 		uid:      os.Geteuid(),
 		groups:   append(groups, os.Getegid()),
+		probe:    probe,
 	}
 }
 

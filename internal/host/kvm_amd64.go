@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -87,28 +88,29 @@ const (
 var program = [...]byte{
 	0xff, 0xc9, // dec ecx
 	0x75, 0xfc, // jnz to the dec
-	0xf4, // hlt, which gives the CPU back to us
+	0xf4,       // hlt, which gives the CPU back to us
+	0xeb, 0xfd, // jmp to the hlt
 }
 
 // probe runs a loop on KVM, cut off after limit, and fails with a [*slowError] if
-// that comes first.
-func probe(device string, iterations int, limit time.Duration) error {
+// that comes first. It returns how fast that and the guest's exits were.
+func probe(device string, iterations int, limit time.Duration) (measured, error) {
 	// What cuts it off is a signal to its thread. SIGURG does the rest of the
 	// program no harm: the runtime interrupts goroutines by it, too.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	v, err := newVM(device)
 	if err != nil {
-		return err
+		return measured{}, err
 	}
 	defer v.close()
 	memory, err := unix.Mmap(-1, 0, memorySize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
-		return fmt.Errorf("map memory for a test of KVM: %w", err)
+		return measured{}, fmt.Errorf("map memory for a test of KVM: %w", err)
 	}
 	defer func() { _ = unix.Munmap(memory) }()
 	if err := v.load(memory, iterations); err != nil {
-		return fmt.Errorf("KVM can't set up a guest: %w", err)
+		return measured{}, fmt.Errorf("KVM can't set up a guest: %w", err)
 	}
 	return v.count(iterations, limit)
 }
@@ -167,8 +169,9 @@ func (s *segment) flat(selector uint16, kind uint8) {
 }
 
 // count runs the program, on this thread.
-func (v *vm) count(iterations int, limit time.Duration) error {
-	deadline := time.Now().Add(limit)
+func (v *vm) count(iterations int, limit time.Duration) (speed measured, err error) {
+	began := time.Now()
+	deadline := began.Add(limit)
 	pid, thread := os.Getpid(), unix.Gettid()
 	cut := make(chan struct{})
 	timer := time.AfterFunc(limit, func() {
@@ -184,18 +187,35 @@ func (v *vm) count(iterations int, limit time.Duration) error {
 			<-cut
 		}
 	}()
+	if halted, err := v.untilHalt(deadline); err != nil || !halted {
+		return speed, cmp.Or(err, v.slow(iterations))
+	}
+	speed.Loop = time.Since(began)
+	speed.Exit = limit // unless one is seen
+	for range probeExits {
+		entered := time.Now()
+		if halted, err := v.untilHalt(deadline); err != nil || !halted {
+			return speed, err
+		}
+		speed.Exit = min(speed.Exit, time.Since(entered))
+	}
+	return speed, nil
+}
+
+// untilHalt runs the guest, and reports whether it has halted before it was cut off.
+func (v *vm) untilHalt(deadline time.Time) (halted bool, err error) {
 	for {
 		_, err := ioctl(v.vcpu, kvmRun, 0)
 		reason := binary.NativeEndian.Uint32(v.run[runExitReason:])
 		switch {
 		case err == nil && reason == kvmExitHLT:
-			return nil
+			return true, nil
 		case err == nil:
-			return fmt.Errorf("KVM can't run a guest: it gave up for reason %d", reason)
+			return false, fmt.Errorf("KVM can't run a guest: it gave up for reason %d", reason)
 		case !errors.Is(err, unix.EINTR):
-			return fmt.Errorf("KVM can't run a guest: %w", err)
+			return false, fmt.Errorf("KVM can't run a guest: %w", err)
 		case !time.Now().Before(deadline):
-			return v.slow(iterations)
+			return false, nil
 		}
 	}
 }

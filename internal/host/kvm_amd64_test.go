@@ -33,12 +33,14 @@ func TestProbe(t *testing.T) {
 	const short, long = 10, 1<<31 - 1
 
 	t.Run("ends", func(t *testing.T) {
-		if err := probe(device, short, time.Minute); err != nil {
-			t.Errorf("probe of %d iterations: %v", short, err)
+		speed, err := probe(device, short, time.Minute)
+		if err != nil || speed.Loop <= 0 || speed.Exit <= 0 || speed.Exit > speed.Loop+time.Minute {
+			t.Errorf("probe of %d iterations: %+v, %v", short, speed, err)
 		}
+		t.Logf("%+v", speed)
 	})
 	t.Run("cut off", func(t *testing.T) {
-		err := probe(device, long, 20*time.Millisecond)
+		_, err := probe(device, long, 20*time.Millisecond)
 		slow, ok := errors.AsType[*slowError](err)
 		if !ok {
 			t.Fatalf("probe of %d iterations: %v, want a slowError", long, err)
@@ -48,7 +50,7 @@ func TestProbe(t *testing.T) {
 		}
 	})
 	t.Run("cut off at once", func(t *testing.T) {
-		err := probe(device, long, 0)
+		_, err := probe(device, long, 0)
 		if _, ok := errors.AsType[*slowError](err); !ok {
 			t.Errorf("probe without time: %v, want a slowError", err)
 		}
@@ -64,12 +66,12 @@ func TestProbeLeavesNothing(t *testing.T) {
 		}
 		return len(entries)
 	}
-	if err := probe(device, 10, time.Minute); err != nil {
+	if _, err := probe(device, 10, time.Minute); err != nil {
 		t.Skip("KVM does not work: ", err)
 	}
 	before := open()
 	for range 5 {
-		_ = probe(device, 10, time.Minute)
+		_, _ = probe(device, 10, time.Minute)
 	}
 	if after := open(); after != before {
 		t.Errorf("%d files are open after probing, %d before", after, before)

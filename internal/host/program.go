@@ -27,6 +27,8 @@ type Program struct {
 	// Packages names the package that holds it, by package manager ("apt", "dnf",
 	// "pacman", "apk", "zypper").
 	Packages map[string]string
+	// Get says how to get the program where no package has it, as a clause. Empty: one has.
+	Get string
 	// Optional programs make things better; VMs work without them.
 	Optional bool
 }
@@ -81,6 +83,7 @@ func (h *Host) checkProgram(ctx context.Context, p Program) smolvm.Finding {
 		if len(p.Names) > 1 {
 			finding.Problem += ", nor is " + strings.Join(p.Names[1:], " or ")
 		}
+		finding.Problem += p.get()
 		finding.Fix = h.install(p.Packages)
 		return finding
 	}
@@ -97,12 +100,20 @@ func (h *Host) checkProgram(ctx context.Context, p Program) smolvm.Finding {
 		finding.Severity = smolvm.SeverityWarning
 		finding.Problem = fmt.Sprintf("%s does not tell its version; %s or later is needed", path, p.MinVersion)
 	case older(got, p.MinVersion):
-		finding.Problem = fmt.Sprintf("%s has version %s; %s or later is needed", path, got, p.MinVersion)
+		finding.Problem = fmt.Sprintf("%s has version %s; %s or later is needed", path, got, p.MinVersion) + p.get()
 		finding.Fix = h.install(p.Packages)
 	default:
 		finding.Severity, finding.Problem = smolvm.SeverityOK, fmt.Sprintf("version %s, %s", got, path)
 	}
 	return finding
+}
+
+// get is what is said of how to get the program, after what is wrong with it.
+func (p Program) get() string {
+	if p.Get == "" {
+		return ""
+	}
+	return "; " + p.Get
 }
 
 // versionOf asks a program for its version.

@@ -373,7 +373,7 @@ func (b *builder) makeRootfs(ctx context.Context, from ingredients) error {
 	if err := checkRootfs(source); err != nil {
 		return err
 	}
-	if err := disk.Copy(ctx, target, source, 0); err != nil {
+	if err := disk.Copy(ctx, disk.CopyOptions{Path: target, Base: source}); err != nil {
 		return err
 	}
 	sum, err := disk.Sum(ctx, target)

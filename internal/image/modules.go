@@ -20,9 +20,11 @@ func wanted() []wire.Module {
 	return []wire.Module{
 		{Path: "virtio_mmio", Transport: "mmio", Use: wire.UseBoot},
 		{Path: "virtio_pci", Transport: "pci", Use: wire.UseBoot},
-		{Path: "virtio_console", Use: wire.UseBoot},
+		{Path: "virtio_console", Use: wire.UsePort},
 		{Path: "virtio_blk", Use: wire.UseBoot},
 		{Path: "ext4", Use: wire.UseBoot},
+		{Path: "vsock", Use: wire.UseVsock},
+		{Path: "vmw_vsock_virtio_transport", Use: wire.UseVsock},
 		{Path: "virtio_net", Use: wire.UseLate},
 		{Path: "virtio_rng", Use: wire.UseLate},
 	}
@@ -108,7 +110,7 @@ func (l *loadList) add(module wire.Module) error {
 	}
 	module.Path = path.Join(modulesDir, name+".ko")
 	if l.contents[module.Path] != nil {
-		l.share(name, module.Transport)
+		l.share(name, module)
 		return nil
 	}
 	if l.set.paths[name] == "" {
@@ -132,16 +134,26 @@ func (l *loadList) add(module wire.Module) error {
 	return nil
 }
 
-// share notes that a module on the list, and so all that it needs, is needed on one
-// more bus.
-func (l *loadList) share(name, transport string) {
+// share notes that a module on the list, and so all that it needs, is needed by another
+// module, which may be for another bus or another use.
+func (l *loadList) share(name string, by wire.Module) {
 	for i, there := range l.order {
-		if there.Path != path.Join(modulesDir, name+".ko") || there.Transport == "" || there.Transport == transport {
+		if there.Path != path.Join(modulesDir, name+".ko") {
 			continue
 		}
-		l.order[i].Transport = ""
+		both := there
+		if by.Transport != both.Transport {
+			both.Transport = ""
+		}
+		if by.Use != both.Use {
+			both.Use = wire.UseBoot // before any other
+		}
+		if both == there {
+			continue
+		}
+		l.order[i] = both
 		for _, need := range l.needs[name] {
-			l.share(need, "")
+			l.share(need, both)
 		}
 	}
 }

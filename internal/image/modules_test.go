@@ -80,6 +80,9 @@ func TestLoadOrder(t *testing.T) {
 	late := func(name string) wire.Module {
 		return wire.Module{Path: "/lib/smolvm/" + name + ".ko", Use: wire.UseLate}
 	}
+	of := func(use, name, transport string) wire.Module {
+		return wire.Module{Path: "/lib/smolvm/" + name + ".ko", Transport: transport, Use: use}
+	}
 	tests := map[string]struct {
 		files map[string][]byte
 		want  []wire.Module
@@ -114,6 +117,19 @@ func TestLoadOrder(t *testing.T) {
 				"virtio_ring.ko": module("virtio"), "virtio.ko": module(""),
 			},
 			want: []wire.Module{boot("virtio", ""), boot("virtio_ring", ""), boot("virtio_mmio", "mmio"), boot("virtio_pci", "pci")},
+		},
+		"the guest channel's": {
+			files: map[string][]byte{
+				"virtio_console.ko": module("virtio"), "virtio.ko": module(""), "virtio_net.ko": module("virtio,crc"), "crc.ko": module(""),
+				"vsock.ko": module("crc"), "vmw_vsock_virtio_transport.ko": module("vmw_vsock_virtio_transport_common,virtio"),
+				"vmw_vsock_virtio_transport_common.ko": module("vsock"), "virtio_mmio.ko": module(""), "vsock_loopback.ko": module("vsock"),
+			},
+			// What both need, or one that is needed in any case, is loaded in any case.
+			want: []wire.Module{
+				boot("virtio_mmio", "mmio"), boot("virtio", ""), of(wire.UsePort, "virtio_console", ""), boot("crc", ""),
+				of(wire.UseVsock, "vsock", ""), of(wire.UseVsock, "vmw_vsock_virtio_transport_common", ""),
+				of(wire.UseVsock, "vmw_vsock_virtio_transport", ""), late("virtio_net"),
+			},
 		},
 		"compressed": {
 			files: map[string][]byte{"virtio_blk.ko.gz": gzipOf(t, module("virtio")), "virtio.ko": module("")},

@@ -18,7 +18,7 @@ import (
 )
 
 // recipeVersion changes whenever the same ingredients make another image.
-const recipeVersion = 5
+const recipeVersion = 6
 
 // Progress is how far a build is.
 type Progress struct {

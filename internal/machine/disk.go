@@ -21,7 +21,7 @@ func (b *Builder) BaseOf(ctx context.Context, vm store.VM) (path, format string,
 	if _, err := os.Stat(vm.Layer); err != nil {
 		return "", "", fmt.Errorf("the disk of the snapshot that it is restored from is missing: %w; delete the VM, and restore it anew", err)
 	}
-	return vm.Layer, disk.QCOW2, nil
+	return vm.Layer, disk.FormatOf(vm.Layer), nil
 }
 
 // UsualBase returns the root file system of a VM that is not restored from a snapshot.
@@ -48,6 +48,9 @@ func Rootfs(image smolvm.Image, sizeMiB int64) string {
 // EnsureDisk makes the disk of a new VM, unless one was retained from an earlier VM of
 // that id. A process that was killed while it created a VM may have left one without a
 // disk, so Start calls it too; but a disk that a guest has used is never made again.
+//
+// A raw disk is not made yet, as it takes longer, and may be a copy of another base than this
+// one: the first start makes it of what it starts from, by [Builder.Rebase].
 func (b *Builder) EnsureDisk(ctx context.Context, vm store.VM) error {
 	if vm.DiskPath == "" {
 		return nil
@@ -61,23 +64,25 @@ func (b *Builder) EnsureDisk(ctx context.Context, vm store.VM) error {
 	case vm.State != smolvm.StateCreated || vm.DiskPath == vm.Config.RootfsPath:
 		return fmt.Errorf("its disk %s is missing; put it back, or delete the VM", vm.DiskPath)
 	}
-	overlay := backing.Overlay{Path: vm.DiskPath, Size: vm.Config.DiskSizeMiB << 20}
-	if overlay.Base, overlay.BaseFormat, err = b.BaseOf(ctx, vm); err != nil {
+	made := backing.Disk{Path: vm.DiskPath, Size: vm.Config.DiskSizeMiB << 20}
+	if made.Base, made.BaseFormat, err = b.BaseOf(ctx, vm); err != nil {
 		return err
 	}
-	if vm.Layer == "" {
-		return b.Disks.Create(ctx, overlay)
+	switch {
+	case disk.FormatOf(vm.DiskPath) == disk.Raw:
+		return nil
+	case vm.Layer == "":
+		return b.Disks.Create(ctx, made)
 	}
-	return b.Disks.Derive(ctx, overlay)
+	return b.Disks.Derive(ctx, made)
 }
 
-// Rebase makes a VM's disk anew, as an overlay of base. A VM without a disk has none after
-// that either.
+// Rebase makes a VM's disk anew, from base. A VM without a disk has none after that either.
 func (b *Builder) Rebase(ctx context.Context, vm store.VM, base, format string) error {
 	if vm.DiskPath == "" {
 		return nil
 	}
-	return b.Disks.Derive(ctx, backing.Overlay{
+	return b.Disks.Derive(ctx, backing.Disk{
 		Path: vm.DiskPath, Base: base, BaseFormat: format, Size: vm.Config.DiskSizeMiB << 20, Replace: true,
 		Sync: vm.State != smolvm.StateCreated, // it takes the place of one with data
 	})

@@ -129,9 +129,9 @@ func chainFiles(chain []disk.File) []vmm.DiskFile {
 	return files
 }
 
-// Own returns a disk in the data directory, which is qcow2 as we have made it. Declared as
-// for [backing.Disks.Chain].
+// Own returns a disk in the data directory, as we have made it, or as it is to be made.
+// Declared as for [backing.Disks.Chain].
 func (b *Builder) Own(path string, declared ...disk.File) (vmm.Drive, error) {
 	chain, err := b.Disks.Chain(path, declared...)
-	return vmm.Drive{Path: path, Format: disk.QCOW2, Backing: chainFiles(chain)}, err
+	return vmm.Drive{Path: path, Format: disk.FormatOf(path), Backing: chainFiles(chain)}, err
 }

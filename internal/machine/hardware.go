@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"github.com/smolvm/smolvm/internal/vmm"
-	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Hardware is what a saved guest needs to find again to go on.
@@ -18,11 +17,13 @@ type Hardware struct {
 	// Program is the VMM's, with what changes when it is upgraded.
 	Program string `json:"program"`
 	// Layout of the devices; see [vmm.Traits].
-	Layout    int         `json:"layout"`
-	CPU       string      `json:"cpu"`
-	VCPUs     int         `json:"vcpus"`
-	MemoryMiB int         `json:"memory_mib"`
-	Drives    []DriveKind `json:"drives"`
+	Layout    int    `json:"layout"`
+	CPU       string `json:"cpu"`
+	VCPUs     int    `json:"vcpus"`
+	MemoryMiB int    `json:"memory_mib"`
+	// Nested reports whether the CPU has virtualization.
+	Nested bool        `json:"nested,omitempty"`
+	Drives []DriveKind `json:"drives"`
 }
 
 // DriveKind is what the hardware of a drive is.
@@ -33,7 +34,7 @@ type DriveKind struct {
 
 // HardwareOf returns the hardware of a VM that a backend runs as config says.
 func (b *Builder) HardwareOf(backend string, config vmm.Config) (Hardware, error) {
-	declared, err := traits.Lookup(backend)
+	declared, err := b.Backends.Lookup(backend)
 	if err != nil {
 		return Hardware{}, err
 	}
@@ -49,6 +50,7 @@ func (b *Builder) HardwareOf(backend string, config vmm.Config) (Hardware, error
 		CPU:         b.Host.CPUModel(),
 		VCPUs:       config.VCPUs,
 		MemoryMiB:   config.MemoryMiB,
+		Nested:      config.Nested,
 	}
 	for _, drive := range config.Drives {
 		h.Drives = append(h.Drives, DriveKind{drive.Format, drive.ReadOnly})
@@ -88,6 +90,7 @@ func (h Hardware) Difference(now Hardware) string {
 		{"CPU", h.CPU, now.CPU},
 		{"number of CPUs", h.VCPUs, now.VCPUs},
 		{"memory in MiB", h.MemoryMiB, now.MemoryMiB},
+		{"virtualization for VMs of its own", h.Nested, now.Nested},
 		{"disks", fmt.Sprintf("%+v", h.Drives), fmt.Sprintf("%+v", now.Drives)},
 	} {
 		if part.was != part.is {

@@ -3,7 +3,9 @@ package machine
 
 import (
 	"context"
+	"fmt"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Builder makes the machines of the VMs of a data directory.
@@ -24,6 +27,8 @@ type Builder struct {
 	Disks  *backing.Disks
 	Store  *store.Store
 	Host   *host.Host
+	// Backends are those that are known.
+	Backends traits.List
 }
 
 // Addresses returns what follows from a VM's lease, in the mode in which it is connected.
@@ -31,13 +36,15 @@ func Addresses(vm store.VM) (network.Addresses, error) {
 	return network.Plan(smolvm.NetworkUser, vm.Lease)
 }
 
-// Config returns what the VMM of a VM is to run on an accelerator, but for the network.
+// Config returns what the VMM of a VM is to run on an accelerator, but for the network. It is
+// an error if the VM has a disk that its backend can't use.
 func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {
 	config := vmm.Config{
 		ID:          vm.ID,
 		Accelerator: accelerator,
 		VCPUs:       vm.Config.VCPUs,
 		MemoryMiB:   vm.Config.MemoryMiB,
+		Nested:      vm.Config.NestedVirtualization,
 		CPULimit:    vm.Config.CPULimit,
 		DiskLimit:   vmm.DiskLimit{BytesPerSecond: vm.Config.DiskBytesPerSecond, IOPS: vm.Config.DiskIOPS},
 		Kernel:      vm.Config.KernelPath,
@@ -46,8 +53,12 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 		Channel:     vm.Config.UsesImage(),
 		ConsolePath: vm.LogPath,
 		LogPath:     filepath.Join(b.Dir.VM(vm.ID), VMMLog),
+		WorkDir:     b.Dir.VM(vm.ID),
 	}
-	var err error
+	err := b.checkNested(vm, accelerator)
+	if err != nil {
+		return config, err
+	}
 	if vm.Config.UsesImage() {
 		image, err := b.Images.Get(ctx, vm.Image)
 		if err != nil {
@@ -63,21 +74,57 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 	if vm.DiskPath != "" && !hasArg(config.BootArgs, "root") {
 		config.BootArgs += " root=/dev/vda rw"
 	}
-	config.Drives, err = b.Drives(vm)
+	if config.Drives, err = b.Drives(vm); err == nil {
+		err = b.checkFormats(vm.Backend, config.Drives)
+	}
 	return config, err
 }
 
-// EmulationFactor is how many times longer things may take without hardware virtualization: a
-// kernel boots about ten times slower, a guest that is up works about four times slower.
-const EmulationFactor = 4
+// checkFormats returns an error if there is a disk that a backend can't use.
+func (b *Builder) checkFormats(backend string, drives []vmm.Drive) error {
+	declared, err := b.Backends.Lookup(backend)
+	if err != nil {
+		return err
+	}
+	for _, drive := range drives {
+		if format := (traits.Needs{DiskFormats: []string{drive.Format}}).Unmet(declared); format != "" {
+			return UnusableFormat(declared, drive.Path, format)
+		}
+	}
+	return nil
+}
+
+// UnusableFormat returns the error of a disk that a backend can't use.
+func UnusableFormat(backend vmm.Traits, path, format string) error {
+	return &smolvm.Error{
+		Hint: fmt.Sprintf("choose a backend that can use it, or copy it with `qemu-img convert -f %s -O %s`", format, backend.DiskFormats[0]),
+		Err: fmt.Errorf("%w: %s is %s, and backend %s can use %s only", smolvm.ErrUnsupported,
+			path, format, backend.Name, strings.Join(backend.DiskFormats, " and ")),
+	}
+}
+
+// checkNested returns why a VM that is to run VMs itself can't do so here.
+func (b *Builder) checkNested(vm store.VM, accelerator string) error {
+	if !vm.Config.NestedVirtualization {
+		return nil
+	}
+	backend, err := b.Backends.Lookup(vm.Backend)
+	if err != nil {
+		return err
+	}
+	if !backend.Nested {
+		return fmt.Errorf("nested virtualization: %w by backend %s on %s", smolvm.ErrUnsupported, backend.Name, runtime.GOARCH)
+	}
+	if reason, fix := b.Host.NestedProblem(accelerator); reason != "" {
+		return &smolvm.Error{Hint: fix, Err: fmt.Errorf("nested virtualization: %w: %s", smolvm.ErrUnsupported, reason)}
+	}
+	return nil
+}
 
 // BootTimeout returns how long a VM may take to become ready on an accelerator, unless its
-// user says otherwise.
-func BootTimeout(accelerator string) time.Duration {
-	if accelerator == vmm.KVM {
-		return smolvm.DefaultBootTimeout
-	}
-	return EmulationFactor * smolvm.DefaultBootTimeout
+// user says otherwise: [smolvm.DefaultBootTimeout], times what the accelerator is slower.
+func (b *Builder) BootTimeout(ctx context.Context, accelerator string) time.Duration {
+	return time.Duration(b.Host.Slowness(ctx, accelerator) * float64(smolvm.DefaultBootTimeout)).Round(time.Second)
 }
 
 // VMMLog is the name of the file with a VMM's own output, beside the log of the console.

@@ -31,6 +31,26 @@ type Config struct {
 	Egress *Egress `json:"egress,omitempty"`
 	// MTU of the guest's interface, in bytes. Zero: 1500.
 	MTU int `json:"mtu,omitempty"`
+	// Prefix6, Gateway6 and Guest6 are the addresses of IPv6; not valid: there are none.
+	Prefix6  netip.Prefix `json:"prefix6,omitzero"`
+	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
+	Guest6   netip.Addr   `json:"guest6,omitzero"`
+	// TAP is the name of the interface that the modes [TAP] and [Bridge] make.
+	TAP string `json:"tap,omitempty"`
+	// Bridge is the name of the bridge in the mode [Bridge].
+	Bridge string `json:"bridge,omitempty"`
+	// OpenToVMs lets the guest reach other guests of the same mode that are open too, and
+	// them reach it.
+	OpenToVMs bool `json:"open_to_vms,omitempty"`
+	// Rate bounds what passes.
+	Rate Rate `json:"rate,omitzero"`
+}
+
+// Rate is how much may pass, in bits a second. Zero: as much as can.
+type Rate struct {
+	// ToGuest bounds what the guest receives, and FromGuest what it sends.
+	ToGuest   uint64 `json:"to_guest,omitempty"`
+	FromGuest uint64 `json:"from_guest,omitempty"`
 }
 
 // UsedMode returns the mode that a configuration stands for; nil stands for no network, and

@@ -155,6 +155,32 @@ var resolverAddrs = []netip.Addr{
 // MetadataServices returns the addresses of [ClosedMetadata].
 func MetadataServices() []netip.Addr { return slices.Clone(metadataServices) }
 
+// ClosedNetworks returns the networks whose addresses are closed always for what they are, so
+// not those of the host and of VMs: [ClosedNoHost], [ClosedLinkLocal] and [ClosedMetadata].
+// None overlaps another.
+func ClosedNetworks() []netip.Prefix {
+	closed := []netip.Prefix{
+		netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"),
+		netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("255.255.255.255/32"),
+		netip.MustParsePrefix("::/127"), netip.MustParsePrefix("::ffff:0:0/96"), netip.MustParsePrefix("ff00::/8"),
+	}
+	closed = append(closed, linkLocal...)
+	for _, addr := range metadataServices {
+		closed = append(closed, netip.PrefixFrom(addr, addr.BitLen()))
+	}
+	for _, prefix := range slices.Clone(closed) {
+		if prefix.Addr().Is4() { // as [withEmbedded] finds it
+			at := prefix.Addr().As4()
+			nat64, to4 := [16]byte{0x00, 0x64, 0xff, 0x9b}, [16]byte{0x20, 0x02}
+			copy(nat64[12:], at[:])
+			copy(to4[2:], at[:])
+			closed = append(closed,
+				netip.PrefixFrom(netip.AddrFrom16(nat64), 96+prefix.Bits()), netip.PrefixFrom(netip.AddrFrom16(to4), 16+prefix.Bits()))
+		}
+	}
+	return closed
+}
+
 // metadataServices are the addresses outside of 169.254.0.0/16 and fe80::/10 where clouds
 // tell a virtual machine who it is, and give credentials to whoever asks from there. On a
 // host in such a cloud a guest would be given the host's.

@@ -10,6 +10,8 @@ package network
 
 import (
 	"cmp"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -27,9 +29,18 @@ const (
 	PlaceholderIndex = FirstIndex - 1
 )
 
-// TAP connects the guest by a TAP interface of the host, which takes a privilege. No shim
-// knows this mode yet.
-const TAP smolvm.NetworkMode = "tap"
+// Modes that take a privilege. Shims know them; no VM can be asked to have one yet.
+const (
+	// TAP connects the guest by a TAP interface of the host, which routes for it.
+	TAP smolvm.NetworkMode = "tap"
+	// Bridge connects the guest by a TAP interface to a bridge of the host's administrator,
+	// whose network gives it addresses.
+	Bridge smolvm.NetworkMode = "bridge"
+)
+
+// DefaultPool returns the network that VMs on TAP interfaces have their addresses in if no
+// other is asked for.
+func DefaultPool() netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16}), 16) }
 
 // Addresses are what follows from a VM's lease, in one mode.
 type Addresses struct {
@@ -38,21 +49,37 @@ type Addresses struct {
 	Lease int
 	// Guest is the guest's address, in the network Prefix. Gateway is the host's side of
 	// that network, and DNS is where the guest has names resolved.
+	// In the mode bridge none is known beforehand.
 	Guest, Gateway, DNS netip.Addr
 	Prefix              netip.Prefix
+	// Guest6, Gateway6 and Prefix6 are the same of IPv6; not valid in modes without it. They
+	// are unique local addresses (RFC 4193), and leave the host with its own in their place.
+	Guest6, Gateway6 netip.Addr
+	Prefix6          netip.Prefix
 	// MAC is the hardware address of the guest's interface, the same in every mode: locally
 	// administered (02), and ending in the bytes of the lease.
 	MAC string
-	// TAP is the name of the interface on the host; empty in the mode user.
+	// TAP is the name of the interface on the host: [TAPPrefix] and the lease's address in
+	// the pool, so that VMs of pools that don't overlap have different ones. Empty in the
+	// mode user.
 	TAP string
 	// CID is the VM's address on vsock; 0: it has none.
 	CID uint32
 }
 
-// Plan returns the addresses of the VM with a lease, by arithmetic alone. Empty stands for
-// the mode user. If the mode is not known, or the lease is none of that mode, Mode and Lease
-// are all that is returned with the error.
+// TAPPrefix is what the names of all TAP interfaces of VMs begin with.
+const TAPPrefix = "smol-"
+
+// Plan returns the addresses of the VM with a lease in the [DefaultPool]; see [PlanIn].
 func Plan(mode smolvm.NetworkMode, lease int) (Addresses, error) {
+	return PlanIn(DefaultPool(), mode, lease)
+}
+
+// PlanIn returns the addresses of the VM with a lease, by arithmetic alone. Empty stands for
+// the mode user, whose addresses are in no pool. If the mode is not known, or the lease is
+// none of that mode, Mode and Lease are all that is returned with the error. It matches
+// [ErrPoolExhausted] if the pool has no address for the lease.
+func PlanIn(pool netip.Prefix, mode smolvm.NetworkMode, lease int) (Addresses, error) {
 	mode = cmp.Or(mode, smolvm.NetworkUser)
 	none := Addresses{Mode: mode, Lease: lease}
 	if lease < PlaceholderIndex || lease > LastIndex {
@@ -71,29 +98,81 @@ func Plan(mode smolvm.NetworkMode, lease int) (Addresses, error) {
 		a.Guest = netip.AddrFrom4([4]byte{10, 0, 2, 15})
 		a.Gateway = netip.AddrFrom4([4]byte{10, 0, 2, 2})
 		a.Prefix = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 2, 0}), 24)
-	case TAP:
-		if lease == PlaceholderIndex {
-			return none, fmt.Errorf("plan a network: a guest of no VM has no address in the pool %s", pool())
+		a.DNS = a.Gateway
+	case TAP, Bridge:
+		if err := a.inPool(pool); err != nil {
+			return none, fmt.Errorf("plan a network: %w", err)
 		}
-		a.Guest, a.Gateway, a.Prefix = poolAddr(lease), poolAddr(PlaceholderIndex), pool()
-		// 15 characters are what the kernel allows (IFNAMSIZ less the NUL).
-		a.TAP = fmt.Sprintf("smol%d", lease)
 	default:
 		return none, fmt.Errorf("plan a network: %w: mode %q is not known", smolvm.ErrUnsupported, mode)
 	}
-	a.DNS = a.Gateway
 	return a, nil
 }
 
-// pool is the network that VMs on TAP interfaces share.
-func pool() netip.Prefix { return netip.PrefixFrom(poolAddr(0), 16) }
+// ErrPoolExhausted matches the error of [PlanIn] for a lease that is beyond the pool.
+var ErrPoolExhausted = errors.New("the pool of addresses is exhausted")
 
-func poolAddr(index int) netip.Addr {
-	return netip.AddrFrom4([4]byte{172, 16, byte(index >> 8), byte(index)})
+// CheckPool returns why a network can't be a pool of VMs' addresses.
+func CheckPool(pool netip.Prefix) error {
+	switch {
+	case !pool.IsValid() || !pool.Addr().Is4():
+		return fmt.Errorf("pool %s is no network of IPv4", pool)
+	case pool != pool.Masked():
+		return fmt.Errorf("pool %s has bits beyond its length; write %s", pool, pool.Masked())
+	case pool.Bits() > 29:
+		return fmt.Errorf("pool %s is too small; the smallest is a /29", pool)
+	case pool.Bits() < 8:
+		return fmt.Errorf("pool %s is too large; the largest is a /8", pool)
+	case !pool.Addr().IsGlobalUnicast() || netip.MustParsePrefix("0.0.0.0/8").Overlaps(pool):
+		return fmt.Errorf("pool %s has no addresses of hosts", pool)
+	}
+	return nil
+}
+
+// inPool sets what follows from the lease in a pool.
+func (a *Addresses) inPool(pool netip.Prefix) error {
+	if err := CheckPool(pool); err != nil {
+		return err
+	}
+	// The last address of a network is for broadcasts.
+	if last := 1<<(32-pool.Bits()) - 2; a.Lease > last {
+		return fmt.Errorf("%w: lease %d has no address in %s, which has room for %d VMs", ErrPoolExhausted, a.Lease, pool, last-FirstIndex+1)
+	}
+	if a.Lease == PlaceholderIndex {
+		return fmt.Errorf("a guest of no VM has no address in the pool %s", pool)
+	}
+	addr := poolAddr(pool, a.Lease)
+	// 15 characters are what the kernel allows (IFNAMSIZ less the NUL).
+	a.TAP = fmt.Sprintf("%s%x", TAPPrefix, addr.As4())
+	if a.Mode == Bridge {
+		return nil
+	}
+	a.Guest, a.Gateway, a.Prefix = addr, poolAddr(pool, PlaceholderIndex), pool
+	a.DNS = a.Gateway
+	a.Guest6, a.Gateway6 = toIPv6(a.Guest), toIPv6(a.Gateway)
+	a.Prefix6 = netip.PrefixFrom(toIPv6(pool.Addr()), 96+pool.Bits())
+	return nil
+}
+
+func poolAddr(pool netip.Prefix, index int) netip.Addr {
+	base := pool.Addr().As4()
+	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(base[:])+uint32(index))))
+}
+
+// ULA returns the network of all addresses of IPv6 that are planned, whatever the pool.
+func ULA() netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 0x73, 0x6d, 0x6f, 0x6c, 0x76}), 64)
+}
+
+// toIPv6 returns the address in [ULA] that ends in an address of IPv4.
+func toIPv6(addr netip.Addr) netip.Addr {
+	bytes, last := ULA().Addr().As16(), addr.As4()
+	copy(bytes[12:], last[:])
+	return netip.AddrFrom16(bytes)
 }
 
 func macOf(lease int) string {
-	ip := poolAddr(lease).As4()
+	ip := poolAddr(DefaultPool(), lease).As4()
 	return net.HardwareAddr{0x02, 0x00, ip[0], ip[1], ip[2], ip[3]}.String()
 }
 
@@ -105,5 +184,8 @@ func (a Addresses) Public() smolvm.NetworkConfig {
 
 // Config returns what a VM's shim is told of its network.
 func (a Addresses) Config() Config {
-	return Config{Mode: a.Mode, Prefix: a.Prefix, Gateway: a.Gateway, Guest: a.Guest, GuestMAC: a.MAC}
+	return Config{
+		Mode: a.Mode, Prefix: a.Prefix, Gateway: a.Gateway, Guest: a.Guest, GuestMAC: a.MAC,
+		Prefix6: a.Prefix6, Gateway6: a.Gateway6, Guest6: a.Guest6, TAP: a.TAP,
+	}
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/smolvm/smolvm"
 )
 
-func modes() []smolvm.NetworkMode { return []smolvm.NetworkMode{smolvm.NetworkUser, TAP} }
+func modes() []smolvm.NetworkMode { return []smolvm.NetworkMode{smolvm.NetworkUser, TAP, Bridge} }
 
 func TestPlan(t *testing.T) {
 	t.Parallel()
@@ -24,10 +24,11 @@ func TestPlan(t *testing.T) {
 			Prefix: prefix("10.0.2.0/24"), MAC: mac, CID: cid,
 		}
 	}
-	tap := func(lease int, guest, mac, name string, cid uint32) Addresses {
+	tap := func(lease int, guest, guest6, mac, name string, cid uint32) Addresses {
 		return Addresses{
 			Mode: TAP, Lease: lease, Guest: addr(guest), Gateway: addr("172.16.0.1"), DNS: addr("172.16.0.1"),
 			Prefix: prefix("172.16.0.0/16"), MAC: mac, TAP: name, CID: cid,
+			Guest6: addr(guest6), Gateway6: addr("fd73:6d6f:6c76::ac10:1"), Prefix6: prefix("fd73:6d6f:6c76::ac10:0/112"),
 		}
 	}
 	for _, test := range []struct {
@@ -38,10 +39,11 @@ func TestPlan(t *testing.T) {
 		{smolvm.NetworkUser, user(FirstIndex, "02:00:ac:10:00:02", 3)},
 		{smolvm.NetworkUser, user(PlaceholderIndex, "02:00:ac:10:00:01", 0)}, // CID 2 is the host's
 		{smolvm.NetworkUser, user(LastIndex, "02:00:ac:10:ff:fe", 65535)},
-		{TAP, tap(FirstIndex, "172.16.0.2", "02:00:ac:10:00:02", "smol2", 3)},
-		{TAP, tap(255, "172.16.0.255", "02:00:ac:10:00:ff", "smol255", 256)},
-		{TAP, tap(256, "172.16.1.0", "02:00:ac:10:01:00", "smol256", 257)},
-		{TAP, tap(LastIndex, "172.16.255.254", "02:00:ac:10:ff:fe", "smol65534", 65535)},
+		{TAP, tap(FirstIndex, "172.16.0.2", "fd73:6d6f:6c76::ac10:2", "02:00:ac:10:00:02", "smol-ac100002", 3)},
+		{TAP, tap(255, "172.16.0.255", "fd73:6d6f:6c76::ac10:ff", "02:00:ac:10:00:ff", "smol-ac1000ff", 256)},
+		{TAP, tap(256, "172.16.1.0", "fd73:6d6f:6c76::ac10:100", "02:00:ac:10:01:00", "smol-ac100100", 257)},
+		{Bridge, Addresses{Mode: Bridge, Lease: 300, MAC: "02:00:ac:10:01:2c", TAP: "smol-ac10012c", CID: 301}},
+		{TAP, tap(LastIndex, "172.16.255.254", "fd73:6d6f:6c76::ac10:fffe", "02:00:ac:10:ff:fe", "smol-ac10fffe", 65535)},
 	} {
 		if got, err := Plan(test.mode, test.want.Lease); err != nil || got != test.want {
 			t.Errorf("Plan(%q, %d) = %+v, %v; want %+v", test.mode, test.want.Lease, got, err, test.want)
@@ -73,6 +75,49 @@ func TestPlanRefuses(t *testing.T) {
 	}
 }
 
+// A pool gives as many VMs addresses as it has, and all that they share with others is another
+// pool's.
+func TestPlanIn(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		pool        string
+		lease       int
+		guest, want string // the guest's address, or the error's text
+	}{
+		{"10.200.0.0/16", 300, "10.200.1.44", ""},
+		{"192.168.7.0/29", FirstIndex, "192.168.7.2", ""},
+		{"192.168.7.0/29", 6, "192.168.7.6", ""},
+		{"192.168.7.0/29", 7, "", "lease 7 has no address in 192.168.7.0/29, which has room for 5 VMs"},
+		{"10.0.0.0/8", LastIndex, "10.0.255.254", ""},
+		{"192.168.7.0/30", FirstIndex, "", "is too small"},
+		{"8.0.0.0/7", FirstIndex, "", "is too large"},
+		{"10.200.0.1/16", FirstIndex, "", "write 10.200.0.0/16"},
+		{"fd00::/64", FirstIndex, "", "is no network of IPv4"},
+		{"127.0.0.0/16", FirstIndex, "", "has no addresses of hosts"},
+		{"169.254.0.0/16", FirstIndex, "", "has no addresses of hosts"},
+		{"0.0.0.0/8", FirstIndex, "", "has no addresses of hosts"},
+	} {
+		pool := netip.MustParsePrefix(test.pool)
+		a, err := PlanIn(pool, TAP, test.lease)
+		switch {
+		case test.want != "":
+			if err == nil || !strings.Contains(err.Error(), test.want) || errors.Is(err, ErrPoolExhausted) != (test.lease == 7) {
+				t.Errorf("lease %d of %s: %v, want %q", test.lease, test.pool, err, test.want)
+			}
+		case err != nil || a.Guest.String() != test.guest || a.Prefix != pool:
+			t.Errorf("lease %d of %s: %+v, %v; want %s", test.lease, test.pool, a, err, test.guest)
+		default:
+			other, err := Plan(TAP, test.lease)
+			if err != nil || a.TAP == other.TAP || a.Guest6 == other.Guest6 || a.Prefix6.Overlaps(other.Prefix6) || a.MAC != other.MAC {
+				t.Errorf("lease %d of %s is %+v, and of the default pool %+v", test.lease, test.pool, a, other)
+			}
+		}
+	}
+	if _, err := PlanIn(netip.Prefix{}, TAP, FirstIndex); err == nil {
+		t.Error("no pool is one")
+	}
+}
+
 // What users see and what the shim is told is the plan, and nothing but it.
 func TestPlanForms(t *testing.T) {
 	t.Parallel()
@@ -87,7 +132,8 @@ func TestPlanForms(t *testing.T) {
 			t.Errorf("%s: users see %+v of %+v", mode, public, a)
 		}
 		if config.UsedMode() != mode || config.Guest != a.Guest || config.Gateway != a.Gateway || config.Prefix != a.Prefix ||
-			config.GuestMAC != a.MAC || config.Metadata != nil || config.MTU != 0 {
+			config.GuestMAC != a.MAC || config.TAP != a.TAP || config.Guest6 != a.Guest6 || config.Gateway6 != a.Gateway6 ||
+			config.Prefix6 != a.Prefix6 || config.Metadata != nil || config.MTU != 0 {
 			t.Errorf("%s: the shim is told %+v of %+v", mode, config, a)
 		}
 	}
@@ -134,7 +180,7 @@ func TestPlanRoundTrip(t *testing.T) {
 		if local, group := mac[0]&2 != 0, mac[0]&1 != 0; !local || group {
 			t.Fatalf("lease %d: MAC %s is no locally administered address of one interface", lease, a.MAC)
 		}
-		if n, err := strconv.Atoi(strings.TrimPrefix(a.TAP, "smol")); err != nil || n != lease || len(a.TAP) > 15 {
+		if n, err := strconv.ParseUint(strings.TrimPrefix(a.TAP, "smol-ac10"), 16, 16); err != nil || int(n) != lease || len(a.TAP) > 15 {
 			t.Fatalf("lease %d: TAP %s: %v", lease, a.TAP, err)
 		}
 		if a.CID < 3 || int(a.CID)-1 != lease {

@@ -3,8 +3,11 @@ package network
 import (
 	"encoding/json"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+
+	"pgregory.net/rapid"
 
 	"github.com/smolvm/smolvm"
 )
@@ -210,4 +213,44 @@ func TestPolicyJSON(t *testing.T) {
 			t.Errorf("%+v is written as %s", r, text)
 		}
 	}
+}
+
+// The networks that are closed always are those that every verdict calls closed, and none of
+// them is in another.
+func TestClosedNetworks(t *testing.T) {
+	t.Parallel()
+	networks := ClosedNetworks()
+	isIn := func(addr netip.Addr) bool {
+		return slices.ContainsFunc(networks, func(p netip.Prefix) bool { return p.Contains(addr) })
+	}
+	for i, p := range networks {
+		if p != p.Masked() {
+			t.Errorf("%s has bits beyond its length", p)
+		}
+		for _, q := range networks[:i] {
+			if p.Overlaps(q) {
+				t.Errorf("%s overlaps %s", p, q)
+			}
+		}
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		// Half of the addresses are near the edges of these networks.
+		addr := netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "IPv4")))
+		if rapid.Bool().Draw(t, "IPv6") {
+			addr = netip.AddrFrom16([16]byte(rapid.SliceOfN(rapid.Byte(), 16, 16).Draw(t, "IPv6 address")))
+		}
+		if rapid.Bool().Draw(t, "edge") {
+			addr = rapid.SampledFrom(networks).Draw(t, "network").Addr()
+			if rapid.Bool().Draw(t, "before") && addr.Prev().IsValid() {
+				addr = addr.Prev()
+			}
+		}
+		if addr.Is4In6() {
+			return // a verdict takes it for one of IPv4, and no kernel sends it anywhere
+		}
+		v := Policy{}.Verdict(Flow{Protocol: smolvm.TCP, To: netip.AddrPortFrom(addr, 1)})
+		if v.Allowed == isIn(addr) {
+			t.Fatalf("%s is in a closed network: %t; verdict: %s", addr, isIn(addr), v)
+		}
+	})
 }

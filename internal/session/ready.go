@@ -2,7 +2,6 @@ package session
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -10,7 +9,6 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/stream"
@@ -72,7 +70,7 @@ func (s *Session) startContext(outer context.Context) (context.Context, context.
 
 // explain says why a start did not succeed, with the end of the console.
 func (s *Session) explain(ctx context.Context, err error) error {
-	if s.instance != nil && stream.IsBroken(err) {
+	if s.instance != nil && stream.IsBroken(err) && !s.resetsChannel() {
 		// The channel breaks when the VMM ends, and that says more.
 		select {
 		case <-s.instance.Done():
@@ -138,32 +136,12 @@ func (s *Session) awaitReady(ctx context.Context) error {
 }
 
 func (s *Session) handshake(ctx context.Context) error {
-	hello := *s.spec.Hello
-	hello.Time = time.Now()
-	hello.Seed = make([]byte, seedSize)
-	_, _ = rand.Read(hello.Seed) // never fails: crypto/rand ends the program instead
-	if hello.Network != nil && s.network != nil {
-		network := *hello.Network
-		network.Search = s.network.Search()
-		hello.Network = &network
-	}
-	if s.channel == nil { // a guest that stood by has told it who it was before
-		channel, err := s.instance.OpenChannel(ctx)
-		if err != nil {
-			return err
-		}
-		s.channel = channel
-	}
-	if s.spec.InSession {
-		if err := agent.Reset(ctx, s.channel); err != nil {
-			return err
-		}
-	}
-	link, answer, err := agent.Handshake(ctx, s.channel, hello)
+	// A guest that stood by has told who it was, over a channel that is open.
+	channel, link, answer, err := s.greet(ctx, s.line.take(), s.hello(), s.spec.VMM.Restore != nil)
 	if err != nil {
 		return err
 	}
-	s.link, s.answer = link, &answer
+	s.line.set(channel, link, answer)
 	s.warnings = append(s.warnings, answer.Warnings...)
 	s.step(stepAgent)
 	return nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"fmt"
+	"net"
 	"strings"
 
 	"golang.org/x/crypto/ssh"
@@ -19,16 +20,35 @@ func (s *Session) Rehearse(ctx context.Context, commands []smolvm.Command) error
 	defer cancel()
 	err := s.runInGuest(ctx, append([]smolvm.Command{{Args: []string{"true"}}}, commands...)...)
 	if err == nil {
-		err = s.link.Sync(ctx)
-	}
-	if err == nil {
-		err = s.link.Release(ctx)
+		err = s.hangUpInOrder(ctx)
 	}
 	if err != nil {
 		return s.explain(ctx, err)
 	}
-	s.link = nil
+	s.line.release()
 	return nil
+}
+
+// hangUpInOrder has the guest write out its file systems, and ends the session, but not the
+// channel.
+func (s *Session) hangUpInOrder(ctx context.Context) error {
+	link, err := s.agentLink(ctx)
+	if err == nil {
+		err = link.Sync(ctx)
+	}
+	if err == nil {
+		err = link.Release(ctx)
+	}
+	return err
+}
+
+// dialLink opens a connection to the guest's agent, for the session itself.
+func (s *Session) dialLink(ctx context.Context) (net.Conn, error) {
+	link, err := s.agentLink(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return link.Open(ctx)
 }
 
 // runInGuest runs commands, one after the other, as root.
@@ -38,7 +58,7 @@ func (s *Session) runInGuest(ctx context.Context, commands ...smolvm.Command) er
 		return err
 	}
 	client := agent.NewClient(agent.ClientConfig{
-		Dial:    s.link.Open,
+		Dial:    s.dialLink,
 		User:    "root",
 		Signer:  hostKey, // none is asked for over the guest channel
 		HostKey: hostKey.PublicKey(),

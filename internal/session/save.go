@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -53,18 +54,19 @@ func (s *Session) Resume(ctx context.Context) error {
 		case <-time.After(haltTime):
 		}
 	}
-	if s.link == nil {
+	link := s.line.current()
+	if link == nil || s.afterHold() { // it is told the time with who it is
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, clockTime)
 	defer cancel()
-	return s.link.SetClock(ctx, time.Now())
+	return link.SetClock(ctx, time.Now())
 }
 
 func (s *Session) setPaused(paused bool) {
 	s.paused.Store(paused)
-	if s.link != nil {
-		s.link.SetHeld(paused)
+	if link := s.line.current(); link != nil {
+		link.SetHeld(paused)
 	}
 }
 
@@ -90,31 +92,55 @@ func (s *Session) Save(ctx context.Context, save *shim.Save) (result shim.Saved,
 		return shim.Saved{}, errors.Join(err, removeOverlays(save.Drives))
 	}
 	defer func() { err = errors.Join(err, disks.drop()) }()
-	if s.link != nil && !s.paused.Load() {
-		ctx, cancel := context.WithTimeout(ctx, syncTime)
-		err := s.link.Sync(ctx)
-		cancel()
+	copies, err := beginCaptures(ctx, save.Drives)
+	if err != nil {
+		return shim.Saved{}, err
+	}
+	defer func() { err = errors.Join(err, copies.close()) }()
+	if s.line.current() != nil && !s.paused.Load() {
+		err := s.sync(ctx)
 		if result.Synced = err == nil; err != nil {
 			s.log.Warn("the guest was not synced before it was saved", "error", err)
 		}
 	}
-	if s.link != nil {
-		s.link.SetHeld(true) // for a part of the time, and nobody knows how long
-		defer func() { s.link.SetHeld(s.paused.Load()) }()
+	if link := s.line.current(); link != nil {
+		link.SetHeld(true) // for a part of the time, and nobody knows how long
+		defer func() { link.SetHeld(s.paused.Load()) }()
+	}
+	if err := copies.prepare(); err != nil {
+		return result, err
 	}
 	hold, err := saver.Save(ctx, vmm.SaveOptions{Memory: save.Memory, State: save.State})
 	if err != nil {
+		s.checkLink()
 		return result, err
 	}
-	err = disks.use(ctx)
+	s.afterSave()
+	if err = copies.finish(ctx); err == nil {
+		err = disks.use(ctx)
+	}
 	saved := hold.Saved()
 	result.Held = saved.Held
 	var goOnErr error
-	if result.Pause, goOnErr = hold.Release(ctx); err != nil || goOnErr != nil {
+	if result.Pause, goOnErr = hold.Release(ctx); goOnErr == nil {
+		s.afterHold()
+	}
+	if err != nil || goOnErr != nil {
 		return result, errors.Join(err, goOnErr, os.Remove(save.Memory), os.Remove(save.State))
 	}
 	s.log.Info("the guest was saved", "held", result.Pause, "reread", saved.Reread, "mended", saved.Mended, "early", saved.Early)
 	return result, nil
+}
+
+// sync has the guest write out its file systems.
+func (s *Session) sync(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, syncTime)
+	defer cancel()
+	link, err := s.agentLink(ctx)
+	if err != nil {
+		return err
+	}
+	return link.Sync(ctx)
 }
 
 // SaveLast saves the guest, which is held from then on: it is to be ended.
@@ -136,6 +162,7 @@ type overlays struct {
 
 // openOverlays has the VMM open the overlays of drives.
 func (s *Session) openOverlays(ctx context.Context, drives []shim.SavedDrive) (*overlays, error) {
+	drives = slices.DeleteFunc(slices.Clone(drives), func(d shim.SavedDrive) bool { return d.Copy != "" })
 	o := &overlays{drives: drives}
 	if len(drives) == 0 {
 		return o, nil
@@ -185,6 +212,9 @@ func (o *overlays) drop() error {
 func removeOverlays(drives []shim.SavedDrive) error {
 	var errs []error
 	for _, drive := range drives {
+		if drive.Overlay == "" {
+			continue
+		}
 		if err := os.Remove(drive.Overlay); !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}

@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -38,6 +37,9 @@ type Options struct {
 // Session is one guest. It is brought up by [Session.Connect] and [Session.Boot], and ended by
 // [Session.Close].
 type Session struct {
+	// Reach is whether the guest's agent can be reached.
+	Reach *Reach
+
 	opts  Options
 	spec  shim.Spec
 	log   *slog.Logger
@@ -46,9 +48,7 @@ type Session struct {
 	network  network.Attachment // nil: the VM has none
 	instance vmm.Instance       // nil before the VMM is started
 	ran      bool               // the guest's CPUs have run
-	channel  vmm.Channel        // nil while it has not been opened
-	link     *agent.Link        // nil without an agent
-	answer   *wire.Answer
+	line     line               // to the guest's agent
 	timeline []wire.Step
 	warnings []string
 
@@ -65,7 +65,7 @@ type Session struct {
 // New returns the session of the VM of a spec. Nothing of it runs.
 func New(spec shim.Spec, opts Options) *Session {
 	return &Session{
-		opts: opts, spec: spec, log: opts.Log, began: time.Now(), halts: newHalts(),
+		opts: opts, spec: spec, log: opts.Log, began: time.Now(), halts: newHalts(), Reach: newReach(),
 		consolePath: spec.VMM.ConsolePath, forwards: map[shim.Forward]io.Closer{},
 	}
 }
@@ -125,7 +125,8 @@ func (s *Session) Boot(ctx context.Context) error {
 			return err
 		}
 		s.kill()
-		s.instance, s.channel, s.timeline = nil, nil, s.timeline[:1]
+		s.line.reset()
+		s.instance, s.timeline = nil, s.timeline[:1]
 		s.warn(fmt.Sprintf("the guest said nothing for %s and was booted again", patience))
 	}
 	return s.attempt(ctx)
@@ -173,6 +174,7 @@ func (s *Session) WakeUp(ctx context.Context) error {
 		if err := pauser.Resume(bounded); err != nil {
 			return s.explain(bounded, err)
 		}
+		s.setPaused(false)
 	}
 	s.step(stepVMM)
 	return s.awaitReady(ctx)
@@ -244,12 +246,7 @@ func (s *Session) kill() {
 	if err := s.instance.Kill(ctx); err != nil {
 		s.log.Error("kill VMM", "error", err)
 	}
-	if s.link != nil {
-		_ = s.link.Close()
-	}
-	if s.channel != nil {
-		_ = s.channel.Close()
-	}
+	s.line.close()
 }
 
 // Close ends the VM, if it runs, and its network.
@@ -287,9 +284,11 @@ func (s *Session) Ran() bool { return s.ran }
 
 // Status returns what is known of a VM that runs.
 func (s *Session) Status() shim.Status {
+	answer, end := s.line.told()
 	status := shim.Status{
 		ID: s.spec.ID, Run: s.spec.Run, VMMPID: s.instance.PID(), Uptime: time.Since(s.began),
-		Halt: s.halts.why(), Forwards: s.allForwards(), Answer: s.answer,
+		Halt: s.halts.why(), Forwards: s.allForwards(), Answer: answer,
+		Unreachable: s.Reach.Lost(), ChannelEnd: end,
 	}
 	if setter, ok := s.network.(network.EgressSetter); ok {
 		status.EgressRevision = setter.EgressRevision()
@@ -299,7 +298,8 @@ func (s *Session) Status() shim.Status {
 
 // Report returns what a launcher is told when the guest is ready.
 func (s *Session) Report() shim.Report {
-	report := shim.Report{VMMPID: s.instance.PID(), Answer: s.answer, Timeline: s.timeline, Warnings: s.warnings}
+	answer, _ := s.line.told()
+	report := shim.Report{VMMPID: s.instance.PID(), Answer: answer, Timeline: s.timeline, Warnings: s.warnings}
 	if limiter, ok := s.instance.(vmm.Limiter); ok {
 		report.Limits = limiter.Limits()
 	}
@@ -316,13 +316,17 @@ func (s *Session) Network() (network.Attachment, error) {
 
 // DialAgent opens a connection to the guest's agent. The error says why there is none.
 func (s *Session) DialAgent(ctx context.Context) (net.Conn, error) {
-	if s.link == nil {
-		return nil, errors.New("this guest has no agent of smolvm")
-	}
-	if err := s.halts.err(); err != nil {
+	if err := s.halts.err(); err != nil && s.line.current() != nil {
 		return nil, err
 	}
-	conn, err := s.link.Open(ctx)
+	link, err := s.agentLink(ctx)
+	if errors.Is(err, errNoAgent) {
+		return nil, errors.New("this guest has no agent of smolvm")
+	}
+	var conn net.Conn
+	if err == nil {
+		conn, err = link.Open(ctx)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the guest's agent does not answer any more: %w", err)
 	}

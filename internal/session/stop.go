@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -102,10 +103,13 @@ func (s *Session) askToShutDown(ctx context.Context, how shim.Stop) error {
 	}
 	agentErr := errNoAgent
 	patient := how.Patient
-	if s.link != nil {
+	if s.line.current() != nil {
 		// Processes get half of the time, so that what follows has the rest.
 		asking, cancel := context.WithTimeout(ctx, how.Grace/2)
-		agentErr = s.link.Shutdown(asking, how.Grace/2)
+		var link *agent.Link
+		if link, agentErr = s.agentLink(asking); agentErr == nil {
+			agentErr = link.Shutdown(asking, how.Grace/2)
+		}
 		cancel()
 		if agentErr == nil {
 			if s.endsWithin(ctx, how.Grace*3/4) {

@@ -70,6 +70,18 @@ type Status struct {
 	Halt string `json:"halt,omitempty"`
 	// Answer is the agent's, if there is one.
 	Answer *wire.Answer `json:"answer,omitempty"`
+	// Unreachable is why the guest's agent can't be reached although the guest runs; empty
+	// if it can.
+	Unreachable string `json:"unreachable,omitempty"`
+	// ChannelEnd is how the guest channel was last ended without the VM; nil: it never was.
+	ChannelEnd *ChannelEnd `json:"channel_end,omitempty"`
+}
+
+// ChannelEnd is the end of a guest channel, which has ended all calls that went over it.
+type ChannelEnd struct {
+	At time.Time `json:"at"`
+	// Why is why it was ended, in words.
+	Why string `json:"why"`
 }
 
 // Stop says how to stop a VM.
@@ -86,15 +98,20 @@ type Save struct {
 	// Memory and State are the files to make.
 	Memory string `json:"memory"`
 	State  string `json:"state"`
-	// Drives are those that get an overlay when the guest has been saved.
+	// Drives are those that get an overlay when the guest has been saved, or of which a copy
+	// is made.
 	Drives []SavedDrive `json:"drives,omitempty"`
 }
 
 // SavedDrive is a drive whose file is not to change any more when the guest has been
-// saved.
+// saved, or of which a copy is made as it is then. A shim from before there were copies refuses
+// to make one, as it finds no Layer.
 type SavedDrive struct {
 	// Number of the drive.
 	Number int `json:"number"`
+	// Copy is the path of the copy to be made of the drive's file at Path, which is raw. Layer
+	// and Overlay are empty then. Empty: none.
+	Copy string `json:"copy,omitempty"`
 	// Layer is another name of the drive's file, which it keeps.
 	Layer string `json:"layer"`
 	// Overlay is an empty overlay of it that the guest writes to from then on. It

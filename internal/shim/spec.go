@@ -131,7 +131,8 @@ type ExitRecord struct {
 	Committed bool `json:"committed"`
 }
 
-// HaltRecord is what a shim reports when the VMM has paused the guest by itself.
+// HaltRecord is what a shim reports when the VMM has paused the guest by itself, or when the
+// agent of a guest that runs can't be reached any more; without a cause, it can be again.
 type HaltRecord struct {
 	ID     string `json:"id"`
 	Run    string `json:"run"`

@@ -17,8 +17,8 @@ import (
 
 // Draft is a snapshot that is being made.
 type Draft struct {
-	// Diskless reports whether the guest has no disk.
-	Diskless bool
+	// Disk is the name of the file with the guest's disk, see [DiskFile]; empty: it has none.
+	Disk string
 
 	store *Store
 	name  string
@@ -71,8 +71,8 @@ func (d *Draft) Commit(ctx context.Context, meta any, bootID string) (Snapshot, 
 	}
 	r := record{CreatedAt: time.Now().UTC(), Meta: text}
 	checked := check{BootID: bootID, Files: map[string]stamp{}}
-	for _, name := range []string{MemoryFile, StateFile, DiskFile} {
-		if name == DiskFile && d.Diskless {
+	for _, name := range []string{MemoryFile, StateFile, d.Disk} {
+		if name == "" {
 			continue
 		}
 		f := file{Name: name}

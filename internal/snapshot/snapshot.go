@@ -28,11 +28,14 @@ import (
 const (
 	MemoryFile = "memory"
 	StateFile  = "state"
-	DiskFile   = "disk.qcow2" // its root disk, as it was, if it has one
 
 	recordFile  = "snapshot.json"
 	checkedFile = "checked.json"
 )
+
+// DiskFile returns the name of the file with the guest's root disk as it was, by the disk's
+// format.
+func DiskFile(format string) string { return "disk." + format }
 
 // Prefixes of directories that are no snapshots.
 const (

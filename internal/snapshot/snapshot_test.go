@@ -16,6 +16,9 @@ import (
 
 const bootID = "this boot"
 
+// testDisk is the name of the file with a guest's disk.
+var testDisk = DiskFile("qcow2")
+
 func open(t *testing.T) *Store {
 	t.Helper()
 	s, err := Open(filepath.Join(t.TempDir(), "snapshots"))
@@ -31,7 +34,8 @@ func draft(t *testing.T, s *Store, name string) *Draft {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, file := range []string{MemoryFile, StateFile, DiskFile} {
+	d.Disk = testDisk
+	for _, file := range []string{MemoryFile, StateFile, testDisk} {
 		if err := os.WriteFile(d.Path(file), []byte(file+" of "+name), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -149,7 +153,7 @@ func TestNames(t *testing.T) {
 // A commit that can't be is none, and leaves nothing.
 func TestIncomplete(t *testing.T) {
 	s := open(t)
-	for _, missing := range []string{MemoryFile, StateFile, DiskFile} {
+	for _, missing := range []string{MemoryFile, StateFile, testDisk} {
 		d := draft(t, s, "x")
 		if err := os.Remove(d.Path(missing)); err != nil {
 			t.Fatal(err)
@@ -192,7 +196,7 @@ func TestVerify(t *testing.T) {
 		"gone":              {harm: func(t *testing.T, path string) { _ = os.Remove(path) }, boot: bootID, err: "no such file"},
 	}
 	for name, test := range tests {
-		for _, file := range []string{MemoryFile, StateFile, DiskFile} {
+		for _, file := range []string{MemoryFile, StateFile, testDisk} {
 			t.Run(name+" "+file, func(t *testing.T) {
 				s := open(t)
 				found := commit(t, s, "x")

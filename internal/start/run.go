@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/datadir"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
@@ -40,6 +42,9 @@ type run struct {
 	// diskTouched says that the disk is not, or may not be, what a boot is to begin with.
 	diskTouched bool
 
+	// makesDisk reports whether there is no disk yet: each way makes it.
+	makesDisk bool
+
 	// kind is the template's that the VM can be a clone of; empty: there can be none.
 	kind template.Kind
 	// kindLock is the lock of that kind, if its template is to be made.
@@ -52,6 +57,18 @@ func (r *run) close() {
 	if r.kindLock != nil {
 		_ = r.kindLock.Close()
 	}
+}
+
+// dropDisk removes a disk that this start has made and nobody has used, so that the next one
+// makes it of what that starts from.
+func (r *run) dropDisk() error {
+	if !r.makesDisk || r.guestRan {
+		return nil
+	}
+	if err := os.Remove(r.vm.DiskPath); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // phase ends a phase of the start.
@@ -75,6 +92,9 @@ func (r *run) prepare(ctx context.Context) error {
 	}
 	if err := r.Machines.EnsureDisk(ctx, r.vm); err != nil {
 		return err
+	}
+	if disk.FormatOf(r.vm.DiskPath) == disk.Raw && disk.Pristine(r.vm.DiskPath) {
+		r.makesDisk, r.diskTouched = true, true
 	}
 	step.Reached(ctx, "start/disk")
 	var err error
@@ -128,7 +148,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		VMM:          runs,
 		Network:      &attached,
 		Ready:        vm.Config.Ready,
-		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, machine.BootTimeout(accelerator)),
+		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,
 		WarmUp:       warmUpOf(vm),
 		Ephemeral:    vm.Config.Ephemeral,

@@ -108,7 +108,7 @@ func (s *Starter) Start(ctx context.Context, plan Plan) (store.VM, *smolvm.Start
 	if err := r.prepare(ctx); err != nil {
 		return plan.VM, nil, wrap(plan.VM.ID, err)
 	}
-	endTurn, err := s.Turns.Take(ctx, r.report.Accelerator)
+	endTurn, err := s.Turns.Take(ctx, s.Machines.Host.Slowness(ctx, r.report.Accelerator))
 	if err != nil {
 		return plan.VM, nil, wrap(plan.VM.ID, err)
 	}
@@ -122,7 +122,7 @@ func (s *Starter) Start(ctx context.Context, plan Plan) (store.VM, *smolvm.Start
 	step.Reached(ctx, "start/listening")
 	r.phase("ports")
 	if err := r.climb(ctx, r.ways()); err != nil {
-		return plan.VM, nil, s.failed(ctx, plan.VM, r.guestRan, err)
+		return plan.VM, nil, s.failed(ctx, plan.VM, r.guestRan, errors.Join(err, r.dropDisk()))
 	}
 	r.prepareNext()
 	vm, err := s.Store.GetVM(ctx, plan.VM.ID)

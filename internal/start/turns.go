@@ -12,8 +12,6 @@ import (
 
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/flock"
-	"github.com/smolvm/smolvm/internal/machine"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // turnsName is the directory in the cache with a file for each start that may be under way.
@@ -41,8 +39,9 @@ func NewTurns(dir *datadir.Dir, count int) *Turns {
 	return &Turns{dir: filepath.Join(dir.Cache(), turnsName), here: make(chan struct{}, count), limit: turnTime}
 }
 
-// Take waits until the start of a VM may begin. What it returns ends the turn.
-func (t *Turns) Take(ctx context.Context, accelerator string) (func(), error) {
+// Take waits until the start of a VM may begin, on an accelerator of some slowness; see
+// [host.Accelerator]. What it returns ends the turn.
+func (t *Turns) Take(ctx context.Context, slowness float64) (func(), error) {
 	select {
 	case t.here <- struct{}{}:
 	case <-ctx.Done():
@@ -53,10 +52,7 @@ func (t *Turns) Take(ctx context.Context, accelerator string) (func(), error) {
 		<-t.here
 		return nil, fmt.Errorf("wait for other starts: %w", err)
 	}
-	limit := t.limit
-	if accelerator != vmm.KVM {
-		limit *= machine.EmulationFactor
-	}
+	limit := time.Duration(slowness * float64(t.limit))
 	end := sync.OnceFunc(func() {
 		_ = file.Close()
 		<-t.here

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm/internal/datadir"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // However many starts there are in however many processes, only so many go on at a time, and
@@ -29,7 +28,7 @@ func TestStartTurns(t *testing.T) {
 	var starts sync.WaitGroup
 	for i := range 50 {
 		starts.Go(func() {
-			end, err := turns[i%2].Take(t.Context(), vmm.TCG)
+			end, err := turns[i%2].Take(t.Context(), 1)
 			if err != nil {
 				t.Error(err)
 				return
@@ -47,20 +46,20 @@ func TestStartTurns(t *testing.T) {
 		t.Errorf("%d starts were under way at once, want 2", most.Load())
 	}
 	for range 2 { // they do not end
-		if _, err := turns[0].Take(t.Context(), vmm.KVM); err != nil {
+		if _, err := turns[0].Take(t.Context(), 1); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for _, one := range turns {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-		_, err := one.Take(ctx, vmm.KVM)
+		_, err := one.Take(ctx, 1)
 		cancel()
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("a wait that was given up: %v", err)
 		}
 	}
 	began := time.Now()
-	end, err := turns[1].Take(t.Context(), vmm.KVM)
+	end, err := turns[1].Take(t.Context(), 1)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -144,7 +144,7 @@ func (c *claiming) claim(key string, taken *warmpool.Taken) *attempt {
 				return err
 			}
 			defer unlock()
-			if err := c.Disks.Adopt(ctx, taken.DiskPath(), c.vm.DiskPath); err != nil {
+			if err := c.Disks.Adopt(ctx, taken.DiskPath(disk.FormatOf(c.vm.DiskPath)), c.vm.DiskPath); err != nil {
 				return err
 			}
 			return launched.Commit()
@@ -174,7 +174,7 @@ func (c *cloning) next(ctx context.Context) (*attempt, error) {
 			Method: smolvm.StartClone,
 			Source: found.Name,
 			Files:  vmm.Restore{Memory: found.Path(snapshot.MemoryFile), State: found.Path(snapshot.StateFile)},
-			Base:   c.Dir.Layer(found.Name),
+			Base:   c.Dir.Layer(found.Name, c.kind.DiskFormat()),
 		}, used: func() { c.Templates.Saved.Used(found) }}
 	}
 	a, err := c.restoring.next(ctx)
@@ -255,7 +255,7 @@ func (w *restoring) launchOrders(ctx context.Context) (shim.LaunchOptions, error
 	made := !w.diskTouched && w.vm.State == smolvm.StateCreated && w.vm.Layer == w.from.Base && disk.Pristine(w.vm.DiskPath)
 	w.diskTouched = true
 	if !made {
-		if err := w.Machines.Rebase(ctx, w.vm, w.from.Base, disk.QCOW2); err != nil {
+		if err := w.Machines.Rebase(ctx, w.vm, w.from.Base, disk.FormatOf(w.from.Base)); err != nil {
 			return launch, err
 		}
 	}
@@ -303,7 +303,7 @@ func (b *booting) next(ctx context.Context) (*attempt, error) {
 // base returns the file that the disk is based on when it is booted from.
 func (b *booting) base(ctx context.Context) (path, format string, err error) {
 	if b.plan.From != nil {
-		return b.plan.From.Base, disk.QCOW2, nil
+		return b.plan.From.Base, disk.FormatOf(b.plan.From.Base), nil
 	}
 	return b.Machines.BaseOf(ctx, b.vm)
 }

@@ -188,14 +188,24 @@ func (s *Store) SetConfig(ctx context.Context, vm VM) error {
 	})
 }
 
-// MarkHalted marks a VM as paused whose VMM has paused it by itself in a run, and writes down
-// why. It reports whether that changed anything; it does not if the VM is not alive in that
-// run any more.
-func (s *Store) MarkHalted(ctx context.Context, id, run, cause string) (bool, error) {
+// MarkCause writes down, of a VM that is alive in a run, why its VMM has paused it by itself
+// ([smolvm.StatePaused], which it is then), or why the agent of one that runs can't be reached
+// ([smolvm.StateRunning]; empty: it can). It reports whether that changed anything; it does not
+// if the VM is not alive in that run any more.
+func (s *Store) MarkCause(ctx context.Context, id, run string, state smolvm.VMState, cause string) (bool, error) {
+	if state == smolvm.StateRunning {
+		return s.changes(ctx, "UPDATE vms SET cause = ? WHERE id = ? AND run = ? AND state = ? AND cause IS NOT ?",
+			text[string]{&cause}, id, run, string(state), text[string]{&cause})
+	}
+	return s.changes(ctx, "UPDATE vms SET state = ?, cause = ? WHERE id = ? AND run = ? AND state IN (?, ?)",
+		string(state), cause, id, run, string(smolvm.StateRunning), string(smolvm.StatePaused))
+}
+
+// changes makes an update, and reports whether it changed a row.
+func (s *Store) changes(ctx context.Context, query string, args ...any) (bool, error) {
 	var changed bool
 	err := s.update(ctx, func(tx *sql.Tx) error {
-		result, err := tx.ExecContext(ctx, "UPDATE vms SET state = ?, cause = ? WHERE id = ? AND run = ? AND state IN (?, ?)",
-			string(smolvm.StatePaused), cause, id, run, string(smolvm.StateRunning), string(smolvm.StatePaused))
+		result, err := tx.ExecContext(ctx, query, args...)
 		if err != nil {
 			return err
 		}

@@ -110,17 +110,17 @@ func TestTakeFailed(t *testing.T) {
 }
 
 // A VM that was paused by its VMM goes on without a cause.
-func TestMarkHalted(t *testing.T) {
+func TestMarkPausedByVMM(t *testing.T) {
 	t.Parallel()
 	s := openTemp(t, Options{})
 	mustCreate(t, s, newVM("web"))
 	if err := s.MarkStarted(t.Context(), "web", Started{Run: "1", At: startedAt}); err != nil {
 		t.Fatal(err)
 	}
-	if changed, err := s.MarkHalted(t.Context(), "web", "0", "of another run"); err != nil || changed {
+	if changed, err := s.MarkCause(t.Context(), "web", "0", smolvm.StatePaused, "of another run"); err != nil || changed {
 		t.Errorf("of another run: %t, %v", changed, err)
 	}
-	if changed, err := s.MarkHalted(t.Context(), "web", "1", "full"); err != nil || !changed {
+	if changed, err := s.MarkCause(t.Context(), "web", "1", smolvm.StatePaused, "full"); err != nil || !changed {
 		t.Errorf("of this run: %t, %v", changed, err)
 	}
 	if vm := mustGet(t, s, "web"); vm.State != smolvm.StatePaused || vm.Cause != "full" {
@@ -131,6 +131,35 @@ func TestMarkHalted(t *testing.T) {
 	}
 	if vm := mustGet(t, s, "web"); vm.State != smolvm.StateRunning || vm.Cause != "" {
 		t.Errorf("then it is %s (%s)", vm.State, vm.Cause)
+	}
+}
+
+// A VM that runs has a cause while its agent can't be reached, in that run only.
+func TestMarkUnreachable(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	mustCreate(t, s, newVM("web"))
+	if err := s.MarkStarted(t.Context(), "web", Started{Run: "1", At: startedAt}); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		run, cause string
+		changed    bool
+		want       string
+	}{
+		{"0", "of another run", false, ""}, {"1", "deaf", true, "deaf"}, {"1", "deaf", false, "deaf"},
+		{"0", "", false, "deaf"}, {"1", "", true, ""}, {"1", "", false, ""},
+	} {
+		changed, err := s.MarkCause(t.Context(), "web", step.run, smolvm.StateRunning, step.cause)
+		if vm := mustGet(t, s, "web"); err != nil || changed != step.changed || vm.State != smolvm.StateRunning || vm.Cause != step.want {
+			t.Errorf("%+v: %t, %v; it is %s (%s)", step, changed, err, vm.State, vm.Cause)
+		}
+	}
+	if _, err := s.MarkCause(t.Context(), "web", "1", smolvm.StatePaused, "full"); err != nil {
+		t.Fatal(err)
+	}
+	if changed, err := s.MarkCause(t.Context(), "web", "1", smolvm.StateRunning, ""); err != nil || changed {
+		t.Errorf("of a VM that is paused: %t, %v", changed, err)
 	}
 }
 

@@ -68,14 +68,25 @@ func RecordExit(ctx context.Context, record shim.ExitRecord) error {
 
 // RecordHalt writes down that a VMM has paused its guest, in the shim's process.
 func RecordHalt(ctx context.Context, record shim.HaltRecord) error {
+	return mark(ctx, record, smolvm.StatePaused, "paused")
+}
+
+// RecordReach writes down, in the shim's process, that the agent of a VM that runs can't be
+// reached, or can be again.
+func RecordReach(ctx context.Context, record shim.HaltRecord) error {
+	return mark(ctx, record, smolvm.StateRunning, "unreachable")
+}
+
+// mark writes down the cause of a VM that is alive, and an event if that is something new.
+func mark(ctx context.Context, record shim.HaltRecord, state smolvm.VMState, action string) error {
 	site, err := open(ctx, record.Origin.DataDir)
 	if err != nil {
 		return err
 	}
 	began := time.Now()
-	changed, err := site.Store.MarkHalted(ctx, record.ID, record.Run, record.Cause)
-	if changed {
-		site.Note(ctx, record.ID, "paused", began, record.Cause)
+	changed, err := site.Store.MarkCause(ctx, record.ID, record.Run, state, record.Cause)
+	if changed && record.Cause != "" {
+		site.Note(ctx, record.ID, action, began, record.Cause)
 	}
 	return errors.Join(err, site.Store.Close())
 }
@@ -141,7 +152,7 @@ func (s *Site) Erase(ctx context.Context, vm store.VM, runtimeDir string) error 
 	paths := []string{s.Dir.VM(vm.ID)}
 	if !vm.Config.RetainDisk && vm.DiskPath != vm.Config.RootfsPath {
 		paths = append(paths, vm.DiskPath)
-		leaves = s.Disks.Leaves(vm.DiskPath)
+		leaves = vm.Layer != "" || s.Disks.Leaves(vm.DiskPath)
 		if err := disk.RemoveLeftovers(vm.DiskPath); err != nil {
 			return err
 		}

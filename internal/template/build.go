@@ -87,7 +87,7 @@ func (t *Templates) Build(ctx context.Context, k Kind, config smolvm.VMConfig) (
 	if err != nil {
 		return "", err
 	}
-	err = t.Disks.AddLayer(ctx, draft.Path(snapshot.DiskFile), id)
+	err = t.Disks.AddLayer(ctx, draft.Path(draft.Disk), id)
 	unlock()
 	if err != nil {
 		return "", err
@@ -136,13 +136,14 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 	if err != nil {
 		return shim.Spec{}, err
 	}
-	err = t.Disks.Create(ctx, backing.Overlay{
-		Path: draft.Path(snapshot.DiskFile), Base: machine.Rootfs(image, k.DiskSizeMiB), BaseFormat: disk.Raw, Size: k.DiskSizeMiB << 20,
+	draft.Disk = snapshot.DiskFile(k.DiskFormat())
+	err = t.Disks.Create(ctx, backing.Disk{
+		Path: draft.Path(draft.Disk), Base: machine.Rootfs(image, k.DiskSizeMiB), BaseFormat: disk.Raw, Size: k.DiskSizeMiB << 20,
 	})
 	if err != nil {
 		return shim.Spec{}, err
 	}
-	drive, err := t.Machines.Own(draft.Path(snapshot.DiskFile))
+	drive, err := t.Machines.Own(draft.Path(draft.Disk))
 	if err != nil {
 		return shim.Spec{}, err
 	}
@@ -153,6 +154,7 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 			Accelerator: k.Hardware.Accelerator,
 			VCPUs:       config.VCPUs,
 			MemoryMiB:   config.MemoryMiB,
+			Nested:      k.Hardware.Nested,
 			Kernel:      image.KernelPath,
 			Initrd:      image.InitrdPath,
 			BootArgs:    k.BootArgs,
@@ -160,8 +162,9 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 			Channel:     true,
 			ConsolePath: draft.Path("console.log"),
 			LogPath:     draft.Path(machine.VMMLog),
+			WorkDir:     draft.Path(""),
 		},
-		ReadyTimeout: machine.BootTimeout(k.Hardware.Accelerator),
+		ReadyTimeout: t.Machines.BootTimeout(ctx, k.Hardware.Accelerator),
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -37,6 +38,14 @@ func (k Kind) Key() string {
 	}
 	sum := sha256.Sum256(text)
 	return hex.EncodeToString(sum[:])[:keyDigits]
+}
+
+// DiskFormat returns the format of the guest's disk, which is its only drive.
+func (k Kind) DiskFormat() string {
+	if len(k.Hardware.Drives) == 0 {
+		return disk.QCOW2 // of no kind that was ever made
+	}
+	return k.Hardware.Drives[0].Format
 }
 
 // withCurrentHost returns k with what depends on the host replaced by what is so now.

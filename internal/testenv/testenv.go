@@ -7,9 +7,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -72,11 +74,15 @@ func Agent(t testing.TB) string {
 }
 
 var agentOnce = sync.OnceValues(func() (string, error) {
-	dir, err := moduleRoot()
+	home, err := cache()
 	if err != nil {
 		return "", err
 	}
-	home, err := cache()
+	path := filepath.Join(home, "smolvm-agent")
+	if inBed() {
+		return path, nil
+	}
+	dir, err := moduleRoot()
 	if err != nil {
 		return "", err
 	}
@@ -89,7 +95,6 @@ var agentOnce = sync.OnceValues(func() (string, error) {
 		return "", fmt.Errorf("build agent: %w\n%s", err, out)
 	}
 	// If it is as it was, the old file stays, so that images need no new look.
-	path := filepath.Join(home, "smolvm-agent")
 	built, err := os.ReadFile(temp)
 	if err != nil {
 		return "", err
@@ -112,7 +117,7 @@ func moduleRoot() (string, error) {
 // skipped where that can't be made.
 func Images(t testing.TB) string {
 	t.Helper()
-	if missing := missingTools(); len(missing) > 0 {
+	if missing := missingTools(); len(missing) > 0 && !inBed() {
 		t.Skip("real VMs need the default image, which is made with ", strings.Join(missing, ", "))
 	}
 	dir := filepath.Join(Cache(t), "images")
@@ -192,6 +197,16 @@ func Initramfs(t testing.TB, script string) string {
 // InitramfsWith is Initramfs with programs of this module, by their packages, in /bin.
 func InitramfsWith(t testing.TB, script string, programs ...string) string {
 	t.Helper()
+	files := map[string][]byte{}
+	for _, program := range programs {
+		files["bin/"+filepath.Base(program)] = build(t, program)
+	}
+	return InitramfsOf(t, script, files)
+}
+
+// InitramfsOf is Initramfs with programs, by their paths in the guest.
+func InitramfsOf(t testing.TB, script string, programs map[string][]byte) string {
+	t.Helper()
 	base := Image(t)
 	original, err := os.ReadFile(base.InitrdPath)
 	if err != nil {
@@ -208,8 +223,8 @@ func InitramfsWith(t testing.TB, script string, programs ...string) string {
 	archive := cpio.NewWriter(out)
 	archive.Dir("bin", 0o755)
 	archive.File("bin/busybox", 0o755, busybox(t, base))
-	for _, program := range programs {
-		archive.File("bin/"+filepath.Base(program), 0o755, build(t, program))
+	for _, path := range slices.Sorted(maps.Keys(programs)) {
+		archive.File(path, 0o755, programs[path])
 	}
 	archive.File("init", 0o755, []byte(prologue+script))
 	if err := errors.Join(writeErr, archive.Close(), out.Close()); err != nil {

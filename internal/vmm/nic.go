@@ -12,7 +12,8 @@ import (
 // was saved with one kind is restored with the same: they offer it different features.
 type NIC struct {
 	MAC string `json:"mac"`
-	// MTU in bytes that the device offers to the guest. Zero: 1500.
+	// MTU in bytes that the device offers to the guest. Zero: 1500. Devices of some VMMs,
+	// Firecracker's before 1.16, can't offer any: the guest's agent sets it, or nobody does.
 	MTU int `json:"mtu,omitempty"`
 	// Link is the VMM's end of a pair of connected unix datagram sockets, each
 	// datagram one Ethernet frame. Start duplicates it: the caller closes its

@@ -24,6 +24,9 @@ import (
 //	  - [DiskSwitch]'s Switch, for a VM whose drives are to stay as they were at that moment: what
 //	    the guest writes from now on goes to other files. They have been opened before, while
 //	    the guest ran. A VM without drives, and a backend that can't do it, leave this out.
+//	  - Instead of a switch, the files of raw drives may be copied. All that the guest was told
+//	    is written is in them from the end of Save on, and the VMM writes to none of them
+//	    before the end of the hold.
 //	  - [Hold]'s Release has the guest go on, unless it was paused when it was to be saved. Keep
 //	    leaves it paused.
 //
@@ -36,8 +39,18 @@ type Saver interface {
 	// removed. A guest that the VMM has paused by itself, before or meanwhile, is not saved,
 	// and stays paused.
 	//
-	// The guest's channel may be reset by it, as that of Firecracker is.
+	// The guest's channel may be reset by it; see [ChannelResetter].
 	Save(ctx context.Context, opts SaveOptions) (*Hold, error)
+}
+
+// ChannelResetter is an Instance whose guest channel is reset by its VMM when the guest is saved,
+// also in the guest that goes on, and when a restored guest begins to run. The host's end need
+// not notice. Whoever has the channel open closes it when a save has succeeded, and opens it again
+// when the guest goes on; a channel that was opened to a guest that was just restored may have to
+// be opened again as well.
+type ChannelResetter interface {
+	// ResetsChannel reports whether this VM's channel is one of that kind.
+	ResetsChannel() bool
 }
 
 // SaveOptions are the options of [Saver].

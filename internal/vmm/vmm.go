@@ -32,11 +32,15 @@ const (
 type Traits struct {
 	// Name of the backend.
 	Name string
-	// DiskFormats lists the formats of disks that it can use, best first.
+	// DiskFormats lists the formats of disks that it can use, best first. VMs' own disks are
+	// of the first, which once released stays the first.
 	DiskFormats []string
 	// Accelerators lists what it can run VMs on, best first: [KVM], [TCG].
 	Accelerators []string
-	// Layout is the version of the devices that the backend gives to VMs. It grows when
+	// Nested reports whether guests can be given a CPU with virtualization, where the
+	// accelerator has it. Others never have one.
+	Nested bool
+	// Layout is the version of the devices, and of the CPU, that the backend gives to VMs. It grows when
 	// they change, or their order does: guests that were saved before can't be restored.
 	Layout int
 	// Programs lists the programs that it needs on the host, the VMM first.
@@ -54,12 +58,22 @@ type Program struct {
 	// Packages names the package that holds it, by package manager ("apt", "dnf",
 	// "pacman", "apk", "zypper").
 	Packages map[string]string
+	// Get says how to get the program where no package has it, as a clause. Empty: one has.
+	Get string
 	// Optional programs make things better; the backend works without them.
 	Optional bool
 }
 
 // ChannelPort is the name of the guest channel's virtio-serial port.
 const ChannelPort = "smolvm.agent"
+
+// A backend whose guest channel is vsock adds the kernel's argument
+// "[ChannelVsockArg]=[ChannelVsockPort]" behind those of [Config]. The guest's agent then
+// listens on that port for connections of the host, and for no virtio-serial port.
+const (
+	ChannelVsockArg  = "smolvm.vsock"
+	ChannelVsockPort = 1024
+)
 
 // Config is all that a backend needs to start one VM. It is plain data, so that
 // it can cross from the manager's process to the shim's.
@@ -72,6 +86,8 @@ type Config struct {
 	Accelerator string `json:"accelerator"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryMiB   int    `json:"memory_mib"`
+	// Nested gives the guest a CPU with virtualization; see Nested of [Traits].
+	Nested bool `json:"nested,omitempty"`
 
 	Kernel string `json:"kernel"`
 	Initrd string `json:"initrd,omitempty"`
@@ -93,6 +109,10 @@ type Config struct {
 
 	// DiskLimit bounds the speed of all drives together.
 	DiskLimit DiskLimit `json:"disk_limit,omitzero"`
+
+	// WorkDir is a directory that is there, in which a backend keeps what it needs while its
+	// VMM runs, and nothing after that. It may be renamed meanwhile.
+	WorkDir string `json:"work_dir,omitempty"`
 
 	// Restore has the guest go on where a [Saver] saved it, instead of booting. All else
 	// must be as it was then, except ID, paths, and the contents of drives that were not

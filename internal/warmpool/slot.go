@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/machine"
@@ -22,7 +23,6 @@ import (
 
 // Files of a slot.
 const (
-	slotDisk    = "disk.qcow2"
 	slotConsole = "console.log"
 	slotLog     = "shim.log"
 	// slotFile is the slot's record. It has the name pendingFile until the slot's shim has
@@ -30,6 +30,9 @@ const (
 	slotFile    = "slot.json"
 	pendingFile = "slot.pending"
 )
+
+// slotDisk returns the name of a slot's disk, by its format.
+func slotDisk(format string) string { return "disk." + format }
 
 // claimedSuffix ends the name of a slot's directory once it is being claimed. It has left
 // the pool by then: if the claimer dies, what is left is removed by whoever fills the pool
@@ -129,10 +132,10 @@ func (s Slot) Take(ctx context.Context) (*Taken, error) {
 // Close unlocks the slot.
 func (t *Taken) Close() error { return t.file.Close() }
 
-// DiskPath is the file of the disk.
-func (t *Taken) DiskPath() string { return filepath.Join(t.slot.dir, slotDisk) }
+// DiskPath returns the path of the disk, which is of the format of the pool's kind.
+func (t *Taken) DiskPath(format string) string { return filepath.Join(t.slot.dir, slotDisk(format)) }
 
-// Files are the paths that the files of a slot get as those of a VM.
+// Files are the paths that the files of a slot get as those of a VM of the pool's kind.
 type Files struct{ Disk, Console, VMMLog, ShimLog string }
 
 // Slot returns the slot as its shim is told of it.
@@ -141,10 +144,10 @@ func (t *Taken) Slot(files Files) shim.Slot {
 		StandbyDir: t.slot.runtimeDir(),
 		Dir:        t.slot.dir,
 		Names: map[string]string{
-			slotDisk:       files.Disk,
-			slotConsole:    files.Console,
-			machine.VMMLog: files.VMMLog,
-			slotLog:        files.ShimLog,
+			slotDisk(disk.FormatOf(files.Disk)): files.Disk,
+			slotConsole:                         files.Console,
+			machine.VMMLog:                      files.VMMLog,
+			slotLog:                             files.ShimLog,
 		},
 		Lock: t.file,
 	}

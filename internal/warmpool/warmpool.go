@@ -22,7 +22,6 @@ import (
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/budget"
 	"github.com/smolvm/smolvm/internal/datadir"
-	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -283,8 +282,9 @@ func (p *Pools) fillSlot(ctx context.Context, id string, from snapshot.Snapshot,
 
 // spec makes the disk of a slot, and returns what its shim is told.
 func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind template.Kind) (shim.Spec, error) {
-	diskPath := filepath.Join(s.dir, slotDisk)
-	err := p.Disks.Derive(ctx, backing.Overlay{Path: diskPath, Base: p.Dir.Layer(from.Name), BaseFormat: disk.QCOW2})
+	format := kind.DiskFormat()
+	diskPath := filepath.Join(s.dir, slotDisk(format))
+	err := p.Disks.Derive(ctx, backing.Disk{Path: diskPath, Base: p.Dir.Layer(from.Name, format), BaseFormat: format})
 	if err != nil {
 		return shim.Spec{}, err
 	}
@@ -304,13 +304,15 @@ func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind t
 			Accelerator: kind.Hardware.Accelerator,
 			VCPUs:       kind.Hardware.VCPUs,
 			MemoryMiB:   kind.Hardware.MemoryMiB,
+			Nested:      kind.Hardware.Nested,
 			Drives:      []vmm.Drive{drive},
 			Channel:     true,
 			ConsolePath: filepath.Join(s.dir, slotConsole),
 			LogPath:     filepath.Join(s.dir, machine.VMMLog),
+			WorkDir:     s.dir,
 			Restore:     &vmm.Restore{Memory: from.Path(snapshot.MemoryFile), State: from.Path(snapshot.StateFile)},
 		},
-		ReadyTimeout: machine.BootTimeout(kind.Hardware.Accelerator),
+		ReadyTimeout: p.Machines.BootTimeout(ctx, kind.Hardware.Accelerator),
 		Standby:      true,
 		RuntimeDir:   runtimeDir,
 	})

@@ -24,7 +24,7 @@ func (a *agent) become(hello wire.Hello) (identity wire.Identity, warnings []str
 			warnings = append(warnings, err.Error())
 		}
 	}
-	if !a.first {
+	if !a.first && !hello.Continues {
 		a.rehearsal.begin(a.rehearse)
 	}
 	adopted := make(chan error, 1)

@@ -38,12 +38,12 @@ func Main(version string, args []string) int {
 		return 0
 	case len(args) > 1 && args[1] == serveCommand:
 		a := &agent{version: version, first: true, reaper: newReaper(false), log: openLog()}
-		a.shutdown = shutdownBesideInit
-		return a.report(a.serveBeside())
+		a.shutdown, a.takeOn = shutdownBesideInit, a.become
+		return a.report(a.serveBeside(args[2:]))
 	case os.Getpid() == 1:
 		limitCollections()
 		a := &agent{version: version, first: true, reaper: newReaper(true)}
-		a.shutdown = a.powerOff
+		a.shutdown, a.takeOn = a.powerOff, a.become
 		return a.report(a.init())
 	}
 	fmt.Fprintln(os.Stderr, "smolvm-agent "+version+": runs as the first process of a smolvm guest, not here")
@@ -85,7 +85,11 @@ type agent struct {
 	server   *Server
 	timeline []wire.Step
 	loadLate func() error // waits until the late modules are loaded
-	shutdown func(wire.Shutdown)
+	// vsockModules are those that the guest channel needs if it is vsock, in order.
+	vsockModules []wire.Module
+	shutdown     func(wire.Shutdown)
+	// takeOn makes the guest what a hello says, as become does.
+	takeOn func(wire.Hello) (wire.Identity, []string, error)
 
 	first     bool // no hello has been answered yet
 	rehearsal rehearsal
@@ -149,11 +153,12 @@ func (a *agent) init() error {
 	if err != nil {
 		return err
 	}
-	if err := a.loadModules(); err != nil {
+	_, overVsock := options[wire.VsockArg]
+	if err := a.loadModules(overVsock); err != nil {
 		return err
 	}
 	a.step("boot modules loaded")
-	port, err := openPort(events)
+	file, kind, err := a.openChannel(options, events)
 	if err != nil {
 		return err
 	}
@@ -164,20 +169,49 @@ func (a *agent) init() error {
 	a.step("root mounted")
 	go readAhead("/bin/sh")
 	if rootErr == nil && options["init"] != "" {
-		return a.handOver(options["init"], port)
+		return a.handOver(options["init"], file, kind)
 	}
 	go a.watchSignals()
-	return a.serve(port, rootErr)
+	return a.serveOn(file, kind, rootErr)
+}
+
+// openChannel opens the guest's end of the guest channel, of the kind that the kernel's
+// arguments ask for.
+func (a *agent) openChannel(options map[string]string, events *uevents) (file *os.File, kind string, err error) {
+	text, overVsock := options[wire.VsockArg]
+	if !overVsock {
+		file, err = openPort(events)
+		return file, kindPort, err
+	}
+	port, err := parsePort(text)
+	if err != nil {
+		return nil, "", err
+	}
+	var load []func() error
+	for _, module := range a.vsockModules {
+		load = append(load, func() error { return loadModule(module.Path) })
+	}
+	file, err = openVsock(port, load)
+	return file, kindVsock, err
+}
+
+// serveOn serves the host at an open end of the guest channel.
+func (a *agent) serveOn(file *os.File, kind string, fatal error) error {
+	host, err := newEndpoint(file, kind)
+	if err != nil {
+		return err
+	}
+	return a.serve(host, fatal)
 }
 
 // handOver makes PID 1 the image's own init, and a child of it the agent.
-func (a *agent) handOver(init string, port *os.File) error {
+func (a *agent) handOver(init string, file *os.File, kind string) error {
 	if err := a.loadLate(); err != nil {
 		a.say(err.Error())
 	}
 	_, _, err := a.reaper.start(func() (int, error) {
-		return syscall.ForkExec("/proc/self/exe", []string{"smolvm-agent", serveCommand}, &syscall.ProcAttr{
-			Files: []uintptr{0, 1, 2, port.Fd()},
+		return syscall.ForkExec("/proc/self/exe", []string{"smolvm-agent", serveCommand, kind}, &syscall.ProcAttr{
+			Files: []uintptr{0, 1, 2, file.Fd()},
 			Sys:   &syscall.SysProcAttr{Setsid: true},
 		})
 	})
@@ -192,8 +226,12 @@ func (a *agent) handOver(init string, port *os.File) error {
 	return nil
 }
 
-// serveBeside runs the agent beside another init, to the end of the guest channel.
-func (a *agent) serveBeside() error {
+// serveBeside runs the agent beside another init, to the end of the guest channel. Its argument
+// is the channel's kind.
+func (a *agent) serveBeside(args []string) error {
+	if len(args) != 1 {
+		return fmt.Errorf("%s takes the kind of the guest channel", serveCommand)
+	}
 	if err := unix.SetNonblock(servePort, true); err != nil {
 		return fmt.Errorf("guest channel: %w", err)
 	}
@@ -202,7 +240,7 @@ func (a *agent) serveBeside() error {
 	}
 	a.step("agent started")
 	a.loadLate = func() error { return nil }
-	return a.serve(os.NewFile(servePort, "channel"), nil)
+	return a.serveOn(os.NewFile(servePort, "channel"), args[0], nil)
 }
 
 // parseCmdline splits the kernel's arguments. One without a value has the value "1".
@@ -219,8 +257,8 @@ func parseCmdline(line string) map[string]string {
 }
 
 // loadModules loads what the manifest lists: the boot modules now, the late ones
-// while the rest goes on.
-func (a *agent) loadModules() error {
+// while the rest goes on. Those of the guest channel that there is not are left out.
+func (a *agent) loadModules(overVsock bool) error {
 	a.loadLate = func() error { return nil }
 	text, err := os.ReadFile(wire.ModulesManifest)
 	if os.IsNotExist(err) {
@@ -241,6 +279,9 @@ func (a *agent) loadModules() error {
 	for _, module := range modules {
 		switch {
 		case module.Transport != "" && module.Transport != transport:
+		case module.Use == wire.UsePort && overVsock || module.Use == wire.UseVsock && !overVsock:
+		case module.Use == wire.UseVsock:
+			a.vsockModules = append(a.vsockModules, module)
 		case module.Use == wire.UseLate:
 			late = append(late, module)
 		default:

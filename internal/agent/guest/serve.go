@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"strconv"
@@ -24,18 +23,19 @@ func durationOf(t unix.Timespec) time.Duration { return time.Duration(t.Nano()) 
 // serve answers one hello after the other, and serves the connections of each
 // until the host's end closes. fatal is what keeps the guest from being usable; it
 // is all that the host is told then.
-func (a *agent) serve(file *os.File, fatal error) error {
+func (a *agent) serve(host endpoint, fatal error) error {
 	a.server = newServer(a.reaper)
 	a.server.proved = a.rehearsal.wait
-	channel := &channel{file}
 	for {
-		if err := channel.awaitHost(); err != nil {
+		channel, err := host.next()
+		if err != nil {
 			return err
 		}
 		var hello wire.Hello
-		err := wire.Read(channel, &hello)
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			continue // the host went away again
+		err = wire.Read(channel, &hello)
+		if stream.IsBroken(err) || errors.Is(err, os.ErrClosed) || errors.Is(err, net.ErrClosed) {
+			channel.lost() // the host went away again, or has connected anew
+			continue
 		}
 		if err == nil {
 			a.step("hello received")
@@ -60,7 +60,7 @@ func (a *agent) answer(hello wire.Hello, fatal error) wire.Answer {
 		fatal = fmt.Errorf("the guest's agent is of an older smolvm: it knows protocols up to %d, and the host speaks %d; boot the VM with an image of the newer one", wire.Protocol, hello.Protocol)
 	}
 	if fatal == nil {
-		answer.Identity, answer.Warnings, fatal = a.become(hello)
+		answer.Identity, answer.Warnings, fatal = a.takeOn(hello)
 		a.first = false
 	}
 	a.step("ready")
@@ -73,7 +73,7 @@ func (a *agent) answer(hello wire.Hello, fatal error) wire.Answer {
 }
 
 // serveSession serves the streams of one yamux session.
-func (a *agent) serveSession(channel *channel) error {
+func (a *agent) serveSession(channel channel) error {
 	session, err := yamux.Server(&wire.WholeFrames{ReadWriteCloser: &wire.BreakReader{ReadWriteCloser: channel}}, wire.MuxConfig())
 	if err != nil {
 		return err
@@ -137,45 +137,6 @@ func obey(control wire.Control) wire.ControlAnswer {
 		return wire.ControlAnswer{Error: err.Error()}
 	}
 	return wire.ControlAnswer{}
-}
-
-// channel is the guest channel's device. Closing it ends only the session over it:
-// the device is opened once and for all.
-type channel struct{ *os.File }
-
-// Close ends reads that wait.
-func (c *channel) Close() error { return c.SetReadDeadline(longAgo) }
-
-// awaitHost returns when the host's end is open. A device whose other end is closed
-// reads as if it had ended.
-func (c *channel) awaitHost() error {
-	if err := c.SetReadDeadline(noDeadline); err != nil {
-		return err
-	}
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return raw.Read(hostIsThere)
-}
-
-func hostIsThere(fd uintptr) bool {
-	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	n, err := unix.Poll(poll, 0)
-	return err != nil || n == 0 || poll[0].Revents&unix.POLLHUP == 0
-}
-
-// sayAgain tells the host, if it is there, that a session is over.
-func (c *channel) sayAgain() error {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
-	}
-	there := false
-	if err := raw.Control(func(fd uintptr) { there = hostIsThere(fd) }); err != nil || !there {
-		return err
-	}
-	return wire.Write(c, wire.Answer{Again: true})
 }
 
 func kernelRelease() string {

@@ -12,12 +12,16 @@ type Module struct {
 	// "mmio" or "pci". Empty: any machine.
 	Transport string `json:"transport,omitempty"`
 	// Use says when the module is needed: [UseBoot] before the root file system is
-	// mounted and the guest channel opened, [UseLate] not before the network is up.
+	// mounted and the guest channel opened, [UseLate] not before the network is up,
+	// [UsePort] and [UseVsock] as UseBoot, but only where the guest channel is a
+	// virtio-serial port or vsock.
 	Use string `json:"use"`
 }
 
 // The values of [Module].Use.
 const (
-	UseBoot = "boot"
-	UseLate = "late"
+	UseBoot  = "boot"
+	UsePort  = "port"
+	UseVsock = "vsock"
+	UseLate  = "late"
 )

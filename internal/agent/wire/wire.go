@@ -6,8 +6,9 @@
 // # The guest channel
 //
 // The channel is one ordered byte stream: a virtio-serial port or a vsock
-// connection. The host speaks first, because bytes that a guest writes to a
-// virtio port with no host connected are lost:
+// connection. (Over vsock, the host may connect again; the agent goes on with its newest
+// connection, and is the same guest.) The host speaks first, because bytes that a guest
+// writes to a virtio port with no host connected are lost:
 //
 //	host  -> guest   Hello   (identity, network, keys, clock)
 //	guest -> host    Answer     (what the agent is and has done)
@@ -49,6 +50,9 @@ const (
 	// PortName is the name of the guest channel's virtio-serial port; the guest
 	// finds it at /sys/class/virtio-ports/*/name.
 	PortName = "smolvm.agent"
+	// VsockArg is the kernel's argument that names the vsock port on which the agent
+	// listens for the host, instead of looking for the virtio-serial port.
+	VsockArg = "smolvm.vsock"
 	// SSHPort is the TCP port on which the agent also serves SSH.
 	SSHPort = 22
 	// MaxMessage bounds a message, in bytes.
@@ -109,6 +113,9 @@ type Hello struct {
 	Env map[string]string `json:"env,omitempty"`
 	// Network configures the guest's interface; nil leaves it alone.
 	Network *Network `json:"network,omitempty"`
+	// Continues says that the guest has run on since the last hello, and only its channel is
+	// another: it need not prove that it still runs programs, as one that was restored.
+	Continues bool `json:"continues,omitempty"`
 }
 
 // Network is the configuration of the guest's interface.

@@ -60,8 +60,9 @@ func newWorld(t *testing.T, tcpPorts, udpPorts []uint16) *world {
 		head := dns.RR_Header{Name: query.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60}
 		reply.Answer = []dns.RR{&dns.A{Hdr: head, A: addr.AsSlice()}}
 	})
-	w.n = newNetwork(t)
-	hostFiles(t, w.n, "nameserver 127.0.0.1\n", "")
+	files := hostFiles(t)
+	writeHostFiles(t, files, "nameserver 127.0.0.1\n", "")
+	w.n = newWithFiles(t, usualLimits(), files)
 	w.g = newGuest(t, w.n)
 	return w
 }

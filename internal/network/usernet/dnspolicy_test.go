@@ -50,8 +50,9 @@ func TestDNSPolicy(t *testing.T) {
 			reply.Rcode = dns.RcodeNameError
 		}
 	})
-	n := newNetwork(t)
-	hostFiles(t, n, "nameserver 127.0.0.1\n", "")
+	files := hostFiles(t)
+	writeHostFiles(t, files, "nameserver 127.0.0.1\n", "")
+	n := newWithFiles(t, usualLimits(), files)
 	g := newGuest(t, n)
 	conn := packetConn{g.dialUDP(netip.AddrPortFrom(testConfig().Gateway, dnsPort))}
 	byName := policytest.PolicyOf(t, network.DefaultDeny, "allow good.example", "allow *.good.example")

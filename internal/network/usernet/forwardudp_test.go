@@ -96,14 +96,14 @@ func TestForwardPacketsLimit(t *testing.T) {
 	forward := n.ForwardPackets(socket, echoPort)
 	for i := range maxSessions + 20 {
 		exchangeDatagram(t, dialPackets(t, socket.LocalAddr().String()), fmt.Sprint("datagram ", i))
-		if count := n.sessions.Load(); count > maxSessions {
+		if count := n.sessions.Count(); count > maxSessions {
 			t.Fatalf("%d sessions, want at most %d", count, maxSessions)
 		}
 	}
 	if err := forward.Close(); err != nil {
 		t.Errorf("close: %v", err)
 	}
-	if count := n.sessions.Load(); count != 0 {
+	if count := n.sessions.Count(); count != 0 {
 		t.Errorf("%d sessions stay behind", count)
 	}
 	_ = forward.Close() // again does no harm

@@ -13,6 +13,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/smolvm/smolvm/internal/network/resolver"
 )
 
 // patience is how long a test waits for what must come.
@@ -36,7 +38,12 @@ func newNetwork(t testing.TB) *Network {
 
 func newLimited(t testing.TB, limits limits) *Network {
 	t.Helper()
-	n, err := newWithLimits(testConfig(), limits)
+	return newWithFiles(t, limits, resolver.HostFiles())
+}
+
+func newWithFiles(t testing.TB, limits limits, files resolver.Files) *Network {
+	t.Helper()
+	n, err := newWith(testConfig(), limits, files)
 	if err != nil {
 		t.Fatal(err)
 	}

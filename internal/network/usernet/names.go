@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/smolvm/smolvm/internal/network/resolver"
 )
 
 const (
@@ -52,7 +54,7 @@ func (a *askedNames) of(addr netip.Addr) []string {
 // record remembers the addresses that an answer has for the name that was asked, itself or by
 // aliases.
 func (a *askedNames) record(asked string, answer []dns.RR) {
-	if !isComparable(asked) {
+	if !resolver.IsComparable(asked) {
 		return
 	}
 	owner := asked
@@ -124,7 +126,3 @@ func (a *askedNames) shrink() {
 	const enough = maxAsked - maxAsked/8
 	drop(func(time.Time) bool { return a.count > enough })
 }
-
-// isComparable reports whether a name in DNS's form for people means what it seems to: one
-// with an escaped dot is not below the name that it ends with.
-func isComparable(name string) bool { return !strings.Contains(name, `\`) }

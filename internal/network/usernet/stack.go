@@ -39,7 +39,6 @@ func (n *Network) build(mac net.HardwareAddr) (err error) {
 		return err
 	}
 	n.outbound, n.problem = newOutbound(n.stack, n.config, &kind{account: n.account, limit: n.limits.outgoing})
-	n.names.mayKnow, n.names.policy, n.names.told = n.mayKnow, n.outbound.policy.Load, n.outbound.asked.record
 	if err := n.serveDNS(); err != nil {
 		return err
 	}

@@ -11,10 +11,13 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/miekg/dns"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/resolver"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // defaultMTU is Ethernet's.
@@ -28,24 +31,23 @@ type Network struct {
 	conn     net.Conn // our end of the link
 	filter   atomic.Pointer[filter]
 	services []io.Closer
-	names    *resolver
-	sessions atomic.Int64 // of UDP forwards
+	names    *resolver.Resolver
+	sessions stream.Sessions // of UDP forwards
 	outbound *outbound
 	limits   limits
 	account  *account
 	incoming *kind // connections to the guest
 	problem  error
 	running  sync.WaitGroup // what serves the link and the services
-
-	mu     sync.Mutex // guards the following
-	closed bool
-	open   map[io.Closer]struct{} // forwards
+	open     stream.Open    // forwards
 }
 
 // New makes the network. It serves the guest from then on, until Close.
-func New(config Config) (*Network, error) { return newWithLimits(config, usualLimits()) }
+func New(config Config) (*Network, error) {
+	return newWith(config, usualLimits(), resolver.HostFiles())
+}
 
-func newWithLimits(config Config, limits limits) (*Network, error) {
+func newWith(config Config, limits limits, files resolver.Files) (*Network, error) {
 	if config.MTU == 0 {
 		config.MTU = defaultMTU
 	}
@@ -57,8 +59,12 @@ func newWithLimits(config Config, limits limits) (*Network, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Network{config: config, conn: conn, link: link, open: map[io.Closer]struct{}{}, limits: limits, account: newAccount(limits.linger)}
-	n.names = newResolver()
+	n := &Network{config: config, conn: conn, link: link, limits: limits, account: newAccount(limits.linger), sessions: stream.Sessions{Limit: maxSessions}}
+	n.names = resolver.New(resolver.Config{
+		Files: files, MayKnow: n.mayKnow,
+		Policy: func() *network.Policy { return n.outbound.policy.Load() },
+		Told:   func(name string, answer []dns.RR) { n.outbound.asked.record(name, answer) },
+	})
 	n.incoming = &kind{account: n.account, limit: limits.incoming}
 	n.filter.Store(&filter)
 	if err := n.build(filter.gatewayMAC); err != nil {
@@ -84,7 +90,7 @@ func (n *Network) SetGuestMAC(mac string) error {
 func (n *Network) Problem() error { return n.problem }
 
 // Search is the domains that the host's own resolver searches for names at the moment.
-func (n *Network) Search() []string { return n.names.conf.get().Search }
+func (n *Network) Search() []string { return n.names.Search() }
 
 // mayKnow reports whether the guest may be told of an address that only the host knows.
 func (n *Network) mayKnow(name string, addr netip.Addr) bool {
@@ -116,16 +122,8 @@ func (n *Network) DialGuest(ctx context.Context, port int) (net.Conn, error) {
 // Close ends all forwards and connections and the link, and returns when nothing of
 // the network runs any more. It may be called again.
 func (n *Network) Close() error {
-	n.mu.Lock()
-	if n.closed {
-		n.mu.Unlock()
+	if !n.open.Close() {
 		return nil
-	}
-	open := n.open
-	n.open, n.closed = nil, true
-	n.mu.Unlock()
-	for c := range open {
-		_ = c.Close()
 	}
 	err := errors.Join(n.conn.Close(), n.link.Close())
 	for _, service := range n.services {
@@ -141,22 +139,4 @@ func (n *Network) Close() error {
 		n.stack.Wait()
 	}
 	return err
-}
-
-// track keeps c to be closed with the network. It says false if the network is closed
-// already.
-func (n *Network) track(c io.Closer) bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.closed {
-		return false
-	}
-	n.open[c] = struct{}{}
-	return true
-}
-
-func (n *Network) untrack(c io.Closer) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	delete(n.open, c)
 }

@@ -16,8 +16,19 @@ import (
 func newTestProcess() *process { return &process{log: slog.New(slog.DiscardHandler)} }
 
 func TestAttachUnknownMode(t *testing.T) {
-	for _, mode := range []smolvm.NetworkMode{network.TAP, "bridge", "USER"} {
-		attached, err := attach(network.Config{Mode: mode}, func(string) {})
+	for _, mode := range []smolvm.NetworkMode{"carrier-pigeon", "TAP", "USER"} {
+		attached, err := newTestProcess().attach(network.Config{Mode: mode}, func(string) {})
+		if !errors.Is(err, smolvm.ErrUnsupported) || smolvm.HintOf(err) == "" || attached != nil {
+			t.Errorf("%q: %v, %v", mode, attached, err)
+		}
+	}
+}
+
+// A VM with an egress policy is not connected in a mode that would let everything out.
+func TestAttachWithPolicyNobodyEnforces(t *testing.T) {
+	for _, mode := range []smolvm.NetworkMode{network.TAP, network.Bridge} {
+		config := network.Config{Mode: mode, Egress: &network.Egress{Policy: network.Policy{Default: network.DefaultDeny}}}
+		attached, err := newTestProcess().attach(config, func(string) {})
 		if !errors.Is(err, smolvm.ErrUnsupported) || smolvm.HintOf(err) == "" || attached != nil {
 			t.Errorf("%q: %v, %v", mode, attached, err)
 		}

@@ -40,6 +40,9 @@ type Options struct {
 	// Halted is called when the VMM has paused the guest by itself, to write that down.
 	// Nil: nobody wants to know.
 	Halted func(context.Context, shim.HaltRecord) error
+	// Reached is called when the agent of a guest that runs can't be reached any more, and
+	// when it can be again. Nil: nobody wants to know.
+	Reached func(context.Context, shim.HaltRecord) error
 }
 
 // process is the running shim.
@@ -132,7 +135,7 @@ func (s *process) newSession() (*session.Session, error) {
 		return nil, fmt.Errorf("backend %q is not part of this program", s.spec.Backend)
 	}
 	return session.New(s.spec, session.Options{
-		Backend: s.opts.Backends[i], Attach: attach, Log: s.log,
+		Backend: s.opts.Backends[i], Attach: s.attach, Log: s.log,
 		StartVMM: func(start func()) {
 			releaseData() // the VMM would inherit it
 			start()
@@ -318,6 +321,8 @@ func (s *process) awaitEnd(ctx context.Context) {
 			stop(shim.Stop{}, "the process that it belongs to ended")
 		case <-s.session.Halted():
 			stops.Go(s.noteHalt)
+		case <-s.session.Reach.Changed():
+			stops.Go(s.noteReach)
 		case <-told:
 			told = nil
 			stop(shim.Stop{Grace: session.StopGrace}, "its shim was told to end")
@@ -377,12 +382,20 @@ func (s *process) record() error {
 
 // noteHalt writes down that the guest was paused by its VMM.
 func (s *process) noteHalt() {
-	why := s.session.TakeHalt()
-	if why == "" || s.opts.Halted == nil {
+	if why := s.session.TakeHalt(); why != "" {
+		s.writeDown(s.opts.Halted, why)
+	}
+}
+
+// noteReach writes down whether the guest's agent can be reached.
+func (s *process) noteReach() { s.writeDown(s.opts.Reached, s.session.Reach.Lost()) }
+
+func (s *process) writeDown(record func(context.Context, shim.HaltRecord) error, cause string) {
+	if record == nil {
 		return
 	}
-	record := shim.HaltRecord{ID: s.spec.ID, Run: s.spec.Run, Cause: why, Origin: s.spec.Origin}
-	if err := s.opts.Halted(context.Background(), record); err != nil {
-		s.log.Error("record that the guest was paused", "error", err)
+	err := record(context.Background(), shim.HaltRecord{ID: s.spec.ID, Run: s.spec.Run, Cause: cause, Origin: s.spec.Origin})
+	if err != nil {
+		s.log.Error("write down what became of the guest", "cause", cause, "error", err)
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/compat"
+	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/stream"
@@ -192,7 +193,7 @@ func (s *process) takeOver() error {
 		return nil
 	}
 	for name, path := range s.slot.names {
-		temp := path + ".claimed"
+		temp := path + disk.ClaimedSuffix
 		if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("take over %s: %w", name, err)
 		}

@@ -1,5 +1,6 @@
 // Package program is what a program does that serves as shim. It is told on its standard
-// input what to be: the shim of one VM, or a worker that makes a template or fills a pool.
+// input what to be: the shim of one VM, a worker that makes a template or fills a pool, or the
+// launcher of a VMM that has namespaces of its own.
 package program
 
 import (
@@ -14,6 +15,8 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/smolvm/smolvm/internal/namespace"
+	"github.com/smolvm/smolvm/internal/namespace/launcher"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/shim/process"
 	"github.com/smolvm/smolvm/internal/teardown"
@@ -34,18 +37,39 @@ func Run(ctx context.Context, orders io.Reader, backends ...vmm.Backend) error {
 	}
 	var is struct {
 		Task json.RawMessage `json:"task"`
+		namespace.Orders
 	}
 	_ = json.Unmarshal(line, &is) // a shim says itself what is wrong with its orders
+	if is.Launch != nil {
+		stop() // signals are for the VMM
+		return launcher.Run(*is.Launch)
+	}
 	orders = io.MultiReader(bytes.NewReader(line), reader)
 	if is.Task != nil {
-		return manager.RunWorker(ctx, orders)
+		return manager.RunWorker(ctx, orders, declared(backends)...)
 	}
 	return process.Main(ctx, process.Options{
 		Stdin:    orders,
 		Backends: backends,
 		Exited:   teardown.RecordExit,
 		Halted:   teardown.RecordHalt,
+		Reached:  teardown.RecordReach,
 	})
+}
+
+// declarer is a backend that declares its traits by itself, as those that package traits lists
+// of its name are not what it can do, or there are none.
+type declarer interface{ Traits() vmm.Traits }
+
+// declared returns what backends declare by themselves.
+func declared(backends []vmm.Backend) []vmm.Traits {
+	var all []vmm.Traits
+	for _, backend := range backends {
+		if d, ok := backend.(declarer); ok {
+			all = append(all, d.Traits())
+		}
+	}
+	return all
 }
 
 // Main is [Run] for a program that was started with [shim.Argument], and ends the process. In

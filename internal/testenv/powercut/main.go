@@ -78,7 +78,7 @@ func (s site) work(ctx context.Context, i int) error {
 	if err != nil {
 		return err
 	}
-	if err := s.disks.Create(ctx, backing.Overlay{Path: path, Base: s.image, BaseFormat: disk.Raw}); err != nil {
+	if err := s.disks.Create(ctx, backing.Disk{Path: path, Base: s.image, BaseFormat: disk.Raw}); err != nil {
 		return err
 	}
 	if err := s.disks.Persist(path); err != nil {
@@ -119,8 +119,8 @@ func (s site) save(ctx context.Context, id, path string) error {
 	if err != nil {
 		return err
 	}
-	layer := s.dir.Layer("layer-" + id)
-	err = s.disks.Derive(ctx, backing.Overlay{Path: path, Base: layer, BaseFormat: disk.QCOW2, Replace: true, Sync: true})
+	layer := s.dir.Layer("layer-"+id, disk.QCOW2)
+	err = s.disks.Derive(ctx, backing.Disk{Path: path, Base: layer, BaseFormat: disk.QCOW2, Replace: true, Sync: true})
 	if err != nil {
 		return err
 	}
@@ -183,7 +183,7 @@ func (s site) checkVM(ctx context.Context, id, want string, saved bool) error {
 	}
 	files := []string{s.image}
 	if saved {
-		files = []string{s.dir.Layer("layer-" + id), s.image}
+		files = []string{s.dir.Layer("layer-"+id, disk.QCOW2), s.image}
 	}
 	for i, file := range chain {
 		if i < len(chain)-len(files) {

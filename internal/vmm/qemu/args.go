@@ -66,7 +66,7 @@ func args(cfg vmm.Config, machine string, fd fds) []string {
 	b.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	b.add("-machine", machineArg(machine, cfg.Accelerator)+",memory-backend="+ramID)
 	b.add("-accel", accelArg(cfg.Accelerator))
-	b.add("-cpu", cpuArg(machine, cfg.Accelerator))
+	b.add("-cpu", cpuArg(machine, cfg))
 	b.add("-smp", strconv.Itoa(cfg.VCPUs))
 	b.memory(cfg)
 	if cfg.Restore != nil {
@@ -129,16 +129,21 @@ func accelArg(accelerator string) string {
 	return fmt.Sprintf("tcg,thread=multi,tb-size=%d", translationMiB)
 }
 
-func cpuArg(machine, accelerator string) string {
+func cpuArg(machine string, cfg vmm.Config) string {
+	model := "max"
 	switch {
-	case accelerator == vmm.KVM:
-		return "host"
-	case machine == machineVirt:
-		return "max"
+	case cfg.Accelerator == vmm.KVM:
+		model = "host"
+	case machine != machineVirt:
+		// Programs that believe the CPU to be fast at copying strings byte by byte do so,
+		// and an emulated one is not: without, clones start 7 % faster.
+		model = "max,erms=off,fsrm=off"
 	}
-	// Programs that believe the CPU to be fast at copying strings byte by byte do so,
-	// and an emulated one is not: without, clones start 7 % faster.
-	return "max,erms=off,fsrm=off"
+	if machine == machineVirt || cfg.Nested {
+		return model
+	}
+	// What a guest has no use for, it can't attack.
+	return model + ",svm=off,vmx=off"
 }
 
 // bootArgs is the kernel's command line: what was asked for, without what keeps a

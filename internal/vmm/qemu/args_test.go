@@ -56,7 +56,7 @@ func TestArgs(t *testing.T) {
 			want: []string{
 				"-no-user-config -nodefaults -no-reboot",
 				"-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-				"-machine q35,sata=off,smbus=off,vmport=off", "-accel tcg,thread=multi", "-cpu max,erms=off,fsrm=off", "-smp 2", "-m 512M",
+				"-machine q35,sata=off,smbus=off,vmport=off", "-accel tcg,thread=multi", "-cpu max,erms=off,fsrm=off,svm=off,vmx=off", "-smp 2", "-m 512M",
 				"-chardev socket,id=qmp,fd=3",
 			},
 			not: []string{"-initrd", "-netdev", "virtio-serial-pci", "-drive"},
@@ -108,7 +108,7 @@ func TestArgs(t *testing.T) {
 				c.NIC = &vmm.NIC{MAC: "02:00:00:00:00:02"}
 			},
 			want: []string{
-				"-machine microvm,acpi=on,rtc=on,isa-serial=on,pit=off,pic=off", "-cpu host",
+				"-machine microvm,acpi=on,rtc=on,isa-serial=on,pit=off,pic=off", "-cpu host,svm=off,vmx=off",
 				"-append console=ttyS0 panic=1 pci=off", "virtio-net-device,netdev=net,guest_announce=off,mac=02:00:00:00:00:02",
 			},
 			not: []string{"romfile"},
@@ -165,17 +165,5 @@ func TestArgsSameTwice(t *testing.T) {
 	cfg := testConfig(func(c *vmm.Config) { c.Channel = true })
 	if a, b := args(cfg, machineQ35, testFDs(cfg)), args(cfg, machineQ35, testFDs(cfg)); !slices.Equal(a, b) {
 		t.Errorf("two command lines of one configuration differ:\n%s\n%s", a, b)
-	}
-}
-
-func TestPanicLine(t *testing.T) {
-	for console, want := range map[string]string{
-		"": "",
-		"[1.0] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\r\n[1.0] CPU: 0": "VFS: Unable to mount root fs on unknown-block(0,0)",
-		"a user prints Kernel panic\n": "",
-	} {
-		if got := panicLine(console); got != want {
-			t.Errorf("panicLine(%q) = %q, want %q", console, got, want)
-		}
 	}
 }

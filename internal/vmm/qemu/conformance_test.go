@@ -5,7 +5,6 @@ import (
 	"strconv"
 	"testing"
 
-	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/qemu"
@@ -31,11 +30,10 @@ func TestConformance(t *testing.T) {
 		{"q35 on KVM", "q35", vmm.KVM, "", ""},
 		{"microvm on KVM", "microvm", vmm.KVM, "", ""},
 	}
-	best := host.New(host.Options{}).Accelerator(t.Context())
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			if test.accelerator == vmm.KVM && best.Name != host.KVM {
-				t.Skip("needs KVM: ", best.Reason)
+			if test.accelerator == vmm.KVM {
+				testenv.RequireKVM(t)
 			}
 			vmmtest.Run(t,
 				func(testing.TB) vmm.Backend {

@@ -17,6 +17,8 @@ import (
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/confine"
+	"github.com/smolvm/smolvm/internal/vmm/console"
 )
 
 // instance implements [vmm.Instance].
@@ -28,8 +30,8 @@ type instance struct {
 	channel *net.UnixConn
 	qmp     *qmp
 	// The guest's console, and QEMU's own output.
-	console, log *log
-	limits       limits
+	console, log *ring.Piped
+	limits       *confine.Limits
 	diskNames    *strings.Replacer // see there
 
 	mu       sync.Mutex // guards the following
@@ -265,13 +267,11 @@ func (i *instance) ending(reason string) {
 func (i *instance) watch(tidied <-chan struct{}) {
 	<-i.child.Done()
 	<-i.qmp.done // all events have been handled then
-	i.console.drain()
-	i.log.drain()
+	i.console.Drain()
+	i.log.Drain()
 	i.exit = i.classify()
 	_ = i.closeConns()
-	i.mu.Lock()
-	i.limits.remove()
-	i.mu.Unlock()
+	i.limits.Remove()
 	<-tidied
 	close(i.done)
 }
@@ -281,7 +281,7 @@ func (i *instance) closeConns() error {
 	if i.channel != nil {
 		errs = append(errs, i.channel.Close())
 	}
-	for _, log := range []*log{i.console, i.log} {
+	for _, log := range []*ring.Piped{i.console, i.log} {
 		if log != nil {
 			errs = append(errs, log.Close())
 		}
@@ -289,12 +289,9 @@ func (i *instance) closeConns() error {
 	return errors.Join(errs...)
 }
 
-// How much of the end of the console a panic is looked for in, and of the log the words
-// that QEMU ended with: in bytes.
-const (
-	panicText = 64 << 10
-	lastWords = 4 << 10
-)
+// lastWords is how much of the end of the log the words are looked for in that QEMU ended
+// with, in bytes.
+const lastWords = 4 << 10
 
 func (i *instance) classify() vmm.Exit {
 	i.mu.Lock()
@@ -308,7 +305,7 @@ func (i *instance) classify() vmm.Exit {
 	case i.shutdown == "guest-reset", i.shutdown == "guest-panic":
 		exit.Reason = vmm.ExitReboot
 		// With panic=1 a kernel resets the machine after a panic.
-		if line := panicLine(i.console.Tail(panicText)); line != "" || i.shutdown == "guest-panic" {
+		if line := console.PanicLine(i.console.Tail(console.PanicText)); line != "" || i.shutdown == "guest-panic" {
 			exit.Reason, exit.Detail = vmm.ExitPanic, line
 		}
 	default:
@@ -317,20 +314,9 @@ func (i *instance) classify() vmm.Exit {
 		if words := ring.LastLines(i.log.Tail(lastWords), 5); words != "" {
 			exit.Detail += ": " + i.diskNames.Replace(words)
 		}
-		if why := i.limits.killed(); why != "" {
+		if why := i.limits.Killed(); why != "" {
 			exit.Detail += ": " + why
 		}
 	}
 	return exit
-}
-
-// panicLine finds the kernel's message of its panic.
-func panicLine(console string) string {
-	const mark = "Kernel panic - not syncing: "
-	_, message, found := strings.Cut(console, mark)
-	if !found {
-		return ""
-	}
-	message, _, _ = strings.Cut(message, "\n")
-	return strings.TrimSpace(message)
 }

@@ -18,8 +18,10 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
+	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/confine"
 	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
@@ -92,11 +94,11 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 		return nil, err
 	}
 	defer func() { _ = controlFile.Close() }()
-	if inst.console, consoleFile, err = openLog(cfg.ConsolePath, consoleBytes); err != nil {
+	if inst.console, consoleFile, err = ring.OpenPiped(cfg.ConsolePath, consoleBytes); err != nil {
 		return nil, errors.Join(err, inst.closeConns())
 	}
 	defer func() { _ = consoleFile.Close() }()
-	if inst.log, logFile, err = openLog(cfg.LogPath, ring.LogBytes); err != nil {
+	if inst.log, logFile, err = ring.OpenPiped(cfg.LogPath, ring.LogBytes); err != nil {
 		return nil, errors.Join(err, inst.closeConns())
 	}
 	defer func() { _ = logFile.Close() }()
@@ -144,11 +146,11 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 	cmd.ExtraFiles = files
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	if inst.limits, err = newLimits(site, cfg); err != nil {
+	if inst.limits, err = confine.New(site, bounds(cfg)); err != nil {
 		return nil, errors.Join(err, inst.closeConns())
 	}
 	start := func() error {
-		inst.child, err = inst.limits.start(cmd, cfg)
+		inst.child, err = confine.Start(inst.limits, cmd, proc.StartIn)
 		return err
 	}
 	if cfg.Restore != nil {
@@ -158,12 +160,12 @@ func launch(binary, machine string, cfg vmm.Config, consoleBytes int64, site cgr
 		if inst.child != nil {
 			err = errors.Join(err, inst.child.Kill())
 		}
-		inst.limits.remove()
+		inst.limits.Remove()
 		return nil, errors.Join(err, inst.closeConns())
 	}
 	inst.qmp = newQMP(inst.control, inst.handle)
-	inst.console.pump()
-	inst.log.pump()
+	inst.console.Start(nil)
+	inst.log.Start(nil)
 	tidied := make(chan struct{})
 	go func() {
 		defer close(tidied)

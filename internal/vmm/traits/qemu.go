@@ -12,7 +12,8 @@ func QEMU() vmm.Traits {
 		Name:         "qemu",
 		DiskFormats:  []string{"qcow2", "raw"},
 		Accelerators: []string{vmm.KVM, vmm.TCG},
-		Layout:       3,
+		Nested:       runtime.GOARCH == "amd64",
+		Layout:       4, // since 4, only guests that ask for it have virtualization
 		Programs: []vmm.Program{{
 			Names:      []string{QEMUProgram(runtime.GOARCH)},
 			MinVersion: "6.0", // the first with all the options that we use

@@ -33,7 +33,7 @@ func TestLookupOfUnknown(t *testing.T) {
 		if !errors.Is(err, smolvm.ErrUnknownBackend) || smolvm.CodeOf(err) != smolvm.CodeUnknownBackend {
 			t.Errorf("Lookup(%q): %v", name, err)
 		}
-		if hint := smolvm.HintOf(err); !strings.Contains(hint, "auto, qemu") {
+		if hint := smolvm.HintOf(err); !strings.Contains(hint, "auto, firecracker, qemu") {
 			t.Errorf("Lookup(%q) has the hint %q", name, hint)
 		}
 	}
@@ -41,7 +41,7 @@ func TestLookupOfUnknown(t *testing.T) {
 
 func TestFirst(t *testing.T) {
 	t.Parallel()
-	all := []vmm.Traits{{Name: "first"}, {Name: "second"}}
+	all := List{{Name: "first"}, {Name: "second"}}
 	for name, test := range map[string]struct {
 		lacking []string
 		want    string
@@ -59,7 +59,7 @@ func TestFirst(t *testing.T) {
 			}
 			return nil
 		}
-		got, err := First(all, lacks)
+		got, err := all.First(lacks)
 		if got.Name != test.want || (err == nil) != (test.want != "") {
 			t.Errorf("%s: First = %q, %v", name, got.Name, err)
 		}
@@ -95,5 +95,49 @@ func TestAccelerator(t *testing.T) {
 		if got, ok := Accelerator(vmm.Traits{Accelerators: test.can}, has); got != test.want || ok != (test.want != "") {
 			t.Errorf("%s: Accelerator = %q, %v", name, got, ok)
 		}
+	}
+}
+
+// A backend is asked for only if it can do what the VM needs.
+func TestAble(t *testing.T) {
+	t.Parallel()
+	raw, both := vmm.Traits{Name: "raw", DiskFormats: []string{"raw"}}, vmm.Traits{Name: "both", DiskFormats: []string{"qcow2", "raw"}}
+	for name, test := range map[string]struct {
+		needs Needs
+		want  string
+	}{
+		"nothing":             {Needs{}, "raw both"},
+		"what all can":        {Needs{DiskFormats: []string{"raw"}}, "raw both"},
+		"what one can":        {Needs{DiskFormats: []string{"raw", "qcow2"}}, "both"},
+		"what nobody can":     {Needs{DiskFormats: []string{"vmdk"}}, ""},
+		"a raw disk":          {Needs{OwnFormat: "raw"}, "raw"},
+		"a qcow2 disk":        {Needs{OwnFormat: "qcow2"}, "both"},
+		"raw, and qcow2 ones": {Needs{OwnFormat: "raw", DiskFormats: []string{"qcow2"}}, ""},
+	} {
+		needs := test.needs
+		var names []string
+		for _, t := range (List{raw, both}).Able(needs) {
+			names = append(names, t.Name)
+		}
+		if got := strings.Join(names, " "); got != test.want {
+			t.Errorf("%s: able are %q, want %q", name, got, test.want)
+		}
+		if got := needs.Unmet(raw); (got == "") != strings.Contains(test.want, "raw") {
+			t.Errorf("%s: one lacks %q", name, got)
+		}
+	}
+}
+
+func TestWith(t *testing.T) {
+	t.Parallel()
+	all := List{{Name: "a", Layout: 1}, {Name: "b", Layout: 1}}
+	with := all.With(vmm.Traits{Name: "b", Layout: 2}, vmm.Traits{Name: "c", Layout: 3})
+	for name, want := range map[string]int{"a": 1, "b": 2, "c": 3} {
+		if got, err := with.Lookup(name); err != nil || got.Layout != want {
+			t.Errorf("%s is %+v, %v", name, got, err)
+		}
+	}
+	if len(with) != 3 || all[1].Layout != 1 {
+		t.Errorf("they are %+v, of %+v", with, all)
 	}
 }

@@ -46,6 +46,9 @@ func (g *guest) serve(conn gated) {
 		}
 		var hello wire.Hello
 		err := wire.Read(channel, &hello)
+		if err != nil && g.machine.hosts != nil {
+			return // it was reset, or the host has connected anew
+		}
 		if err == nil {
 			err = g.answer(channel, hello)
 		}

@@ -83,7 +83,7 @@ func newGuest(m *machine) (*guest, error) {
 		}
 		g.restored = true
 		g.files = &files{nodes: saved.Files}
-		g.hello, g.inSession = saved.Hello, saved.InSession
+		g.hello, g.inSession = saved.Hello, saved.InSession && !m.Resets
 		maps.Copy(g.vars, saved.Vars)
 		g.clock, g.earlier, g.clockAt = saved.Clock, saved.Uptime, saved.Uptime
 		return g, nil
@@ -195,6 +195,8 @@ func (g *guest) sync() error {
 // start lets the guest run.
 func (g *guest) start() {
 	switch {
+	case g.machine.hosts != nil && !g.machine.has(Silent) && !g.machine.has(NoAgent):
+		go g.accept(g.machine.hosts)
 	case g.machine.channel == nil || g.machine.has(Silent) || g.machine.has(NoAgent):
 	case g.script:
 		go g.obey(gated{g.machine.channel, &g.machine.cpu})
@@ -226,7 +228,7 @@ func (g *guest) panicKernel(message string) {
 
 // become makes the guest what a hello says.
 func (g *guest) become(ctx context.Context, hello wire.Hello) (wire.Identity, error) {
-	again := g.restored || g.current() != nil
+	again := (g.restored || g.current() != nil) && !hello.Continues
 	id, err := newIdentity(hello)
 	if err != nil {
 		return wire.Identity{}, err

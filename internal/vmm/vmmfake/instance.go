@@ -65,9 +65,11 @@ const (
 
 var errEnded = errors.New("the VMM has ended")
 
-// instance implements [vmm.Instance], and all that is optional.
+// instance implements [vmm.Instance], and all that is optional but the switching of disks.
 type instance struct {
 	cfg              vmm.Config
+	resets           bool   // see [Options]
+	address          string // that the channel is connected to then; empty: there is none
 	faults           []string
 	child            *proc.Child
 	control, channel *net.UnixConn
@@ -80,7 +82,7 @@ type instance struct {
 	killed    bool                 // Kill was called before it did
 	limit     float64
 	diskLimit vmm.DiskLimit
-	// channelTaken is set when the channel has been handed out.
+	// channelTaken is set when the channel has been handed out, until it may be opened again.
 	channelTaken bool
 
 	running chan struct{} // holds one while the guest is saved, held or continued
@@ -99,13 +101,17 @@ var (
 	_ vmm.Saver       = (*instance)(nil)
 	_ vmm.Halter      = (*instance)(nil)
 
-	_ vmm.DiskSwitcher = (*instance)(nil)
+	_ vmm.DiskSwitcher = (*switchingInstance)(nil)
 )
+
+// switchingInstance is an instance that can switch disks.
+type switchingInstance struct{ *instance }
 
 // PID implements [vmm.Instance].
 func (i *instance) PID() int { return i.child.PID() }
 
-// OpenChannel implements [vmm.Instance]. There is one stream, as with QEMU.
+// OpenChannel implements [vmm.Instance]. There is one stream, as with QEMU, unless the backend
+// was told otherwise.
 func (i *instance) OpenChannel(ctx context.Context) (vmm.Channel, error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -117,13 +123,16 @@ func (i *instance) OpenChannel(ctx context.Context) (vmm.Channel, error) {
 		err = context.Cause(ctx)
 	}
 	switch {
-	case i.channel == nil:
+	case i.channel == nil && i.address == "":
 		err = fmt.Errorf("%w: the VM was started without one", smolvm.ErrUnsupported)
 	case err == nil && i.channelTaken:
 		err = vmm.ErrChannelTaken
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open the guest channel: %w", err)
+	}
+	if i.resets {
+		return i.connect(ctx)
 	}
 	i.channelTaken = true
 	return i.channel, nil
@@ -248,7 +257,7 @@ func (i *instance) Save(ctx context.Context, opts vmm.SaveOptions) (*vmm.Hold, e
 
 // OpenOverlays implements [vmm.DiskSwitcher]. They are opened when they are used, and only
 // looked at before.
-func (i *instance) OpenOverlays(ctx context.Context, overlays []vmm.Overlay) (vmm.DiskSwitch, error) {
+func (i *switchingInstance) OpenOverlays(ctx context.Context, overlays []vmm.Overlay) (vmm.DiskSwitch, error) {
 	if err := i.cfg.CheckOverlays(overlays); err != nil {
 		return nil, err
 	}
@@ -257,7 +266,7 @@ func (i *instance) OpenOverlays(ctx context.Context, overlays []vmm.Overlay) (vm
 			return nil, err
 		}
 	}
-	return &diskSwitch{i, overlays}, nil
+	return &diskSwitch{i.instance, overlays}, nil
 }
 
 // diskSwitch implements [vmm.DiskSwitch].

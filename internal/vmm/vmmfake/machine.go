@@ -30,6 +30,7 @@ type machine struct {
 	task
 	console io.Writer
 	channel net.Conn // nil: none
+	hosts   *hosts   // that connect to the guest, in place of a channel; nil: none do
 	link    net.Conn // nil: none
 	drives  []*drive
 	guest   *guest
@@ -176,7 +177,14 @@ func (m *machine) open() error {
 		return net.FileConn(file)
 	}
 	var err error
-	if m.Channel {
+	switch {
+	case m.Channel && m.Resets:
+		file := os.NewFile(next, "channel")
+		next++
+		if m.hosts, err = newHosts(file); err != nil {
+			return err
+		}
+	case m.Channel:
 		if m.channel, err = inherit("channel"); err != nil {
 			return err
 		}

@@ -87,7 +87,13 @@ func (m *machine) save(ctx context.Context, memoryPath, statePath string) (held 
 	if err := json.NewEncoder(memory).Encode(m.guest.memory()); err != nil {
 		return held, err
 	}
-	return held, json.NewEncoder(devices).Encode(m.state())
+	if err := json.NewEncoder(devices).Encode(m.state()); err != nil {
+		return held, err
+	}
+	if m.hosts != nil {
+		m.hosts.reset(m.has(Unheard))
+	}
+	return held, nil
 }
 
 // load returns the memory of a guest that was saved on such a machine.

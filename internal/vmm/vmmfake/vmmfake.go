@@ -34,6 +34,7 @@ import (
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
+	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
 // Faults are words, separated by commas, that make a VM behave badly. They are in the
@@ -51,6 +52,12 @@ const (
 	Busy       = "busy"        // the guest computes for ever
 	Floods     = "floods"      // the agent keeps its channel busy and reads nothing
 	DiesSaving = "dies-saving" // the VMM ends in the middle of a saving
+	// ResetsFirst has a restored guest reset the first connection, where its channel is of
+	// that kind, when the host has begun to speak.
+	ResetsFirst = "resets-first"
+	// Unheard has a guest that goes on after a saving accept no connection any more, where its
+	// channel is reset then.
+	Unheard    = "unheard"
 	SlowSaving = "slow-saving" // a saving takes a quarter of a second before it holds the guest
 )
 
@@ -64,8 +71,14 @@ const Command = "vmmfake"
 type Options struct {
 	// Name of the backend that it stands in for. Empty: "qemu".
 	Name string
+	// ResetsChannel has the channel be one that is connected to, and that is reset when the
+	// guest is saved or restored, as Firecracker's is: in the guest, where it shows at once,
+	// while the host's end shows it when the host next writes.
+	ResetsChannel bool
 	// ConsoleBytes is the limit of each console. Zero: [ring.ConsoleBytes].
 	ConsoleBytes int64
+	// RawOnly makes it a VMM that can use raw disks only, and can't switch disks.
+	RawOnly bool
 }
 
 // Backend implements [vmm.Backend].
@@ -87,23 +100,42 @@ func New(opts Options) *Backend {
 // Name implements [vmm.Backend].
 func (b *Backend) Name() string { return b.opts.Name }
 
+// Traits declares what it can do, which is what the backend does that it stands in for, unless
+// it can use raw disks only.
+func (b *Backend) Traits() vmm.Traits {
+	declared := traits.QEMU()
+	declared.Name = b.opts.Name
+	if b.opts.RawOnly {
+		declared.DiskFormats = []string{"raw"}
+	}
+	return declared
+}
+
 // Start implements [vmm.Backend].
 func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Instance, error) {
+	for _, drive := range cfg.Drives {
+		if b.opts.RawOnly && (drive.Format != "raw" || len(drive.Backing) > 0) {
+			return nil, fmt.Errorf("start the fake VMM for VM %q: its drive %s is %s", cfg.ID, drive.Path, drive.Format)
+		}
+	}
 	program, err := findProgram(cfg)
 	if err != nil {
 		return nil, err
 	}
-	i, err := launch(program, cfg, b.opts.ConsoleBytes)
+	i, err := launch(program, cfg, b.opts)
 	if err == nil {
 		err = i.awaitRunning(ctx)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("start the fake VMM for VM %q: %w", cfg.ID, err)
 	}
-	if slices.Contains(i.faults, Stuck) {
+	switch {
+	case slices.Contains(i.faults, Stuck):
 		return &stuckInstance{i}, nil
+	case b.opts.RawOnly:
+		return i, nil
 	}
-	return i, nil
+	return &switchingInstance{i}, nil
 }
 
 // findProgram returns the program that is the VMM: this one, unless another is named.
@@ -146,12 +178,14 @@ type task struct {
 	// Channel and Link say which of the files there are that it inherits, in this order.
 	Channel bool `json:"channel"`
 	Link    bool `json:"link"`
+	// Resets says that the channel is a listener's, and is reset; see [Options].
+	Resets bool `json:"resets,omitempty"`
 }
 
 // launch starts the process with its connections and its two logs.
-func launch(program string, cfg vmm.Config, consoleBytes int64) (_ *instance, err error) {
+func launch(program string, cfg vmm.Config, opts Options) (_ *instance, err error) {
 	i := &instance{
-		cfg: cfg, diskLimit: cfg.DiskLimit, faults: faultsOf(cfg), done: make(chan struct{}), closed: make(chan struct{}),
+		cfg: cfg, resets: opts.ResetsChannel, diskLimit: cfg.DiskLimit, faults: faultsOf(cfg), done: make(chan struct{}), closed: make(chan struct{}),
 		ready: make(chan struct{}), pending: map[int]chan message{}, running: make(chan struct{}, 1), halts: make(chan vmm.Halt, 1),
 	}
 	if err := checkNIC(cfg.NIC); err != nil {
@@ -171,7 +205,7 @@ func launch(program string, cfg vmm.Config, consoleBytes int64) (_ *instance, er
 		return nil, err
 	}
 	i.control, theirs = control, append(theirs, file)
-	if i.console, file, err = openLog(cfg.ConsolePath, consoleBytes); err != nil {
+	if i.console, file, err = openLog(cfg.ConsolePath, opts.ConsoleBytes); err != nil {
 		return nil, err
 	}
 	theirs = append(theirs, file)
@@ -181,12 +215,17 @@ func launch(program string, cfg vmm.Config, consoleBytes int64) (_ *instance, er
 	theirs = append(theirs, file)
 	files := []*os.File{theirs[0], theirs[1]}
 	if cfg.Channel {
-		if i.channel, file, err = pair(); err != nil {
+		if i.resets {
+			i.address, file, err = listen()
+		} else {
+			i.channel, file, err = pair()
+		}
+		if err != nil {
 			return nil, err
 		}
 		theirs, files = append(theirs, file), append(files, file)
 	}
-	orders := task{Config: cfg, Faults: i.faults, Channel: cfg.Channel}
+	orders := task{Config: cfg, Faults: i.faults, Channel: cfg.Channel, Resets: i.resets}
 	if cfg.NIC != nil {
 		orders.Link, files = true, append(files, cfg.NIC.Link)
 	}

@@ -37,17 +37,25 @@ func machine(k *kit) {
 	if got := strings.Fields(g.run("cat /proc/cmdline")); !slices.Contains(got, "vmmtest.word=1") {
 		k.Errorf("the kernel's arguments are %q, without our own", got)
 	}
-	if got := g.backend.Name(); !isKnown(got) {
-		k.Errorf("backend %q has no traits", got)
+	if got := k.traits().Name; got != g.backend.Name() {
+		k.Errorf("backend %q has the traits of %q", g.backend.Name(), got)
 	}
 	if _, err := os.Stat("/proc/" + strconv.Itoa(g.PID())); err != nil {
 		k.Errorf("the VMM's process: %v", err)
 	}
 }
 
-func isKnown(backend string) bool {
-	_, err := traits.Lookup(backend)
-	return err == nil
+// traits are those of the backend.
+func (k *kit) traits() vmm.Traits {
+	k.Helper()
+	if k.assets.Traits.Name != "" {
+		return k.assets.Traits
+	}
+	declared, err := traits.Lookup(k.backend.Name())
+	if err != nil {
+		k.Fatal(err)
+	}
+	return declared
 }
 
 // console: what the kernel and init print is appended to the file.
@@ -230,17 +238,13 @@ func channelAgain(k *kit) {
 // drives: they come in order, can be written unless they are read-only, and what
 // was written is in the file when the VM has ended.
 func drives(k *kit) {
-	declared, err := traits.Lookup(k.backend.Name())
-	if err != nil {
-		k.Fatal(err)
-	}
 	list := []vmm.Drive{
 		k.drive("first", "raw"),
 		k.drive("second", "raw"),
 		k.drive("third", "raw"),
 	}
 	list[1].ReadOnly = true
-	for _, format := range declared.DiskFormats {
+	for _, format := range k.traits().DiskFormats {
 		if _, err := exec.LookPath("qemu-img"); err != nil {
 			k.Log("drives of other formats than raw are not tested: ", err)
 			break
@@ -300,6 +304,9 @@ func (k *kit) drive(name, format string) vmm.Drive {
 
 // blockDevice: a drive can be a block device of the host's.
 func blockDevice(k *kit) {
+	if k.assets.SkipDevice != "" {
+		k.Skip(k.assets.SkipDevice)
+	}
 	if os.Getuid() != 0 {
 		k.Skip("making a block device takes root")
 	}

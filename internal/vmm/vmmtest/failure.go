@@ -21,17 +21,22 @@ import (
 func leavesNothing(k *kit) {
 	cycle := func() {
 		link, theirs := linkPair(k)
-		g := k.boot(func(c *vmm.Config) { c.NIC = &vmm.NIC{MAC: guestMAC, Link: theirs} })
+		g := k.boot(func(c *vmm.Config) {
+			if k.assets.SkipLink == "" {
+				c.NIC = &vmm.NIC{MAC: guestMAC, Link: theirs}
+			}
+		})
 		g.killed()
 		_, _ = link.Close(), theirs.Close()
 		for range g.lines { // its reader ends
 		}
+		_ = g.channel.Close() // which is ours
 	}
 	cycle() // what is opened once for good is open then
 	files, goroutines := openFiles(k), runtime.NumGoroutine()
 	cycle()
-	if now := openFiles(k); now != files {
-		k.Errorf("%d files are open after a VM's end, %d before its start", now, files)
+	if now := openFiles(k); now.differ(files) {
+		k.Errorf("open after a VM's end: %q; before its start: %q", now, files)
 	}
 	// A goroutine that has closed a channel may take a moment to end.
 	tick := time.NewTicker(time.Millisecond)
@@ -48,22 +53,28 @@ func leavesNothing(k *kit) {
 	}
 }
 
-// openFiles counts the files that this process has open, but for pipes: Go keeps those
-// that it splices by, and drops them when it likes.
-func openFiles(k *kit) int {
+// openFiles lists the files that this process has open, but for pipes: Go keeps those that it
+// splices by, and drops them when it likes.
+func openFiles(k *kit) fileList {
 	k.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		k.Fatal(err)
 	}
-	count := 0
+	var files fileList
 	for _, entry := range entries {
 		if target, err := os.Readlink("/proc/self/fd/" + entry.Name()); err == nil && !strings.HasPrefix(target, "pipe:") {
-			count++
+			files = append(files, target)
 		}
 	}
-	return count
+	return files
 }
+
+// fileList lists open files.
+type fileList []string
+
+// differ reports whether there are more or fewer of them than before.
+func (f fileList) differ(before fileList) bool { return len(f) != len(before) }
 
 // startFails: each failure says why, and leaves nothing.
 func startFails(k *kit) {
@@ -148,8 +159,8 @@ func (k *kit) mustFail(ctx context.Context, edit func(*vmm.Config), want string)
 	if !strings.Contains(err.Error(), want) {
 		k.Errorf("error lacks %q: %v", want, err)
 	}
-	if now := openFiles(k); now != files {
-		k.Errorf("%d files are open after a start that failed, %d before it", now, files)
+	if now := openFiles(k); now.differ(files) {
+		k.Errorf("open after a start that failed: %q; before it: %q", now, files)
 	}
 	k.checkProcesses()
 	return err

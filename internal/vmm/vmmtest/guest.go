@@ -24,6 +24,19 @@ const patience = 2 * time.Minute
 // answers with its output and a line with the exit status. It goes on when the
 // host's end closes, so that a VM never ends but by what is tested.
 const obey = `
+# The keys by which a machine is shut down are not to restart it, but to be told to init, which
+# does not listen.
+trap '' INT
+echo 0 >/proc/sys/kernel/ctrl-alt-del
+case " $(cat /proc/cmdline) " in *" ` + vsockWord + ` "*)
+	mkfifo ` + pipeIn + ` ` + pipeOut + `
+	/` + RelayProgram + ` ` + RelayCommand + ` >/dev/console 2>&1 &
+	exec 3<` + pipeIn + ` 4>` + pipeOut + `
+	while read -r line <&3; do
+		eval "$line" </dev/null >&4 2>&1
+		echo "` + status + `$?" >&4
+	done
+esac
 while [ -z "$port" ]; do
 	for p in /sys/class/virtio-ports/*; do
 		[ "$(cat "$p/name" 2>/dev/null)" = ` + vmm.ChannelPort + ` ] && port=/dev/${p##*/}
@@ -48,6 +61,9 @@ const (
 	ready  = "vmmtest-ready"
 	status = "vmmtest-status "
 )
+
+// vsockWord is the kernel's argument that a backend adds whose channel is vsock.
+const vsockWord = vmm.ChannelVsockArg + "=1024"
 
 // kit is what one case needs to start VMs.
 type kit struct {
@@ -91,6 +107,10 @@ func (k *kit) checkProcesses() {
 func (k *kit) config(edit func(*vmm.Config)) vmm.Config {
 	k.count++
 	id := fmt.Sprintf("vmmtest-%d", k.count)
+	workDir := filepath.Join(k.dir, id+".work")
+	if err := os.Mkdir(workDir, 0o700); err != nil {
+		k.Fatal(err)
+	}
 	cfg := vmm.Config{
 		ID:          id,
 		Accelerator: k.assets.Accelerator,
@@ -103,6 +123,7 @@ func (k *kit) config(edit func(*vmm.Config)) vmm.Config {
 		Channel:     true,
 		ConsolePath: filepath.Join(k.dir, id+".console"),
 		LogPath:     filepath.Join(k.dir, id+".log"),
+		WorkDir:     workDir,
 	}
 	if edit != nil {
 		edit(&cfg)
@@ -118,6 +139,8 @@ type guest struct {
 	channel vmm.Channel // nil: it was not opened
 	// lines are what the guest says over the channel; closed at its end.
 	lines <-chan string
+	// mayReset is set when the guest is to be saved, by which its channel may be reset.
+	mayReset bool
 }
 
 // start starts a VM, opens its channel, and returns when its CPUs run.
@@ -155,6 +178,24 @@ func (g *guest) open() {
 		g.Fatal(err)
 	}
 	g.channel, g.lines = channel, readLines(channel)
+}
+
+// wasReset reports whether the VMM has ended the channel.
+func (g *guest) wasReset() bool {
+	_, err := g.channel.Write(nil)
+	return err != nil
+}
+
+// reopen opens a channel that was reset, or closed by the test.
+func (g *guest) reopen() {
+	g.Helper()
+	_ = g.channel.Close()
+	for range g.lines { // its reader ends
+	}
+	g.open()
+	if got := g.line(); got != ready {
+		g.Fatalf("by a new channel the guest says %q, want %q", got, ready)
+	}
 }
 
 // boot starts a VM and returns when the guest listens.
@@ -204,8 +245,7 @@ func (g *guest) line() string {
 	select {
 	case line, open := <-g.lines:
 		if !open {
-			<-g.Done()
-			g.Fatalf("the channel has ended: %v", g.Exit())
+			g.Fatalf("the channel has ended: %v", g.end())
 		}
 		return line
 	case <-time.After(patience):
@@ -217,6 +257,9 @@ func (g *guest) line() string {
 // tell makes the guest run a command, and does not wait for it.
 func (g *guest) tell(command string) {
 	g.Helper()
+	if g.mayReset && g.wasReset() {
+		g.reopen()
+	}
 	if _, err := g.channel.Write([]byte(command + "\n")); err != nil {
 		g.Fatalf("tell the guest to %s: %v", command, err)
 	}
@@ -229,6 +272,9 @@ func (g *guest) try(command string) (output, code string) {
 	var lines []string
 	for {
 		line := g.line()
+		if line == ready { // of a restored guest, if its channel is a new one for it too
+			continue
+		}
 		if code, found := strings.CutPrefix(line, status); found {
 			return strings.Join(lines, "\n"), code
 		}

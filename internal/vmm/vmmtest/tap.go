@@ -90,7 +90,7 @@ func onTAP(k *kit) {
 	sum := sha256.Sum256(data)
 	for range 2 { // a VM that has ended has let go of it
 		g := k.boot(nic(tapName))
-		if got := g.run("cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address"); got != "1400\n"+guestMAC {
+		if got := g.run("cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address"); got != k.mtu()+"\n"+guestMAC {
 			k.Errorf("the guest's MTU and MAC are %q", got)
 		}
 		g.run("ip link set eth0 up && ip addr add " + guestIP + "/24 dev eth0")

@@ -18,7 +18,8 @@ type Assets struct {
 	Kernel string
 	// Initrd makes an initramfs whose init, a shell with busybox's programs in
 	// PATH, runs the script when /proc, /sys and /dev are mounted and the modules
-	// of all virtio devices are loaded.
+	// of all virtio devices are loaded. Where the guest channel is vsock, the test's program
+	// is at [RelayProgram].
 	Initrd func(t testing.TB, script string) string
 	// Accelerator is [vmm.KVM] or [vmm.TCG].
 	Accelerator string
@@ -28,8 +29,16 @@ type Assets struct {
 	ConsoleBytes int64
 	// SkipClock says why the guest's clock is not tested. Empty: it is.
 	SkipClock string
+	// Traits are those of the backend. Zero: package traits lists them.
+	Traits vmm.Traits
+	// SkipLink says why network interfaces that are links are not tested. Empty: they are.
+	SkipLink string
+	// NoMTU reports that network interfaces can't offer an MTU to the guest.
+	NoMTU bool
 	// SkipTAP says why network interfaces that are TAPs are not tested. Empty: they are.
 	SkipTAP string
+	// SkipDevice says why drives that are block devices are not tested. Empty: they are.
+	SkipDevice string
 	// BusySaves is how often each busy guest is saved. Zero: busy guests are left out.
 	BusySaves int
 	// CheckSave checks what is reported of each save of a busy guest. Nil: that the
@@ -75,7 +84,9 @@ func Run(t *testing.T, newBackend func(testing.TB) vmm.Backend, assets Assets) {
 		{"pause", pause, false},
 
 		{"save", save, false},
+		{"save resets the channel", channelReset, false},
 		{"save with disks", saveDisks, false},
+		{"save with raw disks", saveRawDisks, false},
 		{"overlays fail", overlaysFail, false},
 		{"save a guest that is held", saveHeld, false},
 		{"save a busy guest with 2 CPUs", saveBusy(2), false},

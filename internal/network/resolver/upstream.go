@@ -1,4 +1,4 @@
-package usernet
+package resolver
 
 import (
 	"context"
@@ -25,7 +25,7 @@ const (
 
 // ask asks the host's name servers a guest's question, and returns what they say. An error
 // means that none has said anything.
-func (r *resolver) ask(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
+func (r *Resolver) ask(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 	config := r.conf.get()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -73,7 +73,7 @@ func isFinal(rcode int) bool {
 }
 
 // exchange asks one name server.
-func (r *resolver) exchange(ctx context.Context, server string, query *dns.Msg) (*dns.Msg, error) {
+func (r *Resolver) exchange(ctx context.Context, server string, query *dns.Msg) (*dns.Msg, error) {
 	question := &dns.Msg{
 		MsgHdr: dns.MsgHdr{
 			RecursionDesired: query.RecursionDesired, CheckingDisabled: query.CheckingDisabled,
@@ -104,7 +104,7 @@ func (r *resolver) exchange(ctx context.Context, server string, query *dns.Msg) 
 	return whole, nil
 }
 
-func (r *resolver) exchangeOnce(ctx context.Context, network, server string, question *dns.Msg) (*dns.Msg, error) {
+func (r *Resolver) exchangeOnce(ctx context.Context, network, server string, question *dns.Msg) (*dns.Msg, error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, network, server)
 	if err != nil {

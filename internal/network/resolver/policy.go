@@ -1,8 +1,9 @@
-package usernet
+package resolver
 
 import (
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/miekg/dns"
 
@@ -11,7 +12,7 @@ import (
 
 // isPermitted reports whether a policy lets the guest have a name resolved.
 func isPermitted(p network.Policy, name string) bool {
-	return p.Question(name).Allowed && (isComparable(name) || !p.Restricts())
+	return p.Question(name).Allowed && (IsComparable(name) || !p.Restricts())
 }
 
 // blocked is the reply to a question that the policy does not allow: that there is no such
@@ -95,3 +96,7 @@ func withoutHints(record dns.RR) {
 		return slices.Contains([]dns.SVCBKey{dns.SVCB_ECHCONFIG, dns.SVCB_IPV4HINT, dns.SVCB_IPV6HINT}, value.Key())
 	})
 }
+
+// IsComparable reports whether a name in DNS's form for people means what it seems to: one
+// with an escaped dot is not below the name that it ends with.
+func IsComparable(name string) bool { return !strings.Contains(name, `\`) }

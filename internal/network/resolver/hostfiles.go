@@ -1,4 +1,4 @@
-package usernet
+package resolver
 
 import (
 	"bytes"
@@ -10,12 +10,6 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
-)
-
-// The host's files by which names are resolved.
-const (
-	resolvConfPath = "/etc/resolv.conf"
-	hostsPath      = "/etc/hosts"
 )
 
 const (

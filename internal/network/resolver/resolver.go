@@ -1,4 +1,5 @@
-package usernet
+// Package resolver answers the DNS questions of a guest as its host would answer its own.
+package resolver
 
 import (
 	"context"
@@ -27,20 +28,18 @@ const (
 	madeTTL = 0
 )
 
-// resolver answers the guest's DNS questions: with what the host's hosts file says, and
+// Resolver answers the guest's DNS questions: with what the host's hosts file says, and
 // with what the host's name servers say, whatever the question and whatever the answer.
 //
-// Of IPv6 addresses it only reports whether there is such a name: the guest has no IPv6, and
-// some programs try an IPv6 address and give up. Who asks for signatures gets them all.
-type resolver struct {
-	conf  hostFile[dns.ClientConfig]
-	hosts hostFile[hosts]
-	// mayKnow reports whether the guest may be told of an address from the hosts file.
+// If the guest has no IPv6, it is only told whether there is a name with such an address: some
+// programs try it and give up. Who asks for signatures gets them all.
+type Resolver struct {
+	conf    hostFile[dns.ClientConfig]
+	hosts   hostFile[hosts]
 	mayKnow func(name string, addr netip.Addr) bool
-	// policy returns the egress policy in force.
-	policy func() *network.Policy
-	// told is called with what the guest is told.
-	told func(name string, answer []dns.RR)
+	ipv6    bool
+	policy  func() *network.Policy
+	told    func(name string, answer []dns.RR)
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -48,28 +47,63 @@ type resolver struct {
 	large  chan struct{} // holds one for each large answer that is being read
 }
 
-func newResolver() *resolver {
-	r := &resolver{
-		conf:  hostFile[dns.ClientConfig]{path: resolvConfPath, parse: parseResolvConf},
-		hosts: hostFile[hosts]{path: hostsPath, parse: parseHosts},
-		slots: make(chan struct{}, maxLookups),
-		large: make(chan struct{}, maxLarge),
+// Files are the host's files by which names are resolved.
+type Files struct{ ResolvConf, Hosts string }
+
+// HostFiles returns those that every program of the host uses; see resolv.conf(5) and
+// hosts(5).
+func HostFiles() Files { return Files{ResolvConf: "/etc/resolv.conf", Hosts: "/etc/hosts"} }
+
+// Config is what a resolver needs to know.
+type Config struct {
+	// Files are read whenever they have changed.
+	Files Files
+	// MayKnow reports whether the guest may be told of an address from the hosts file.
+	MayKnow func(name string, addr netip.Addr) bool
+	// IPv6 reports that the guest has IPv6.
+	IPv6 bool
+	// Policy returns the egress policy in force. Nil: all names are resolved.
+	Policy func() *network.Policy
+	// Told is called with what the guest is told of a name, before it is. Nil: nobody is.
+	Told func(name string, answer []dns.RR)
+}
+
+// New makes a resolver, which works until Close.
+func New(config Config) *Resolver {
+	r := &Resolver{
+		conf:    hostFile[dns.ClientConfig]{path: config.Files.ResolvConf, parse: parseResolvConf},
+		hosts:   hostFile[hosts]{path: config.Files.Hosts, parse: parseHosts},
+		mayKnow: config.MayKnow,
+		ipv6:    config.IPv6,
+		policy:  config.Policy,
+		told:    config.Told,
+		slots:   make(chan struct{}, maxLookups),
+		large:   make(chan struct{}, maxLarge),
+	}
+	if r.policy == nil {
+		r.policy = func() *network.Policy { return &network.Policy{} }
+	}
+	if r.told == nil {
+		r.told = func(string, []dns.RR) {}
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }
 
 // Close ends the lookups under way.
-func (r *resolver) Close() error {
+func (r *Resolver) Close() error {
 	r.cancel()
 	return nil
 }
+
+// Search returns the domains that the host's own resolver searches for names at the moment.
+func (r *Resolver) Search() []string { return r.conf.get().Search }
 
 // errBusy means that there are too many lookups.
 var errBusy = errors.New("too many names are being looked up")
 
 // ServeDNS implements [dns.Handler].
-func (r *resolver) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
+func (r *Resolver) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	size := dns.MaxMsgSize
 	if _, overUDP := w.RemoteAddr().(*net.UDPAddr); overUDP {
 		size = dns.MinMsgSize
@@ -104,7 +138,7 @@ func newReply(query *dns.Msg, rcode int) *dns.Msg {
 }
 
 // answer finds the answer to a query. An error means that nothing can be said.
-func (r *resolver) answer(query *dns.Msg) (*dns.Msg, error) {
+func (r *Resolver) answer(query *dns.Msg) (*dns.Msg, error) {
 	if len(query.Question) != 1 {
 		return newReply(query, dns.RcodeFormatError), nil
 	}
@@ -138,11 +172,11 @@ func (r *resolver) answer(query *dns.Msg) (*dns.Msg, error) {
 	if err != nil {
 		return nil, err
 	}
-	return passOn(query, said), nil
+	return r.passOn(query, said), nil
 }
 
 // passOn makes a reply of what a name server said.
-func passOn(query, said *dns.Msg) *dns.Msg {
+func (r *Resolver) passOn(query, said *dns.Msg) *dns.Msg {
 	options := query.IsEdns0()
 	if said.Rcode > 0xf && options == nil { // can't be said without EDNS
 		return newReply(query, dns.RcodeServerFailure)
@@ -160,7 +194,7 @@ func passOn(query, said *dns.Msg) *dns.Msg {
 			}
 		}
 	}
-	if query.Question[0].Qtype == dns.TypeAAAA && (options == nil || !options.Do()) {
+	if !r.ipv6 && query.Question[0].Qtype == dns.TypeAAAA && (options == nil || !options.Do()) {
 		withoutIPv6(reply)
 	}
 	return reply
@@ -197,7 +231,7 @@ func noSuch(name string, ttl uint32) dns.RR {
 
 // local answers what the host knows for itself, and reports whether it does. An address
 // that the guest may not have, as that of the host's own name, is not known.
-func (r *resolver) local(question dns.Question) ([]dns.RR, bool) {
+func (r *Resolver) local(question dns.Question) ([]dns.RR, bool) {
 	head := dns.RR_Header{Name: question.Name, Rrtype: question.Qtype, Class: dns.ClassINET, Ttl: madeTTL}
 	name := strings.TrimSuffix(strings.ToLower(question.Name), ".")
 	if addr, ok := reversed(name); ok {
@@ -226,8 +260,11 @@ func (r *resolver) local(question dns.Question) ([]dns.RR, bool) {
 			continue
 		}
 		known = true
-		if addr.Is4() && question.Qtype == dns.TypeA {
+		switch {
+		case addr.Is4() && question.Qtype == dns.TypeA:
 			records = append(records, &dns.A{Hdr: head, A: addr.AsSlice()})
+		case addr.Is6() && question.Qtype == dns.TypeAAAA && r.ipv6:
+			records = append(records, &dns.AAAA{Hdr: head, AAAA: addr.AsSlice()})
 		}
 	}
 	return records, len(records) > 0 || known && question.Qtype == dns.TypeAAAA
@@ -239,7 +276,7 @@ func isLocalhost(name string) bool {
 	return name == "localhost" || strings.HasSuffix(name, ".localhost")
 }
 
-func (r *resolver) namesOf(addr netip.Addr) []string {
+func (r *Resolver) namesOf(addr netip.Addr) []string {
 	if addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
 		return []string{"localhost"}
 	}

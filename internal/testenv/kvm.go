@@ -1,0 +1,65 @@
+package testenv
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/smolvm/smolvm/internal/host"
+)
+
+// bedEnv is set in the outer machine of package kvmtest, where there is nothing to build with:
+// all that tests need of this module is in the cache.
+const bedEnv = "SMOLVM_TEST_BED"
+
+// BedEnvironment returns the environment of tests that run in the outer machine of package
+// kvmtest, where their cache is in a directory.
+func BedEnvironment(cache string) []string {
+	return []string{bedEnv + "=1", cacheEnv + "=" + cache}
+}
+
+func inBed() bool { return os.Getenv(bedEnv) != "" }
+
+// RequireKVM skips a test where KVM does not work, and in short mode. Package kvmtest runs such
+// tests on any host: a new one has to be part of a job there.
+func RequireKVM(t testing.TB) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("real VMs are left out in short mode")
+	}
+	if problem := kvmProblem(); problem != "" {
+		t.Skipf("it runs by `make test-kvm`, in a VM, as KVM does not work on this host: %s", problem)
+	}
+}
+
+// KVMProblem returns why KVM does not work on this host; empty: it does.
+func KVMProblem() string { return kvmProblem() }
+
+// kvmProblem probes KVM once in a test's process, and once in a boot of the host.
+var kvmProblem = sync.OnceValue(func() string {
+	options := host.Options{}
+	if dir, err := cache(); err == nil {
+		options.CacheDir = filepath.Join(dir, "host")
+	}
+	found := host.New(options).Accelerator(context.Background())
+	if found.Name == host.KVM {
+		return ""
+	}
+	if found.Reason == "" {
+		return fmt.Sprintf("its accelerator is %s", found.Name)
+	}
+	return found.Reason
+})
+
+// Module returns the directory of this module.
+func Module(t testing.TB) string {
+	t.Helper()
+	dir, err := moduleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
