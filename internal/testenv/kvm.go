@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -62,4 +63,18 @@ func Module(t testing.TB) string {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// Program returns a program that the tests need and no distribution has: that of PATH, or the one
+// that scripts/install-deps.sh has put into the checkout. It skips the test if there is none.
+func Program(t testing.TB, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		path, err = exec.LookPath(filepath.Join(Module(t), "bin/tools", name))
+	}
+	if err != nil {
+		t.Skip("`scripts/install-deps.sh test` installs it: ", err)
+	}
+	return path
 }

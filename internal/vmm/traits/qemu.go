@@ -13,7 +13,7 @@ func QEMU() vmm.Traits {
 		DiskFormats:  []string{"qcow2", "raw"},
 		Accelerators: []string{vmm.KVM, vmm.TCG},
 		Nested:       runtime.GOARCH == "amd64",
-		Layout:       4, // since 4, only guests that ask for it have virtualization
+		Layout:       3,
 		Programs: []vmm.Program{{
 			Names:      []string{QEMUProgram(runtime.GOARCH)},
 			MinVersion: "6.0", // the first with all the options that we use

@@ -70,10 +70,7 @@ func programs(t *testing.T) (jailer, firecracker string) {
 	if os.Getuid() != 0 {
 		t.Skip("the jailer needs root")
 	}
-	jailer, err := exec.LookPath("jailer")
-	if err != nil {
-		t.Skip("`scripts/install-deps.sh test` installs it: ", err)
-	}
+	jailer = testenv.Program(t, "jailer")
 	firecracker = filepath.Join(t.TempDir(), jailedName)
 	cmd := exec.Command("go", "build", "-o", firecracker, "./testdata/standin")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

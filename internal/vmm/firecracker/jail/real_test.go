@@ -18,6 +18,7 @@ import (
 
 	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/namespace/namespacetest"
+	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/internal/vmm/firecracker/jail"
 )
 
@@ -25,11 +26,7 @@ import (
 // before it starts a guest.
 func TestFirecracker(t *testing.T) {
 	h := newHost(t)
-	firecracker, err := exec.LookPath("firecracker")
-	if err != nil {
-		t.Skip("`scripts/install-deps.sh test` installs it: ", err)
-	}
-	h.firecracker = firecracker
+	h.firecracker = testenv.Program(t, "firecracker")
 	config := h.config("a")
 	j, err := jail.New(config)
 	if err != nil {
@@ -52,7 +49,7 @@ func TestFirecracker(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }()
-	cmd := exec.Command(firecracker, "--api-sock", "api.sock")
+	cmd := exec.Command(h.firecracker, "--api-sock", "api.sock")
 	cmd.Stdout, cmd.Stderr = log, log
 	process, err := j.Start(t.Context(), cmd, nil, namespacetest.Program(), &namespace.Network{Link: link})
 	if err != nil {
