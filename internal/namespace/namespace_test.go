@@ -17,12 +17,10 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/namespace/namespacetest"
-	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 // The roles of this test's program, by its first argument.
@@ -43,14 +41,7 @@ func TestMain(m *testing.M) {
 			return
 		}
 	}
-	os.Exit(testenv.Main(func() int {
-		status := m.Run()
-		if err := goleak.Find(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		return status
-	}))
+	os.Exit(namespacetest.Run(m))
 }
 
 func roles() map[string]func() error {

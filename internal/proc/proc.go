@@ -6,6 +6,7 @@
 package proc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -120,6 +121,21 @@ func (c *Child) Signal(sig os.Signal) error {
 	if err := c.proc.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("signal process %d: %w", c.pid, err)
 	}
+	return nil
+}
+
+// KillLate kills a process that was asked to end and has not when ctx is done. It returns when done
+// is closed: the process has ended then, and what follows from that is finished.
+func KillLate(ctx context.Context, process interface{ Kill() error }, done <-chan struct{}) error {
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+	}
+	if err := process.Kill(); err != nil {
+		return err
+	}
+	<-done
 	return nil
 }
 

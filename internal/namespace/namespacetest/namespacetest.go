@@ -7,9 +7,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"testing"
+
+	"go.uber.org/goleak"
 
 	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/namespace/launcher"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 // argument is the first of a program that is to be a launcher.
@@ -29,6 +33,19 @@ func Main() {
 		os.Exit(1) //nolint:forbidigo // it is the main of a test's program
 	}
 	os.Exit(0) //nolint:forbidigo // as above
+}
+
+// Run runs a package's tests as [testenv.Main] does, and returns the status to exit with. It fails
+// if they have left a goroutine.
+func Run(m *testing.M) int {
+	return testenv.Main(func() int {
+		status := m.Run()
+		if err := goleak.Find(); err != nil {
+			_, _ = fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return status
+	})
 }
 
 func launch() error {

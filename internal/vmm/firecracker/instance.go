@@ -13,6 +13,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
+	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/vmm/confine"
@@ -156,16 +157,7 @@ func (i *instance) Kill(ctx context.Context) error {
 	if err := i.process.Signal(unix.SIGTERM); err != nil {
 		return err
 	}
-	select {
-	case <-i.done:
-		return nil
-	case <-ctx.Done():
-	}
-	if err := i.process.Kill(); err != nil {
-		return err
-	}
-	<-i.done
-	return nil
+	return proc.KillLate(ctx, i.process, i.done)
 }
 
 func (i *instance) ended() bool {

@@ -148,16 +148,7 @@ func (i *instance) Kill(ctx context.Context) error {
 	if err := i.qmp.execute(ctx, "quit", nil); err != nil && !i.ended() {
 		_ = i.child.Signal(unix.SIGTERM)
 	}
-	select {
-	case <-i.done:
-		return nil
-	case <-ctx.Done():
-	}
-	if err := i.child.Kill(); err != nil {
-		return err
-	}
-	<-i.done
-	return nil
+	return proc.KillLate(ctx, i.child, i.done)
 }
 
 func (i *instance) ended() bool {

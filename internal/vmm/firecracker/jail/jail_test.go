@@ -14,7 +14,6 @@ import (
 	"strings"
 	"testing"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/namespace"
@@ -40,14 +39,7 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
-	os.Exit(testenv.Main(func() int {
-		status := m.Run()
-		if err := goleak.Find(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		return status
-	}))
+	os.Exit(namespacetest.Run(m))
 }
 
 // seen is what a stand-in for Firecracker finds in its jail.
