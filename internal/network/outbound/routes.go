@@ -1,4 +1,4 @@
-package usernet
+package outbound
 
 import (
 	"encoding/binary"
@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
 )
 
 // hostRoutes tells which addresses are the host's own. It asks the kernel each time, which
@@ -41,12 +42,12 @@ func newHostRoutes() (hostRoutes, error) {
 	return hostRoutes{}, nil
 }
 
-// check returns an error that matches [errRefused] if what the host sends to an address
+// check returns an error that matches [ErrRefused] if what the host sends to an address
 // would get to itself, or to more than one host. The protocol is TCP's or UDP's; from is
 // where it is sent from, and is not valid before that is known. The kernel is asked with
 // all of these, as its rules may choose the route by any of them.
 func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) error {
-	refuse := func(why error) error { return fmt.Errorf("%s: %w: %w", to.Addr(), errRefused, why) }
+	refuse := func(why error) error { return fmt.Errorf("%s: %w: %w", to.Addr(), ErrRefused, why) }
 	// Some are in no table that is asked for this destination: those of interfaces in a
 	// VRF, for one.
 	switch own, err := isOwn(to.Addr()); {
@@ -83,27 +84,21 @@ func isOwn(addr netip.Addr) (bool, error) {
 		return false, fmt.Errorf("list the host's addresses: %w", err)
 	}
 	for _, candidate := range addrs {
-		network, ok := candidate.(*net.IPNet)
+		of, ok := candidate.(*net.IPNet)
 		if !ok {
 			continue
 		}
-		own, ok := netip.AddrFromSlice(network.IP)
+		own, ok := netip.AddrFromSlice(of.IP)
 		if own = own.Unmap(); !ok || !own.Is4() || !addr.Is4() {
 			continue
 		}
-		bits, _ := network.Mask.Size()
-		if own == addr || bits < 31 && (addr == netip.PrefixFrom(own, bits).Masked().Addr() || addr == lastOf(own, bits)) {
+		bits, _ := of.Mask.Size()
+		prefix := netip.PrefixFrom(own, bits)
+		if own == addr || bits < 31 && (addr == prefix.Masked().Addr() || addr == network.Last(prefix)) {
 			return true, nil
 		}
 	}
 	return false, nil
-}
-
-// lastOf is the last address of the network of an IPv4 address.
-func lastOf(addr netip.Addr, bits int) netip.Addr {
-	b := addr.As4()
-	number := binary.BigEndian.Uint32(b[:]) | ^uint32(0)>>bits
-	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, number)))
 }
 
 // routeType is the type of the route that the kernel would take (RTN_UNICAST, RTN_LOCAL,
