@@ -80,6 +80,10 @@ func (a *Names) Record(asked string, answer []dns.RR) {
 				if addr, ok := netip.AddrFromSlice(record.A); ok {
 					a.Add(addr.Unmap(), asked, time.Duration(record.Hdr.Ttl)*time.Second)
 				}
+			case *dns.AAAA:
+				if addr, ok := netip.AddrFromSlice(record.AAAA); ok {
+					a.Add(addr.Unmap(), asked, time.Duration(record.Hdr.Ttl)*time.Second)
+				}
 			case *dns.CNAME:
 				next = record.Target
 			}

@@ -32,8 +32,9 @@ const (
 
 // Config describes whose way out it is.
 type Config struct {
-	// Inside is the VM's own network, which holds nobody else.
-	Inside netip.Prefix
+	// Inside are the networks of VMs, in which there is no host that a guest may reach unless
+	// it may reach other VMs.
+	Inside []netip.Prefix
 	// Metadata are the metadata services of clouds that the guest may reach.
 	Metadata []netip.Addr
 	// Egress is the policy at first. Nil: what is not closed always is open.
@@ -187,6 +188,7 @@ func (o *Outbound) endTCP(f *tcpFlow) {
 
 // flowTo returns what is known of a flow before it has sent anything.
 func (o *Outbound) flowTo(to netip.AddrPort, protocol smolvm.Protocol) network.Flow {
+	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	return network.Flow{Protocol: protocol, To: to, Names: network.Names{
 		Asked: o.names.Of(to.Addr()),
 		// Datagrams to the port of QUIC state a name, which can't be read.
@@ -250,7 +252,11 @@ func (o *Outbound) dialChecked(f *network.Flow) (net.Conn, error) {
 	if f.Protocol == smolvm.UDP {
 		dialer.Control = noBroadcast
 	}
-	conn, err := dialer.DialContext(o.ctx, string(f.Protocol)+"4", f.To.String())
+	family := "4"
+	if f.To.Addr().Is6() {
+		family = "6"
+	}
+	conn, err := dialer.DialContext(o.ctx, string(f.Protocol)+family, f.To.String())
 	if err != nil {
 		return nil, err
 	}

@@ -75,7 +75,8 @@ func (o *Outbound) MayKnow(name string, addr netip.Addr) bool {
 
 // verdict returns what the policy in force says of a flow.
 func (o *Outbound) verdict(f network.Flow) network.Verdict {
-	f.VMs = o.config.Inside.Contains(f.To.Addr().Unmap())
+	to := f.To.Addr().Unmap()
+	f.VMs = slices.ContainsFunc(o.config.Inside, func(inside netip.Prefix) bool { return inside.Contains(to) })
 	return o.policy.Load().Verdict(f)
 }
 

@@ -76,8 +76,9 @@ func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) err
 	return nil
 }
 
-// isOwn reports whether an interface of the host has an address, or has it for the first or
-// the last of its network, which are for broadcasts.
+// isOwn reports whether an interface of the host has an address, or has it for the first of
+// its network, which is for broadcasts or means every router (RFC 4291, section 2.6.1), or, by
+// IPv4, for the last, which is for broadcasts too.
 func isOwn(addr netip.Addr) (bool, error) {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
@@ -89,12 +90,13 @@ func isOwn(addr netip.Addr) (bool, error) {
 			continue
 		}
 		own, ok := netip.AddrFromSlice(of.IP)
-		if own = own.Unmap(); !ok || !own.Is4() || !addr.Is4() {
-			continue
-		}
+		own = own.Unmap()
 		bits, _ := of.Mask.Size()
 		prefix := netip.PrefixFrom(own, bits)
-		if own == addr || bits < 31 && (addr == prefix.Masked().Addr() || addr == network.Last(prefix)) {
+		hasOthers := bits < own.BitLen()-1 // else there are but hosts in it (RFC 3021, RFC 6164)
+		switch {
+		case !ok || !prefix.IsValid():
+		case own == addr, hasOthers && addr == prefix.Masked().Addr(), hasOthers && own.Is4() && addr == network.Last(prefix):
 			return true, nil
 		}
 	}
@@ -108,6 +110,9 @@ func routeType(protocol int, from, to netip.AddrPort) (uint8, error) {
 	request := nl.NewNetlinkRequest(unix.RTM_GETROUTE, 0)
 	message := &nl.RtMsg{}
 	message.Family, message.Dst_len = unix.AF_INET, uint8(to.Addr().BitLen())
+	if to.Addr().Is6() {
+		message.Family = unix.AF_INET6
+	}
 	request.AddData(message)
 	add := func(attribute int, value []byte) { request.AddData(nl.NewRtAttr(attribute, value)) }
 	addPort := func(attribute int, port uint16) {
@@ -116,7 +121,7 @@ func routeType(protocol int, from, to netip.AddrPort) (uint8, error) {
 		}
 	}
 	add(unix.RTA_DST, to.Addr().AsSlice())
-	if from.Addr().Is4() {
+	if from.Addr().IsValid() {
 		message.Src_len = uint8(from.Addr().BitLen())
 		add(unix.RTA_SRC, from.Addr().AsSlice())
 	}

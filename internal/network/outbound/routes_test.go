@@ -15,7 +15,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func testConfig() Config { return Config{Inside: netip.MustParsePrefix("10.0.2.0/24")} }
+func testConfig() Config {
+	return Config{Inside: []netip.Prefix{netip.MustParsePrefix("10.0.2.0/24"), netip.MustParsePrefix("fd00:2::/64")}}
+}
 
 func newOutbound(t *testing.T) *Outbound {
 	t.Helper()
@@ -43,7 +45,7 @@ func TestHostsOwnAddresses(t *testing.T) {
 		return
 	}
 	nettest.NewOutside(t)
-	listener, err := net.Listen("tcp4", "0.0.0.0:0")
+	listener, err := net.Listen("tcp", "[::]:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,6 +76,11 @@ func TestHostsOwnAddresses(t *testing.T) {
 		{"local route for a protocol", "203.0.113.3", []string{
 			"route add local 203.0.113.3/32 dev lo src 198.51.100.1 table 78", "rule add ipproto tcp to 203.0.113.3 lookup 78 pref 8",
 		}},
+		{"IPv6 address", "2001:db8:1::7", []string{"addr add 2001:db8:1::7/64 dev host nodad"}},
+		{"IPv6 address of every router", "2001:db8:2::", []string{"addr add 2001:db8:2::7/64 dev host nodad"}},
+		{"local IPv6 network", "2001:db8:3::77", []string{"route add local 2001:db8:3::/64 dev lo"}},
+		{"IPv6 black hole", "2001:db8:4::1", []string{"route add blackhole 2001:db8:4::1/128"}},
+		{"IPv4 in IPv6", "::ffff:198.51.100.1", nil},
 		{"broadcast route", "203.0.113.4", []string{"route add broadcast 203.0.113.4/32 dev host"}},
 		{"black hole", "203.0.113.5", []string{"route add blackhole 203.0.113.5/32"}},
 		{"address of an interface that is down", "203.0.113.129", []string{"link add idle type veth peer name idle2", "addr add 203.0.113.129/25 dev idle"}},
@@ -179,6 +186,8 @@ func TestPolicy(t *testing.T) {
 		{"192.0.2.1", true, true},
 		{"10.0.3.1", true, true},
 		{"10.0.2.2", false, false},
+		{"fd00:2::2", false, false},
+		{"2001:db8::1", true, true},
 		{"::ffff:10.0.2.2", false, false},
 		{"127.0.0.1", false, false},
 		{"169.254.169.254", false, true},

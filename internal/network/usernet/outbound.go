@@ -20,7 +20,7 @@ const maxDials = 64
 func (n *Network) connectOutside() {
 	conns := &kind{account: n.account, limit: n.limits.outgoing}
 	n.outbound, n.problem = outbound.New(outbound.Config{
-		Inside: n.config.Prefix, Metadata: n.config.Metadata, Egress: n.config.Egress,
+		Inside: []netip.Prefix{n.config.Prefix.Masked()}, Metadata: n.config.Metadata, Egress: n.config.Egress,
 	})
 	connect := func(request *tcp.ForwarderRequest) { // in a goroutine of its own
 		place, err := conns.reserve()
