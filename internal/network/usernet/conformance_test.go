@@ -16,8 +16,13 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/nettest"
+	"github.com/smolvm/smolvm/internal/network/outbound"
 	"github.com/smolvm/smolvm/internal/network/policytest"
 )
+
+// longTime is longer than any answer is good for.
+const longTime = 48 * time.Hour
 
 // world is what a guest of these tests can reach: an outside that has all addresses, with
 // servers on some ports, and a name server of the host's.
@@ -31,6 +36,7 @@ type world struct {
 	}
 	datagrams chan string // that have arrived
 	revision  int64
+	ahead     time.Duration // of the clock by which answers are good
 }
 
 // newWorld makes it, with servers on these ports. The caller is in a network of its own.
@@ -38,12 +44,12 @@ func newWorld(t *testing.T, tcpPorts, udpPorts []uint16) *world {
 	t.Helper()
 	w := &world{T: t, datagrams: make(chan string, 1000)}
 	w.names.addrs = map[string]netip.Addr{}
-	out := newOutside(t)
-	if err := runIP("route add default via " + outsideAddr.String()); err != nil {
+	out := nettest.NewOutside(t)
+	if err := nettest.RunIP("route add default via " + nettest.OutsideAddr().String()); err != nil {
 		t.Fatal(err)
 	}
-	out.run(func() error {
-		if err := runIP("link set lo up", "route add local 0.0.0.0/0 dev lo"); err != nil {
+	out.Run(func() error {
+		if err := nettest.RunIP("link set lo up", "route add local 0.0.0.0/0 dev lo"); err != nil {
 			return err
 		}
 		return w.serve(tcpPorts, udpPorts)
@@ -102,7 +108,7 @@ func (w *world) serve(tcpPorts, udpPorts []uint16) error {
 		}
 		w.Cleanup(func() { _ = conn.Close() })
 		running.Go(func() {
-			datagram := make([]byte, maxDatagram)
+			datagram := make([]byte, outbound.MaxDatagram)
 			for {
 				size, _, err := conn.ReadFrom(datagram)
 				if err != nil {
@@ -153,20 +159,11 @@ func (w *world) resolve(name string, addr netip.Addr) {
 	ask(w.T, conn, dns.Fqdn(name), dns.TypeA)
 }
 
-// forget makes a guest of one that has asked for nothing.
-func (w *world) forget() {
-	asked := w.n.outbound.asked
-	asked.mu.Lock()
-	defer asked.mu.Unlock()
-	asked.addrs, asked.count = map[netip.Addr]map[string]time.Time{}, 0
-}
-
-// setClock has the answers that the guest was given be of an earlier time.
-func (w *world) setClock(ahead time.Duration) {
-	asked := w.n.outbound.asked
-	asked.mu.Lock()
-	defer asked.mu.Unlock()
-	asked.now = func() time.Time { return time.Now().Add(ahead) }
+// advance has the answers that the guest was given so far be of an earlier time.
+func (w *world) advance(by time.Duration) {
+	w.ahead += by
+	ahead := w.ahead
+	w.n.outbound.Names().SetClock(func() time.Time { return time.Now().Add(ahead) })
 }
 
 // first returns what a flow that states these names sends first; ok is false if no flow states
@@ -272,7 +269,7 @@ func carried(f network.Flow) (bool, string) {
 // The table of the policy, with real packets of a guest. What the verdict allows gets out,
 // and the guest is told at once of what does not.
 func TestConformance(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	cases := policytest.Cases(t)
@@ -302,11 +299,11 @@ func TestConformance(t *testing.T) {
 			continue
 		}
 		if f.Host {
-			if err := runIP("addr add " + f.To.Addr().String() + "/32 dev lo"); err != nil {
+			if err := nettest.RunIP("addr add " + f.To.Addr().String() + "/32 dev lo"); err != nil {
 				t.Fatal(err)
 			}
 		}
-		w.forget()
+		w.advance(longTime)
 		w.set(network.Policy{})
 		for _, name := range append(c.Flow.Expired, f.Names.Asked...) {
 			if strings.Trim(name, ".") != "" {
@@ -314,15 +311,14 @@ func TestConformance(t *testing.T) {
 			}
 		}
 		if len(c.Flow.Expired) > 0 {
-			w.setClock(time.Minute + askedGrace)
+			w.advance(time.Minute + outbound.AskedGrace)
 		}
 		w.set(c.Policy)
 		if got := w.reaches(f, text); got != c.Allowed {
 			t.Errorf("%s: gets out: %t, want %t", c.Name, got, c.Allowed)
 		}
-		w.setClock(0)
 		if f.Host {
-			if err := runIP("addr del " + f.To.Addr().String() + "/32 dev lo"); err != nil {
+			if err := nettest.RunIP("addr del " + f.To.Addr().String() + "/32 dev lo"); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -338,7 +334,7 @@ func TestConformance(t *testing.T) {
 func TestNotCarried(t *testing.T) {
 	n := newNetwork(t)
 	config := testConfig()
-	ping := ipPacket(config.Guest, outsideAddr, protocolICMP, []byte{8, 0, 0xf7, 0xff, 0, 0, 0, 0})
+	ping := ipPacket(config.Guest, nettest.OutsideAddr(), protocolICMP, []byte{8, 0, 0xf7, 0xff, 0, 0, 0, 0})
 	const etherTypeIPv6 = 0x86dd
 	for name, frame := range map[string][]byte{
 		"ICMP": ethernet(config, etherTypeIPv4, ping),

@@ -15,12 +15,13 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/nettest"
 	"github.com/smolvm/smolvm/internal/network/policytest"
 )
 
 // A policy that is changed has effect on what is open, and on nothing else.
 func TestChangeInMidFlow(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	w := newWorld(t, []uint16{443, 8080}, []uint16{4000})
@@ -89,7 +90,7 @@ func TestChangeInMidFlow(t *testing.T) {
 
 // What decides may come in parts, late or never, and may be garbage.
 func TestFirstBytesOfGuest(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	w := newWorld(t, []uint16{443, 22}, nil)
@@ -135,12 +136,12 @@ func TestFirstBytesOfGuest(t *testing.T) {
 
 // A server that speaks first is heard, though the name that the guest may state decides.
 func TestServerSpeaksFirst(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	var listener net.Listener
-	newOutside(t).run(func() (err error) {
-		listener, err = net.Listen("tcp4", outsideAddr.String()+":22")
+	nettest.NewOutside(t).Run(func() (err error) {
+		listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":22")
 		return err
 	})
 	done := make(chan struct{})
@@ -160,11 +161,11 @@ func TestServerSpeaksFirst(t *testing.T) {
 	}()
 	n := newNetwork(t)
 	g := newGuest(t, n)
-	n.outbound.asked.add(outsideAddr, "good.example", time.Hour)
+	n.outbound.Names().Add(nettest.OutsideAddr(), "good.example", time.Hour)
 	if err := n.SetEgress(network.Egress{Policy: policytest.PolicyOf(t, network.DefaultDeny, "allow good.example:22")}); err != nil {
 		t.Fatal(err)
 	}
-	conn, err := g.dialTCP(netip.AddrPortFrom(outsideAddr, 22))
+	conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 22))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -184,7 +185,7 @@ func TestServerSpeaksFirst(t *testing.T) {
 
 // A flow that is denied unless it states a name is connected to the outside only then.
 func TestNameBeforeConnecting(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	w := newWorld(t, []uint16{443}, nil)

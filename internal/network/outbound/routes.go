@@ -1,4 +1,4 @@
-package usernet
+package outbound
 
 import (
 	"encoding/binary"
@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
 )
 
 // hostRoutes tells which addresses are the host's own. It asks the kernel each time, which
@@ -41,12 +42,12 @@ func newHostRoutes() (hostRoutes, error) {
 	return hostRoutes{}, nil
 }
 
-// check returns an error that matches [errRefused] if what the host sends to an address
+// check returns an error that matches [ErrRefused] if what the host sends to an address
 // would get to itself, or to more than one host. The protocol is TCP's or UDP's; from is
 // where it is sent from, and is not valid before that is known. The kernel is asked with
 // all of these, as its rules may choose the route by any of them.
 func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) error {
-	refuse := func(why error) error { return fmt.Errorf("%s: %w: %w", to.Addr(), errRefused, why) }
+	refuse := func(why error) error { return fmt.Errorf("%s: %w: %w", to.Addr(), ErrRefused, why) }
 	// Some are in no table that is asked for this destination: those of interfaces in a
 	// VRF, for one.
 	switch own, err := isOwn(to.Addr()); {
@@ -75,35 +76,31 @@ func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) err
 	return nil
 }
 
-// isOwn reports whether an interface of the host has an address, or has it for the first or
-// the last of its network, which are for broadcasts.
+// isOwn reports whether an interface of the host has an address, or has it for the first of
+// its network, which is for broadcasts or means every router (RFC 4291, section 2.6.1), or, by
+// IPv4, for the last, which is for broadcasts too.
 func isOwn(addr netip.Addr) (bool, error) {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
 		return false, fmt.Errorf("list the host's addresses: %w", err)
 	}
 	for _, candidate := range addrs {
-		network, ok := candidate.(*net.IPNet)
+		of, ok := candidate.(*net.IPNet)
 		if !ok {
 			continue
 		}
-		own, ok := netip.AddrFromSlice(network.IP)
-		if own = own.Unmap(); !ok || !own.Is4() || !addr.Is4() {
-			continue
-		}
-		bits, _ := network.Mask.Size()
-		if own == addr || bits < 31 && (addr == netip.PrefixFrom(own, bits).Masked().Addr() || addr == lastOf(own, bits)) {
+		own, ok := netip.AddrFromSlice(of.IP)
+		own = own.Unmap()
+		bits, _ := of.Mask.Size()
+		prefix := netip.PrefixFrom(own, bits)
+		hasOthers := bits < own.BitLen()-1 // else there are but hosts in it (RFC 3021, RFC 6164)
+		switch {
+		case !ok || !prefix.IsValid():
+		case own == addr, hasOthers && addr == prefix.Masked().Addr(), hasOthers && own.Is4() && addr == network.Last(prefix):
 			return true, nil
 		}
 	}
 	return false, nil
-}
-
-// lastOf is the last address of the network of an IPv4 address.
-func lastOf(addr netip.Addr, bits int) netip.Addr {
-	b := addr.As4()
-	number := binary.BigEndian.Uint32(b[:]) | ^uint32(0)>>bits
-	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, number)))
 }
 
 // routeType is the type of the route that the kernel would take (RTN_UNICAST, RTN_LOCAL,
@@ -113,6 +110,9 @@ func routeType(protocol int, from, to netip.AddrPort) (uint8, error) {
 	request := nl.NewNetlinkRequest(unix.RTM_GETROUTE, 0)
 	message := &nl.RtMsg{}
 	message.Family, message.Dst_len = unix.AF_INET, uint8(to.Addr().BitLen())
+	if to.Addr().Is6() {
+		message.Family = unix.AF_INET6
+	}
 	request.AddData(message)
 	add := func(attribute int, value []byte) { request.AddData(nl.NewRtAttr(attribute, value)) }
 	addPort := func(attribute int, port uint16) {
@@ -121,7 +121,7 @@ func routeType(protocol int, from, to netip.AddrPort) (uint8, error) {
 		}
 	}
 	add(unix.RTA_DST, to.Addr().AsSlice())
-	if from.Addr().Is4() {
+	if from.Addr().IsValid() {
 		message.Src_len = uint8(from.Addr().BitLen())
 		add(unix.RTA_SRC, from.Addr().AsSlice())
 	}
