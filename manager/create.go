@@ -15,7 +15,6 @@ import (
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
-	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
@@ -217,14 +216,12 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	default:
 		hint = cmp.Or(hint, m.checkFormats(backend, *config, files, retained, bad))
 	}
-	if config.Egress != nil {
-		if _, err := network.PolicyOf(*config.Egress); err != nil {
-			var wrong *smolvm.ValidationError
-			if !errors.As(err, &wrong) {
-				return vmm.Traits{}, disk.Info{}, err
-			}
-			invalid.Fields = append(invalid.Fields, wrong.Fields...)
+	if err := checkEgress(*config); err != nil {
+		var wrong *smolvm.ValidationError
+		if !errors.As(err, &wrong) {
+			return vmm.Traits{}, disk.Info{}, err
 		}
+		invalid.Fields = append(invalid.Fields, wrong.Fields...)
 	}
 	for i, line := range config.AuthorizedKeys {
 		if _, err := identity.ParseAuthorizedKey(line); err != nil {

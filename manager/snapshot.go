@@ -434,8 +434,13 @@ func (m *Manager) compatible(ctx context.Context, vm store.VM, saved machine.Har
 func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) (smolvm.Forked, error) {
 	began := time.Now()
 	count := max(opts.Count, len(opts.IDs), 1)
-	if vm, err := m.lookup(ctx, id); err == nil && !vm.Config.UsesImage() {
-		return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w: its guest has no agent that could give a child another identity", id, smolvm.ErrUnsupported)
+	if vm, err := m.lookup(ctx, id); err == nil {
+		if !vm.Config.UsesImage() {
+			return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w: its guest has no agent that could give a child another identity", id, smolvm.ErrUnsupported)
+		}
+		if err := findSecrets(vm.Config.Secrets); err != nil {
+			return smolvm.Forked{}, vmError("fork", id, err)
+		}
 	}
 	draft, meta, err := m.save(ctx, id, "fork-"+shim.NewRun())
 	if err != nil {

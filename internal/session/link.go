@@ -289,6 +289,7 @@ func (s *Session) hello() wire.Hello {
 		network.Search = s.network.Search()
 		hello.Network = &network
 	}
+	s.placeholders.addTo(&hello)
 	return hello
 }
 
