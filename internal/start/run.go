@@ -23,7 +23,6 @@ import (
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/template"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // run is one start of a VM.
@@ -137,10 +136,11 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	if err != nil {
 		return shim.LaunchOptions{}, err
 	}
-	runs.NIC = &vmm.NIC{MAC: at.MAC}
-	attached := at.Config()
-	if attached.Egress, err = egressOf(vm); err != nil {
-		return shim.LaunchOptions{}, err
+	attached := machine.Network(vm, at)
+	if attached != nil {
+		if attached.Egress, err = egressOf(vm); err != nil {
+			return shim.LaunchOptions{}, err
+		}
 	}
 	secrets, err := secret.Resolve(vm.Config.Secrets)
 	if err != nil {
@@ -151,7 +151,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		Run:          shim.NewRun(),
 		Backend:      vm.Backend,
 		VMM:          runs,
-		Network:      &attached,
+		Network:      attached,
 		Secrets:      secrets,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
@@ -226,6 +226,7 @@ func (r *run) prepareNext() {
 		config := r.vm.Config
 		err = r.Background.BuildTemplate(r.kind, smolvm.VMConfig{
 			Image: config.Image, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+			Network: smolvm.Network{Mode: r.kind.Hardware.NIC.Mode()},
 		}, r.kindLock)
 	}
 	if err != nil {
