@@ -179,6 +179,17 @@ func TestSecretsOfRealGuest(t *testing.T) {
 		t.Errorf("a fork trusts %s authorities", got)
 	}
 
+	if forked, err = m.Fork(ctx, vm.ID, smolvm.ForkOptions{WithoutSecrets: true}); err != nil {
+		t.Fatal(err)
+	}
+	without := forked.Children[0].ID
+	if got := get(without, "-insecure", holder); !strings.Contains(got, " 401\nCN=the outside's authority\n") {
+		t.Errorf("a fork without the secret: %q", got)
+	}
+	if got := sh(t, m, without, `echo "$API_TOKEN$SSL_CERT_FILE"; ls /etc/ssl/smolvm-authority.pem 2>&1 || true`); !strings.HasSuffix(got, "No such file or directory") || strings.Contains(got, "smolvm_secret_") {
+		t.Errorf("a fork without the secret has of it %q", got)
+	}
+
 	if _, err := m.Stop(ctx, vm.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}

@@ -94,6 +94,18 @@ func TestSecrets(t *testing.T) {
 			t.Errorf("%s without the file: %v", what, err)
 		}
 	}
+	if forked, err = m.Fork(ctx, restored.ID, smolvm.ForkOptions{WithoutSecrets: true}); err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, forked.Children[0].ID, printToken); got != "" || len(forked.Children[0].Config.Secrets) > 0 {
+		t.Errorf("a fork without secrets has %q, and %v", got, forked.Children[0].Config.Secrets)
+	}
+	if err := m.Delete(ctx, forked.Children[0].ID, smolvm.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.RestoreSnapshot(ctx, "kept", smolvm.RestoreOptions{InPlace: true, WithoutSecrets: true}); !errors.Is(err, smolvm.ErrUnsupported) {
+		t.Errorf("in place without secrets: %v", err)
+	}
 	after, err := m.List(ctx, smolvm.ListOptions{})
 	if err != nil || len(after) != len(before) {
 		t.Errorf("%d VMs, and there were %d: %v", len(after), len(before), err)

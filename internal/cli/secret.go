@@ -32,3 +32,8 @@ func (f *secretFlags) all() ([]smolvm.Secret, error) {
 	}
 	return f.secrets, nil
 }
+
+// withoutSecretsFlag adds the flag by which a VM that is made of a saved one gets no secrets.
+func withoutSecretsFlag(cmd *cobra.Command, without *bool) {
+	cmd.Flags().BoolVar(without, "without-secrets", false, "give it none of the secrets of the VM that was saved")
+}
