@@ -49,6 +49,7 @@ type Outbound struct {
 	policy atomic.Pointer[network.Policy]
 	names  Names
 	routes hostRoutes
+	late   network.LateRecorder
 	ctx    context.Context
 	cancel context.CancelFunc
 
@@ -139,6 +140,7 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 		f.outside, err = o.dialChecked(&f.flow)
 	}
 	if err != nil {
+		o.recordFailure(f.flow, err)
 		request.Refuse()
 		return
 	}
@@ -148,10 +150,15 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 		}
 		return
 	}
-	if f.outside == nil && !o.dialNamed(f) {
-		f.Abort()
-		return
+	if f.outside == nil {
+		if err := o.dialNamed(f); err != nil {
+			o.recordFailure(f.flow, err)
+			f.Abort()
+			return
+		}
 	}
+	o.beginRecord(&f.recording, f.known(), f.verdict(false))
+	defer func() { o.endRecord(&f.recording, f.known(), f.verdict(f.named.Load())) }()
 	if o.beginTCP(f) {
 		defer o.endTCP(f)
 		f.recheck() // the policy may have been changed since
@@ -160,15 +167,15 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 }
 
 // dialNamed connects a flow to the outside that needs a name to be allowed, as soon as it has
-// stated it. It reports whether it could.
-func (o *Outbound) dialNamed(f *tcpFlow) bool {
+// stated it.
+func (o *Outbound) dialNamed(f *tcpFlow) error {
 	defer context.AfterFunc(o.ctx, f.Abort)()
-	if f.awaitName() != nil {
-		return false
+	if err := f.awaitName(); err != nil {
+		return err
 	}
 	outside, err := o.dial(&f.flow)
 	f.outside = outside
-	return err == nil
+	return err
 }
 
 func (o *Outbound) beginTCP(f *tcpFlow) bool {

@@ -75,8 +75,7 @@ func (o *Outbound) MayKnow(name string, addr netip.Addr) bool {
 
 // verdict returns what the policy in force says of a flow.
 func (o *Outbound) verdict(f network.Flow) network.Verdict {
-	to := f.To.Addr().Unmap()
-	f.VMs = slices.ContainsFunc(o.config.Inside, func(inside netip.Prefix) bool { return inside.Contains(to) })
+	f.VMs = o.isInside(f.To.Addr())
 	return o.policy.Load().Verdict(f)
 }
 

@@ -27,8 +27,12 @@ const (
 
 // newResolver makes what answers the guest's questions for names.
 func (n *Network) newResolver(files resolver.Files) *resolver.Resolver {
-	return resolver.New(resolver.Config{Files: files, MayKnow: n.mayKnow, IPv6: n.config.Guest6.IsValid()})
+	return resolver.New(resolver.Config{Files: files, MayKnow: n.mayKnow, IPv6: n.config.Guest6.IsValid(), Recorder: &n.questions})
 }
+
+// SetRecorder implements [network.Recorded]: of the guest's questions for names. The packets of its
+// flows are carried by the kernel.
+func (n *Network) SetRecorder(r network.Recorder) { n.questions.SetRecorder(r) }
 
 // mayKnow reports whether the guest may be told of an address that only the host knows.
 func (n *Network) mayKnow(name string, addr netip.Addr) bool {

@@ -46,9 +46,11 @@ type Network struct {
 	problem  error
 	sessions stream.Sessions // of UDP forwards
 	names    *resolver.Resolver
-	servers  []*dns.Server  // of names; none if the guest has no name server
-	running  sync.WaitGroup // they
-	open     stream.Open    // forwards and connections
+	// questions takes what is recorded of the guest's questions for names.
+	questions network.LateRecorder
+	servers   []*dns.Server  // of names; none if the guest has no name server
+	running   sync.WaitGroup // they
+	open      stream.Open    // forwards and connections
 
 	changing sync.Mutex // held while something of it changes on the host; guards the following, and the MAC
 	removed  bool       // nothing is left on the host

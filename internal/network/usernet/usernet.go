@@ -35,12 +35,14 @@ type Network struct {
 	names    *resolver.Resolver
 	sessions stream.Sessions // of UDP forwards
 	outbound *outbound.Outbound
-	limits   limits
-	account  *account
-	incoming *kind // connections to the guest
-	problem  error
-	running  sync.WaitGroup // what serves the link and the services
-	open     stream.Open    // forwards
+	// questions takes what is recorded of the guest's questions for names.
+	questions network.LateRecorder
+	limits    limits
+	account   *account
+	incoming  *kind // connections to the guest
+	problem   error
+	running   sync.WaitGroup // what serves the link and the services
+	open      stream.Open    // forwards
 }
 
 // New makes the network. It serves the guest from then on, until Close.
@@ -66,6 +68,8 @@ func newWith(config Config, limits limits, files resolver.Files) (*Network, erro
 		MayKnow: func(name string, addr netip.Addr) bool { return n.outbound.MayKnow(name, addr) },
 		Policy:  func() *network.Policy { return n.outbound.Policy() },
 		Told:    func(name string, answer []dns.RR) { n.outbound.Names().Record(name, answer) },
+
+		Recorder: &n.questions,
 	})
 	n.incoming = &kind{account: n.account, limit: limits.incoming}
 	n.filter.Store(&filter)
@@ -96,6 +100,12 @@ func (n *Network) Search() []string { return n.names.Search() }
 
 // SetEgress implements [network.EgressSetter].
 func (n *Network) SetEgress(egress network.Egress) error { return n.outbound.SetEgress(egress) }
+
+// SetRecorder implements [network.Recorded].
+func (n *Network) SetRecorder(r network.Recorder) {
+	n.outbound.SetRecorder(r)
+	n.questions.SetRecorder(n.outbound.Recorder())
+}
 
 // EgressRevision implements [network.EgressSetter].
 func (n *Network) EgressRevision() int64 { return n.outbound.EgressRevision() }
