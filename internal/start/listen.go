@@ -49,7 +49,7 @@ func (s *Starter) bindSSH(ctx context.Context, vm *store.VM) (io.Closer, error) 
 	}
 	// The port that is found free stays bound from that moment on, so no other
 	// program can take it before it is ours in the database as well.
-	port, err := s.Store.MoveSSHPort(ctx, vm.ID, func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
+	port, err := s.Store.Ports().MoveSSH(ctx, vm.ID, func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
 		candidate, err := shim.SSHForward(addr, port).Listen(ctx)
 		if err != nil {
 			return false

@@ -93,7 +93,7 @@ func (r *run) prepare(ctx context.Context) error {
 	if err := r.Machines.EnsureDisk(ctx, r.vm); err != nil {
 		return err
 	}
-	if disk.FormatOf(r.vm.DiskPath) == disk.Raw && disk.Pristine(r.vm.DiskPath) {
+	if disk.FormatOf(r.vm.DiskPath) == disk.Raw && disk.IsUnwritten(r.vm.DiskPath) {
 		r.makesDisk, r.diskTouched = true, true
 	}
 	step.Reached(ctx, "start/disk")

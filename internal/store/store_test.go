@@ -220,9 +220,9 @@ func TestUnknownVM(t *testing.T) {
 		"MarkFailed":     func() error { return s.MarkFailed(ctx, "no", "why", time.Now()) },
 		"MarkNotStarted": func() error { return s.MarkNotStarted(ctx, "no", smolvm.StateStopped, "why") },
 		"SetState":       func() error { return s.SetState(ctx, "no", smolvm.States(), smolvm.StatePaused) },
-		"MoveSSHPort":    func() error { _, err := s.MoveSSHPort(ctx, "no", nil); return err },
+		"Ports.MoveSSH":  func() error { _, err := s.Ports().MoveSSH(ctx, "no", nil); return err },
 		"AddForward": func() error {
-			_, err := s.AddForward(ctx, "no", smolvm.PortForward{HostPort: 80, GuestPort: 80}, nil)
+			_, err := s.Ports().AddForward(ctx, "no", smolvm.PortForward{HostPort: 80, GuestPort: 80}, nil)
 			return err
 		},
 	}
@@ -231,7 +231,7 @@ func TestUnknownVM(t *testing.T) {
 			t.Errorf("%s: error = %v, want ErrVMNotFound that names the VM", name, err)
 		}
 	}
-	if err := s.RemoveForward(ctx, "no", smolvm.TCP, 80); !errors.Is(err, smolvm.ErrNotFound) {
+	if err := s.Ports().RemoveForward(ctx, "no", smolvm.TCP, 80); !errors.Is(err, smolvm.ErrNotFound) {
 		t.Errorf("RemoveForward: error = %v, want ErrNotFound", err)
 	}
 	if changed, err := s.MarkEnded(ctx, "no", "run", smolvm.StateStopped, "why", time.Now()); changed || err != nil {

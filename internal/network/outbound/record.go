@@ -2,8 +2,6 @@ package outbound
 
 import (
 	"errors"
-	"net/netip"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -32,16 +30,10 @@ func (o *Outbound) Recorder() network.Recorder { return recorder{o} }
 
 // recordOf returns the record of a flow.
 func (o *Outbound) recordOf(f network.Flow, v network.Verdict, event smolvm.FlowEvent) smolvm.FlowRecord {
-	f.VMs = o.isInside(f.To.Addr())
+	f.VMs = f.VMs || o.isInside(f.To.Addr())
 	r := network.RecordOf(f, v)
 	r.Event = event
 	return r
-}
-
-// isInside reports whether an address is in the VM's own networks.
-func (o *Outbound) isInside(addr netip.Addr) bool {
-	addr = addr.Unmap()
-	return slices.ContainsFunc(o.config.Inside, func(inside netip.Prefix) bool { return inside.Contains(addr) })
 }
 
 // recordFailure records a flow that did not come about, for the reason of an error.

@@ -2,7 +2,6 @@ package usernet
 
 import (
 	"context"
-	"errors"
 	"net"
 	"net/netip"
 	"testing"
@@ -165,11 +164,4 @@ func listenHost(t testing.TB) net.Listener {
 	}
 	t.Cleanup(func() { _ = listener.Close() })
 	return listener
-}
-
-// isTimeout reports whether a deadline has passed; the stack's connections say it in
-// their own way.
-func isTimeout(err error) bool {
-	timeout, ok := errors.AsType[net.Error](err)
-	return ok && timeout.Timeout()
 }
