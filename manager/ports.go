@@ -30,6 +30,9 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 	fail := func(err error) (smolvm.PortForward, error) {
 		return forward, &smolvm.NetworkError{ID: id, Op: "forward " + forward.String(), Err: err}
 	}
+	if err := noForwards(vm); err != nil {
+		return fail(err)
+	}
 	// The row comes first: it keeps other VMs off the port.
 	forward, err = m.store.Ports().AddForward(ctx, id, forward, shim.PortFree)
 	if err != nil {

@@ -22,6 +22,9 @@ type boundForward struct {
 // has taken it since it was reserved; a port that the user named is an error then.
 func (s *Starter) bind(ctx context.Context, vm *store.VM) ([]boundForward, error) {
 	var bound []boundForward
+	if vm.SSHPort == 0 { // its network mode has no forwards
+		return nil, nil
+	}
 	sshListener, err := s.bindSSH(ctx, vm)
 	if err != nil {
 		return nil, err

@@ -22,7 +22,6 @@ import (
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/template"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // run is one start of a VM.
@@ -136,17 +135,18 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	if err != nil {
 		return shim.LaunchOptions{}, err
 	}
-	runs.NIC = &vmm.NIC{MAC: at.MAC}
-	attached := at.Config()
-	if attached.Egress, err = egressOf(vm); err != nil {
-		return shim.LaunchOptions{}, err
+	attached := machine.Network(vm, at)
+	if attached != nil {
+		if attached.Egress, err = egressOf(vm); err != nil {
+			return shim.LaunchOptions{}, err
+		}
 	}
 	spec := shim.Spec{
 		ID:           vm.ID,
 		Run:          shim.NewRun(),
 		Backend:      vm.Backend,
 		VMM:          runs,
-		Network:      &attached,
+		Network:      attached,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,
@@ -219,6 +219,7 @@ func (r *run) prepareNext() {
 		config := r.vm.Config
 		err = r.Background.BuildTemplate(r.kind, smolvm.VMConfig{
 			Image: config.Image, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+			Network: smolvm.Network{Mode: r.kind.Hardware.NIC.Mode()},
 		}, r.kindLock)
 	}
 	if err != nil {

@@ -10,4 +10,5 @@ var (
 	_ network.Attachment   = (*Network)(nil)
 	_ network.EgressSetter = (*Network)(nil)
 	_ network.Recorded     = (*Network)(nil)
+	_ network.Claimer      = (*Network)(nil)
 )
