@@ -86,7 +86,7 @@ func (p *flowPrinter) add(r smolvm.FlowRecord) error {
 	case p.app.json && p.tail == 0:
 		return p.printJSON(r)
 	case p.lines:
-		return p.app.println(termsafe.Line(strings.Join(flowRow(r, time.DateTime), "  ")))
+		return p.app.println(flowLine(r))
 	}
 	if r.Kind == smolvm.FlowStart {
 		p.run = r.Run
@@ -134,10 +134,18 @@ func (p *flowPrinter) finish(failure error) error {
 }
 
 func flowCells(r smolvm.FlowRecord) []cell {
-	texts := flowRow(r, time.DateTime)
-	cells := make([]cell, len(texts))
-	for i, text := range texts {
-		cells[i].text = text
+	sent, received, took := "", "", ""
+	if hasEnded(r) {
+		sent, received = strconv.FormatInt(r.SentBytes, 10), strconv.FormatInt(r.ReceivedBytes, 10)
+		took = r.Duration.Round(time.Millisecond).String()
+	}
+	outcome := flowOutcome(r)
+	if r.Event == smolvm.FlowOpen {
+		outcome = strings.TrimPrefix(outcome+"; no end", "; ")
+	}
+	var cells []cell
+	for _, text := range []string{r.At.Local().Format(time.DateTime), string(r.Kind), flowSubject(r), sent, received, took, outcome} {
+		cells = append(cells, cell{text: text})
 	}
 	switch {
 	case r.Event == smolvm.FlowDeny, r.Verdict == smolvm.FlowDenied, r.Kind == smolvm.FlowLost:
@@ -148,14 +156,22 @@ func flowCells(r smolvm.FlowRecord) []cell {
 	return cells
 }
 
-// flowRow returns a record as the columns of a row.
-func flowRow(r smolvm.FlowRecord, layout string) []string {
-	sent, received, took := "", "", ""
-	if r.Duration > 0 || r.Event == smolvm.FlowClose {
-		sent, received = strconv.FormatInt(r.SentBytes, 10), strconv.FormatInt(r.ReceivedBytes, 10)
-		took = r.Duration.Round(time.Millisecond).String()
+// hasEnded reports whether a record is that of the end of a flow, which has numbers.
+func hasEnded(r smolvm.FlowRecord) bool { return r.Duration > 0 || r.Event == smolvm.FlowClose }
+
+// flowLine returns a record as one line.
+func flowLine(r smolvm.FlowRecord) string {
+	parts := []string{r.At.Local().Format(time.DateTime), strings.TrimSpace(string(r.Kind) + " " + string(r.Event))}
+	if subject := flowSubject(r); subject != "" {
+		parts = append(parts, subject)
 	}
-	return []string{r.At.Local().Format(layout), string(r.Kind), flowSubject(r), sent, received, took, flowOutcome(r)}
+	if hasEnded(r) {
+		parts = append(parts, fmt.Sprintf("sent %d, received %d bytes in %s", r.SentBytes, r.ReceivedBytes, r.Duration.Round(time.Millisecond)))
+	}
+	if outcome := flowOutcome(r); outcome != "" {
+		parts = append(parts, outcome)
+	}
+	return termsafe.Text(strings.Join(parts, "  "))
 }
 
 // flowSubject returns what a record is about.
