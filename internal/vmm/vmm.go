@@ -40,6 +40,8 @@ type Traits struct {
 	// Nested reports whether guests can be given a CPU with virtualization, where the
 	// accelerator has it. Others never have one.
 	Nested bool
+	// Namespaces reports whether a VMM whose VM has a network runs in namespaces of its own.
+	Namespaces bool
 	// Layout is the version of the devices, and of the CPU, that the backend gives to VMs. It grows when
 	// they change, or their order does: guests that were saved before can't be restored.
 	Layout int
