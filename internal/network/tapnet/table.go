@@ -232,21 +232,11 @@ func intervals(networks []netip.Prefix, v version) []nftables.SetElement {
 			continue
 		}
 		elements = append(elements, nftables.SetElement{Key: n.Masked().Addr().AsSlice()})
-		if next := lastOf(n).Next(); next.IsValid() {
+		if next := network.Last(n).Next(); next.IsValid() {
 			elements = append(elements, nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
 		}
 	}
 	return elements
-}
-
-// lastOf returns the last address of a network.
-func lastOf(n netip.Prefix) netip.Addr {
-	bytes := n.Masked().Addr().AsSlice()
-	for bit := n.Bits(); bit < len(bytes)*8; bit++ {
-		bytes[bit/8] |= 0x80 >> (bit % 8)
-	}
-	addr, _ := netip.AddrFromSlice(bytes)
-	return addr
 }
 
 // hasPool reports whether a pool is in the table.
