@@ -22,7 +22,7 @@ const jobsEnv = "SMOLVM_TEST_KVM"
 func TestBed(t *testing.T) {
 	asked := os.Getenv(jobsEnv)
 	if asked == "" {
-		t.Skip("it takes minutes, and both CPUs: `make test-kvm` runs it by itself")
+		t.Skip("it takes minutes: `make test-kvm` runs it, and so does `make test` at its end")
 	}
 	chosen := jobs()
 	if asked != "all" {

@@ -3,6 +3,7 @@ package kvmtest
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -88,7 +89,37 @@ func (m machine) boot(ctx context.Context) error {
 	if err != nil || !status.Success() {
 		return fmt.Errorf("set the outer machine up: %s, %w: %s", status, err, said.String())
 	}
-	return nil
+	return m.awaitKVM(ctx)
+}
+
+// probes is how often KVM is probed in an outer machine at most until it works.
+const probes = 5
+
+// awaitKVM probes KVM in the outer machine until it works. The first guest runs code that the
+// emulated CPU has not run before, and may be too slow for the limits of the probe.
+func (m machine) awaitKVM(ctx context.Context) error {
+	doctor := smolvm.Command{Args: []string{filepath.Join(mountPoint, binDir, "smolvm"), "doctor", "--json"}, Env: []string{"SMOLVM_DATA_DIR=/tmp/doctor", "SMOLVM_BACKEND=qemu"}}
+	problem := "it says nothing of KVM"
+	for range probes {
+		var said, errs bytes.Buffer
+		doctor.Stdout, doctor.Stderr = &said, &errs
+		// Its status tells of more than KVM.
+		if _, err := m.vms.Exec(ctx, m.id, doctor); err != nil {
+			return fmt.Errorf("probe KVM in the outer machine: %w", err)
+		}
+		var findings []smolvm.Finding
+		if err := json.Unmarshal(said.Bytes(), &findings); err != nil {
+			return fmt.Errorf("probe KVM in the outer machine: %w: %s", err, errs.String())
+		}
+		for _, finding := range findings {
+			if finding.Name == "kvm" && strings.HasPrefix(finding.Problem, "usable") {
+				return nil
+			} else if finding.Name == "kvm" {
+				problem = finding.Problem
+			}
+		}
+	}
+	return fmt.Errorf("KVM does not work in the outer machine, which was asked %d times: %s", probes, problem)
 }
 
 // ownDrive is the path of the machine's copy of the drive.
