@@ -53,7 +53,7 @@ func jobs() []kvmtest.Job {
 		},
 		{
 			Package: "internal/vmm/firecracker", What: "plain",
-			Flags: conformance("plain", own...), Needs: firecracker, AsUser: true, Timeout: 20 * time.Minute,
+			Flags: conformance("plain", own...), Needs: firecracker, AsUser: true, Timeout: 40 * time.Minute,
 		},
 		{
 			Package: "internal/vmm/firecracker", What: "with devices of root's",

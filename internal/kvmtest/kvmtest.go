@@ -39,8 +39,9 @@ type Job struct {
 // toolsDir is where scripts/install-deps.sh puts programs, below the module.
 const toolsDir = "bin/tools"
 
-// DefaultTimeout bounds a [Job] that does not say otherwise.
-const DefaultTimeout = 10 * time.Minute
+// DefaultTimeout bounds a [Job] that does not say otherwise. It is long as jobs take ten times
+// longer on a busy host; only a defect makes one use it up.
+const DefaultTimeout = 25 * time.Minute
 
 // Name returns what tells the job from others, for people.
 func (j Job) Name() string {
