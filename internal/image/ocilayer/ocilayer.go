@@ -38,8 +38,8 @@ type Layer struct {
 type Limits struct {
 	// Entries is how many entries all layers may have together. Default: [DefaultEntries].
 	Entries int
-	// Bytes is how many bytes all layers may have together when they are unpacked. Default:
-	// [DefaultBytes].
+	// Bytes is how many bytes all layers may have together when they are unpacked, and how many
+	// all their files, with holes. Default: [DefaultBytes].
 	Bytes int64
 }
 
@@ -78,7 +78,7 @@ func Unpack(ctx context.Context, layers []Layer, to Content, limits Limits, prog
 	if progress == nil {
 		progress = func(int, int64) {}
 	}
-	left := budget{entries: cmp.Or(limits.Entries, DefaultEntries), bytes: cmp.Or(limits.Bytes, DefaultBytes)}
+	left := newBudget(limits)
 	t := newTree(to)
 	for i, layer := range layers {
 		got, err := unpackLayer(ctx, t, layer, &left, func(bytes int64) { progress(i, bytes) })
@@ -95,7 +95,14 @@ func Unpack(ctx context.Context, layers []Layer, to Content, limits Limits, prog
 // budget is what may still come.
 type budget struct {
 	entries int
-	bytes   int64
+	// bytes are those of archives, and content those of files: an archive may say of a file
+	// that nearly all of it is holes.
+	bytes, content int64
+}
+
+func newBudget(limits Limits) budget {
+	bytes := cmp.Or(limits.Bytes, DefaultBytes)
+	return budget{entries: cmp.Or(limits.Entries, DefaultEntries), bytes: bytes, content: bytes}
 }
 
 // unpackLayer applies a layer, and returns the digest of its archive.

@@ -87,6 +87,9 @@ func (t *tree) apply(ctx context.Context, archive *tar.Reader, left *budget) err
 		if left.entries--; left.entries < 0 {
 			return fmt.Errorf("the layers have more files: %w", ErrLimit)
 		}
+		if left.content -= max(header.Size, 0); left.content < 0 {
+			return fmt.Errorf("the layers have files of more bytes: %w", ErrLimit)
+		}
 		if err := t.applyEntry(header, archive); err != nil {
 			return fmt.Errorf("%.300q: %w", header.Name, err)
 		}
