@@ -61,6 +61,9 @@ func (m *Manager) SetEgress(ctx context.Context, id string, policy smolvm.Egress
 	fail := func(err error) (smolvm.EgressState, error) {
 		return smolvm.EgressState{}, &smolvm.NetworkError{ID: id, Op: "set the egress policy", Err: err}
 	}
+	if err := noPolicies(vm.Config.Network.Mode); err != nil {
+		return fail(err)
+	}
 	state, err := egressState(vm)
 	if err != nil {
 		return smolvm.EgressState{}, err
@@ -69,6 +72,9 @@ func (m *Manager) SetEgress(ctx context.Context, id string, policy smolvm.Egress
 		if err := checkWithin(policy, *state.Within); err != nil {
 			return fail(err)
 		}
+	}
+	if err := checkSecrets(vm.Config, parsed); err != nil {
+		return fail(err)
 	}
 	before := vm
 	vm.Config.Egress, vm.EgressRevision = policy.Clone(), vm.EgressRevision+1
@@ -148,6 +154,13 @@ func inherit(config *smolvm.VMConfig, narrower *smolvm.EgressPolicy) (within str
 	}
 	if narrower != nil {
 		if err := checkWithin(*narrower, limit); err != nil {
+			return "", err
+		}
+		policy, err := network.PolicyOf(*narrower)
+		if err == nil {
+			err = checkSecrets(*config, policy)
+		}
+		if err != nil {
 			return "", err
 		}
 		config.Egress = narrower.Clone()

@@ -60,13 +60,13 @@ func tiers() [][]string {
 			"internal/cgroup", "internal/compat", "internal/diskspace", "internal/errcode", "internal/flock", "internal/glob", "internal/proc",
 			"internal/ring", "internal/size", "internal/step", "internal/stream", "internal/termsafe",
 		},
-		{"internal/datadir", "internal/disk", "internal/namespace"}, // files, and programs in namespaces
+		{"internal/datadir", "internal/disk", "internal/flowlog", "internal/namespace"}, // files, and programs in namespaces
 		{ // nouns
 			"internal/agent", "internal/backing", "internal/host", "internal/image", "internal/network",
 			"internal/snapshot", "internal/store", "internal/vmm",
 		},
 		// Rooms that need no shim.
-		{"internal/budget", "internal/identity", "internal/machine", "internal/worker"},
+		{"internal/budget", "internal/identity", "internal/machine", "internal/secret", "internal/worker"},
 		{"internal/shim"},         // one running VM
 		{"internal/session"},      // one guest, in that process
 		{"internal/shim/process"}, // that process

@@ -135,3 +135,13 @@ func (p Policy) Test(d Destination) (Verdict, string) {
 	}
 	return v, v.String() + note
 }
+
+// Last returns the last address of a network.
+func Last(n netip.Prefix) netip.Addr {
+	bytes := n.Masked().Addr().AsSlice()
+	for bit := n.Bits(); bit < len(bytes)*8; bit++ {
+		bytes[bit/8] |= 0x80 >> (bit % 8)
+	}
+	addr, _ := netip.AddrFromSlice(bytes)
+	return addr
+}

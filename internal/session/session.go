@@ -45,12 +45,15 @@ type Session struct {
 	log   *slog.Logger
 	began time.Time
 
-	network  network.Attachment // nil: the VM has none
-	instance vmm.Instance       // nil before the VMM is started
-	ran      bool               // the guest's CPUs have run
-	line     line               // to the guest's agent
-	timeline []wire.Step
-	warnings []string
+	network network.Attachment // nil: the VM has none
+	mtu     int                // of it, in bytes; zero: the guest's own
+	// placeholders is nil if the VM has no secrets.
+	placeholders *placeholders
+	instance     vmm.Instance // nil before the VMM is started
+	ran          bool         // the guest's CPUs have run
+	line         line         // to the guest's agent
+	timeline     []wire.Step
+	warnings     []string
 
 	paused atomic.Bool
 	halts  *halts
@@ -73,18 +76,21 @@ func New(spec shim.Spec, opts Options) *Session {
 // Connect makes the VM's network, if it is to have one.
 func (s *Session) Connect() error {
 	if s.spec.Network == nil {
-		return nil
+		return s.useSecrets()
 	}
 	attached, err := s.opts.Attach(*s.spec.Network, s.warn)
 	if err != nil {
 		return err
 	}
-	s.network = attached
+	s.network, s.mtu = attached, s.spec.Network.MTU
 	if s.spec.Network.Egress != nil {
 		// It is in force already, or the network knows of no policies.
 		if err := s.setEgress(*s.spec.Network.Egress); err != nil {
 			return err
 		}
+	}
+	if err := s.useSecrets(); err != nil {
+		return err
 	}
 	s.step(stepNetwork)
 	return nil
@@ -118,6 +124,7 @@ func (s *Session) console() string {
 // booted again, once, after a time in which any other boot is done.
 func (s *Session) Boot(ctx context.Context) error {
 	if patience := s.spec.ReadyTimeout / silentFraction; s.mayBeSilent() {
+		before := len(s.timeline)
 		attempt, cancel := context.WithTimeoutCause(ctx, patience, errSilent)
 		err := s.attempt(attempt)
 		cancel()
@@ -126,7 +133,7 @@ func (s *Session) Boot(ctx context.Context) error {
 		}
 		s.kill()
 		s.line.reset()
-		s.instance, s.timeline = nil, s.timeline[:1]
+		s.instance, s.timeline = nil, s.timeline[:before]
 		s.warn(fmt.Sprintf("the guest said nothing for %s and was booted again", patience))
 	}
 	return s.attempt(ctx)
@@ -134,7 +141,7 @@ func (s *Session) Boot(ctx context.Context) error {
 
 // mayBeSilent reports whether the VM is of the kind that Boot speaks of.
 func (s *Session) mayBeSilent() bool {
-	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Hello != nil && s.network != nil
+	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Hello != nil
 }
 
 func (s *Session) attempt(ctx context.Context) error {
@@ -148,9 +155,9 @@ func (s *Session) attempt(ctx context.Context) error {
 // Reconnect makes the network that of the VM that the session was claimed for.
 func (s *Session) Reconnect() error {
 	if s.spec.Network == nil || s.network == nil {
-		return nil
+		return s.useSecrets()
 	}
-	if err := s.network.SetGuestMAC(s.spec.Network.GuestMAC); err != nil {
+	if err := s.claimNetwork(); err != nil {
 		return err
 	}
 	if egress := s.spec.Network.Egress; egress != nil {
@@ -158,7 +165,30 @@ func (s *Session) Reconnect() error {
 			return err
 		}
 	}
+	if err := s.useSecrets(); err != nil {
+		return err
+	}
 	s.step(stepNetwork)
+	return nil
+}
+
+// claimTime is far more than others who change networks before need.
+const claimTime = 30 * time.Second
+
+// claimNetwork makes the network that stood by that of the VM.
+func (s *Session) claimNetwork() error {
+	claimer, ok := s.network.(network.Claimer)
+	if !ok {
+		return s.network.SetGuestMAC(s.spec.Network.GuestMAC)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), claimTime)
+	defer cancel()
+	if err := claimer.Claim(ctx, *s.spec.Network, s.spec.ID); err != nil {
+		return err
+	}
+	if problem, ok := s.network.(interface{ Problem() error }); ok && problem.Problem() != nil {
+		s.warn(problem.Problem().Error())
+	}
 	return nil
 }
 
@@ -253,7 +283,9 @@ func (s *Session) kill() {
 func (s *Session) Close() {
 	s.kill()
 	if s.network != nil {
-		_ = s.network.Close()
+		if err := s.network.Close(); err != nil {
+			s.log.Error("remove the VM's network", "error", err)
+		}
 	}
 }
 

@@ -18,11 +18,11 @@ import (
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/secret"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/template"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // run is one start of a VM.
@@ -93,7 +93,7 @@ func (r *run) prepare(ctx context.Context) error {
 	if err := r.Machines.EnsureDisk(ctx, r.vm); err != nil {
 		return err
 	}
-	if disk.FormatOf(r.vm.DiskPath) == disk.Raw && disk.Pristine(r.vm.DiskPath) {
+	if disk.FormatOf(r.vm.DiskPath) == disk.Raw && disk.IsUnwritten(r.vm.DiskPath) {
 		r.makesDisk, r.diskTouched = true, true
 	}
 	step.Reached(ctx, "start/disk")
@@ -136,9 +136,15 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	if err != nil {
 		return shim.LaunchOptions{}, err
 	}
-	runs.NIC = &vmm.NIC{MAC: at.MAC}
-	attached := at.Config()
-	if attached.Egress, err = egressOf(vm); err != nil {
+	attached := machine.Network(vm, at)
+	if attached != nil {
+		attached.MTU = r.Machines.MTU(vm.Backend, at.Mode)
+		if attached.Egress, err = egressOf(vm); err != nil {
+			return shim.LaunchOptions{}, err
+		}
+	}
+	secrets, err := secret.Resolve(vm.Config.Secrets)
+	if err != nil {
 		return shim.LaunchOptions{}, err
 	}
 	spec := shim.Spec{
@@ -146,7 +152,8 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		Run:          shim.NewRun(),
 		Backend:      vm.Backend,
 		VMM:          runs,
-		Network:      &attached,
+		Network:      attached,
+		Secrets:      secrets,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,
@@ -172,7 +179,9 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 			return shim.LaunchOptions{}, err
 		}
 	}
-	return shim.LaunchOptions{Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log")}, nil
+	return shim.LaunchOptions{
+		Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log"), Without: secret.Variables(vm.Config.Secrets),
+	}, nil
 }
 
 // egressOf returns the egress policy of a VM; nil: it was given none.
@@ -218,6 +227,7 @@ func (r *run) prepareNext() {
 		config := r.vm.Config
 		err = r.Background.BuildTemplate(r.kind, smolvm.VMConfig{
 			Image: config.Image, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+			Network: smolvm.Network{Mode: r.kind.Hardware.NIC.Mode()},
 		}, r.kindLock)
 	}
 	if err != nil {

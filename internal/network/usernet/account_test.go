@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"github.com/smolvm/smolvm/internal/network/nettest"
 )
 
 // deafGuest is a guest whose TCP is written by hand: it opens connections and ends its
@@ -83,12 +85,12 @@ func (g *deafGuest) open(port uint16) bool {
 // A guest that takes nothing of what is left in connections has no more of them than it
 // may have, however many it has let be closed (S10).
 func TestUnacknowledged(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	var listener net.Listener
-	newOutside(t).run(func() (err error) {
-		listener, err = net.Listen("tcp4", outsideAddr.String()+":8080")
+	nettest.NewOutside(t).Run(func() (err error) {
+		listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":8080")
 		return err
 	})
 	defer func() { _ = listener.Close() }()
@@ -110,7 +112,7 @@ func TestUnacknowledged(t *testing.T) {
 	limits := usualLimits()
 	limits.outgoing, limits.linger = 8, 3*time.Second
 	n := newLimited(t, limits)
-	g := newDeafGuest(t, n, netip.AddrPortFrom(outsideAddr, 8080))
+	g := newDeafGuest(t, n, netip.AddrPortFrom(nettest.OutsideAddr(), 8080))
 	opened := 0
 	for port := range uint16(3 * limits.outgoing) {
 		if g.open(1000 + port) {

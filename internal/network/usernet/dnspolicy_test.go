@@ -1,22 +1,21 @@
 package usernet
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/miekg/dns"
 
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/nettest"
 	"github.com/smolvm/smolvm/internal/network/policytest"
 )
 
 // The resolver tells the guest no more than the policy lets it have.
 func TestDNSPolicy(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	zone := []string{
@@ -111,52 +110,10 @@ func TestDNSPolicy(t *testing.T) {
 		t.Errorf("it is not told why: %s", answer)
 	}
 	// What proves the name of a flow is the name that was asked for, not that of an alias.
-	if got := n.outbound.asked.of(netip.MustParseAddr("203.0.113.3")); !slices.Equal(got, []string{"www.good.example"}) {
+	if got := n.outbound.Names().Of(netip.MustParseAddr("203.0.113.3")); !slices.Equal(got, []string{"www.good.example"}) {
 		t.Errorf("the address of an alias is one of %q", got)
 	}
-	if got := n.outbound.asked.of(netip.MustParseAddr("203.0.113.5")); len(got) != 0 {
+	if got := n.outbound.Names().Of(netip.MustParseAddr("203.0.113.5")); len(got) != 0 {
 		t.Errorf("an escaped name is remembered: %q", got)
-	}
-}
-
-// What is remembered of a guest's questions has an end, in time and in memory.
-func TestAskedNames(t *testing.T) {
-	now := time.Unix(1e9, 0)
-	a := newAskedNames()
-	a.now = func() time.Time { return now }
-	addr := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)}) }
-	a.add(addr(1), "One.example.", time.Minute)
-	a.add(addr(1), "one.example", time.Second)
-	a.add(addr(1), "two.example", 1000*time.Hour)
-	for _, test := range []struct {
-		after time.Duration
-		want  int
-	}{{0, 2}, {time.Minute + askedGrace - 1, 2}, {1, 1}, {maxTTL, 0}} {
-		now = now.Add(test.after)
-		if got := a.of(addr(1)); len(got) != test.want {
-			t.Errorf("after %s more: %q, want %d", test.after, got, test.want)
-		}
-	}
-	for i := range 3 * maxAsked {
-		a.add(addr(i), fmt.Sprint("name", i), time.Hour)
-		if a.count > maxAsked || len(a.addrs) > maxAsked {
-			t.Fatalf("%d names of %d addresses", a.count, len(a.addrs))
-		}
-		if len(a.of(addr(i))) == 0 {
-			t.Fatal("a name that was asked just now is not remembered")
-		}
-	}
-	for i := range 2 * maxNamesOf {
-		a.add(addr(70), fmt.Sprint("name", i), time.Hour)
-	}
-	if got := a.of(addr(70)); len(got) != maxNamesOf {
-		t.Errorf("%d names of one address, want %d", len(got), maxNamesOf)
-	}
-	count := 0
-	for _, names := range a.addrs {
-		count += len(names)
-	}
-	if count != a.count {
-		t.Errorf("%d names are counted as %d", count, a.count)
 	}
 }

@@ -10,6 +10,8 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+
+	"github.com/smolvm/smolvm/internal/network/outbound"
 )
 
 // echoPackets has the guest send back all datagrams that come to its echoPort.
@@ -23,7 +25,7 @@ func (g *guest) echoPackets() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		datagram := make([]byte, maxDatagram)
+		datagram := make([]byte, outbound.MaxDatagram)
 		for {
 			size, from, err := conn.ReadFrom(datagram)
 			if err != nil {

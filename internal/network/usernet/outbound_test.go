@@ -17,8 +17,10 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 
-	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/nettest"
+	"github.com/smolvm/smolvm/internal/network/outbound"
+	"github.com/smolvm/smolvm/internal/network/resolver"
 )
 
 // hostAddrs lists the host's own addresses, and those that mean it or all its
@@ -43,14 +45,14 @@ func hostAddrs(t testing.TB) []netip.Addr {
 		if err != nil || !prefix.Addr().Is4() || prefix.Addr().IsLoopback() {
 			continue
 		}
-		list = append(list, prefix.Addr(), lastOf(prefix.Addr(), prefix.Bits()))
+		list = append(list, prefix.Addr(), network.Last(prefix))
 	}
 	return list
 }
 
 // What listens on the host is out of the guest's reach, on whichever address.
 func TestHostUnreachable(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	listener, err := net.Listen("tcp4", "0.0.0.0:0")
@@ -61,15 +63,11 @@ func TestHostUnreachable(t *testing.T) {
 	port := uint16(listener.Addr().(*net.TCPAddr).Port)
 	n := newNetwork(t)
 	g := newGuest(t, n)
-	newOutside(t) // gives the host an address that the network does not know of
+	nettest.NewOutside(t) // gives the host an address that the network does not know of
 	var dials sync.WaitGroup
 	for _, addr := range hostAddrs(t) {
 		dials.Go(func() {
 			to := netip.AddrPortFrom(addr, port)
-			if conn, err := n.outbound.dial(&network.Flow{Protocol: smolvm.TCP, To: to}); err == nil {
-				t.Errorf("%s can be reached", to)
-				_ = conn.Close()
-			}
 			// Some are refused, and some get no answer, as the guest has no neighbours.
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 			defer cancel()
@@ -84,10 +82,8 @@ func TestHostUnreachable(t *testing.T) {
 	// The guest's frames are handled in order, so by now a flow has been made of each
 	// datagram that is let through.
 	ask(t, packetConn{g.dialUDP(netip.AddrPortFrom(testConfig().Gateway, dnsPort))}, "localhost.", dns.TypeA)
-	n.outbound.mu.Lock()
-	defer n.outbound.mu.Unlock()
-	for f := range n.outbound.flows {
-		t.Errorf("datagrams get to %s", f.outside.RemoteAddr())
+	for _, f := range n.outbound.Flows() {
+		t.Errorf("datagrams get to %s", f.To)
 	}
 }
 
@@ -109,12 +105,12 @@ func TestGatewayPorts(t *testing.T) {
 }
 
 func TestOutboundTCP(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	var listener net.Listener
-	newOutside(t).run(func() (err error) {
-		listener, err = net.Listen("tcp4", outsideAddr.String()+":8080")
+	nettest.NewOutside(t).Run(func() (err error) {
+		listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":8080")
 		return err
 	})
 	sums := make(chan [2][32]byte, 1)
@@ -128,7 +124,7 @@ func TestOutboundTCP(t *testing.T) {
 	}()
 	n := newNetwork(t)
 	g := newGuest(t, n)
-	conn, err := g.dialTCP(netip.AddrPortFrom(outsideAddr, 8080))
+	conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,25 +137,25 @@ func TestOutboundTCP(t *testing.T) {
 	}
 	// A port that is closed outside is closed for the guest.
 	_ = listener.Close()
-	if conn, err := g.dialTCP(netip.AddrPortFrom(outsideAddr, 8080)); err == nil {
+	if conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080)); err == nil {
 		t.Error("a connection to a closed port succeeds")
 		_ = conn.Close()
 	}
 }
 
 func TestOutboundUDP(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	var server net.PacketConn
-	newOutside(t).run(func() (err error) {
-		server, err = net.ListenPacket("udp4", outsideAddr.String()+":8080")
+	nettest.NewOutside(t).Run(func() (err error) {
+		server, err = net.ListenPacket("udp4", nettest.OutsideAddr().String()+":8080")
 		return err
 	})
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		datagram := make([]byte, maxDatagram)
+		datagram := make([]byte, outbound.MaxDatagram)
 		for {
 			size, from, err := server.ReadFrom(datagram)
 			if err != nil {
@@ -175,20 +171,17 @@ func TestOutboundUDP(t *testing.T) {
 	n := newNetwork(t)
 	g := newGuest(t, n)
 	// More flows than there can be: those that are idle make place.
-	for i := range maxFlows + 20 {
-		conn := g.dialUDP(netip.AddrPortFrom(outsideAddr, 8080))
+	for i := range outbound.MaxFlows + 20 {
+		conn := g.dialUDP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080))
 		for range 2 {
 			exchangeDatagram(t, conn, fmt.Sprint("datagram ", i))
 		}
 	}
-	n.outbound.mu.Lock()
-	flows := len(n.outbound.flows)
-	n.outbound.mu.Unlock()
-	if flows > maxFlows {
-		t.Errorf("%d flows, want at most %d", flows, maxFlows)
+	if flows := n.outbound.Flows(); len(flows) > outbound.MaxFlows {
+		t.Errorf("%d flows, want at most %d", len(flows), outbound.MaxFlows)
 	}
 	// Fragments, both ways.
-	exchangeDatagram(t, g.dialUDP(netip.AddrPortFrom(outsideAddr, 8080)), strings.Repeat("long ", 5000))
+	exchangeDatagram(t, g.dialUDP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080)), strings.Repeat("long ", 5000))
 }
 
 func exchangeDatagram(t *testing.T, conn net.Conn, text string) {
@@ -196,7 +189,7 @@ func exchangeDatagram(t *testing.T, conn net.Conn, text string) {
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
-	answer := make([]byte, maxDatagram)
+	answer := make([]byte, outbound.MaxDatagram)
 	_, err := io.WriteString(conn, text)
 	if err == nil {
 		var size int
@@ -210,18 +203,18 @@ func exchangeDatagram(t *testing.T, conn net.Conn, text string) {
 
 // Closing the network ends what is under way to the outside.
 func TestCloseOutbound(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	var listener net.Listener
-	newOutside(t).run(func() (err error) {
-		listener, err = net.Listen("tcp4", outsideAddr.String()+":8080")
+	nettest.NewOutside(t).Run(func() (err error) {
+		listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":8080")
 		return err
 	})
 	defer func() { _ = listener.Close() }()
 	n := newNetwork(t)
 	g := newGuest(t, n)
-	if _, err := g.dialTCP(netip.AddrPortFrom(outsideAddr, 8080)); err != nil {
+	if _, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080)); err != nil {
 		t.Fatal(err)
 	}
 	conn, err := listener.Accept()
@@ -229,7 +222,7 @@ func TestCloseOutbound(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close() }()
-	if _, err := g.dialUDP(netip.AddrPortFrom(outsideAddr, 8081)).Write([]byte("hello")); err != nil {
+	if _, err := g.dialUDP(netip.AddrPortFrom(nettest.OutsideAddr(), 8081)).Write([]byte("hello")); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.Close(); err != nil {
@@ -237,5 +230,74 @@ func TestCloseOutbound(t *testing.T) {
 	}
 	if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the connection outlives the network: %v", err)
+	}
+}
+
+// A network carries packets that are longer than Ethernet's, and serves a guest whose own MTU is
+// Ethernet's, as is that of one which was saved before.
+func TestLongPackets(t *testing.T) {
+	if !nettest.InOwnNetworkWithIP(t) {
+		return
+	}
+	var listener net.Listener
+	var packets net.PacketConn
+	nettest.NewOutside(t).Run(func() (err error) {
+		if listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":8080"); err != nil {
+			return err
+		}
+		packets, err = net.ListenPacket("udp4", nettest.OutsideAddr().String()+":8080")
+		return err
+	})
+	var echoes sync.WaitGroup
+	echoes.Go(func() {
+		datagram := make([]byte, outbound.MaxDatagram)
+		for {
+			size, from, err := packets.ReadFrom(datagram)
+			if err != nil {
+				return
+			}
+			_, _ = packets.WriteTo(datagram[:size], from)
+		}
+	})
+	defer func() {
+		_, _ = listener.Close(), packets.Close()
+		echoes.Wait()
+	}()
+	for _, mtu := range []uint32{defaultMTU, network.UserMTU} {
+		config := testConfig()
+		config.MTU = network.UserMTU
+		n, err := newWith(config, usualLimits(), resolver.HostFiles())
+		if err != nil {
+			t.Fatal(err)
+		}
+		g := newGuestMTU(t, n, mtu)
+		sums := make(chan [2][32]byte, 1)
+		go func() {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			sent, received, _ := exchange(conn, 1)
+			sums <- [2][32]byte{sent, received}
+		}()
+		conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sent, received, err := exchange(conn, 2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := <-sums; got != [2][32]byte{received, sent} {
+			t.Errorf("MTU %d: what arrives is not what was sent", mtu)
+		}
+		if datagrams := g.dialUDP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080)); mtu == network.UserMTU {
+			exchangeDatagram(t, datagrams, strings.Repeat("long ", 13000))
+		} else {
+			exchangeDatagram(t, datagrams, strings.Repeat("long ", 250))
+		}
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

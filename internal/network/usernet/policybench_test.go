@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/nettest"
 	"github.com/smolvm/smolvm/internal/network/policytest"
 )
 
@@ -24,12 +25,12 @@ func BenchmarkPolicy(b *testing.B) {
 	if os.Getenv("SMOLVM_TEST_NAMESPACE") != b.Name() { // as of package nettest, which can't run benchmarks
 		b.Skip("it needs a network of its own; its comment says how")
 	}
-	if err := runIP("link set lo up"); err != nil {
+	if err := nettest.RunIP("link set lo up"); err != nil {
 		b.Fatal(err)
 	}
 	var listener net.Listener
-	newOutside(b).run(func() (err error) {
-		listener, err = net.Listen("tcp4", outsideAddr.String()+":443")
+	nettest.NewOutside(b).Run(func() (err error) {
+		listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":443")
 		return err
 	})
 	done := make(chan struct{})
@@ -53,7 +54,7 @@ func BenchmarkPolicy(b *testing.B) {
 	}()
 	n := newNetwork(b)
 	g := newGuest(b, n)
-	n.outbound.asked.add(outsideAddr, "good.example", time.Hour)
+	n.outbound.Names().Add(nettest.OutsideAddr(), "good.example", time.Hour)
 	policies := map[string]network.Policy{
 		"none": {},
 		"by name": policytest.PolicyOf(b, network.DefaultDeny, "deny bad.example", "allow fine.example",
@@ -62,7 +63,7 @@ func BenchmarkPolicy(b *testing.B) {
 	hello := policytest.ClientHello(b, "good.example")
 	var revision int64
 	once := func(size int) {
-		conn, err := g.dialTCP(netip.AddrPortFrom(outsideAddr, 443))
+		conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 443))
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -38,7 +38,9 @@ func (n *Network) build(mac net.HardwareAddr) (err error) {
 	if n.stack, err = newStack(n.config, link); err != nil {
 		return err
 	}
-	n.outbound, n.problem = newOutbound(n.stack, n.config, &kind{account: n.account, limit: n.limits.outgoing})
+	n.endpoint = link
+	n.setRate(n.config.Rate)
+	n.connectOutside()
 	if err := n.serveDNS(); err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/miekg/dns"
 
+	"github.com/smolvm/smolvm/internal/network/nettest"
 	"github.com/smolvm/smolvm/internal/network/resolver"
 )
 
@@ -90,7 +91,7 @@ func writeHostFiles(t *testing.T, files resolver.Files, resolvConf, hosts string
 
 // The guest is told what the name server says, whatever it asks (case 10).
 func TestDNSSaysWhatUpstreamSays(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	zone := []string{
@@ -262,7 +263,7 @@ func exchangeOn(t *testing.T, conn net.Conn, query *dns.Msg) *dns.Msg {
 
 // One name server of several is enough, and which they are may change at any time.
 func TestNameServers(t *testing.T) {
-	if !inOwnNetwork(t) {
+	if !nettest.InOwnNetworkWithIP(t) {
 		return
 	}
 	answer := func(addr string) func(query, reply *dns.Msg) {

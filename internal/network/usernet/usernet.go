@@ -16,6 +16,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/intercept"
+	"github.com/smolvm/smolvm/internal/network/outbound"
 	"github.com/smolvm/smolvm/internal/network/resolver"
 	"github.com/smolvm/smolvm/internal/stream"
 )
@@ -29,11 +31,12 @@ type Network struct {
 	stack    *stack.Stack
 	link     *os.File
 	conn     net.Conn // our end of the link
+	endpoint *endpoint
 	filter   atomic.Pointer[filter]
 	services []io.Closer
 	names    *resolver.Resolver
 	sessions stream.Sessions // of UDP forwards
-	outbound *outbound
+	outbound *outbound.Outbound
 	limits   limits
 	account  *account
 	incoming *kind // connections to the guest
@@ -61,9 +64,10 @@ func newWith(config Config, limits limits, files resolver.Files) (*Network, erro
 	}
 	n := &Network{config: config, conn: conn, link: link, limits: limits, account: newAccount(limits.linger), sessions: stream.Sessions{Limit: maxSessions}}
 	n.names = resolver.New(resolver.Config{
-		Files: files, MayKnow: n.mayKnow,
-		Policy: func() *network.Policy { return n.outbound.policy.Load() },
-		Told:   func(name string, answer []dns.RR) { n.outbound.asked.record(name, answer) },
+		Files:   files,
+		MayKnow: func(name string, addr netip.Addr) bool { return n.outbound.MayKnow(name, addr) },
+		Policy:  func() *network.Policy { return n.outbound.Policy() },
+		Told:    func(name string, answer []dns.RR) { n.outbound.Names().Record(name, answer) },
 	})
 	n.incoming = &kind{account: n.account, limit: limits.incoming}
 	n.filter.Store(&filter)
@@ -85,6 +89,25 @@ func (n *Network) SetGuestMAC(mac string) error {
 	return nil
 }
 
+// Claim implements [network.Claimer].
+func (n *Network) Claim(_ context.Context, config network.Config, _ string) error {
+	if err := n.SetGuestMAC(config.GuestMAC); err != nil {
+		return err
+	}
+	n.setRate(config.Rate)
+	return nil
+}
+
+// setRate bounds what passes between the guest and the stack. It is called once more when the
+// network is claimed.
+func (n *Network) setRate(rate network.Rate) {
+	p := newPace(rate)
+	n.endpoint.pace.Swap(p).close()
+	if p != nil && p.toGuest != nil {
+		n.running.Go(func() { p.serve(n.endpoint.write) })
+	}
+}
+
 // Problem returns what the network can't do on this host; nil if there is nothing. All else
 // works.
 func (n *Network) Problem() error { return n.problem }
@@ -92,15 +115,14 @@ func (n *Network) Problem() error { return n.problem }
 // Search is the domains that the host's own resolver searches for names at the moment.
 func (n *Network) Search() []string { return n.names.Search() }
 
-// mayKnow reports whether the guest may be told of an address that only the host knows.
-func (n *Network) mayKnow(name string, addr netip.Addr) bool {
-	own, err := isOwn(addr)
-	return n.outbound.judge(network.Flow{
-		To:    netip.AddrPortFrom(addr, 0),
-		Names: network.Names{Asked: []string{name}},
-		Host:  own || err != nil,
-	}) == nil
-}
+// SetEgress implements [network.EgressSetter].
+func (n *Network) SetEgress(egress network.Egress) error { return n.outbound.SetEgress(egress) }
+
+// SetSecrets has secrets put into the guest's flows that begin from now on.
+func (n *Network) SetSecrets(secrets *intercept.Interceptor) { n.outbound.SetSecrets(secrets) }
+
+// EgressRevision implements [network.EgressSetter].
+func (n *Network) EgressRevision() int64 { return n.outbound.EgressRevision() }
 
 // Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.
 func (n *Network) Link() network.Link { return network.Link{Socket: n.link} }
@@ -129,12 +151,15 @@ func (n *Network) Close() error {
 	for _, service := range n.services {
 		_ = service.Close()
 	}
+	if n.endpoint != nil {
+		n.endpoint.pace.Load().close()
+	}
 	if n.stack != nil {
-		n.outbound.close()
+		n.outbound.Close()
 		n.account.close()
 		n.stack.Close()
 		n.running.Wait()
-		n.outbound.wait()
+		n.outbound.Wait()
 		n.account.running.Wait()
 		n.stack.Wait()
 	}

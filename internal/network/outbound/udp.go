@@ -1,4 +1,4 @@
-package usernet
+package outbound
 
 import (
 	"errors"
@@ -9,35 +9,31 @@ import (
 	"sync/atomic"
 	"time"
 
-	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
-	"gvisor.dev/gvisor/pkg/waiter"
-
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/sniff"
 )
 
 const (
-	// maxFlows bounds the guest's UDP flows, each of which costs this process a socket
-	// and two buffers of maxDatagram. When there are more, the one that has been idle
+	// MaxFlows bounds the guest's UDP flows, each of which costs this process a socket
+	// and two buffers of MaxDatagram. When there are more, the one that has been idle
 	// for longest ends.
-	maxFlows = 256
+	MaxFlows = 256
 	// flowIdle is how long a flow without traffic lasts (RFC 4787, section 4.3: no
 	// less than two minutes).
 	flowIdle = 2 * time.Minute
 	// flowCheck is how long a flow goes on before it is asked again whether the guest may
 	// have its address, as that may have become the host's: its socket would reach it.
 	flowCheck = time.Second
-	// maxDatagram is the longest payload of UDP over IPv4, in bytes.
-	maxDatagram = 65507
+	// MaxDatagram is the longest payload of UDP over IPv4, in bytes.
+	MaxDatagram = 65507
 )
 
 // flow is all that the guest sends over UDP from one port to one address, and what
 // comes back.
 type flow struct {
 	guest, outside net.Conn
-	of             *outbound
+	of             *Outbound
 	from           netip.AddrPort // of this process
 	checked        time.Time      // when it was last asked whether the guest may have the flow
 	last           atomic.Int64   // when something passed, in nanoseconds of the Unix time
@@ -47,26 +43,27 @@ type flow struct {
 	what network.Flow
 }
 
-// send begins a flow with its first datagram. It runs where the guest's frames are
-// read, so it does not wait for anything. It reports whether the datagram was taken; of
-// one that was not, the stack tells the guest by ICMP that the port is unreachable.
+// Send begins a flow of UDP with its first datagram, which is looked at only: accept returns a
+// connection by which the flow's datagrams come from the guest, the first among them, and get
+// to it. Send does not wait for anything, so it may run where the guest's frames are read. It
+// reports whether the datagram was taken; of one that was not, accept is not called, and the
+// guest is to be told by ICMP that the port is unreachable.
 //
-// One that may be QUIC states a name, which can't be read.
-func (o *outbound) send(request *udp.ForwarderRequest, mayBeQUIC bool) bool {
-	what := o.flowTo(destination(request.ID()), smolvm.UDP)
-	what.Names.Hidden = what.Names.Hidden || mayBeQUIC
+// A datagram that may be QUIC's states a name, which can't be read.
+func (o *Outbound) Send(to netip.AddrPort, first []byte, accept func() (net.Conn, error)) bool {
+	what := o.flowTo(to, smolvm.UDP)
+	what.Names.Hidden = what.Names.Hidden || sniff.IsQUIC(first)
 	outside, err := o.dial(&what)
 	if err != nil {
 		return false
 	}
-	var queue waiter.Queue
-	endpoint, failed := request.CreateEndpoint(&queue)
-	if failed != nil {
+	guest, err := accept()
+	if err != nil {
 		_ = outside.Close()
 		return true // lost, as happens to datagrams
 	}
 	f := &flow{
-		guest: gonet.NewUDPConn(&queue, endpoint), outside: outside, checked: time.Now(),
+		guest: guest, outside: outside, checked: time.Now(),
 		of: o, from: addrPort(outside.LocalAddr()), what: what,
 	}
 	f.touch()
@@ -82,13 +79,13 @@ func (o *outbound) send(request *udp.ForwarderRequest, mayBeQUIC bool) bool {
 	return true
 }
 
-func (o *outbound) beginFlow(f *flow) bool {
+func (o *Outbound) beginFlow(f *flow) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.closed {
 		return false
 	}
-	if len(o.flows) >= maxFlows {
+	if len(o.flows) >= MaxFlows {
 		idlest := f
 		for other := range o.flows {
 			if other.last.Load() < idlest.last.Load() {
@@ -103,7 +100,7 @@ func (o *outbound) beginFlow(f *flow) bool {
 	return true
 }
 
-func (o *outbound) endFlow(f *flow) {
+func (o *Outbound) endFlow(f *flow) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	delete(o.flows, f)
@@ -144,6 +141,13 @@ func (f *flow) stillAllowed(datagram []byte) bool {
 	return err == nil && v.Allowed
 }
 
+// known returns what is known of the flow.
+func (f *flow) known() network.Flow {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.what
+}
+
 // recheck ends the flow at once if the policy does not allow it any more.
 func (f *flow) recheck() {
 	f.mu.Lock()
@@ -154,7 +158,7 @@ func (f *flow) recheck() {
 }
 
 func (f *flow) copy(to, from net.Conn, allowed func(datagram []byte) bool) {
-	datagram := make([]byte, maxDatagram)
+	datagram := make([]byte, MaxDatagram)
 	for {
 		idle := time.Since(time.Unix(0, f.last.Load()))
 		if idle >= flowIdle {

@@ -1,4 +1,4 @@
-package usernet
+package outbound
 
 import (
 	"net"
@@ -19,8 +19,8 @@ const firstTime = 10 * time.Second
 // the guest sends, for the name in them. As long as that may change the verdict, what the
 // guest sends is held back; what comes from outside is not, as many a server speaks first.
 type tcpFlow struct {
-	*guestConn
-	of *outbound
+	GuestConn
+	of *Outbound
 
 	// Of the one who reads.
 	first []byte    // what the guest has sent first, until its name is known
@@ -37,12 +37,16 @@ type tcpFlow struct {
 // verdict returns what the policy says now, by the names that are known so far. Final tells
 // that there will be no others.
 func (f *tcpFlow) verdict(final bool) network.Verdict {
-	f.mu.Lock()
-	flow := f.flow
-	f.mu.Unlock()
-	v := f.of.verdict(flow)
+	v := f.of.verdict(f.known())
 	v.Provisional = v.Provisional && !final
 	return v
+}
+
+// known returns what is known of the flow.
+func (f *tcpFlow) known() network.Flow {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.flow
 }
 
 // recheck ends the flow at once if the policy does not allow it any more.
@@ -63,12 +67,12 @@ func (f *tcpFlow) cut() {
 	}
 }
 
-// Read implements [net.Conn], for what goes out. The error matches [errRefused] if the flow
+// Read implements [net.Conn], for what goes out. The error matches [ErrRefused] if the flow
 // states a name that is not allowed.
 func (f *tcpFlow) Read(p []byte) (int, error) {
 	for len(f.ahead) == 0 {
 		if f.named.Load() {
-			return f.guestConn.Read(p)
+			return f.GuestConn.Read(p)
 		}
 		if err := f.look(p, false); err != nil {
 			return 0, err
@@ -80,7 +84,7 @@ func (f *tcpFlow) Read(p []byte) (int, error) {
 }
 
 // awaitName returns when the flow has stated its name, or will not any more. The error
-// matches [errRefused] if it may not have it.
+// matches [ErrRefused] if it may not have it.
 func (f *tcpFlow) awaitName() error {
 	f.since = time.Now()
 	_ = f.SetReadDeadline(f.since.Add(firstTime))
@@ -96,7 +100,7 @@ func (f *tcpFlow) awaitName() error {
 // look reads once, looks for a name in what the guest has sent first, and lets it through
 // unless it is to be held back. Always holds back until the name is known.
 func (f *tcpFlow) look(buffer []byte, always bool) error {
-	n, err := f.guestConn.Read(buffer[:min(len(buffer), sniff.Max-len(f.first))])
+	n, err := f.GuestConn.Read(buffer[:min(len(buffer), sniff.Max-len(f.first))])
 	f.first = append(f.first, buffer[:n]...)
 	late := isTimeout(err) && !f.since.IsZero()
 	if err != nil && !late && len(f.first) == f.taken {
