@@ -261,7 +261,7 @@ func carried(f network.Flow) (bool, string) {
 	case addr.IsMulticast():
 		return false, "nobody is told that a datagram to many was refused (RFC 1122, section 3.2.2)"
 	case f.Protocol == network.ICMP, !addr.Is4():
-		return false, "the network carries neither ICMP nor IPv6"
+		return false, "the network carries no ICMP, and this test's guest has no IPv6"
 	}
 	return true, ""
 }
