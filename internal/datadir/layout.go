@@ -50,6 +50,9 @@ func (l Layout) VM(id string) string { return l.path(vmsName, id) }
 // Console returns the path of the log of a VM's console.
 func (l Layout) Console(id string) string { return l.path(vmsName, id, "console.log") }
 
+// Flows returns the path of a VM's flow log.
+func (l Layout) Flows(id string) string { return l.path(vmsName, id, "flows.jsonl") }
+
 // Keys returns the directory of the keys.
 func (l Layout) Keys() string { return l.path(keysName) }
 

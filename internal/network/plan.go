@@ -46,6 +46,11 @@ func UsesTAP(mode smolvm.NetworkMode) bool { return mode == TAP || mode == Bridg
 // [EgressSetter].
 func HasPolicies(mode smolvm.NetworkMode) bool { return mode == smolvm.NetworkUser }
 
+// UserMTU is the MTU in the mode user, in bytes, where the VMM can carry such packets. None of
+// the guest's packets leaves this host, only what they carry does, so they may be as long as
+// IPv4 lets them be (65535, less what aligns buffers), and there are the fewer of them.
+const UserMTU = 65520
+
 // DefaultPool returns the network that VMs on TAP interfaces have their addresses in if no
 // other is asked for.
 func DefaultPool() netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16}), 16) }

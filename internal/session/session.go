@@ -46,6 +46,7 @@ type Session struct {
 	began time.Time
 
 	network  network.Attachment // nil: the VM has none
+	mtu      int                // of it, in bytes; zero: the guest's own
 	instance vmm.Instance       // nil before the VMM is started
 	ran      bool               // the guest's CPUs have run
 	line     line               // to the guest's agent
@@ -79,7 +80,7 @@ func (s *Session) Connect() error {
 	if err != nil {
 		return err
 	}
-	s.network = attached
+	s.network, s.mtu = attached, s.spec.Network.MTU
 	if s.spec.Network.Egress != nil {
 		// It is in force already, or the network knows of no policies.
 		if err := s.setEgress(*s.spec.Network.Egress); err != nil {

@@ -137,6 +137,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	}
 	attached := machine.Network(vm, at)
 	if attached != nil {
+		attached.MTU = r.Machines.MTU(vm.Backend, at.Mode)
 		if attached.Egress, err = egressOf(vm); err != nil {
 			return shim.LaunchOptions{}, err
 		}

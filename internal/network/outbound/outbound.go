@@ -35,6 +35,9 @@ type Config struct {
 	// Inside are the networks of VMs, in which there is no host that a guest may reach unless
 	// it may reach other VMs.
 	Inside []netip.Prefix
+	// MayReachVM reports whether the guest may reach the VM with an address, where its policy
+	// allows it. Nil: it reaches none by a TAP interface of the host.
+	MayReachVM func(netip.Addr) bool
 	// Metadata are the metadata services of clouds that the guest may reach.
 	Metadata []netip.Addr
 	// Egress is the policy at first. Nil: what is not closed always is open.
@@ -218,11 +221,18 @@ func (o *Outbound) check(f *network.Flow, from netip.AddrPort) (network.Verdict,
 	if denied(asOther) && denied(asHost) {
 		return asOther, refusal(other, asOther) // so the kernel need not be asked
 	}
-	own := o.routes.check(f.Protocol, from, f.To)
+	byTAP, own := o.routes.check(f.Protocol, from, f.To)
 	if own == nil && from.Addr() == f.To.Addr() {
 		own = fmt.Errorf("%s: %w: %w: it connects to itself", f.To, ErrRefused, errHost)
 	}
 	f.Host = own != nil
+	if byTAP && !f.VMs {
+		f.VMs, other.VMs = true, true
+		asOther = o.verdict(other)
+	}
+	if own == nil && !denied(asOther) && !o.mayReachVM(f.To.Addr(), byTAP) {
+		return asOther, fmt.Errorf("%s: %w: it is that of a VM which is not open to this one", f.To, ErrRefused)
+	}
 	switch {
 	case own == nil && denied(asOther):
 		return asOther, refusal(other, asOther)
@@ -232,6 +242,17 @@ func (o *Outbound) check(f *network.Flow, from netip.AddrPort) (network.Verdict,
 		return asHost, own
 	}
 	return asHost, nil
+}
+
+// mayReachVM reports whether the guest may reach an address, if it is that of a VM.
+func (o *Outbound) mayReachVM(addr netip.Addr, byTAP bool) bool {
+	switch {
+	case !byTAP && !o.isInside(addr):
+		return true
+	case o.config.MayReachVM == nil:
+		return !byTAP
+	}
+	return o.config.MayReachVM(addr)
 }
 
 // dial connects to the outside, if that is where the address is, and if the guest may.

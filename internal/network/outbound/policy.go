@@ -75,9 +75,14 @@ func (o *Outbound) MayKnow(name string, addr netip.Addr) bool {
 
 // verdict returns what the policy in force says of a flow.
 func (o *Outbound) verdict(f network.Flow) network.Verdict {
-	to := f.To.Addr().Unmap()
-	f.VMs = slices.ContainsFunc(o.config.Inside, func(inside netip.Prefix) bool { return inside.Contains(to) })
+	f.VMs = f.VMs || o.isInside(f.To.Addr())
 	return o.policy.Load().Verdict(f)
+}
+
+// isInside reports whether an address is in a network of VMs.
+func (o *Outbound) isInside(addr netip.Addr) bool {
+	addr = addr.Unmap()
+	return slices.ContainsFunc(o.config.Inside, func(inside netip.Prefix) bool { return inside.Contains(addr) })
 }
 
 // judge returns an error that matches [ErrRefused] if the guest may not have a flow. What

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -31,7 +32,7 @@ type hostRoutes struct {
 // is forbidden, nothing is known, and everything is taken for the host's.
 func newHostRoutes() (hostRoutes, error) {
 	localhost := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 1)
-	kind, err := routeType(unix.IPPROTO_TCP, netip.AddrPort{}, localhost)
+	kind, _, err := findRoute(unix.IPPROTO_TCP, netip.AddrPort{}, localhost)
 	if err != nil {
 		return hostRoutes{}, fmt.Errorf("the guest gets no connections to the outside, as this host's routes can't be read: %w", err)
 	}
@@ -43,11 +44,12 @@ func newHostRoutes() (hostRoutes, error) {
 }
 
 // check returns an error that matches [ErrRefused] if what the host sends to an address
-// would get to itself, or to more than one host. The protocol is TCP's or UDP's; from is
+// would get to itself, or to more than one host. ByTAP reports that it would get to another VM, by
+// its TAP interface. The protocol is TCP's or UDP's; from is
 // where it is sent from, and is not valid before that is known. The kernel is asked with
 // all of these, as its rules may choose the route by any of them.
-func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) error {
-	refuse := func(why error) error { return fmt.Errorf("%s: %w: %w", to.Addr(), ErrRefused, why) }
+func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) (byTAP bool, err error) {
+	refuse := func(why error) (bool, error) { return false, fmt.Errorf("%s: %w: %w", to.Addr(), ErrRefused, why) }
 	// Some are in no table that is asked for this destination: those of interfaces in a
 	// VRF, for one.
 	switch own, err := isOwn(to.Addr()); {
@@ -57,13 +59,13 @@ func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) err
 		return refuse(fmt.Errorf("%w: an interface of the host has it", errHost))
 	}
 	if r.byInterface {
-		return nil
+		return false, nil
 	}
 	number := unix.IPPROTO_TCP
 	if protocol == smolvm.UDP {
 		number = unix.IPPROTO_UDP
 	}
-	kind, err := routeType(number, from, to)
+	kind, by, err := findRoute(number, from, to)
 	switch {
 	case err != nil:
 		// There is no way to it, or one that is closed: the guest learns no more.
@@ -73,7 +75,32 @@ func (r hostRoutes) check(protocol smolvm.Protocol, from, to netip.AddrPort) err
 	case kind != unix.RTN_UNICAST:
 		return refuse(fmt.Errorf("the host's route to it is of type %d, see rtnetlink(7)", kind))
 	}
-	return nil
+	name, err := interfaceName(by)
+	if err != nil {
+		return refuse(err)
+	}
+	return strings.HasPrefix(name, network.TAPPrefix), nil
+}
+
+// interfaceName returns the name of an interface by netdevice(7), which asks for that one alone.
+func interfaceName(index uint32) (string, error) {
+	fail := func(err error) (string, error) {
+		return "", fmt.Errorf("find the name of interface %d: %w", index, err)
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fail(err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	request, err := unix.NewIfreq("")
+	if err != nil {
+		return fail(err)
+	}
+	request.SetUint32(index)
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFNAME, request); err != nil {
+		return fail(err)
+	}
+	return request.Name(), nil
 }
 
 // isOwn reports whether an interface of the host has an address, or has it for the first of
@@ -103,10 +130,10 @@ func isOwn(addr netip.Addr) (bool, error) {
 	return false, nil
 }
 
-// routeType is the type of the route that the kernel would take (RTN_UNICAST, RTN_LOCAL,
-// ...), by RTM_GETROUTE of rtnetlink(7). The request is put together here, as the library
+// findRoute returns the type of the route that the kernel would take (RTN_UNICAST, RTN_LOCAL,
+// ...), and the index of the interface by which it leads out, by RTM_GETROUTE of rtnetlink(7). The request is put together here, as the library
 // itself can't ask with a protocol and ports.
-func routeType(protocol int, from, to netip.AddrPort) (uint8, error) {
+func findRoute(protocol int, from, to netip.AddrPort) (kind uint8, by uint32, err error) {
 	request := nl.NewNetlinkRequest(unix.RTM_GETROUTE, 0)
 	message := &nl.RtMsg{}
 	message.Family, message.Dst_len = unix.AF_INET, uint8(to.Addr().BitLen())
@@ -130,10 +157,20 @@ func routeType(protocol int, from, to netip.AddrPort) (uint8, error) {
 	addPort(unix.RTA_DPORT, to.Port())
 	answers, err := request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWROUTE)
 	if err != nil {
-		return 0, fmt.Errorf("ask for the route: %w", err)
+		return 0, 0, fmt.Errorf("ask for the route: %w", err)
 	}
+	notUnderstood := errors.New("ask for the route: the kernel's answer is not understood")
 	if len(answers) != 1 || len(answers[0]) < unix.SizeofRtMsg {
-		return 0, errors.New("ask for the route: the kernel's answer is not understood")
+		return 0, 0, notUnderstood
 	}
-	return nl.DeserializeRtMsg(answers[0]).Type, nil
+	attributes, err := nl.ParseRouteAttr(answers[0][unix.SizeofRtMsg:])
+	if err != nil {
+		return 0, 0, notUnderstood
+	}
+	for _, attribute := range attributes {
+		if attribute.Attr.Type == unix.RTA_OIF && len(attribute.Value) == 4 {
+			by = binary.NativeEndian.Uint32(attribute.Value)
+		}
+	}
+	return nl.DeserializeRtMsg(answers[0]).Type, by, nil
 }

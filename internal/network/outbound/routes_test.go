@@ -11,6 +11,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/nettest"
+	"github.com/smolvm/smolvm/internal/network/policytest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -149,6 +150,48 @@ func TestAddressBecomesHosts(t *testing.T) {
 	}
 }
 
+// Another VM that has a TAP interface is not reached by the sockets of this one's process, though
+// these are the host's, unless the policy names VMs and that one is open.
+func TestOtherVMByTAP(t *testing.T) {
+	if !nettest.InOwnNetworkWithIP(t) {
+		return
+	}
+	nettest.NewOutside(t)
+	err := nettest.RunIP(
+		"link add smol-ac100003 type bridge", "addr add 172.16.0.1/32 dev smol-ac100003", "link set smol-ac100003 up",
+		"route add 172.16.0.3/32 dev smol-ac100003 src 172.16.0.1",
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm := netip.MustParseAddrPort("172.16.0.3:80")
+	atVMs := policytest.PolicyOf(t, network.DefaultAllow, "allow @vms")
+	for _, test := range []struct {
+		what    string
+		policy  network.Policy
+		open    func(netip.Addr) bool
+		allowed bool
+	}{
+		{"without a policy", network.Policy{}, nil, false},
+		{"by its network", policytest.PolicyOf(t, network.DefaultDeny, "allow 172.16.0.0/16"), nil, false},
+		{"by its name, where guests don't reach others", atVMs, nil, false},
+		{"by its name, and not open", atVMs, func(netip.Addr) bool { return false }, false},
+		{"by its name, and open", atVMs, func(addr netip.Addr) bool { return addr == vm.Addr() }, true},
+	} {
+		config := testConfig()
+		config.MayReachVM, config.Egress = test.open, &network.Egress{Policy: test.policy}
+		o, err := New(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := network.Flow{Protocol: smolvm.TCP, To: vm}
+		if v, err := o.check(&f, netip.AddrPort{}); (err == nil && v.Allowed) != test.allowed {
+			t.Errorf("%s: %v, %v; want allowed: %t", test.what, v, err, test.allowed)
+		}
+		o.Close()
+	}
+}
+
 // Where the kernel tells nothing of its routes, its interfaces' addresses are closed, and
 // where it does not even tell these, everything is.
 func TestRoutesUnknown(t *testing.T) {
@@ -164,7 +207,7 @@ func TestRoutesUnknown(t *testing.T) {
 		"198.51.100.1": true, "198.51.100.7": true, "198.51.100.0": true, "198.51.100.255": true, "127.0.0.1": true,
 		"198.51.100.2": false, "203.0.113.1": false,
 	} {
-		err := routes.check(smolvm.TCP, netip.AddrPort{}, netip.AddrPortFrom(netip.MustParseAddr(addr), 1))
+		_, err := routes.check(smolvm.TCP, netip.AddrPort{}, netip.AddrPortFrom(netip.MustParseAddr(addr), 1))
 		if errors.Is(err, ErrRefused) != refused {
 			t.Errorf("%s: %v, want refused: %t", addr, err, refused)
 		}

@@ -2,7 +2,6 @@ package usernet
 
 import (
 	"context"
-	"errors"
 	"net"
 	"net/netip"
 	"testing"
@@ -77,9 +76,14 @@ type guest struct {
 // newGuest makes a guest with a static configuration.
 func newGuest(t testing.TB, n *Network) *guest {
 	t.Helper()
+	return newGuestMTU(t, n, defaultMTU)
+}
+
+func newGuestMTU(t testing.TB, n *Network, mtu uint32) *guest {
+	t.Helper()
 	config := testConfig()
 	link := &endpoint{
-		conn: linkConn(t, n), mtu: defaultMTU, mac: parseMAC(config.GuestMAC),
+		conn: linkConn(t, n), mtu: mtu, mac: parseMAC(config.GuestMAC),
 		admit: func(frame []byte) bool { return len(frame) > header.EthernetMinimumSize },
 	}
 	s, err := newStack(Config{Prefix: config.Prefix, Gateway: config.Guest}, link)
@@ -165,11 +169,4 @@ func listenHost(t testing.TB) net.Listener {
 	}
 	t.Cleanup(func() { _ = listener.Close() })
 	return listener
-}
-
-// isTimeout reports whether a deadline has passed; the stack's connections say it in
-// their own way.
-func isTimeout(err error) bool {
-	timeout, ok := errors.AsType[net.Error](err)
-	return ok && timeout.Timeout()
 }
