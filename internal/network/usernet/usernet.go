@@ -130,7 +130,7 @@ func (n *Network) Config() Config { return n.config }
 // hasIPv6 reports whether the host has a way out by IPv6: a route to some address of the
 // Internet. Nothing is sent.
 func hasIPv6() bool {
-	conn, err := net.Dial("udp6", net.JoinHostPort(somewhere6, "9"))
+	conn, err := new(net.Dialer).DialContext(context.Background(), "udp6", net.JoinHostPort(somewhere6, "9")) // does not wait
 	if err != nil {
 		return false
 	}
