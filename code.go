@@ -30,6 +30,7 @@ const (
 	CodePortInUse        Code = "port-in-use"
 	CodeNoRoom           Code = "no-room"
 	CodeOutputLimit      Code = "output-limit"
+	CodeFlowLogChanged   Code = "flow-log-changed"
 	CodeCopyIncomplete   Code = "copy-incomplete"
 	CodeCopyLimit        Code = "copy-limit"
 	CodeDatabaseTooNew   Code = "database-too-new"
@@ -74,6 +75,7 @@ func codes() []codeOf {
 		{CodePortInUse, ErrPortInUse},
 		{CodeNoRoom, ErrDiskBudget},
 		{CodeOutputLimit, ErrOutputLimit},
+		{CodeFlowLogChanged, ErrFlowLogChanged},
 		{CodeCopyIncomplete, ErrCopyIncomplete},
 		{CodeCopyLimit, ErrCopyLimit},
 		{CodeDatabaseTooNew, ErrDatabaseTooNew},

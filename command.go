@@ -84,6 +84,10 @@ type ExitStatus struct {
 	// Signal is the name of the signal that ended the command, as in "KILL";
 	// empty if it ended by itself.
 	Signal string `json:"signal,omitempty"`
+	// EgressRevision is that of the VM's egress policy when the command was begun; zero: the
+	// VM had none. Of a command that is begun while the policy is being changed it may be
+	// the revision before or after.
+	EgressRevision int64 `json:"egress_revision,omitempty"`
 }
 
 // Success reports whether the command ended by itself with exit status 0.

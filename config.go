@@ -156,10 +156,13 @@ type VMConfig struct {
 	// Drives are further disks; the guest sees them as /dev/vdb, /dev/vdc, ...
 	Drives []Drive `json:"drives,omitempty"`
 
+	// Network is how the VM is connected.
+	Network Network `json:"network,omitzero"`
 	// PortForwards are set up at every start. More can be added to a running VM.
 	PortForwards []PortForward `json:"port_forwards,omitempty"`
 	// SSHHostAddr is the host address on which the guest's SSH port is offered.
-	// Zero: 127.0.0.1. Use 0.0.0.0 to reach the VM from other hosts.
+	// Zero: 127.0.0.1. Use 0.0.0.0 to reach the VM from other hosts. There is no such port in
+	// network modes bridge and none.
 	SSHHostAddr netip.Addr `json:"ssh_host_addr,omitzero"`
 	// Egress is what the guest may reach. Nil: all but what is closed always. It can be changed
 	// while the VM runs; see [Egress].
@@ -321,7 +324,10 @@ func (c VMConfig) WithDefaults() VMConfig {
 	if c.DiskMode == "" {
 		c.DiskMode = DiskIsolated
 	}
-	if !c.SSHHostAddr.IsValid() {
+	if c.Network.Mode == "" {
+		c.Network.Mode = NetworkUser
+	}
+	if !c.SSHHostAddr.IsValid() && c.Network.Mode.Forwards() {
 		c.SSHHostAddr = loopback
 	}
 	if c.Hostname == "" {
@@ -428,6 +434,7 @@ func (c VMConfig) Validate() error {
 	c.validateBoot(&v)
 	c.validateDisks(&v)
 	c.validateGuest(&v)
+	c.validateNetwork(&v)
 	for i, f := range c.PortForwards {
 		field := fmt.Sprintf("port_forwards[%d]", i)
 		v.fields = append(v.fields, f.problems(field)...)

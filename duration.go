@@ -41,6 +41,7 @@ func encode(value any) ([]byte, error) {
 type (
 	plainConfig   VMConfig
 	plainEvent    Event
+	plainFlow     FlowRecord
 	plainForked   Forked
 	plainPhase    Phase
 	plainReport   StartReport
@@ -92,6 +93,27 @@ func (e *Event) UnmarshalJSON(text []byte) error {
 	}
 	*e = Event(j.plainEvent)
 	e.Duration = time.Duration(j.Duration)
+	return nil
+}
+
+type flowJSON struct {
+	plainFlow
+	Duration milliseconds `json:"duration_ms,omitempty"`
+}
+
+// MarshalJSON implements [json.Marshaler]; Duration is "duration_ms".
+func (r FlowRecord) MarshalJSON() ([]byte, error) {
+	return encode(flowJSON{plainFlow(r), milliseconds(r.Duration)})
+}
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (r *FlowRecord) UnmarshalJSON(text []byte) error {
+	var j flowJSON
+	if err := json.Unmarshal(text, &j); err != nil {
+		return err
+	}
+	*r = FlowRecord(j.plainFlow)
+	r.Duration = time.Duration(j.Duration)
 	return nil
 }
 

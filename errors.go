@@ -48,6 +48,8 @@ var (
 	ErrPortInUse = errors.New("host port is in use")
 	// ErrOutputLimit reports that a command wrote more than is kept of its output.
 	ErrOutputLimit = errors.New("too much output")
+	// ErrFlowLogChanged reports that a VM's flow log is not as it was written.
+	ErrFlowLogChanged = errors.New("flow log was changed")
 	// ErrDiskBudget reports that what VMs keep takes as much of the disk as it may, or
 	// that too little of the disk is free.
 	ErrDiskBudget = errors.New("no room on the disk")

@@ -12,6 +12,8 @@ type Pool struct {
 	MemoryMiB   int    `json:"memory_mib"`
 	DiskSizeMiB int64  `json:"disk_size_mib,omitempty"`
 	WarmUp      string `json:"warm_up,omitempty"`
+	// Network is as in [Template].
+	Network NetworkMode `json:"network"`
 }
 
 // PoolOptions say what VMs to keep ready, and how many. Zero values are those of
@@ -23,6 +25,7 @@ type PoolOptions struct {
 	MemoryMiB   int
 	DiskSizeMiB int64
 	WarmUp      string
+	Network     NetworkMode
 	// Progress is told how the building of a missing image goes on; it may be nil.
 	Progress func(Progress)
 }

@@ -15,6 +15,7 @@ type Service interface {
 	Files
 	Ports
 	Egress
+	Flows
 	Snapshots
 	Images
 	Templates
@@ -94,6 +95,16 @@ type Egress interface {
 	// TestEgress returns what a VM's policy says of a destination: NAME or ADDRESS, with or
 	// without :PORT and /PROTOCOL, NAME=ADDRESS for a name that leads there, or a URL.
 	TestEgress(ctx context.Context, id, destination string) (EgressVerdict, error)
+}
+
+// Flows tells what has passed between guests and the outside, and what was done in them.
+type Flows interface {
+	// Flows yields the records of a VM's flow log, the oldest first. An error is the last
+	// that it yields; one that matches [ErrFlowLogChanged] says that the log is not as it was
+	// written.
+	Flows(ctx context.Context, id string, opts FlowOptions) iter.Seq2[FlowRecord, error]
+	// LearnEgress returns the smallest policy that allows what a VM's flow log has.
+	LearnEgress(ctx context.Context, id string, opts LearnOptions) (LearnedEgress, error)
 }
 
 // Snapshots saves VMs and makes VMs of what was saved.

@@ -11,8 +11,11 @@ type Template struct {
 	MemoryMiB   int    `json:"memory_mib"`
 	DiskSizeMiB int64  `json:"disk_size_mib,omitempty"`
 	WarmUp      string `json:"warm_up,omitempty"`
-	Backend     string `json:"backend"`
-	Accelerator string `json:"accelerator"`
+	// Network is what guests of it are connected by: [NetworkUser], [NetworkNone], or
+	// [NetworkTAP], which [NetworkBridge] shares.
+	Network     NetworkMode `json:"network"`
+	Backend     string      `json:"backend"`
+	Accelerator string      `json:"accelerator"`
 	// Stale says that no VM will be cloned from it any more, as the VMM, the host or
 	// smolvm is another one since.
 	Stale bool `json:"stale,omitempty"`
@@ -30,6 +33,7 @@ type TemplateOptions struct {
 	MemoryMiB   int
 	DiskSizeMiB int64
 	WarmUp      string
+	Network     NetworkMode
 	// Force makes another one even if there is one.
 	Force bool
 	// Progress is told how the building of a missing image goes on; it may be nil.

@@ -217,6 +217,9 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	default:
 		hint = cmp.Or(hint, m.checkFormats(backend, *config, files, retained, bad))
 	}
+	if err := checkNetwork(*config); err != nil && len(invalid.Fields) == 0 {
+		return vmm.Traits{}, disk.Info{}, err
+	}
 	if config.Egress != nil {
 		if _, err := network.PolicyOf(*config.Egress); err != nil {
 			var wrong *smolvm.ValidationError
@@ -272,6 +275,14 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 			return store.VM{}, err
 		}
 	}
+	pool, err := m.poolFor(ctx, config)
+	if err != nil {
+		return store.VM{}, err
+	}
+	var lastLease int
+	if pool.IsValid() {
+		lastLease = network.LastLease(pool)
+	}
 	vm, err := m.store.CreateVM(ctx, store.NewVM{
 		Config:    config,
 		Image:     from.image,
@@ -283,6 +294,8 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 		MachineID: identity.NewMachineID(),
 		HostKey:   hostKey,
 		PortFree:  shim.PortFree,
+		Pool:      pool,
+		LastLease: lastLease,
 
 		EgressWithin: from.within,
 	})
@@ -294,7 +307,7 @@ func (m *Manager) reserve(ctx context.Context, config smolvm.VMConfig, backend v
 	case errors.Is(err, smolvm.ErrPortInUse):
 		return store.VM{}, &smolvm.NetworkError{ID: config.ID, Op: "reserve host port", Err: err}
 	}
-	return store.VM{}, fmt.Errorf("create %q: %w", config.ID, err)
+	return store.VM{}, fmt.Errorf("create %q: %w", config.ID, exhausted(pool, err))
 }
 
 // refuseRetained fails if there is a disk already where one is to be made over the disk of

@@ -61,6 +61,9 @@ func (m *Manager) SetEgress(ctx context.Context, id string, policy smolvm.Egress
 	fail := func(err error) (smolvm.EgressState, error) {
 		return smolvm.EgressState{}, &smolvm.NetworkError{ID: id, Op: "set the egress policy", Err: err}
 	}
+	if err := noPolicies(vm.Config.Network.Mode); err != nil {
+		return fail(err)
+	}
 	state, err := egressState(vm)
 	if err != nil {
 		return smolvm.EgressState{}, err

@@ -139,6 +139,7 @@ func (m *Manager) info(vm store.VM) smolvm.VMInfo {
 	// A VM that this build can't connect is shown without addresses; its start is refused.
 	at, _ := machine.Addresses(vm)
 	plan := at.Public()
+	plan.Bridge = vm.Config.Network.Bridge
 	plan.SSHHostAddr = vm.Config.SSHHostAddr
 	plan.SSHHostPort = vm.SSHPort
 	plan.PortForwards = vm.Forwards

@@ -16,6 +16,7 @@ const maxPool = 256
 func poolConfig(o smolvm.PoolOptions) smolvm.VMConfig {
 	return smolvm.VMConfig{
 		ID: smolvm.NewID(), Image: o.Image, VCPUs: o.VCPUs, MemoryMiB: o.MemoryMiB, DiskSizeMiB: o.DiskSizeMiB, WarmUp: o.WarmUp,
+		Network: kindOfNetwork(o.Network),
 	}.WithDefaults()
 }
 

@@ -30,8 +30,11 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 	fail := func(err error) (smolvm.PortForward, error) {
 		return forward, &smolvm.NetworkError{ID: id, Op: "forward " + forward.String(), Err: err}
 	}
+	if err := noForwards(vm); err != nil {
+		return fail(err)
+	}
 	// The row comes first: it keeps other VMs off the port.
-	forward, err = m.store.AddForward(ctx, id, forward, shim.PortFree)
+	forward, err = m.store.Ports().AddForward(ctx, id, forward, shim.PortFree)
 	if err != nil {
 		return fail(err)
 	}
@@ -39,7 +42,7 @@ func (m *Manager) AddPortForward(ctx context.Context, id string, forward smolvm.
 	if vm.State.Alive() {
 		_, err := shim.NewClient(m.runtimeDir(id)).AddForward(ctx, shim.ForwardOf(forward))
 		if err != nil {
-			_ = m.store.RemoveForward(context.WithoutCancel(ctx), id, forward.Protocol, forward.HostPort)
+			_ = m.store.Ports().RemoveForward(context.WithoutCancel(ctx), id, forward.Protocol, forward.HostPort)
 			return fail(err)
 		}
 		step.Reached(ctx, "port add/forwarded")
@@ -76,7 +79,7 @@ func (m *Manager) RemovePortForward(ctx context.Context, id string, forward smol
 		}
 		step.Reached(ctx, "port rm/ended")
 	}
-	if err := m.store.RemoveForward(ctx, id, forward.Protocol, forward.HostPort); err != nil {
+	if err := m.store.Ports().RemoveForward(ctx, id, forward.Protocol, forward.HostPort); err != nil {
 		return &smolvm.NetworkError{ID: id, Op: "remove port forward", Err: err}
 	}
 	step.Reached(ctx, "port rm/row")

@@ -37,7 +37,7 @@ func (m *Manager) Resize(ctx context.Context, id string, opts smolvm.ResizeOptio
 		return smolvm.VMInfo{}, err
 	}
 	format := disk.FormatOf(vm.DiskPath)
-	made := format != disk.Raw || !disk.Pristine(vm.DiskPath) // a raw one is made by the first start
+	made := format != disk.Raw || !disk.IsUnwritten(vm.DiskPath) // a raw one is made by the first start
 	info, err := m.diskInfo(ctx, vm, made)
 	if err != nil {
 		return smolvm.VMInfo{}, vmError("resize", id, err)

@@ -52,7 +52,7 @@ type snapshotMeta struct {
 
 // snapshotFormat is the highest number of what is kept with a snapshot that this program
 // knows; see package compat. Each snapshot has the lowest that it needs, see [snapshotMeta.needs].
-const snapshotFormat = withEgress
+const snapshotFormat = withNetwork
 
 // What a program must know of to restore a snapshot. Each number includes those before it.
 const (
@@ -63,11 +63,16 @@ const (
 	// withEgress is that of one of a VM with an egress policy: a program from before there were
 	// any would make a VM that may reach everything.
 	withEgress = 3
+	// withNetwork is that of one of a VM with another network than the usual one: a program from
+	// before would connect the guest by that.
+	withNetwork = 4
 )
 
 // needs returns the lowest number with which the snapshot is not taken for something else.
 func (meta snapshotMeta) needs() int {
 	switch {
+	case meta.Config.Network != (smolvm.Network{}) && meta.Config.Network != smolvm.Network{Mode: smolvm.NetworkUser}:
+		return withNetwork
 	case meta.Config.Egress != nil:
 		return withEgress
 	case meta.DiskFormat == disk.Raw:

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -14,6 +15,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/identity"
+	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
@@ -21,16 +23,40 @@ import (
 // SSH port. They check the guest's host key against the one that the VM was given, so no
 // client has to be told to trust blindly; the key of a guest with a kernel of its own is
 // learned at the first login. The port answers while the VM runs.
+//
+// The error matches [smolvm.ErrUnsupported] in network modes in which neither the guest's address
+// nor a port of the host leads to it.
 func (m *Manager) SSH(ctx context.Context, id string, opts smolvm.SSHOptions) (smolvm.SSHAccess, error) {
 	vm, err := m.lookup(ctx, id)
 	if err != nil {
 		return smolvm.SSHAccess{}, err
 	}
-	args, err := m.sshArgs(vm, opts, dialAddr(vm.Config.SSHHostAddr).String())
-	if err != nil {
+	fail := func(err error) (smolvm.SSHAccess, error) {
 		return smolvm.SSHAccess{}, fmt.Errorf("SSH arguments of VM %q: %w", id, err)
 	}
-	access := smolvm.SSHAccess{Args: args}
+	if opts.ProxyCommand != "" {
+		args, err := m.sshArgs(vm, opts)
+		if err != nil {
+			return fail(err)
+		}
+		return smolvm.SSHAccess{Args: append(args, "-o", "ProxyCommand="+opts.ProxyCommand, sshUser(opts)+"@"+hostKeyAlias(id))}, nil
+	}
+	if err := noForwards(vm); err != nil {
+		return fail(err)
+	}
+	at, err := machine.Addresses(vm)
+	if err != nil {
+		return fail(err)
+	}
+	args, err := m.sshArgs(vm, opts)
+	if err != nil {
+		return fail(err)
+	}
+	port := strconv.Itoa(vm.SSHPort)
+	access := smolvm.SSHAccess{Args: append(slices.Clone(args), "-p", port, sshUser(opts)+"@"+dialAddr(vm.Config.SSHHostAddr).String())}
+	if at.Mode == smolvm.NetworkTAP {
+		access.PrivateArgs = append(slices.Clone(args), sshUser(opts)+"@"+at.Guest.String())
+	}
 	if opts.PublicHost != "" {
 		// The key file and the known_hosts file are on this host, so what another
 		// host runs names neither, but for a key that the caller has named.
@@ -38,12 +64,13 @@ func (m *Manager) SSH(ctx context.Context, id string, opts smolvm.SSHOptions) (s
 		if opts.KeyPath != "" {
 			access.PublicArgs = append(access.PublicArgs, identityArgs(expandHome(opts.KeyPath))...)
 		}
-		access.PublicArgs = append(access.PublicArgs, "-p", strconv.Itoa(vm.SSHPort), sshUser(opts)+"@"+opts.PublicHost)
+		access.PublicArgs = append(access.PublicArgs, "-p", port, sshUser(opts)+"@"+opts.PublicHost)
 	}
 	return access, nil
 }
 
-func (m *Manager) sshArgs(vm store.VM, opts smolvm.SSHOptions, host string) ([]string, error) {
+// sshArgs returns the arguments of ssh but for where the VM is.
+func (m *Manager) sshArgs(vm store.VM, opts smolvm.SSHOptions) ([]string, error) {
 	key := expandHome(opts.KeyPath)
 	if key == "" {
 		if _, err := m.clientSigner(); err != nil { // makes the key, if need be
@@ -57,11 +84,10 @@ func (m *Manager) sshArgs(vm store.VM, opts smolvm.SSHOptions, host string) ([]s
 	if err != nil {
 		return nil, err
 	}
-	args = append(args,
+	return append(args,
 		"-o", "UserKnownHostsFile="+sshPath(knownHosts),
 		"-o", "HostKeyAlias="+hostKeyAlias(vm.ID),
-		"-o", "StrictHostKeyChecking="+checking)
-	return append(args, "-p", strconv.Itoa(vm.SSHPort), sshUser(opts)+"@"+host), nil
+		"-o", "StrictHostKeyChecking="+checking), nil
 }
 
 func sshUser(o smolvm.SSHOptions) string {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
@@ -99,10 +100,11 @@ func (m *Manager) Delete(ctx context.Context, id string, opts smolvm.DeleteOptio
 		}
 		return fmt.Errorf("delete VM %q: %w", id, err)
 	}
+	left := m.eraseNetwork(ctx, vm)
 	lock.remove()
 	m.dir.KeepReserve()
 	m.note(ctx, id, "delete", began, "")
-	return nil
+	return left
 }
 
 // deletionOf returns what a shim is told of the options of a deletion.
@@ -262,4 +264,16 @@ func (m *Manager) erase(ctx context.Context, vm store.VM) error {
 	m.forgetClient(vm.ID)
 	m.disown(vm.ID)
 	return m.site().Erase(ctx, vm, m.runtimeDir(vm.ID))
+}
+
+// eraseNetwork removes what a VM that is deleted has left on the host, if its shim could not.
+// Without the privileges the VM is deleted all the same, and the error says what is left.
+func (m *Manager) eraseNetwork(ctx context.Context, vm store.VM) error {
+	if !network.UsesTAP(vm.Config.Network.Mode) {
+		return nil
+	}
+	if err := m.collectNetwork(ctx, vm.ID); err != nil {
+		return fmt.Errorf("VM %q is deleted, but not all of its network: %w", vm.ID, err)
+	}
+	return nil
 }

@@ -5,6 +5,8 @@ import (
 	"fmt"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/machine"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/template"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -17,7 +19,7 @@ func (m *Manager) BuildTemplate(ctx context.Context, opts smolvm.TemplateOptions
 	}
 	config := smolvm.VMConfig{
 		ID: smolvm.NewID(), Image: opts.Image, VCPUs: opts.VCPUs, MemoryMiB: opts.MemoryMiB,
-		DiskSizeMiB: opts.DiskSizeMiB, WarmUp: opts.WarmUp,
+		DiskSizeMiB: opts.DiskSizeMiB, WarmUp: opts.WarmUp, Network: kindOfNetwork(opts.Network),
 	}.WithDefaults()
 	kind, err := m.kindOf(ctx, config, opts.Progress)
 	if err != nil {
@@ -44,6 +46,14 @@ func (m *Manager) BuildTemplate(ctx context.Context, opts smolvm.TemplateOptions
 	return m.templates.Info(found)
 }
 
+// kindOfNetwork returns the network of guests of a kind: what they have in common.
+func kindOfNetwork(mode smolvm.NetworkMode) smolvm.Network {
+	if mode == smolvm.NetworkBridge {
+		mode = smolvm.NetworkTAP
+	}
+	return smolvm.Network{Mode: mode}
+}
+
 // kindOf returns the kind of the template for VMs of a configuration. It makes their image if
 // that is missing, and is the default one.
 func (m *Manager) kindOf(ctx context.Context, config smolvm.VMConfig, progress func(smolvm.Progress)) (template.Kind, error) {
@@ -66,7 +76,12 @@ func (m *Manager) kindOf(ctx context.Context, config smolvm.VMConfig, progress f
 	if err != nil {
 		return template.Kind{}, err
 	}
+	at, err := network.Plan(config.Network.Mode, network.FirstIndex)
+	if err != nil {
+		return template.Kind{}, err
+	}
 	return m.templates.KindOf(config, image.Digest, backend.Name, vmm.Config{
+		NIC:         machine.NICOf(at),
 		Accelerator: accelerator, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB,
 		BootArgs: args, Drives: []vmm.Drive{{Format: backend.DiskFormats[0]}},
 	})

@@ -38,7 +38,7 @@ func Handshake(ctx context.Context, channel Channel, hello wire.Hello) (*Link, w
 	// Closing is what ends a blocked read or write.
 	stop := context.AfterFunc(ctx, func() { _ = channel.Close() })
 	var answer wire.Answer
-	hello.Protocol = wire.Protocol
+	hello.Protocol = hello.Needs()
 	err := wire.Write(channel, hello)
 	if err == nil {
 		answer, err = readAnswer(channel, false)

@@ -29,6 +29,9 @@ func (a *app) inspectCommand() *cobra.Command {
 					if err != nil {
 						return inspected{}, err
 					}
+					if !vm.Network.Mode.Forwards() { // there is no way for a client of its own
+						return inspected{VMInfo: vm}, nil
+					}
 					ssh, err := m.SSH(cmd.Context(), id, smolvm.SSHOptions{})
 					return inspected{vm, ssh}, err
 				}, func(vm inspected) error { return a.printJSON(vm) })

@@ -38,7 +38,7 @@ func (a *app) poolSetCommand() *cobra.Command {
 		if err != nil {
 			return usagef("%q is no number of VMs", args[0])
 		}
-		options := smolvm.PoolOptions{Size: size, VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp}
+		options := smolvm.PoolOptions{Size: size, VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp, Network: kind.network}
 		if len(args) > 1 {
 			options.Image = args[1]
 		}

@@ -57,7 +57,7 @@ func (a *app) rootCommand() *cobra.Command {
 	addTo(root, groupImage, a.imageCommand(), a.templateCommand(), a.poolCommand())
 	addTo(root, groupHost, a.doctorCommand(), a.eventsCommand(), a.reconcileCommand(),
 		a.versionCommand(), a.completionCommand())
-	root.AddCommand(a.manCommand())
+	root.AddCommand(a.manCommand(), a.sshProxyCommand())
 	return root
 }
 

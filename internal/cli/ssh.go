@@ -1,10 +1,16 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -16,7 +22,8 @@ const sshLong = `Log in to a VM with the ssh client of this host, or run a comma
 key is known, so ssh asks nothing and nobody can pose as the VM; the key of a VM with a
 kernel of its own is learned at the first login.
 
-Everything that ssh can do works; ` + "`smolvm shell`" + ` and ` + "`smolvm exec`" + ` need no ssh client.
+A VM without a port of the host that leads to it, in network modes bridge and none, is reached
+by the guest channel. Everything that ssh can do works; ` + "`smolvm shell`" + ` and ` + "`smolvm exec`" + ` need no ssh client.
 With --print the command line is only printed, to be used elsewhere.`
 
 func (a *app) sshCommand() *cobra.Command {
@@ -54,6 +61,13 @@ func (a *app) sshCommand() *cobra.Command {
 
 func (a *app) printSSH(cmd *cobra.Command, id string, options smolvm.SSHOptions) error {
 	return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+		vm, err := m.Get(cmd.Context(), id)
+		if err != nil {
+			return err
+		}
+		if options.ProxyCommand, err = a.proxyFor(vm); err != nil {
+			return err
+		}
 		access, err := m.SSH(cmd.Context(), id, options)
 		switch {
 		case err != nil:
@@ -79,7 +93,11 @@ func (a *app) execSSH(cmd *cobra.Command, id, user string, command []string) err
 			return &smolvm.Error{Op: "log in to", Kind: "VM", ID: id,
 				Err: fmt.Errorf("%w: it is %s; start it first", smolvm.ErrInvalidState, vm.State)}
 		}
-		access, err := m.SSH(cmd.Context(), id, smolvm.SSHOptions{User: user})
+		proxy, err := a.proxyFor(vm)
+		if err != nil {
+			return err
+		}
+		access, err := m.SSH(cmd.Context(), id, smolvm.SSHOptions{User: user, ProxyCommand: proxy})
 		argv = access.Args
 		return err
 	})
@@ -97,3 +115,69 @@ func (a *app) execSSH(cmd *cobra.Command, id, user string, command []string) err
 	}
 	return nil
 }
+
+// proxyCommand is the name of the command that connects its standard streams to a guest.
+const proxyCommand = "ssh-proxy"
+
+// proxyFor returns the command by which ssh reaches a VM that no port of the host leads to;
+// empty: there is one.
+func (a *app) proxyFor(vm smolvm.VMInfo) (string, error) {
+	if vm.Network.Mode.Forwards() {
+		return "", nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find this program, by which ssh is to reach the VM: %w", err)
+	}
+	words := []string{self}
+	for _, flag := range [][2]string{{"--data-dir", a.dataDir}, {"--socket-dir", a.socketDir}} {
+		if flag[1] == "" {
+			continue
+		}
+		path, err := filepath.Abs(flag[1])
+		if err != nil {
+			return "", err
+		}
+		words = append(words, flag[0], path)
+	}
+	words = append(words, proxyCommand, vm.ID)
+	for i, word := range words { // for the shell that ssh starts, and before that, for ssh
+		words[i] = "'" + strings.ReplaceAll(strings.ReplaceAll(word, "'", `'\''`), "%", "%%") + "'"
+	}
+	return strings.Join(words, " "), nil
+}
+
+// sshProxyCommand is what ssh runs; see [app.proxyFor].
+func (a *app) sshProxyCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    proxyCommand + " ID",
+		Short:  "Connect the standard streams to a VM's SSH",
+		Hidden: true,
+		Args:   withID,
+		RunE: a.does(func(cmd *cobra.Command, args []string) error {
+			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+				address := net.JoinHostPort("127.0.0.1", strconv.Itoa(sshPort))
+				conn, err := m.Dial(cmd.Context(), args[0], "tcp", address)
+				if err != nil {
+					return err
+				}
+				defer func() { _ = conn.Close() }()
+				stop := context.AfterFunc(cmd.Context(), func() { _ = conn.Close() })
+				defer stop()
+				go func() {
+					_, _ = io.Copy(conn, a.Stdin)
+					if half, ok := conn.(interface{ CloseWrite() error }); ok {
+						_ = half.CloseWrite()
+					}
+				}()
+				if _, err := io.Copy(a.Stdout, conn); err != nil && cmd.Context().Err() == nil {
+					return fmt.Errorf("connection to VM %q: %w", args[0], err)
+				}
+				return nil
+			})
+		}),
+	}
+}
+
+// sshPort is where a guest's SSH server listens.
+const sshPort = 22

@@ -58,6 +58,7 @@ type kindFlags struct {
 	vcpus, memory int
 	disk          int64
 	warmUp        string
+	network       smolvm.NetworkMode
 }
 
 func (f *kindFlags) register(cmd *cobra.Command) {
@@ -72,6 +73,8 @@ func (f *kindFlags) register(cmd *cobra.Command) {
 		f.disk, err = parseMebibytes(text)
 		return err
 	})
+	cmd.Flags().StringVar((*string)(&f.network), "network", "", "`MODE` of the network: user (default), tap (of bridges too) or none")
+	complete(cmd, "network", words(string(smolvm.NetworkUser), string(smolvm.NetworkTAP), string(smolvm.NetworkNone)))
 	warmUpFlag(cmd, &f.warmUp)
 	for _, name := range []string{"vcpus", "memory", "disk-size"} {
 		complete(cmd, name, words())
@@ -97,7 +100,7 @@ func (a *app) templateBuildCommand() *cobra.Command {
 	kind.register(cmd)
 	cmd.Flags().BoolVar(&force, "force", false, "make another one even if there is one")
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		options := smolvm.TemplateOptions{VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp, Force: force}
+		options := smolvm.TemplateOptions{VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp, Network: kind.network, Force: force}
 		if len(args) > 0 {
 			options.Image = args[0]
 		}

@@ -49,6 +49,8 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		config.PortForwards = append(config.PortForwards, forwards...)
 		return err
 	})
+	networkFlag(cmd, &config.Network)
+	rateFlag(cmd, &config.Network)
 	f.egress.register(cmd)
 	flags.FuncP("env", "e", "set a variable for all commands: `NAME[=VALUE]` (repeatable)", f.addEnv)
 	flags.FuncP("label", "l", "attach a label to find the VM by: `NAME[=VALUE]` (repeatable)", func(text string) error {

@@ -40,6 +40,7 @@ const (
 	keysName      = "keys"
 	locksName     = "locks"
 	cacheName     = "cache"
+	networksName  = "networks.json"
 )
 
 // Modes of what is made in the directory: nobody else may read guests' memory, disks and

@@ -50,6 +50,9 @@ func (l Layout) VM(id string) string { return l.path(vmsName, id) }
 // Console returns the path of the log of a VM's console.
 func (l Layout) Console(id string) string { return l.path(vmsName, id, "console.log") }
 
+// Flows returns the path of a VM's flow log.
+func (l Layout) Flows(id string) string { return l.path(vmsName, id, "flows.jsonl") }
+
 // Keys returns the directory of the keys.
 func (l Layout) Keys() string { return l.path(keysName) }
 
@@ -58,6 +61,12 @@ func (l Layout) Locks() string { return l.path(locksName) }
 
 // Lock returns the path of one lock.
 func (l Layout) Lock(name string) string { return l.path(locksName, name) }
+
+// Networks returns the path of what is kept of the networks of VMs beside their rows.
+func (l Layout) Networks() string { return l.path(networksName) }
+
+// NetworksLock returns the path of the lock of that file.
+func (l Layout) NetworksLock() string { return l.path(cacheName, "networks.lock") }
 
 // Cache returns the directory of files that can be made again.
 func (l Layout) Cache() string { return l.path(cacheName) }

@@ -237,8 +237,8 @@ func TestCopyOnFileSystems(t *testing.T) {
 				t.Errorf("the format of %q is %s", name, got)
 			}
 		}
-		if disk.Pristine(target) || !disk.Pristine(target[:len(target)-4]+"2.raw") {
-			t.Error("a raw disk is pristine if and only if it is not there")
+		if disk.IsUnwritten(target) || !disk.IsUnwritten(target[:len(target)-4]+"2.raw") {
+			t.Error("a raw disk is unwritten if and only if it is not there")
 		}
 	})
 }

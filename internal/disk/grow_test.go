@@ -29,7 +29,7 @@ func TestGrow(t *testing.T) {
 			t.Errorf("after %d: %+v, %v", test.size, info, err)
 		}
 	}
-	if !Pristine(path) {
+	if !IsUnwritten(path) {
 		t.Error("a disk that was grown holds something")
 	}
 	if err := Grow(base, QCOW2, 1<<30); err == nil || !strings.Contains(err.Error(), "no qcow2 disk") {

@@ -23,9 +23,15 @@ const firstWait, lastWait = 200 * time.Microsecond, 20 * time.Millisecond
 // Lock waits until nobody else holds the lock on file, which it then closes when it
 // fails or ctx is done. The lock lasts until the file is closed. Those who wait get it in no
 // certain order; see [Queue].
-func Lock(ctx context.Context, file *os.File) error {
+func Lock(ctx context.Context, file *os.File) error { return lock(ctx, file, unix.LOCK_EX) }
+
+// LockShared is [Lock], but for those who don't mind each other: it waits only for who holds
+// the lock alone, and who wants that waits for all of them.
+func LockShared(ctx context.Context, file *os.File) error { return lock(ctx, file, unix.LOCK_SH) }
+
+func lock(ctx context.Context, file *os.File, how int) error {
 	for wait := firstWait; ; wait = min(2*wait, lastWait) {
-		err := TryLock(file)
+		err := try(file, how)
 		if err == nil {
 			return nil
 		}
@@ -42,9 +48,11 @@ func Lock(ctx context.Context, file *os.File) error {
 }
 
 // TryLock takes the lock if it is free; otherwise it returns [ErrLocked].
-func TryLock(file *os.File) error {
+func TryLock(file *os.File) error { return try(file, unix.LOCK_EX) }
+
+func try(file *os.File, how int) error {
 	for {
-		err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(file.Fd()), how|unix.LOCK_NB)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue

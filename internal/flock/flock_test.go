@@ -136,3 +136,29 @@ func TestQueue(t *testing.T) {
 		t.Errorf("lines are left: %v", q.lines)
 	}
 }
+
+func TestLockShared(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	first, second, alone := open(t, path), open(t, path), open(t, path)
+	defer func() { _ = alone.Close() }()
+	if err := errors.Join(LockShared(t.Context(), first), LockShared(t.Context(), second)); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(first.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if err := TryLock(alone); !errors.Is(err, ErrLocked) {
+		t.Errorf("a lock that is shared can be taken alone: %v", err)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := Lock(t.Context(), alone); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := LockShared(ctx, open(t, path)); !errors.Is(err, context.Canceled) {
+		t.Errorf("a lock that is held alone can be shared: %v", err)
+	}
+}

@@ -54,12 +54,14 @@ func (g Guest) Hello(client ssh.PublicKey) (*wire.Hello, error) {
 
 // NetworkOf returns what a guest is told of a network that was planned.
 func NetworkOf(at network.Addresses) *wire.Network {
-	return &wire.Network{
-		MAC:     at.MAC,
-		Address: netip.PrefixFrom(at.Guest, at.Prefix.Bits()),
-		Gateway: at.Gateway,
-		DNS:     []netip.Addr{at.DNS},
+	told := &wire.Network{MAC: at.MAC, Gateway: at.Gateway, Gateway6: at.Gateway6, DHCP: at.Mode == network.Bridge}
+	if at.Guest.IsValid() {
+		told.Address, told.DNS = netip.PrefixFrom(at.Guest, at.Prefix.Bits()), []netip.Addr{at.DNS}
 	}
+	if at.Guest6.IsValid() {
+		told.Address6 = netip.PrefixFrom(at.Guest6, at.Prefix6.Bits())
+	}
+	return told
 }
 
 // Verify compares what a guest says of itself with what it was told, and returns the names of

@@ -1,12 +1,15 @@
 package machine
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -24,6 +27,40 @@ type Hardware struct {
 	// Nested reports whether the CPU has virtualization.
 	Nested bool        `json:"nested,omitempty"`
 	Drives []DriveKind `json:"drives"`
+	// NIC is what the network interface leads to, as that offers the guest other features.
+	NIC NICKind `json:"nic,omitempty"`
+}
+
+// NICKind is what a network interface leads to.
+type NICKind string
+
+// The kinds of network interfaces. The empty one is a socket, of the mode user.
+const (
+	NICTAP  NICKind = "tap"
+	NICNone NICKind = "none"
+)
+
+// Mode returns the first network mode of guests with such an interface.
+func (k NICKind) Mode() smolvm.NetworkMode {
+	return cmp.Or(smolvm.NetworkMode(k), smolvm.NetworkUser)
+}
+
+// NICOf returns the interface of a VM with addresses; nil: it has none.
+func NICOf(at network.Addresses) *vmm.NIC {
+	if at.Mode == smolvm.NetworkNone {
+		return nil
+	}
+	return &vmm.NIC{MAC: at.MAC, TAP: at.TAP}
+}
+
+func kindOfNIC(nic *vmm.NIC) NICKind {
+	switch {
+	case nic == nil:
+		return NICNone
+	case nic.TAP != "":
+		return NICTAP
+	}
+	return ""
 }
 
 // DriveKind is what the hardware of a drive is.
@@ -51,6 +88,7 @@ func (b *Builder) HardwareOf(backend string, config vmm.Config) (Hardware, error
 		VCPUs:       config.VCPUs,
 		MemoryMiB:   config.MemoryMiB,
 		Nested:      config.Nested,
+		NIC:         kindOfNIC(config.NIC),
 	}
 	for _, drive := range config.Drives {
 		h.Drives = append(h.Drives, DriveKind{drive.Format, drive.ReadOnly})
@@ -91,6 +129,7 @@ func (h Hardware) Difference(now Hardware) string {
 		{"number of CPUs", h.VCPUs, now.VCPUs},
 		{"memory in MiB", h.MemoryMiB, now.MemoryMiB},
 		{"virtualization for VMs of its own", h.Nested, now.Nested},
+		{"network interface", h.NIC.Mode(), now.NIC.Mode()},
 		{"disks", fmt.Sprintf("%+v", h.Drives), fmt.Sprintf("%+v", now.Drives)},
 	} {
 		if part.was != part.is {

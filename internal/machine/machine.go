@@ -33,11 +33,27 @@ type Builder struct {
 
 // Addresses returns what follows from a VM's lease, in the mode in which it is connected.
 func Addresses(vm store.VM) (network.Addresses, error) {
-	return network.Plan(smolvm.NetworkUser, vm.Lease)
+	pool := vm.Pool
+	if !pool.IsValid() { // it has no part in modes without addresses of a pool
+		pool = network.DefaultPool()
+	}
+	return network.PlanIn(pool, vm.Config.Network.Mode, vm.Lease)
 }
 
-// Config returns what the VMM of a VM is to run on an accelerator, but for the network. It is
-// an error if the VM has a disk that its backend can't use.
+// Network returns what the shim of a VM is told of its network, but for the egress policy; nil:
+// the VM has none.
+func Network(vm store.VM, at network.Addresses) *network.Config {
+	if at.Mode == smolvm.NetworkNone {
+		return nil
+	}
+	asked, config := vm.Config.Network, at.Config()
+	config.Bridge, config.OpenToVMs = asked.Bridge, asked.OpenToVMs
+	config.Rate = network.Rate{ToGuest: uint64(asked.ReceiveBitsPerSecond), FromGuest: uint64(asked.SendBitsPerSecond)}
+	return &config
+}
+
+// Config returns what the VMM of a VM is to run on an accelerator. Its network interface has no
+// link yet. It is an error if the VM has a disk that its backend can't use.
 func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {
 	config := vmm.Config{
 		ID:          vm.ID,
@@ -55,7 +71,11 @@ func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (
 		LogPath:     filepath.Join(b.Dir.VM(vm.ID), VMMLog),
 		WorkDir:     b.Dir.VM(vm.ID),
 	}
-	err := b.checkNested(vm, accelerator)
+	at, err := Addresses(vm)
+	if err == nil {
+		config.NIC = NICOf(at)
+		err = b.checkNested(vm, accelerator)
+	}
 	if err != nil {
 		return config, err
 	}

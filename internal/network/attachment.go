@@ -90,6 +90,14 @@ type Attachment interface {
 	Close() error
 }
 
+// Claimer is a network of a guest that stood by, which can become that of a VM. One that is not
+// is made that of another guest by [Attachment].SetGuestMAC.
+type Claimer interface {
+	// Claim makes it the network of a VM, as the configuration says. If it fails nothing of the
+	// network is left.
+	Claim(ctx context.Context, config Config, vm string) error
+}
+
 // Link is the host's end of a guest's interface. One of its fields is set.
 type Link struct {
 	// Socket is the VMM's end of a pair of datagram sockets, each datagram one Ethernet

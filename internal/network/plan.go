@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 
 	"github.com/smolvm/smolvm"
 )
@@ -29,14 +30,21 @@ const (
 	PlaceholderIndex = FirstIndex - 1
 )
 
-// Modes that take a privilege. Shims know them; no VM can be asked to have one yet.
+// Modes that take a privilege.
 const (
 	// TAP connects the guest by a TAP interface of the host, which routes for it.
-	TAP smolvm.NetworkMode = "tap"
+	TAP = smolvm.NetworkTAP
 	// Bridge connects the guest by a TAP interface to a bridge of the host's administrator,
 	// whose network gives it addresses.
-	Bridge smolvm.NetworkMode = "bridge"
+	Bridge = smolvm.NetworkBridge
 )
+
+// UsesTAP reports whether guests are connected by TAP interfaces of the host in a mode.
+func UsesTAP(mode smolvm.NetworkMode) bool { return mode == TAP || mode == Bridge }
+
+// HasPolicies reports whether guests can have an egress policy in a mode: its network is an
+// [EgressSetter].
+func HasPolicies(mode smolvm.NetworkMode) bool { return mode == smolvm.NetworkUser || mode == TAP }
 
 // DefaultPool returns the network that VMs on TAP interfaces have their addresses in if no
 // other is asked for.
@@ -86,7 +94,9 @@ func PlanIn(pool netip.Prefix, mode smolvm.NetworkMode, lease int) (Addresses, e
 		return none, fmt.Errorf("plan a network: lease %d is not one of %d to %d", lease, FirstIndex, LastIndex)
 	}
 	a := none
-	a.MAC = macOf(lease)
+	if mode != smolvm.NetworkNone {
+		a.MAC = macOf(lease)
+	}
 	if lease != PlaceholderIndex {
 		// The kernel keeps 0 to 2 for itself (VMADDR_CID_HYPERVISOR, _LOCAL and _HOST).
 		a.CID = uint32(lease) + 1
@@ -99,6 +109,7 @@ func PlanIn(pool netip.Prefix, mode smolvm.NetworkMode, lease int) (Addresses, e
 		a.Gateway = netip.AddrFrom4([4]byte{10, 0, 2, 2})
 		a.Prefix = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 2, 0}), 24)
 		a.DNS = a.Gateway
+	case smolvm.NetworkNone:
 	case TAP, Bridge:
 		if err := a.inPool(pool); err != nil {
 			return none, fmt.Errorf("plan a network: %w", err)
@@ -129,20 +140,24 @@ func CheckPool(pool netip.Prefix) error {
 	return nil
 }
 
+// LastLease returns the highest lease that has an address in a pool.
+func LastLease(pool netip.Prefix) int {
+	// The last address of a network is for broadcasts.
+	return min(1<<(32-pool.Bits())-2, LastIndex)
+}
+
 // inPool sets what follows from the lease in a pool.
 func (a *Addresses) inPool(pool netip.Prefix) error {
 	if err := CheckPool(pool); err != nil {
 		return err
 	}
-	// The last address of a network is for broadcasts.
-	if last := 1<<(32-pool.Bits()) - 2; a.Lease > last {
+	if last := LastLease(pool); a.Lease > last {
 		return fmt.Errorf("%w: lease %d has no address in %s, which has room for %d VMs", ErrPoolExhausted, a.Lease, pool, last-FirstIndex+1)
 	}
 	if a.Lease == PlaceholderIndex {
-		return fmt.Errorf("a guest of no VM has no address in the pool %s", pool)
+		return fmt.Errorf("a guest of no VM has no address in the pool %s; see Standby", pool)
 	}
 	addr := poolAddr(pool, a.Lease)
-	// 15 characters are what the kernel allows (IFNAMSIZ less the NUL).
 	a.TAP = fmt.Sprintf("%s%x", TAPPrefix, addr.As4())
 	if a.Mode == Bridge {
 		return nil
@@ -179,8 +194,31 @@ func macOf(lease int) string {
 // Public returns the addresses in the form in which users see them. What does not follow
 // from the lease, as the host's ports, is left empty.
 func (a Addresses) Public() smolvm.NetworkConfig {
-	return smolvm.NetworkConfig{Mode: a.Mode, GuestIP: a.Guest, Gateway: a.Gateway, Prefix: a.Prefix, GuestMAC: a.MAC}
+	return smolvm.NetworkConfig{
+		Mode: a.Mode, GuestIP: a.Guest, Gateway: a.Gateway, Prefix: a.Prefix,
+		GuestIP6: a.Guest6, Gateway6: a.Gateway6, GuestMAC: a.MAC, TAP: a.TAP,
+	}
 }
+
+// standbyPrefix is what the names of TAP interfaces begin with that no VM has yet. No address
+// of a pool begins with it.
+const standbyPrefix = TAPPrefix + "s"
+
+// Standby returns the configuration of the network of a guest that belongs to no VM yet, on a
+// TAP interface: the interface alone, which is down, by a name that follows from the random
+// name of a run.
+func Standby(run string) Config {
+	name := standbyPrefix + run
+	return Config{Mode: TAP, GuestMAC: macOf(PlaceholderIndex), TAP: name[:min(len(name), maxTAP)]}
+}
+
+// IsStandby reports whether a configuration is one of [Standby].
+func (c Config) IsStandby() bool {
+	return c.Mode == TAP && !c.Guest.IsValid() && strings.HasPrefix(c.TAP, standbyPrefix)
+}
+
+// maxTAP is how long the name of an interface may be (IFNAMSIZ less the NUL).
+const maxTAP = 15
 
 // Config returns what a VM's shim is told of its network.
 func (a Addresses) Config() Config {

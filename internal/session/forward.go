@@ -40,10 +40,16 @@ func boundPort(listener io.Closer) (uint16, bool) {
 	return 0, false
 }
 
-// AddForward binds the host port of a forward, and forwards it. It returns the forward with the
-// port that was bound.
-func (s *Session) AddForward(ctx context.Context, forward shim.Forward) (shim.Forward, error) {
-	if s.network == nil {
+// Forwards are a session's port forwards.
+type Forwards struct{ s *Session }
+
+// Forwards returns the port forwards.
+func (s *Session) Forwards() Forwards { return Forwards{s} }
+
+// Add binds the host port of a forward, and forwards it. It returns the forward with the port
+// that was bound.
+func (f Forwards) Add(ctx context.Context, forward shim.Forward) (shim.Forward, error) {
+	if f.s.network == nil {
 		return forward, fmt.Errorf("forward a port: %w: the VM has no network", smolvm.ErrUnsupported)
 	}
 	listener, err := forward.Listen(ctx)
@@ -53,12 +59,13 @@ func (s *Session) AddForward(ctx context.Context, forward shim.Forward) (shim.Fo
 	if port, ok := boundPort(listener); ok {
 		forward.Host = netip.AddrPortFrom(forward.Host.Addr(), port)
 	}
-	return forward, s.Forward(forward, listener)
+	return forward, f.Serve(forward, listener)
 }
 
-// Forward forwards what comes to a listener on the host port of a forward. The listener is the
+// Serve forwards what comes to a listener on the host port of a forward. The listener is the
 // session's from then on.
-func (s *Session) Forward(forward shim.Forward, listener io.Closer) error {
+func (f Forwards) Serve(forward shim.Forward, listener io.Closer) error {
+	s := f.s
 	if s.network == nil {
 		return errors.Join(errors.New("a VM without a network can't have port forwards"), listener.Close())
 	}
@@ -77,8 +84,9 @@ func (s *Session) allForwards() []shim.Forward {
 	})
 }
 
-// RemoveForward ends a forward, with its connections. The error matches [smolvm.ErrNotFound].
-func (s *Session) RemoveForward(removed shim.Forward) error {
+// Remove ends a forward, with its connections. The error matches [smolvm.ErrNotFound].
+func (f Forwards) Remove(removed shim.Forward) error {
+	s := f.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for forward, closer := range s.forwards {

@@ -45,11 +45,11 @@ func newTest(attached network.Attachment) *Session {
 // Forwards are those of whichever network the VM has, each under its host port and protocol.
 func TestForwardsOfAnyNetwork(t *testing.T) {
 	s, anyPort := newTest(fakeAttachment{}), netip.MustParseAddrPort("127.0.0.1:0")
-	added, err := s.AddForward(t.Context(), shim.Forward{Host: anyPort, GuestPort: 80})
+	added, err := s.Forwards().Add(t.Context(), shim.Forward{Host: anyPort, GuestPort: 80})
 	if err != nil {
 		t.Fatal(err)
 	}
-	sameUDP, err := s.AddForward(t.Context(), shim.Forward{Host: added.Host, GuestPort: 53, Protocol: smolvm.UDP})
+	sameUDP, err := s.Forwards().Add(t.Context(), shim.Forward{Host: added.Host, GuestPort: 53, Protocol: smolvm.UDP})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,14 +62,14 @@ func TestForwardsOfAnyNetwork(t *testing.T) {
 		t.Errorf("the guest says %q, %v", said, err)
 	}
 	for _, forward := range []shim.Forward{added, sameUDP} {
-		if err := s.RemoveForward(forward); err != nil {
+		if err := s.Forwards().Remove(forward); err != nil {
 			t.Errorf("remove %+v: %v", forward, err)
 		}
-		if err := s.RemoveForward(forward); !errors.Is(err, smolvm.ErrNotFound) {
+		if err := s.Forwards().Remove(forward); !errors.Is(err, smolvm.ErrNotFound) {
 			t.Errorf("remove %+v again: %v", forward, err)
 		}
 	}
-	if _, err := newTest(nil).AddForward(t.Context(), shim.Forward{Host: anyPort, GuestPort: 80}); !errors.Is(err, smolvm.ErrUnsupported) {
+	if _, err := newTest(nil).Forwards().Add(t.Context(), shim.Forward{Host: anyPort, GuestPort: 80}); !errors.Is(err, smolvm.ErrUnsupported) {
 		t.Errorf("a forward to a VM without a network: %v", err)
 	}
 }

@@ -5,11 +5,13 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"time"
 
 	"github.com/smolvm/smolvm/internal/agent"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/stream"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -279,15 +281,22 @@ func (s *Session) greetOnce(ctx context.Context, channel *vmm.Channel, hello wir
 	return agent.Handshake(ctx, *channel, hello)
 }
 
+// configured is a network that may have come out as less than it was to be: without IPv6, if
+// the host has none.
+type configured interface{ Config() network.Config }
+
 // hello is what the guest is told now of who it is.
 func (s *Session) hello() wire.Hello {
 	hello := *s.spec.Hello
 	hello.Seed = make([]byte, seedSize)
 	_, _ = rand.Read(hello.Seed) // never fails: crypto/rand ends the program instead
 	if hello.Network != nil && s.network != nil {
-		network := *hello.Network
-		network.Search = s.network.Search()
-		hello.Network = &network
+		told := *hello.Network
+		told.Search = s.network.Search()
+		if made, ok := s.network.(configured); ok && !made.Config().Guest6.IsValid() {
+			told.Address6, told.Gateway6 = netip.Prefix{}, netip.Addr{}
+		}
+		hello.Network = &told
 	}
 	return hello
 }

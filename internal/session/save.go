@@ -128,7 +128,7 @@ func (s *Session) Save(ctx context.Context, save *shim.Save) (result shim.Saved,
 	if err != nil || goOnErr != nil {
 		return result, errors.Join(err, goOnErr, os.Remove(save.Memory), os.Remove(save.State))
 	}
-	s.log.Info("the guest was saved", "held", result.Pause, "reread", saved.Reread, "mended", saved.Mended, "early", saved.Early)
+	s.log.Info("the guest was saved", "held", result.Pause, "reread", saved.Reread, "stale", saved.Stale, "early", saved.Early)
 	return result, nil
 }
 

@@ -118,6 +118,7 @@ func (s *Session) console() string {
 // booted again, once, after a time in which any other boot is done.
 func (s *Session) Boot(ctx context.Context) error {
 	if patience := s.spec.ReadyTimeout / silentFraction; s.mayBeSilent() {
+		before := len(s.timeline)
 		attempt, cancel := context.WithTimeoutCause(ctx, patience, errSilent)
 		err := s.attempt(attempt)
 		cancel()
@@ -126,7 +127,7 @@ func (s *Session) Boot(ctx context.Context) error {
 		}
 		s.kill()
 		s.line.reset()
-		s.instance, s.timeline = nil, s.timeline[:1]
+		s.instance, s.timeline = nil, s.timeline[:before]
 		s.warn(fmt.Sprintf("the guest said nothing for %s and was booted again", patience))
 	}
 	return s.attempt(ctx)
@@ -134,7 +135,7 @@ func (s *Session) Boot(ctx context.Context) error {
 
 // mayBeSilent reports whether the VM is of the kind that Boot speaks of.
 func (s *Session) mayBeSilent() bool {
-	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Hello != nil && s.network != nil
+	return s.spec.VMM.Accelerator == vmm.TCG && s.spec.VMM.Restore == nil && s.spec.Hello != nil
 }
 
 func (s *Session) attempt(ctx context.Context) error {
@@ -150,7 +151,7 @@ func (s *Session) Reconnect() error {
 	if s.spec.Network == nil || s.network == nil {
 		return nil
 	}
-	if err := s.network.SetGuestMAC(s.spec.Network.GuestMAC); err != nil {
+	if err := s.claimNetwork(); err != nil {
 		return err
 	}
 	if egress := s.spec.Network.Egress; egress != nil {
@@ -159,6 +160,26 @@ func (s *Session) Reconnect() error {
 		}
 	}
 	s.step(stepNetwork)
+	return nil
+}
+
+// claimTime is far more than others who change networks before need.
+const claimTime = 30 * time.Second
+
+// claimNetwork makes the network that stood by that of the VM.
+func (s *Session) claimNetwork() error {
+	claimer, ok := s.network.(network.Claimer)
+	if !ok {
+		return s.network.SetGuestMAC(s.spec.Network.GuestMAC)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), claimTime)
+	defer cancel()
+	if err := claimer.Claim(ctx, *s.spec.Network, s.spec.ID); err != nil {
+		return err
+	}
+	if problem, ok := s.network.(interface{ Problem() error }); ok && problem.Problem() != nil {
+		s.warn(problem.Problem().Error())
+	}
 	return nil
 }
 
@@ -253,7 +274,9 @@ func (s *Session) kill() {
 func (s *Session) Close() {
 	s.kill()
 	if s.network != nil {
-		_ = s.network.Close()
+		if err := s.network.Close(); err != nil {
+			s.log.Error("remove the VM's network", "error", err)
+		}
 	}
 }
 

@@ -2,26 +2,38 @@ package shim
 
 import (
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // Placeholder completes the spec of a VM that nobody has asked for yet: with a network and an
-// identity that no other VM has, and that nobody can log in by.
-func Placeholder(spec Spec) (Spec, error) {
-	at, err := network.Plan(smolvm.NetworkUser, network.PlaceholderIndex)
-	if err != nil {
-		return spec, err
-	}
-	hello, err := identity.Placeholder(identity.NetworkOf(at))
-	if err != nil {
-		return spec, err
-	}
+// identity that no other VM has, and that nobody can log in by. Mode is the network's; on a TAP
+// interface there is that alone, and no way for the guest to anywhere.
+func Placeholder(spec Spec, mode smolvm.NetworkMode) (Spec, error) {
 	spec.ID, spec.Run = spec.VMM.ID, NewRun()
-	spec.VMM.NIC = &vmm.NIC{MAC: at.MAC}
-	attached := at.Config()
-	spec.Network = &attached
+	var told *wire.Network
+	switch mode {
+	case smolvm.NetworkNone:
+		told = &wire.Network{}
+	case smolvm.NetworkTAP, smolvm.NetworkBridge:
+		attached := network.Standby(spec.Run)
+		spec.Network, spec.VMM.NIC = &attached, &vmm.NIC{MAC: attached.GuestMAC, TAP: attached.TAP}
+		told = &wire.Network{MAC: attached.GuestMAC}
+	default:
+		at, err := network.Plan(mode, network.PlaceholderIndex)
+		if err != nil {
+			return spec, err
+		}
+		attached := at.Config()
+		spec.Network, spec.VMM.NIC = &attached, &vmm.NIC{MAC: at.MAC}
+		told = identity.NetworkOf(at)
+	}
+	hello, err := identity.Placeholder(told)
+	if err != nil {
+		return spec, err
+	}
 	spec.Hello = &hello
 	spec.Ready = smolvm.ReadyAgent
 	return spec, nil

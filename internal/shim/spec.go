@@ -65,10 +65,12 @@ type Spec struct {
 // protocol returns the number that an order is sent with: its own, or the lowest with which
 // no shim misunderstands it.
 func (s Spec) protocol() int {
-	const withMode, withEgress = 2, 3
+	const withMode, withEgress, withRate = 2, 3, 4
 	switch {
 	case s.Network == nil:
 		return cmp.Or(s.Protocol, Protocol)
+	case s.Network.UsedMode() == smolvm.NetworkUser && s.Network.Rate != (network.Rate{}):
+		return cmp.Or(s.Protocol, withRate)
 	case s.Network.Egress != nil:
 		return cmp.Or(s.Protocol, withEgress)
 	case s.Network.UsedMode() != smolvm.NetworkUser:

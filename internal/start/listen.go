@@ -22,6 +22,9 @@ type boundForward struct {
 // has taken it since it was reserved; a port that the user named is an error then.
 func (s *Starter) bind(ctx context.Context, vm *store.VM) ([]boundForward, error) {
 	var bound []boundForward
+	if vm.SSHPort == 0 { // its network mode has no forwards
+		return nil, nil
+	}
 	sshListener, err := s.bindSSH(ctx, vm)
 	if err != nil {
 		return nil, err
@@ -49,7 +52,7 @@ func (s *Starter) bindSSH(ctx context.Context, vm *store.VM) (io.Closer, error) 
 	}
 	// The port that is found free stays bound from that moment on, so no other
 	// program can take it before it is ours in the database as well.
-	port, err := s.Store.MoveSSHPort(ctx, vm.ID, func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
+	port, err := s.Store.Ports().MoveSSH(ctx, vm.ID, func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
 		candidate, err := shim.SSHForward(addr, port).Listen(ctx)
 		if err != nil {
 			return false

@@ -22,7 +22,6 @@ import (
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
 	"github.com/smolvm/smolvm/internal/template"
-	"github.com/smolvm/smolvm/internal/vmm"
 )
 
 // run is one start of a VM.
@@ -93,7 +92,7 @@ func (r *run) prepare(ctx context.Context) error {
 	if err := r.Machines.EnsureDisk(ctx, r.vm); err != nil {
 		return err
 	}
-	if disk.FormatOf(r.vm.DiskPath) == disk.Raw && disk.Pristine(r.vm.DiskPath) {
+	if disk.FormatOf(r.vm.DiskPath) == disk.Raw && disk.IsUnwritten(r.vm.DiskPath) {
 		r.makesDisk, r.diskTouched = true, true
 	}
 	step.Reached(ctx, "start/disk")
@@ -136,17 +135,18 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	if err != nil {
 		return shim.LaunchOptions{}, err
 	}
-	runs.NIC = &vmm.NIC{MAC: at.MAC}
-	attached := at.Config()
-	if attached.Egress, err = egressOf(vm); err != nil {
-		return shim.LaunchOptions{}, err
+	attached := machine.Network(vm, at)
+	if attached != nil {
+		if attached.Egress, err = egressOf(vm); err != nil {
+			return shim.LaunchOptions{}, err
+		}
 	}
 	spec := shim.Spec{
 		ID:           vm.ID,
 		Run:          shim.NewRun(),
 		Backend:      vm.Backend,
 		VMM:          runs,
-		Network:      &attached,
+		Network:      attached,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,
@@ -218,6 +218,7 @@ func (r *run) prepareNext() {
 		config := r.vm.Config
 		err = r.Background.BuildTemplate(r.kind, smolvm.VMConfig{
 			Image: config.Image, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+			Network: smolvm.Network{Mode: r.kind.Hardware.NIC.Mode()},
 		}, r.kindLock)
 	}
 	if err != nil {

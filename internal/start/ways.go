@@ -54,7 +54,7 @@ func (r *run) ways() []way {
 func (r *run) isCloneable() bool {
 	vm := r.vm
 	if r.plan.From != nil || r.plan.Options.Cold || r.OnlyBoot || vm.State != smolvm.StateCreated || !vm.Config.UsesImage() ||
-		vm.Layer != "" || !disk.Pristine(vm.DiskPath) {
+		vm.Layer != "" || !disk.IsUnwritten(vm.DiskPath) {
 		return false
 	}
 	var err error
@@ -252,7 +252,7 @@ func (w *restoring) next(ctx context.Context) (*attempt, error) {
 func (w *restoring) launchOrders(ctx context.Context) (shim.LaunchOptions, error) {
 	launch := w.launch
 	// The disk of a VM that is just being restored is what it is to be.
-	made := !w.diskTouched && w.vm.State == smolvm.StateCreated && w.vm.Layer == w.from.Base && disk.Pristine(w.vm.DiskPath)
+	made := !w.diskTouched && w.vm.State == smolvm.StateCreated && w.vm.Layer == w.from.Base && disk.IsUnwritten(w.vm.DiskPath)
 	w.diskTouched = true
 	if !made {
 		if err := w.Machines.Rebase(ctx, w.vm, w.from.Base, disk.FormatOf(w.from.Base)); err != nil {

@@ -101,3 +101,21 @@ func (a address) Scan(value any) (err error) {
 	}
 	return err
 }
+
+// prefix is a network as text.
+type prefix struct{ field *netip.Prefix }
+
+func (p prefix) Value() (driver.Value, error) {
+	if !p.field.IsValid() {
+		return nil, nil
+	}
+	return p.field.String(), nil
+}
+
+func (p prefix) Scan(value any) (err error) {
+	*p.field = netip.Prefix{}
+	if s, _ := value.(string); s != "" {
+		*p.field, err = netip.ParsePrefix(s)
+	}
+	return err
+}

@@ -23,13 +23,19 @@ const (
 	kindForward = "forward"
 )
 
-// MoveSSHPort gives a VM the lowest free port for SSH in place of the one it has,
+// Ports are the records of the VMs' host ports.
+type Ports struct{ s *Store }
+
+// Ports returns the records of the VMs' host ports.
+func (s *Store) Ports() Ports { return Ports{s} }
+
+// MoveSSH gives a VM the lowest free port for SSH in place of the one it has,
 // which another program has taken, and returns the new one. Free is not asked again
 // once it has accepted a port, so it may bind it. The error matches
 // [smolvm.ErrVMNotFound] or [ErrNoneFree].
-func (s *Store) MoveSSHPort(ctx context.Context, id string, free PortFree) (int, error) {
+func (p Ports) MoveSSH(ctx context.Context, id string, free PortFree) (int, error) {
 	var port int
-	err := s.update(ctx, func(tx *sql.Tx) error {
+	err := p.s.update(ctx, func(tx *sql.Tx) error {
 		var seq int64
 		var addr netip.Addr
 		err := tx.QueryRowContext(ctx, `SELECT ports.seq, host_addr FROM vms JOIN ports ON vm = vms.seq
@@ -40,7 +46,7 @@ func (s *Store) MoveSSHPort(ctx context.Context, id string, free PortFree) (int,
 		if err != nil {
 			return err
 		}
-		if port, err = s.choosePort(ctx, tx, smolvm.TCP, addr, free); err != nil {
+		if port, err = p.s.choosePort(ctx, tx, smolvm.TCP, addr, free); err != nil {
 			return err
 		}
 		_, err = tx.ExecContext(ctx, "UPDATE ports SET host_port = ? WHERE seq = ?", port, seq)
@@ -52,14 +58,14 @@ func (s *Store) MoveSSHPort(ctx context.Context, id string, free PortFree) (int,
 // AddForward adds a port forward to a VM, and returns it with the host port that was
 // chosen if the forward leaves that open. The error matches [smolvm.ErrVMNotFound],
 // [smolvm.ErrPortInUse] if a VM has the host port, or [ErrNoneFree].
-func (s *Store) AddForward(ctx context.Context, id string, forward smolvm.PortForward, free PortFree) (smolvm.PortForward, error) {
-	err := s.update(ctx, func(tx *sql.Tx) error {
+func (p Ports) AddForward(ctx context.Context, id string, forward smolvm.PortForward, free PortFree) (smolvm.PortForward, error) {
+	err := p.s.update(ctx, func(tx *sql.Tx) error {
 		vm, err := seqOf(ctx, tx, id)
 		if err != nil {
 			return err
 		}
 		if forward.HostPort == 0 {
-			port, err := s.choosePort(ctx, tx, forward.Protocol, forward.HostAddr, free)
+			port, err := p.s.choosePort(ctx, tx, forward.Protocol, forward.HostAddr, free)
 			if err != nil {
 				return err
 			}
@@ -72,8 +78,8 @@ func (s *Store) AddForward(ctx context.Context, id string, forward smolvm.PortFo
 
 // RemoveForward removes the port forward of a host port from a VM. The error matches
 // [smolvm.ErrNotFound] if the VM has none.
-func (s *Store) RemoveForward(ctx context.Context, id string, protocol smolvm.Protocol, hostPort int) error {
-	return s.update(ctx, func(tx *sql.Tx) error {
+func (p Ports) RemoveForward(ctx context.Context, id string, protocol smolvm.Protocol, hostPort int) error {
+	return p.s.update(ctx, func(tx *sql.Tx) error {
 		result, err := tx.ExecContext(ctx,
 			"DELETE FROM ports WHERE protocol = ? AND host_port = ? AND kind = ? AND vm = (SELECT seq FROM vms WHERE id = ?)",
 			text[smolvm.Protocol]{&protocol}, hostPort, kindForward, id)

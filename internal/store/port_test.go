@@ -85,7 +85,7 @@ func TestForwards(t *testing.T) {
 		t.Fatalf("SSH port %d, forwards (-want +got):\n%s", vm.SSHPort, diff)
 	}
 	for _, f := range []smolvm.PortForward{forward(9000, 3), forward(80, 4), forward(0, 5)} {
-		added, err := s.AddForward(t.Context(), "web", f, except(2203))
+		added, err := s.Ports().AddForward(t.Context(), "web", f, except(2203))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -97,7 +97,7 @@ func TestForwards(t *testing.T) {
 		}
 		want = append(want, f)
 	}
-	if err := s.RemoveForward(t.Context(), "web", smolvm.TCP, 2201); err != nil {
+	if err := s.Ports().RemoveForward(t.Context(), "web", smolvm.TCP, 2201); err != nil {
 		t.Fatal(err)
 	}
 	want = slices.Delete(want, 1, 2)
@@ -113,7 +113,7 @@ func TestForwards(t *testing.T) {
 		t.Errorf("the configuration changed (-want +got):\n%s", diff)
 	}
 	for _, port := range []int{vm.SSHPort, 2201, 1} {
-		if err := s.RemoveForward(t.Context(), "web", smolvm.TCP, port); !errors.Is(err, smolvm.ErrNotFound) {
+		if err := s.Ports().RemoveForward(t.Context(), "web", smolvm.TCP, port); !errors.Is(err, smolvm.ErrNotFound) {
 			t.Errorf("remove forward of port %d: error = %v, want ErrNotFound", port, err)
 		}
 	}
@@ -137,15 +137,15 @@ func TestPortInUse(t *testing.T) {
 		n.Config.PortForwards = []smolvm.PortForward{forward(9999, 1), forward(port, 80)}
 		_, err := s.CreateVM(t.Context(), n)
 		check(fmt.Sprintf("create with port %d", port), err, "owner")
-		_, err = s.AddForward(t.Context(), "other", forward(port, 80), nil)
+		_, err = s.Ports().AddForward(t.Context(), "other", forward(port, 80), nil)
 		check(fmt.Sprintf("add port %d", port), err, "owner")
 	}
-	_, err := s.AddForward(t.Context(), "owner", forward(8080, 81), nil)
+	_, err := s.Ports().AddForward(t.Context(), "owner", forward(8080, 81), nil)
 	check("add its own port", err, "owner")
 	if _, err := s.GetVM(t.Context(), "late"); !errors.Is(err, smolvm.ErrVMNotFound) {
 		t.Errorf("VM that could not be created: error = %v, want ErrVMNotFound", err)
 	}
-	if _, err := s.AddForward(t.Context(), "other", forward(9999, 1), nil); err != nil {
+	if _, err := s.Ports().AddForward(t.Context(), "other", forward(9999, 1), nil); err != nil {
 		t.Errorf("a port of the VM that could not be created is still taken: %v", err)
 	}
 }
@@ -159,7 +159,7 @@ func TestMoveSSHPort(t *testing.T) {
 	n.Config.PortForwards = []smolvm.PortForward{forward(2203, 80)}
 	mustCreate(t, s, n)
 	var asked []int
-	port, err := s.MoveSSHPort(t.Context(), "a", func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
+	port, err := s.Ports().MoveSSH(t.Context(), "a", func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
 		if addr != loopback {
 			t.Errorf("asked about address %s, want %s", addr, loopback)
 		}
@@ -190,8 +190,8 @@ func TestNoneFree(t *testing.T) {
 	}
 	_, leaseErr := leases.CreateVM(t.Context(), newVM("c"))
 	_, portErr := ports.CreateVM(t.Context(), newVM("c"))
-	_, forwardErr := ports.AddForward(t.Context(), "a", forward(0, 80), nil)
-	_, moveErr := ports.MoveSSHPort(t.Context(), "a", nil)
+	_, forwardErr := ports.Ports().AddForward(t.Context(), "a", forward(0, 80), nil)
+	_, moveErr := ports.Ports().MoveSSH(t.Context(), "a", nil)
 	for text, err := range map[string]error{"all leases from 2 to 3": leaseErr, "all host ports from 2200 to 2201": portErr} {
 		if !errors.Is(err, ErrNoneFree) || !strings.Contains(err.Error(), text) {
 			t.Errorf("error = %v, want ErrNoneFree with %q", err, text)
@@ -203,7 +203,7 @@ func TestNoneFree(t *testing.T) {
 		}
 	}
 	// Ports that are asked for by number need not be in the range.
-	if _, err := ports.AddForward(t.Context(), "a", forward(80, 80), nil); err != nil {
+	if _, err := ports.Ports().AddForward(t.Context(), "a", forward(80, 80), nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -299,13 +299,13 @@ func TestPortsOfBothProtocols(t *testing.T) {
 		t.Errorf("SSH port %d, forwards (-want +got):\n%s", vm.SSHPort, diff)
 	}
 	mustCreate(t, s, newVM("other"))
-	if _, err := s.AddForward(t.Context(), "other", udp(8080), nil); !errors.Is(err, smolvm.ErrPortInUse) {
+	if _, err := s.Ports().AddForward(t.Context(), "other", udp(8080), nil); !errors.Is(err, smolvm.ErrPortInUse) {
 		t.Errorf("add a port of another VM: error = %v, want ErrPortInUse", err)
 	}
-	if err := s.RemoveForward(t.Context(), "web", smolvm.TCP, 2200); !errors.Is(err, smolvm.ErrNotFound) {
+	if err := s.Ports().RemoveForward(t.Context(), "web", smolvm.TCP, 2200); !errors.Is(err, smolvm.ErrNotFound) {
 		t.Errorf("remove the forward of SSH: error = %v, want ErrNotFound", err)
 	}
-	if err := s.RemoveForward(t.Context(), "web", smolvm.UDP, 8080); err != nil {
+	if err := s.Ports().RemoveForward(t.Context(), "web", smolvm.UDP, 8080); err != nil {
 		t.Error(err)
 	}
 	if diff := cmp.Diff(slices.Delete(want, 1, 2), mustGet(t, s, "web").Forwards, equalAddrs); diff != "" {

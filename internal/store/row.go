@@ -21,7 +21,7 @@ import (
 const vmColumns = `seq, id, state, vcpus, memory_mib, image_name, options,
 	lease, image, backend, disk_path, layer, log_path, machine_id, host_key, created_at,
 	run, pid, pid_start, shim_pid, shim_start, boot_id, accelerator, cause, started_at, stopped_at,
-	egress_revision, egress_within`
+	egress_revision, egress_within, pool`
 
 // row is a row of table vms.
 type row struct {
@@ -45,7 +45,7 @@ func (r *row) fields() []any {
 		number[uint64]{&r.ShimStart}, text[string]{&r.BootID}, text[string]{&r.Accelerator}, text[string]{&r.Cause},
 		moment{&r.StartedAt}, moment{&r.StoppedAt},
 
-		number[int64]{&r.EgressRevision}, text[string]{&r.EgressWithin},
+		number[int64]{&r.EgressRevision}, text[string]{&r.EgressWithin}, prefix{&r.Pool},
 	}
 }
 
@@ -54,6 +54,7 @@ func (r *row) fields() []any {
 const (
 	usualDiskMode = smolvm.DiskIsolated
 	usualReady    = smolvm.ReadyAgent
+	usualNetwork  = smolvm.NetworkUser
 )
 
 // packOptions returns what a configuration has beyond the columns, as JSON; empty
@@ -73,6 +74,9 @@ func packOptions(vm VM) (string, error) {
 	}
 	if c.Ready == usualReady {
 		c.Ready = ""
+	}
+	if c.Network.Mode == usualNetwork {
+		c.Network.Mode = ""
 	}
 	if reflect.ValueOf(c).IsZero() {
 		return "", nil
@@ -107,6 +111,7 @@ func (u *unpacker) unpack(vm *VM, options string) error {
 	c.Hostname = cmp.Or(c.Hostname, vm.ID)
 	c.DiskMode = cmp.Or(c.DiskMode, usualDiskMode)
 	c.Ready = cmp.Or(c.Ready, usualReady)
+	c.Network.Mode = cmp.Or(c.Network.Mode, usualNetwork)
 	vm.Config = c
 	return nil
 }

@@ -28,6 +28,14 @@ var ErrNoneFree = errors.New("none is free")
 // Range is a range of integers, both ends included.
 type Range struct{ First, Last int }
 
+// upTo returns the range up to a number; 0: all of it.
+func (r Range) upTo(last int) Range {
+	if last > 0 {
+		r.Last = min(r.Last, last)
+	}
+	return r
+}
+
 // Options are the options of a [Store]. The zero value is the one to use outside of tests.
 type Options struct {
 	// Now is the clock. Nil: [time.Now].

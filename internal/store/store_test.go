@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-var equalAddrs = cmpopts.EquateComparable(netip.Addr{})
+var equalAddrs = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
 
 // clock returns a clock that goes on by a second at each look.
 func clock() func() time.Time {
@@ -123,7 +123,11 @@ func TestVMRoundTrip(t *testing.T) {
 		Ready:          smolvm.ReadySSH,
 		TTL:            time.Hour,
 		Ephemeral:      true,
+		Network: smolvm.Network{
+			Mode: smolvm.NetworkTAP, Pool: netip.MustParsePrefix("10.77.0.0/16"), OpenToVMs: true, ReceiveBitsPerSecond: 1e6, SendBitsPerSecond: 2e6,
+		},
 	}
+	everything.Pool = everything.Config.Network.Pool
 	for _, n := range []NewVM{newVM("plain"), everything} {
 		t.Run(n.Config.ID, func(t *testing.T) {
 			t.Parallel()
@@ -132,7 +136,7 @@ func TestVMRoundTrip(t *testing.T) {
 			want := VM{
 				ID: n.Config.ID, State: smolvm.StateCreated, Config: n.Config, Lease: 2, SSHPort: 2200,
 				Forwards: n.Config.PortForwards, Image: n.Image, Backend: n.Backend, DiskPath: n.DiskPath,
-				LogPath: n.LogPath, MachineID: n.MachineID, HostKey: n.HostKey,
+				Pool: n.Pool, LogPath: n.LogPath, MachineID: n.MachineID, HostKey: n.HostKey,
 				CreatedAt: time.Date(2030, 1, 2, 3, 4, 6, 6, time.UTC),
 			}
 			if diff := cmp.Diff(want, created, equalAddrs); diff != "" {
@@ -142,6 +146,40 @@ func TestVMRoundTrip(t *testing.T) {
 				t.Errorf("GetVM (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// A VM whose network mode has no forwards takes no port of the host, not even for SSH.
+func TestVMWithoutPorts(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	for _, network := range []smolvm.Network{{Mode: smolvm.NetworkNone}, {Mode: smolvm.NetworkBridge, Bridge: "br0"}} {
+		n := newVM(string(network.Mode))
+		n.Config.Network, n.Config.SSHHostAddr = network, netip.Addr{}
+		created := mustCreate(t, s, n)
+		if created.SSHPort != 0 || len(created.Forwards) > 0 {
+			t.Errorf("its ports: %d, %v", created.SSHPort, created.Forwards)
+		}
+		if diff := cmp.Diff(created, mustGet(t, s, created.ID), equalAddrs); diff != "" {
+			t.Errorf("GetVM (-want +got):\n%s", diff)
+		}
+	}
+	if vm := mustCreate(t, s, newVM("usual")); vm.SSHPort != 2200 {
+		t.Errorf("the first port went to somebody: %d", vm.SSHPort)
+	}
+}
+
+// A VM whose pool is small gets a lease that has an address there, or none.
+func TestLastLease(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	for i, want := range []int{2, 3, 0} {
+		n := newVM(fmt.Sprintf("vm-%d", i))
+		n.LastLease = 3
+		vm, err := s.CreateVM(t.Context(), n)
+		if (err == nil) != (want > 0) || vm.Lease != want || err != nil && !errors.Is(err, ErrNoneFree) {
+			t.Errorf("lease %d, %v, want %d", vm.Lease, err, want)
+		}
 	}
 }
 
@@ -220,9 +258,9 @@ func TestUnknownVM(t *testing.T) {
 		"MarkFailed":     func() error { return s.MarkFailed(ctx, "no", "why", time.Now()) },
 		"MarkNotStarted": func() error { return s.MarkNotStarted(ctx, "no", smolvm.StateStopped, "why") },
 		"SetState":       func() error { return s.SetState(ctx, "no", smolvm.States(), smolvm.StatePaused) },
-		"MoveSSHPort":    func() error { _, err := s.MoveSSHPort(ctx, "no", nil); return err },
+		"Ports.MoveSSH":  func() error { _, err := s.Ports().MoveSSH(ctx, "no", nil); return err },
 		"AddForward": func() error {
-			_, err := s.AddForward(ctx, "no", smolvm.PortForward{HostPort: 80, GuestPort: 80}, nil)
+			_, err := s.Ports().AddForward(ctx, "no", smolvm.PortForward{HostPort: 80, GuestPort: 80}, nil)
 			return err
 		},
 	}
@@ -231,7 +269,7 @@ func TestUnknownVM(t *testing.T) {
 			t.Errorf("%s: error = %v, want ErrVMNotFound that names the VM", name, err)
 		}
 	}
-	if err := s.RemoveForward(ctx, "no", smolvm.TCP, 80); !errors.Is(err, smolvm.ErrNotFound) {
+	if err := s.Ports().RemoveForward(ctx, "no", smolvm.TCP, 80); !errors.Is(err, smolvm.ErrNotFound) {
 		t.Errorf("RemoveForward: error = %v, want ErrNotFound", err)
 	}
 	if changed, err := s.MarkEnded(ctx, "no", "run", smolvm.StateStopped, "why", time.Now()); changed || err != nil {

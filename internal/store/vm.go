@@ -27,6 +27,9 @@ type VM struct {
 	// which they were added. All have a host port.
 	Forwards []smolvm.PortForward
 
+	// Pool is the network that the VM's address is in; not valid: it has none in a pool.
+	Pool netip.Prefix
+
 	// EgressRevision is that of Config.Egress; 0: the VM was never given a policy.
 	// EgressWithin is the policy that none of this VM's may go beyond, as JSON; empty: there
 	// is none.
@@ -70,6 +73,10 @@ type NewVM struct {
 	Config smolvm.VMConfig
 	// These are as in [VM].
 	Image, Backend, DiskPath, Layer, LogPath, MachineID, HostKey, EgressWithin string
+	// Pool is as in [VM].
+	Pool netip.Prefix
+	// LastLease is the highest lease that it may have. Zero: that of the store.
+	LastLease int
 	// Base is the file that the disk is to be based on, which is Layer if that is not
 	// empty; empty: none.
 	Base string
@@ -103,13 +110,14 @@ func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 		HostKey:   n.HostKey,
 
 		EgressWithin: n.EgressWithin,
+		Pool:         n.Pool,
 	}
 	if n.Config.Egress != nil {
 		vm.EgressRevision = 1
 	}
 	err := s.update(ctx, func(tx *sql.Tx) (err error) {
 		vm.CreatedAt = s.opts.Now().UTC() // here, so that it agrees with the order of creation
-		if vm.Lease, err = chooseLease(ctx, tx, s.opts.Leases); err != nil {
+		if vm.Lease, err = chooseLease(ctx, tx, s.opts.Leases.upTo(n.LastLease)); err != nil {
 			return err
 		}
 		seq, err := s.insertVM(ctx, tx, vm)
@@ -121,7 +129,9 @@ func (s *Store) CreateVM(ctx context.Context, n NewVM) (VM, error) {
 				return err
 			}
 		}
-		vm.SSHPort, vm.Forwards, err = s.insertPorts(ctx, tx, seq, n)
+		if n.Config.Network.Mode.Forwards() {
+			vm.SSHPort, vm.Forwards, err = s.insertPorts(ctx, tx, seq, n)
+		}
 		return err
 	})
 	if err != nil {

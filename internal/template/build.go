@@ -165,7 +165,8 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 			WorkDir:     draft.Path(""),
 		},
 		ReadyTimeout: t.Machines.BootTimeout(ctx, k.Hardware.Accelerator),
-	})
+		Origin:       shim.Origin{DataDir: t.Dir.Root()},
+	}, k.Hardware.NIC.Mode())
 }
 
 // warmUp returns what the guest is to run before it is frozen.

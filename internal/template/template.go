@@ -170,7 +170,7 @@ func (t *Templates) Info(found snapshot.Snapshot) (smolvm.Template, error) {
 	}
 	return smolvm.Template{
 		ID: found.Name, Image: k.Image, VCPUs: k.Hardware.VCPUs, MemoryMiB: k.Hardware.MemoryMiB,
-		DiskSizeMiB: k.DiskSizeMiB, WarmUp: k.WarmUp, Backend: k.Hardware.Backend, Accelerator: k.Hardware.Accelerator,
+		DiskSizeMiB: k.DiskSizeMiB, WarmUp: k.WarmUp, Network: k.Hardware.NIC.Mode(), Backend: k.Hardware.Backend, Accelerator: k.Hardware.Accelerator,
 		Stale: t.stale(k), Size: found.Size, CreatedAt: found.CreatedAt, UsedAt: found.UsedAt,
 	}, nil
 }

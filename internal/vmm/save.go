@@ -107,8 +107,8 @@ type Saved struct {
 	Held bool
 	// Reread is how many pages of memory were read once more while the guest was held, as
 	// the VMM may have missed that the guest wrote to them after they had been saved.
-	// Mended is how many of those were not as saved, some of which the VMM did not miss.
-	Reread, Mended int
+	// Stale is how many of those were not as saved, some of which the VMM did not miss.
+	Reread, Stale int
 	// Early reports whether they could not be read, and the guest was held for longer
 	// instead.
 	Early bool

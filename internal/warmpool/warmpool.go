@@ -7,6 +7,7 @@
 package warmpool
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -67,6 +68,7 @@ func (p *Pools) info(row store.Pool) smolvm.Pool {
 	return smolvm.Pool{
 		ID: row.ID, Size: row.Size, Ready: len(p.Slots(row.ID)), Image: config.Image, VCPUs: config.VCPUs,
 		MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+		Network: cmp.Or(config.Network.Mode, smolvm.NetworkUser),
 	}
 }
 
@@ -173,6 +175,7 @@ func (p *Pools) Fill(ctx context.Context, id string) error {
 	config := pool.Config
 	made, err := p.EnsureTemplate(ctx, smolvm.TemplateOptions{
 		Image: config.Image, VCPUs: config.VCPUs, MemoryMiB: config.MemoryMiB, DiskSizeMiB: config.DiskSizeMiB, WarmUp: config.WarmUp,
+		Network: config.Network.Mode,
 	})
 	if err != nil {
 		return err
@@ -315,7 +318,8 @@ func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind t
 		ReadyTimeout: p.Machines.BootTimeout(ctx, kind.Hardware.Accelerator),
 		Standby:      true,
 		RuntimeDir:   runtimeDir,
-	})
+		Origin:       shim.Origin{DataDir: p.Dir.Root()},
+	}, kind.Hardware.NIC.Mode())
 }
 
 // Reconcile removes the slots whose VM has died, and those of pools that are no more.

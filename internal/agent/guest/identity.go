@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -108,6 +109,7 @@ func (a *agent) connect(network wire.Network, release func()) {
 	if err := errors.Join(a.listenTCP(), a.network.setUp(network)); err != nil {
 		a.say(err.Error())
 	}
+	a.network.await()
 }
 
 // setClock sets the wall clock; the host may have had its guest stopped for long.
@@ -165,19 +167,24 @@ func (f identityFiles) write(hello wire.Hello) error {
 		f.hosts(hello.Hostname),
 	}
 	if hello.Network != nil && len(hello.Network.DNS) > 0 {
-		var lines strings.Builder
-		for _, server := range hello.Network.DNS {
-			lines.WriteString("nameserver " + server.String() + "\n")
-		}
-		if search := hello.Network.Search; len(search) > 0 {
-			lines.WriteString("search " + strings.Join(search, " ") + "\n")
-		}
-		errs = append(errs, f.put("etc/resolv.conf", lines.String()))
+		errs = append(errs, f.put("etc/resolv.conf", resolvConf(hello.Network.DNS, hello.Network.Search)))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("write identity: %w", err)
 	}
 	return nil
+}
+
+// resolvConf returns the text of /etc/resolv.conf.
+func resolvConf(servers []netip.Addr, search []string) string {
+	var lines strings.Builder
+	for _, server := range servers {
+		lines.WriteString("nameserver " + server.String() + "\n")
+	}
+	if len(search) > 0 {
+		lines.WriteString("search " + strings.Join(search, " ") + "\n")
+	}
+	return lines.String()
 }
 
 // put makes a file have a text. It is overwritten where it is: making another and

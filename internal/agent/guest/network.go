@@ -20,8 +20,10 @@ import (
 // ioctl (netdevice(7)): netlink would need a library that is a tenth of the agent.
 type guestNetwork struct {
 	mu    sync.Mutex // guards the following
-	name  string     // of the interface; empty before it is set up
+	made  bool       // it is set up
+	name  string     // of the interface; empty: there is none, or it is not set up yet
 	state wire.Network
+	asks  *dhcpClient // nil: the addresses are fixed
 }
 
 // ready reports whether there is nothing to be set up.
@@ -31,7 +33,9 @@ func (n *guestNetwork) ready(want *wire.Network) bool {
 	if want == nil {
 		return true
 	}
-	return n.name != "" && n.state.MAC == want.MAC && n.state.Address == want.Address && n.state.Gateway == want.Gateway && n.state.MTU == want.MTU
+	is := n.state
+	return n.made && is.MAC == want.MAC && is.Address == want.Address && is.Gateway == want.Gateway && is.MTU == want.MTU &&
+		is.Address6 == want.Address6 && is.Gateway6 == want.Gateway6 && is.DHCP == want.DHCP
 }
 
 // adopt gives an interface that is set up already another hardware address: all that
@@ -58,6 +62,9 @@ func (n *guestNetwork) adopt(want *wire.Network) error {
 		return fmt.Errorf("set hardware address of interface %s: %w", n.name, err)
 	}
 	n.state.MAC = want.MAC
+	if n.state.DHCP { // what the network has given is for the address of before
+		n.made = false
+	}
 	return nil
 }
 
@@ -85,28 +92,74 @@ func (n *guestNetwork) setUp(network wire.Network) error {
 		return err
 	}
 	defer func() { _ = unix.Close(fd) }()
+	n.asks.stop()
+	n.asks = nil
 	if err := raise(fd, "lo"); err != nil {
 		return fmt.Errorf("set up network: %w", err)
+	}
+	if network.MAC == "" {
+		n.made, n.state = true, network
+		return nil
 	}
 	name, err := findInterface(fd, network.MAC)
 	if err != nil {
 		return fmt.Errorf("set up network: %w", err)
 	}
-	withoutIPv6(name)
-	steps := []func() error{
-		func() error { return setAddress(fd, name, unix.SIOCSIFADDR, network.Address.Addr()) },
-		func() error { return setAddress(fd, name, unix.SIOCSIFNETMASK, netmask(network.Address.Bits())) },
-		func() error { return setMTU(fd, name, network.MTU) },
-		func() error { return raise(fd, name) },
-		func() error { return addDefaultRoute(fd, network.Gateway) },
+	if err := n.configure(fd, name, network); err != nil {
+		return fmt.Errorf("set up interface %s: %w", name, err)
+	}
+	n.made, n.name, n.state = true, name, network
+	return nil
+}
+
+// await returns when the interface has its addresses, or is not to be waited for any more.
+func (n *guestNetwork) await() {
+	n.mu.Lock()
+	asks := n.asks
+	n.mu.Unlock()
+	asks.await()
+}
+
+// configure configures an interface, which may have been set up in another way.
+func (n *guestNetwork) configure(fd int, name string, network wire.Network) error {
+	var steps []func() error
+	if n.name != "" {
+		// With the interface go the routes and the addresses of IPv6.
+		steps = append(steps, func() error { return lower(fd, name) })
+	}
+	steps = append(steps, func() error { return setMTU(fd, name, network.MTU) })
+	hasIPv6(name, network.Address6.IsValid() || network.DHCP, network.DHCP)
+	switch {
+	case network.DHCP:
+		steps = append(steps,
+			func() error { return setAddress(fd, name, unix.SIOCSIFADDR, netip.IPv4Unspecified()) },
+			func() error { return raise(fd, name) },
+			func() (err error) {
+				n.asks, err = askDHCP(fd, name, network.MAC)
+				return err
+			})
+	case network.Address.IsValid():
+		steps = append(steps,
+			func() error { return setPrefix(fd, name, network.Address) },
+			func() error { return raise(fd, name) },
+			func() error { return addDefaultRoute(fd, network.Gateway) })
+	}
+	if network.Address6.IsValid() {
+		steps = append(steps, func() error { return setIPv6(name, network.Address6, network.Gateway6) })
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
-			return fmt.Errorf("set up interface %s: %w", name, err)
+			return err
 		}
 	}
-	n.name, n.state = name, network
 	return nil
+}
+
+func setPrefix(fd int, name string, prefix netip.Prefix) error {
+	if err := setAddress(fd, name, unix.SIOCSIFADDR, prefix.Addr()); err != nil {
+		return err
+	}
+	return setAddress(fd, name, unix.SIOCSIFNETMASK, netmask(prefix.Bits()))
 }
 
 func controlSocket() (int, error) {
@@ -117,10 +170,22 @@ func controlSocket() (int, error) {
 	return fd, nil
 }
 
-// withoutIPv6 keeps the kernel from looking for IPv6 neighbours and routers that are
-// not there: the host's side speaks IPv4 only.
-func withoutIPv6(name string) {
-	_ = os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", name, "disable_ipv6"), []byte("1"), 0)
+// hasIPv6 sets whether the kernel speaks IPv6 on an interface. Where the host's side does not,
+// it would look for neighbors and routers that are not there. Routed is whether it takes
+// addresses and routes from routers.
+func hasIPv6(name string, enabled, routed bool) {
+	settings := map[string]bool{"disable_ipv6": !enabled}
+	if enabled {
+		// Nobody else has a fixed address, and to find that out takes a second.
+		settings["accept_ra"], settings["autoconf"], settings["accept_dad"] = routed, routed, routed
+	}
+	for setting, on := range settings {
+		value := "0"
+		if on {
+			value = "1"
+		}
+		_ = os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", name, setting), []byte(value), 0)
+	}
 }
 
 // findInterface finds the interface of the given MAC.
@@ -204,11 +269,20 @@ func setMTU(fd int, name string, mtu int) error {
 }
 
 func raise(fd int, name string) error {
+	return changeFlags(fd, name, func(flags uint16) uint16 { return flags | unix.IFF_UP | unix.IFF_RUNNING })
+}
+
+func lower(fd int, name string) error {
+	return changeFlags(fd, name, func(flags uint16) uint16 { return flags &^ unix.IFF_UP })
+}
+
+func changeFlags(fd int, name string, change func(uint16) uint16) error {
 	r := newIfreq(name)
 	if err := r.do(fd, unix.SIOCGIFFLAGS); err != nil {
 		return err
 	}
-	*(*uint16)(unsafe.Pointer(&r.data)) |= unix.IFF_UP | unix.IFF_RUNNING
+	flags := (*uint16)(unsafe.Pointer(&r.data))
+	*flags = change(*flags)
 	return r.do(fd, unix.SIOCSIFFLAGS)
 }
 

@@ -56,8 +56,8 @@ func (a *agent) serve(host endpoint, fatal error) error {
 // answer takes on what a hello says.
 func (a *agent) answer(hello wire.Hello, fatal error) wire.Answer {
 	answer := wire.Answer{Protocol: wire.Protocol, Version: a.version, Kernel: kernelRelease()}
-	if fatal == nil && hello.Protocol > wire.Protocol {
-		fatal = fmt.Errorf("the guest's agent is of an older smolvm: it knows protocols up to %d, and the host speaks %d; boot the VM with an image of the newer one", wire.Protocol, hello.Protocol)
+	if fatal == nil && hello.Protocol > wire.HelloProtocol {
+		fatal = fmt.Errorf("the guest's agent is of an older smolvm: it knows protocols up to %d, and the host speaks %d; boot the VM with an image of the newer one", wire.HelloProtocol, hello.Protocol)
 	}
 	if fatal == nil {
 		answer.Identity, answer.Warnings, fatal = a.takeOn(hello)

@@ -67,6 +67,20 @@ const (
 // come without.
 const Protocol = 1
 
+// HelloProtocol is the highest number of a [Hello] that this build's agents know. Most have
+// [Protocol]. One with a network without a fixed address of IPv4 has 2: an agent from before
+// would end for want of that address.
+const HelloProtocol = 2
+
+// Needs returns the number that a hello is sent with: the lowest with which no agent
+// misunderstands it.
+func (h Hello) Needs() int {
+	if n := h.Network; n != nil && !n.Address.IsValid() {
+		return HelloProtocol
+	}
+	return Protocol
+}
+
 // The names of smolvm's additions to SSH. Everything else is the standard: "session" channels
 // with exec, shell, pty-req, env, window-change, signal, the sftp subsystem, and
 // "direct-tcpip" channels.
@@ -90,7 +104,7 @@ const (
 
 // Hello is the host's first message: who the guest is to be.
 type Hello struct {
-	// Protocol is the host's [Protocol]. Zero: from before it was told.
+	// Protocol is what [Hello.Needs] returns. Zero: from before it was told.
 	Protocol int `json:"protocol,omitempty"`
 
 	Hostname string `json:"hostname"`
@@ -120,11 +134,19 @@ type Hello struct {
 
 // Network is the configuration of the guest's interface.
 type Network struct {
-	// MAC finds the interface.
-	MAC     string       `json:"mac"`
+	// MAC finds the interface. Empty: there is none but loopback.
+	MAC string `json:"mac"`
+	// Address and Gateway are of IPv4. If Address is not valid and DHCP is false, the interface
+	// stays down.
 	Address netip.Prefix `json:"address"`
 	Gateway netip.Addr   `json:"gateway"`
-	DNS     []netip.Addr `json:"dns"`
+	// Address6 and Gateway6 are the same of IPv6; not valid: there is none.
+	Address6 netip.Prefix `json:"address6,omitzero"`
+	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
+	// DHCP has the guest ask its network for its addresses and name servers (RFC 2131), and
+	// listen to routers of IPv6 (RFC 4862).
+	DHCP bool         `json:"dhcp,omitempty"`
+	DNS  []netip.Addr `json:"dns"`
 	// Search is the domains in which names of one label are looked up.
 	Search []string `json:"search,omitempty"`
 	// MTU in bytes; zero leaves it alone.

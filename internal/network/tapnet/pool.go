@@ -19,8 +19,9 @@ var ErrPoolCollides = errors.New("the pool of addresses collides with a route of
 // ChoosePool returns the pool that a data directory is to have: the one that is asked for, or
 // if that is not valid, the first of some that collides with no route of the host. The error
 // matches [ErrPoolCollides] if none is left. Directory is the ID of the data directory, whose
-// own VMs' routes don't count.
-func ChoosePool(asked netip.Prefix, directory string) (netip.Prefix, error) {
+// own VMs' routes don't count. Others are pools that the data directory has beside it, and must
+// not overlap.
+func ChoosePool(asked netip.Prefix, directory string, others ...netip.Prefix) (netip.Prefix, error) {
 	if asked.IsValid() {
 		if err := network.CheckPool(asked); err != nil {
 			return netip.Prefix{}, err
@@ -30,6 +31,9 @@ func ChoosePool(asked netip.Prefix, directory string) (netip.Prefix, error) {
 	taken, err := routesOfOthers(directory)
 	if err != nil {
 		return netip.Prefix{}, err
+	}
+	for _, other := range others {
+		taken = append(taken, route{other, "another pool of the data directory"})
 	}
 	for _, pool := range candidates() {
 		if err = collision(pool, taken); err == nil {

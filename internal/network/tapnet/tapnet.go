@@ -26,6 +26,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/google/nftables"
@@ -47,12 +48,13 @@ type Network struct {
 	config   network.Config
 	owner    Owner
 	problem  error
+	files    resolver.Files
 	sessions stream.Sessions // of UDP forwards
 	names    *resolver.Resolver
-	servers  []*dns.Server      // of names; none if the guest has no name server
-	running  sync.WaitGroup     // they
-	open     stream.Open        // forwards and connections
-	out      *outbound.Outbound // of the flows that this process carries
+	servers  []*dns.Server                     // of names; none if the guest has no name server
+	running  sync.WaitGroup                    // they
+	open     stream.Open                       // forwards and connections
+	out      atomic.Pointer[outbound.Outbound] // of the flows that this process carries
 
 	changing sync.Mutex // held while something of it changes on the host; guards the following, and the MAC
 	has      offers     // as the host has it
@@ -78,7 +80,7 @@ func newWith(ctx context.Context, config network.Config, owner Owner, files reso
 		return nil, fmt.Errorf("make the network of VM %s: %w", owner.VM, err)
 	}
 	defer unlock()
-	if err := n.make(files); err != nil {
+	if err := n.make(files, n.claim); err != nil {
 		n.endNames()
 		n.endFlows()
 		return nil, fmt.Errorf("make the network of VM %s: %w", owner.VM, withHint(errors.Join(err, n.remove())))
@@ -109,10 +111,10 @@ func (n *Network) check() error {
 	if !strings.HasPrefix(c.TAP, network.TAPPrefix) || len(c.TAP) >= unix.IFNAMSIZ || strings.ContainsAny(c.TAP, "/. ") {
 		return fmt.Errorf("%q is no name for the interface of a guest", c.TAP)
 	}
-	switch c.Mode {
-	case network.Bridge:
+	switch {
+	case c.Mode == network.Bridge, c.IsStandby():
 		return nil
-	case network.TAP:
+	case c.Mode == network.TAP:
 	default:
 		return fmt.Errorf("%w: mode %q is none with a TAP interface", smolvm.ErrUnsupported, c.Mode)
 	}
@@ -132,8 +134,13 @@ func (n *Network) check() error {
 	return nil
 }
 
-// make makes all of the network on the host.
-func (n *Network) make(files resolver.Files) error {
+// claim makes the interface of the guest, and returns its index.
+func (n *Network) claim(handle *netlink.Handle) (index int, err error) {
+	return claimTAP(handle, n.config.TAP, n.owner)
+}
+
+// make makes all of the network on the host, with the interface that claim returns.
+func (n *Network) make(files resolver.Files, claim func(*netlink.Handle) (int, error)) error {
 	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("open netlink: %w", err)
@@ -149,14 +156,20 @@ func (n *Network) make(files resolver.Files) error {
 		return fmt.Errorf("open nftables: %w", err)
 	}
 	defer func() { _ = conn.CloseLasting() }()
+	problem := n.newOutbound()
+	n.files, n.names = files, n.newResolver(files)
+	if n.config.IsStandby() {
+		_, err := claim(handle)
+		return err
+	}
 	if n.config.Mode == network.TAP {
 		if err := n.prepare(handle, conn); err != nil {
 			return err
 		}
+		n.names = n.newResolver(files) // as IPv6 may not be there
 	}
-	n.newOutbound()
-	n.names = n.newResolver(files)
-	index, err := claimTAP(handle, n.config.TAP, n.owner)
+	n.problem = errors.Join(n.problem, problem)
+	index, err := claim(handle)
 	if err != nil {
 		return err
 	}

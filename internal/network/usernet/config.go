@@ -9,4 +9,5 @@ type Config = network.Config
 var (
 	_ network.Attachment   = (*Network)(nil)
 	_ network.EgressSetter = (*Network)(nil)
+	_ network.Claimer      = (*Network)(nil)
 )

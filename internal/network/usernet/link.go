@@ -51,6 +51,7 @@ type endpoint struct {
 	mtu   uint32
 	mac   net.HardwareAddr
 	admit func(frame []byte) bool // says which frames get into the stack
+	pace  atomic.Pointer[pace]    // nil: there is no bound
 
 	dispatcher atomic.Pointer[stack.NetworkDispatcher]
 }
@@ -64,6 +65,9 @@ func (e *endpoint) serve() {
 		n, err := e.conn.Read(frame)
 		if err != nil {
 			return
+		}
+		if p := e.pace.Load(); p != nil && p.fromGuest != nil {
+			p.wait(p.fromGuest, n)
 		}
 		dispatcher := e.dispatcher.Load()
 		if dispatcher == nil || !e.admit(frame[:n]) {
@@ -81,13 +85,22 @@ func (e *endpoint) serve() {
 // WritePackets implements [stack.LinkWriter]. A frame that the guest does not take is
 // lost, as happens to frames; the protocols above are made for that.
 func (e *endpoint) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
+	p := e.pace.Load()
 	for _, packet := range packets.AsSlice() {
-		frame := packet.ToView()
-		_ = e.conn.SetWriteDeadline(time.Now().Add(stallTime))
-		_, _ = e.conn.Write(frame.AsSlice())
-		frame.Release()
+		if p != nil && p.toGuest != nil {
+			p.put(packet)
+			continue
+		}
+		e.write(packet)
 	}
 	return packets.Len(), nil
+}
+
+func (e *endpoint) write(packet *stack.PacketBuffer) {
+	frame := packet.ToView()
+	_ = e.conn.SetWriteDeadline(time.Now().Add(stallTime))
+	_, _ = e.conn.Write(frame.AsSlice())
+	frame.Release()
 }
 
 // AddHeader implements [stack.NetworkLinkEndpoint].

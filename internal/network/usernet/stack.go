@@ -38,6 +38,8 @@ func (n *Network) build(mac net.HardwareAddr) (err error) {
 	if n.stack, err = newStack(n.config, link); err != nil {
 		return err
 	}
+	n.endpoint = link
+	n.setRate(n.config.Rate)
 	n.connectOutside()
 	if err := n.serveDNS(); err != nil {
 		return err

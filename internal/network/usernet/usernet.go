@@ -30,6 +30,7 @@ type Network struct {
 	stack    *stack.Stack
 	link     *os.File
 	conn     net.Conn // our end of the link
+	endpoint *endpoint
 	filter   atomic.Pointer[filter]
 	services []io.Closer
 	names    *resolver.Resolver
@@ -87,6 +88,25 @@ func (n *Network) SetGuestMAC(mac string) error {
 	return nil
 }
 
+// Claim implements [network.Claimer].
+func (n *Network) Claim(_ context.Context, config network.Config, _ string) error {
+	if err := n.SetGuestMAC(config.GuestMAC); err != nil {
+		return err
+	}
+	n.setRate(config.Rate)
+	return nil
+}
+
+// setRate bounds what passes between the guest and the stack. It is called once more when the
+// network is claimed.
+func (n *Network) setRate(rate network.Rate) {
+	p := newPace(rate)
+	n.endpoint.pace.Swap(p).close()
+	if p != nil && p.toGuest != nil {
+		n.running.Go(func() { p.serve(n.endpoint.write) })
+	}
+}
+
 // Problem returns what the network can't do on this host; nil if there is nothing. All else
 // works.
 func (n *Network) Problem() error { return n.problem }
@@ -126,6 +146,9 @@ func (n *Network) Close() error {
 	err := errors.Join(n.conn.Close(), n.link.Close())
 	for _, service := range n.services {
 		_ = service.Close()
+	}
+	if n.endpoint != nil {
+		n.endpoint.pace.Load().close()
 	}
 	if n.stack != nil {
 		n.outbound.Close()

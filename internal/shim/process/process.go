@@ -231,7 +231,7 @@ func (s *process) start(ctx context.Context, up bringUp) (undo func(), err error
 		return u.run, err
 	}
 	for i, forward := range s.spec.Forwards {
-		if err := s.session.Forward(forward, listeners[i]); err != nil {
+		if err := s.session.Forwards().Serve(forward, listeners[i]); err != nil {
 			return u.run, err
 		}
 	}

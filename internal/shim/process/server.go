@@ -87,10 +87,10 @@ func (s *process) handle(ctx context.Context, asked shim.Request, answer *shim.R
 		return nil
 	case shim.OpAddForward:
 		var err error
-		answer.Forward, err = s.session.AddForward(ctx, asked.Forward)
+		answer.Forward, err = s.session.Forwards().Add(ctx, asked.Forward)
 		return err
 	case shim.OpRemoveForward:
-		return s.session.RemoveForward(asked.Forward)
+		return s.session.Forwards().Remove(asked.Forward)
 	case shim.OpSetEgress:
 		if asked.Egress == nil {
 			return errors.New("set the egress policy: there is none in the request")

@@ -18,6 +18,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/stream"
@@ -149,7 +150,9 @@ func (s *process) takeClaim(conn *net.UnixConn) (listeners []io.Closer, err erro
 		_, _ = conn.Write([]byte(shim.Dismissed))
 		return nil, errDismissed
 	}
-	if was, is := s.spec.Network.UsedMode(), c.Spec.Network.UsedMode(); is != was {
+	was, is := s.spec.Network.UsedMode(), c.Spec.Network.UsedMode()
+	// An interface that stands by can become a port of a bridge as well.
+	if is != was && (was != network.TAP || is != network.Bridge) {
 		return nil, fmt.Errorf("%w: the VM stands by with network mode %q, and %q is asked for", smolvm.ErrUnsupported, was, is)
 	}
 	const own = 3 // orders, reports, lock

@@ -133,8 +133,8 @@ func (w *pageWriter) compare(ram *guestRAM, offsets []int64, differs func(offset
 	return n, w.flush()
 }
 
-// mend puts those pages right whose copies are out of date, and returns how many.
-func (w *pageWriter) mend(ram *guestRAM, unsafe []int64) (mended int, err error) {
+// correct replaces the pages whose copies are out of date, and returns how many.
+func (w *pageWriter) correct(ram *guestRAM, unsafe []int64) (stale int, err error) {
 	return w.compare(ram, unsafe, w.put)
 }
 

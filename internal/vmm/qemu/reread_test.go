@@ -142,7 +142,7 @@ func pagesStream() *stream {
 	return &s
 }
 
-// splitPages splits a stream whose memory is mended from ram, and ends with so many bytes
+// splitPages splits a stream whose memory is corrected from ram, and ends with so many bytes
 // of devices.
 func splitPages(t *testing.T, ram *guestRAM, devices int) (*saving, error) {
 	t.Helper()
@@ -181,8 +181,8 @@ func TestMend(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.reread != 3 || s.mended != 2 {
-		t.Errorf("%d pages were reread and %d mended, want 3 and 2", s.reread, s.mended)
+	if s.reread != 3 || s.stale != 2 {
+		t.Errorf("%d pages were reread and %d stale, want 3 and 2", s.reread, s.stale)
 	}
 	if got, err := os.ReadFile(s.memory.Name()); err != nil || !bytes.Equal(got, memory) {
 		t.Errorf("the memory is not the guest's: %v", err)

@@ -94,7 +94,7 @@ func (i *instance) saveOnce(ctx context.Context, opts vmm.SaveOptions, ram *gues
 	}
 	err = i.migrate(ctx, s)
 	if err == nil {
-		saved.Reread, saved.Mended, saved.Early = s.reread, s.mended, i.holdsEarly(s) && !saved.Held
+		saved.Reread, saved.Stale, saved.Early = s.reread, s.stale, i.holdsEarly(s) && !saved.Held
 		// A guest that could not go on before it was held has been saved as one that does
 		// not run, with requests to its drives that have failed.
 		if now, _ := i.haltCount(); now != halts {
@@ -328,7 +328,7 @@ type saving struct {
 	enough        chan struct{} // receives when the guest must be held at all costs
 	done          chan error    // receives the result of splitting the stream
 
-	reread, mended int // pages; written before done receives
+	reread, stale int // pages; written before done receives
 }
 
 func (i *instance) openSaving(ctx context.Context, opts vmm.SaveOptions, ram *guestRAM) (*saving, error) {
@@ -372,7 +372,7 @@ func (s *saving) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// split splits the stream to its end. In between it mends the memory, with the guest as it
+// split splits the stream to its end. In between it corrects the memory, with the guest as it
 // is when its devices are saved: if QEMU still has something to write after that, it was
 // waiting for us to read, with its lock held, without which nothing in it goes on. Not even
 // the guest being held would do: what comes by the guest channel is put into its memory then
@@ -382,13 +382,13 @@ func (s *saving) split() error {
 		return s.splitter.split()
 	}
 	memory, log := &s.splitter.memory, &s.splitter.log
-	var written int64 // by QEMU, when the memory had been mended
+	var written int64 // by QEMU, when the memory had been corrected
 	s.splitter.guestHeld = func() (err error) {
 		unsafe := log.unsafe()
 		if s.reread = len(unsafe); s.reread == 0 {
 			return nil
 		}
-		if s.mended, err = memory.mend(s.ram, unsafe); err != nil {
+		if s.stale, err = memory.correct(s.ram, unsafe); err != nil {
 			return err
 		}
 		waiting, err := unread(s.stream)

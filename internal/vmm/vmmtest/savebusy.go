@@ -59,7 +59,7 @@ func saveBusy(vcpus int) func(*kit) {
 			g.run("sleep 0.3")
 			opts := k.saveOptions(fmt.Sprint("round-", round))
 			saved := g.saveAndKeep(opts)
-			k.Logf("save %d: %d pages reread, %d mended", round, saved.Reread, saved.Mended)
+			k.Logf("save %d: %d pages reread, %d stale", round, saved.Reread, saved.Stale)
 			if err := check(saved); err != nil {
 				k.Errorf("save %d: %v", round, err)
 			}

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-func TestPristine(t *testing.T) {
+func TestUnwritten(t *testing.T) {
 	base := write(t, "base", marked(0x438, "\x53\xef"))
 	if err := os.Truncate(base, 1<<30); err != nil {
 		t.Fatal(err)
@@ -19,16 +19,16 @@ func TestPristine(t *testing.T) {
 		}
 		return path
 	}
-	if path := overlay(t); !Pristine(path) {
-		t.Error("a new overlay is not pristine")
+	if path := overlay(t); !IsUnwritten(path) {
+		t.Error("a new overlay is written")
 	}
 	cut := overlay(t)
 	if err := os.Truncate(cut, 200); err != nil {
 		t.Fatal(err)
 	}
 	for name, path := range map[string]string{"a raw disk": base, "a missing one": base + "-", "one that was cut": cut} {
-		if Pristine(path) {
-			t.Errorf("%s is pristine", name)
+		if IsUnwritten(path) {
+			t.Errorf("%s is unwritten", name)
 		}
 	}
 	qemuIO, err := exec.LookPath("qemu-io")
@@ -41,8 +41,8 @@ func TestPristine(t *testing.T) {
 			if out, err := exec.Command(qemuIO, "-f", "qcow2", "-c", command, path).CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
-			if Pristine(path) {
-				t.Errorf("an overlay that holds %s is pristine", name)
+			if IsUnwritten(path) {
+				t.Errorf("an overlay that holds %s is unwritten", name)
 			}
 		})
 	}

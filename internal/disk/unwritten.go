@@ -7,9 +7,9 @@ import (
 	"os"
 )
 
-// Pristine reports whether a disk of ours holds nothing of its own yet: whether an overlay is
+// IsUnwritten reports whether nothing was written to a disk of ours yet: whether an overlay is
 // just what its base is, or a raw disk, of which nobody can tell that, is not there yet.
-func Pristine(path string) bool {
+func IsUnwritten(path string) bool {
 	if FormatOf(path) == Raw {
 		_, err := os.Lstat(path)
 		return errors.Is(err, fs.ErrNotExist)

@@ -1,0 +1,257 @@
+package manager_test
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+	"github.com/vishvananda/netlink"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/network/nettest"
+	"github.com/smolvm/smolvm/internal/network/tapnet"
+	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/manager"
+)
+
+// The addresses of the world around a host.
+const (
+	theHost     = "198.51.100.1"
+	outsideAddr = "203.0.113.7"
+	outsideName = "outside.example"
+)
+
+// outside puts a world around the host that the test is in: a router, an HTTP server that says
+// who asks, and the name servers that the host is set to.
+func outside(t *testing.T) {
+	t.Helper()
+	out := nettest.New(t)
+	ensure(t, netlink.LinkAdd(&netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: "up0"}, PeerName: "out0", PeerNamespace: netlink.NsFd(out.FD()),
+	}))
+	ensure(t, nettest.Configure("up0", theHost+"/24"))
+	ensure(t, nettest.Route("0.0.0.0/0", "198.51.100.2", ""))
+	ensure(t, out.Do(func() error {
+		return errors.Join(
+			nettest.Configure("out0", "198.51.100.2/24"), nettest.Configure("lo", outsideAddr+"/32"), serveHTTP(t, outsideAddr))
+	}))
+	config, err := dns.ClientConfigFromFile("/etc/resolv.conf")
+	ensure(t, err)
+	for _, server := range config.Servers {
+		addr := netip.MustParseAddr(server)
+		if addr.IsLoopback() {
+			ensure(t, serveNames(t, server))
+			continue
+		}
+		ensure(t, out.Do(func() error {
+			return errors.Join(nettest.Configure("lo", netip.PrefixFrom(addr, addr.BitLen()).String()), serveNames(t, server))
+		}))
+	}
+}
+
+func ensure(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func serveHTTP(t *testing.T, addr string) error {
+	listener, err := net.Listen("tcp", net.JoinHostPort(addr, "80"))
+	if err != nil {
+		return err
+	}
+	server := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		from, _, _ := net.SplitHostPort(r.RemoteAddr)
+		_, _ = fmt.Fprintln(w, "from", from)
+	})}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = server.Serve(listener)
+	}()
+	t.Cleanup(func() {
+		_ = server.Close()
+		<-done
+	})
+	return nil
+}
+
+func serveNames(t *testing.T, addr string) error {
+	packets, err := net.ListenPacket("udp", net.JoinHostPort(addr, "53"))
+	if err != nil {
+		return err
+	}
+	server := &dns.Server{PacketConn: packets, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+		answer := new(dns.Msg).SetReply(q)
+		if q.Question[0].Name == outsideName+"." && q.Question[0].Qtype == dns.TypeA {
+			record, _ := dns.NewRR(q.Question[0].Name + " 60 IN A " + outsideAddr)
+			answer.Answer = append(answer.Answer, record)
+		}
+		_ = w.WriteMsg(answer)
+	})}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = server.ActivateAndServe()
+	}()
+	t.Cleanup(func() {
+		_ = packets.Close()
+		<-done
+	})
+	return nil
+}
+
+// fetchFrom is what a guest runs to ask an HTTP server, and prints its answer.
+func fetchFrom(host string) string {
+	return `printf 'GET / HTTP/1.0\r\n\r\n' | nc ` + host + ` 80 | tail -n 1`
+}
+
+// leftOnHost returns what is left on the host of the networks of VMs.
+func leftOnHost(t *testing.T) string {
+	t.Helper()
+	var left []string
+	links, err := netlink.LinkList()
+	ensure(t, err)
+	for _, link := range links {
+		if strings.HasPrefix(link.Attrs().Name, "smol-") {
+			left = append(left, link.Attrs().Name)
+		}
+	}
+	removed, err := tapnet.Reconcile(t.Context(), func(tapnet.Owner) bool { return false })
+	ensure(t, err)
+	return strings.TrimSpace(strings.Join(left, " ") + fmt.Sprint(removed))
+}
+
+// nothingLeft is what [leftOnHost] returns then.
+const nothingLeft = "[]"
+
+func openOnTAP(t *testing.T, fast bool) *manager.Manager {
+	t.Helper()
+	config := useReal(t)
+	config.Templates = manager.TemplateConfig{Disabled: !fast}
+	return openAt(t, config)
+}
+
+// Guests on TAP interfaces reach the outside, by name too, and not each other; they are reached
+// by a forward and by their own addresses. What a killed shim leaves on the host is removed by
+// Reconcile, and a VM that is deleted leaves nothing.
+func TestNetworkTAP(t *testing.T) {
+	testenv.RequireQEMU(t)
+	testenv.Image(t)
+	if !nettest.InOwnNetwork(t) {
+		return
+	}
+	outside(t)
+	m := openOnTAP(t, false)
+	tap := smolvm.VMConfig{ID: "a", Network: smolvm.Network{Mode: smolvm.NetworkTAP}}
+	a := mustRun(t, m, tap)
+	tap.ID = "b"
+	b := mustRun(t, m, tap)
+	for _, vm := range []smolvm.VMInfo{a, b} {
+		if got := sh(t, m, vm.ID, fetchFrom(outsideAddr)); got != "from "+theHost {
+			t.Errorf("the outside answers VM %s by %q", vm.ID, got)
+		}
+		if got := sh(t, m, vm.ID, "nslookup "+outsideName); !strings.Contains(got, outsideAddr) {
+			t.Errorf("VM %s is told of %s: %q", vm.ID, outsideName, got)
+		}
+		if len(vm.Start.Warnings) > 0 {
+			t.Errorf("warnings of VM %s: %q", vm.ID, vm.Start.Warnings)
+		}
+		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
+		ensure(t, err)
+		for _, line := range []string{access.Private(), access.String()} {
+			if got := runSSH(t, line+" hostname"); got != vm.ID {
+				t.Errorf("%s: %q", line, got)
+			}
+		}
+	}
+	if a.Network.GuestIP == b.Network.GuestIP || a.Network.TAP == b.Network.TAP || a.Network.TAP == "" {
+		t.Errorf("networks of two VMs: %+v, %+v", a.Network, b.Network)
+	}
+	if got := sh(t, m, "a", fmt.Sprintf("nc -w 3 %s 22 </dev/null 2>&1 || echo refused", b.Network.GuestIP)); !strings.Contains(got, "refused") {
+		t.Errorf("one guest reaches another: %q", got)
+	}
+	if got := sh(t, m, "a", "ip -6 addr show dev eth0"); a.Network.GuestIP6.IsValid() && !strings.Contains(got, a.Network.GuestIP6.String()) {
+		t.Errorf("IPv6 of the guest: %q", got)
+	}
+	// A shim that is killed can't clean up.
+	start, err := proc.StartTime(a.ShimPID)
+	ensure(t, err)
+	ensure(t, proc.Kill(t.Context(), a.ShimPID, start))
+	failed, err := m.Reconcile(t.Context())
+	if err != nil || len(failed) != 1 {
+		t.Errorf("Reconcile: %v, %v", failed, err)
+	}
+	if _, err := netlink.LinkByName(a.Network.TAP); !errors.As(err, new(netlink.LinkNotFoundError)) {
+		t.Errorf("interface %s after Reconcile: %v", a.Network.TAP, err)
+	}
+	if got := sh(t, m, "b", fetchFrom(outsideAddr)); got != "from "+theHost {
+		t.Errorf("the other VM after Reconcile: %q", got)
+	}
+	if _, err := m.Start(t.Context(), "a", smolvm.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, m, "a", fetchFrom(outsideAddr)); got != "from "+theHost {
+		t.Errorf("the outside answers the VM that was started again by %q", got)
+	}
+	for _, id := range []string{"a", "b"} {
+		ensure(t, m.Delete(t.Context(), id, smolvm.DeleteOptions{}))
+	}
+	if left := leftOnHost(t); left != nothingLeft {
+		t.Errorf("left on the host: %s", left)
+	}
+}
+
+// runSSH runs a line by a shell, and returns what it prints.
+func runSSH(t *testing.T, line string) string {
+	t.Helper()
+	if _, err := exec.LookPath("ssh"); err != nil {
+		t.Skip("there is no ssh client: ", err)
+	}
+	// Not what this host's user has set for ssh.
+	line = strings.Replace(line, "ssh ", "ssh -F none -o BatchMode=yes ", 1)
+	output, err := exec.CommandContext(t.Context(), "sh", "-c", line).CombinedOutput()
+	if err != nil {
+		t.Errorf("%s: %v: %s", line, err, output)
+	}
+	return strings.TrimSpace(string(output))
+}
+
+// In mode none a guest has no interface but loopback, and smolvm reaches it all the same.
+func TestNetworkNone(t *testing.T) {
+	t.Parallel()
+	m := openFast(t)
+	config := smolvm.VMConfig{ID: "alone", Network: smolvm.Network{Mode: smolvm.NetworkNone}}
+	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
+		vm := mustRun(t, m, config)
+		if vm.Start.Method != method || len(vm.Start.Warnings) > 0 {
+			t.Errorf("started by %s, with warnings %q, want by %s", vm.Start.Method, vm.Start.Warnings, method)
+		}
+		if got := sh(t, m, vm.ID, "ls /sys/class/net; nc 127.0.0.1 22 </dev/null | cut -c 1-7"); got != "lo\nSSH-2.0" {
+			t.Errorf("in the guest: %q", got)
+		}
+		if network := vm.Network; network.GuestIP.IsValid() || network.GuestMAC != "" || network.SSHHostPort != 0 {
+			t.Errorf("its network: %+v", network)
+		}
+		if _, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{}); !errors.Is(err, smolvm.ErrUnsupported) || smolvm.HintOf(err) == "" {
+			t.Errorf("SSH: %v", err)
+		}
+		if _, err := m.AddPortForward(t.Context(), vm.ID, smolvm.PortForward{GuestPort: 80}); !errors.Is(err, smolvm.ErrUnsupported) {
+			t.Errorf("AddPortForward: %v", err)
+		}
+		if _, err := m.SetEgress(t.Context(), vm.ID, smolvm.EgressPolicy{}); !errors.Is(err, smolvm.ErrUnsupported) {
+			t.Errorf("SetEgress: %v", err)
+		}
+		ensure(t, m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}))
+		awaitTemplates(t, m)
+	}
+}
