@@ -1,6 +1,8 @@
 package outbound
 
 import (
+	"errors"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -82,6 +84,53 @@ func (f *tcpFlow) Read(p []byte) (int, error) {
 	f.ahead = f.ahead[n:]
 	return n, nil
 }
+
+// KernelConn is a [GuestConn] that is a connection of the host's kernel, which can move what comes
+// by it to another one by itself.
+type KernelConn interface {
+	GuestConn
+	// Kernel returns the connection.
+	Kernel() *net.TCPConn
+}
+
+// WriteTo implements [io.WriterTo], for what goes out: as soon as nothing depends on what the
+// guest sends, the kernel moves it, if it can.
+func (f *tcpFlow) WriteTo(to io.Writer) (sent int64, err error) {
+	kernel, ok := f.GuestConn.(KernelConn)
+	if !ok {
+		return io.Copy(to, justReader{f})
+	}
+	buffer := make([]byte, 32<<10)
+	for !f.named.Load() || len(f.ahead) > 0 {
+		n, err := f.Read(buffer)
+		if n > 0 {
+			n, err := to.Write(buffer[:n])
+			if sent += int64(n); err != nil {
+				return sent, err
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return sent, nil
+		}
+		if err != nil {
+			return sent, err
+		}
+	}
+	n, err := io.Copy(to, kernel.Kernel())
+	return sent + n, err
+}
+
+// ReadFrom implements [io.ReaderFrom], for what comes in, which the kernel moves if it can.
+func (f *tcpFlow) ReadFrom(from io.Reader) (received int64, err error) {
+	if kernel, ok := f.GuestConn.(KernelConn); ok {
+		return kernel.Kernel().ReadFrom(from)
+	}
+	return io.Copy(justWriter{f}, from)
+}
+
+type justReader struct{ io.Reader }
+
+type justWriter struct{ io.Writer }
 
 // awaitName returns when the flow has stated its name, or will not any more. The error
 // matches [ErrRefused] if it may not have it.
