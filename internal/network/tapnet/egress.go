@@ -19,16 +19,16 @@ import (
 var _ network.EgressSetter = (*Network)(nil)
 
 // newOutbound makes the way out for the flows that the shim carries, in place of the one that
-// there is. An error says what it can't do on this host.
-func (n *Network) newOutbound() error {
+// there is.
+func (n *Network) newOutbound() {
 	out, err := outbound.New(outbound.Config{
 		Inside: []netip.Prefix{n.config.Prefix, network.ULA()}, Metadata: n.config.Metadata, Egress: n.config.Egress,
 		MayReachVM: n.mayReachVM,
 	})
 	if before := n.out.Swap(out); before != nil {
-		before.Close()
+		before.Close() // of the guest that stood by, which had no flows
 	}
-	return err
+	n.problem = errors.Join(n.problem, err)
 }
 
 // mayReachVM reports whether the guest and the one with an address are both open to others. The

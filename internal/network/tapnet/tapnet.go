@@ -156,19 +156,17 @@ func (n *Network) make(files resolver.Files, claim func(*netlink.Handle) (int, e
 		return fmt.Errorf("open nftables: %w", err)
 	}
 	defer func() { _ = conn.CloseLasting() }()
-	problem := n.newOutbound()
+	if n.config.Mode == network.TAP && !n.config.IsStandby() {
+		if err := n.prepare(handle, conn); err != nil {
+			return err
+		}
+	}
+	n.newOutbound()
 	n.files, n.names = files, n.newResolver(files)
 	if n.config.IsStandby() {
 		_, err := claim(handle)
 		return err
 	}
-	if n.config.Mode == network.TAP {
-		if err := n.prepare(handle, conn); err != nil {
-			return err
-		}
-		n.names = n.newResolver(files) // as IPv6 may not be there
-	}
-	n.problem = errors.Join(n.problem, problem)
 	index, err := claim(handle)
 	if err != nil {
 		return err

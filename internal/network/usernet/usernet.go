@@ -16,6 +16,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/intercept"
 	"github.com/smolvm/smolvm/internal/network/outbound"
 	"github.com/smolvm/smolvm/internal/network/resolver"
 	"github.com/smolvm/smolvm/internal/stream"
@@ -116,6 +117,9 @@ func (n *Network) Search() []string { return n.names.Search() }
 
 // SetEgress implements [network.EgressSetter].
 func (n *Network) SetEgress(egress network.Egress) error { return n.outbound.SetEgress(egress) }
+
+// SetSecrets has secrets put into the guest's flows that begin from now on.
+func (n *Network) SetSecrets(secrets *intercept.Interceptor) { n.outbound.SetSecrets(secrets) }
 
 // EgressRevision implements [network.EgressSetter].
 func (n *Network) EgressRevision() int64 { return n.outbound.EgressRevision() }
