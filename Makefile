@@ -1,5 +1,5 @@
 # The targets of the README. Each works on a fresh checkout.
-.PHONY: help quickstart build test test-kvm compat race cover test-deps lint vuln fuzz bench soak release-check clean
+.PHONY: help quickstart build test test-kvm compat race cover test-deps lint vuln fuzz bench bench-net soak release-check clean
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -29,6 +29,7 @@ help:
 	@echo 'make vuln        look for known vulnerabilities that our code reaches'
 	@echo 'make fuzz        run every fuzz target, FUZZTIME (10s) each'
 	@echo 'make bench       measure against bare QEMU, as ratios within one run'
+	@echo 'make bench-net   measure networks against slirp4netns and a bare TAP interface'
 	@echo 'make soak        save and restore busy VMs for half an hour, and check what comes of it'
 	@echo 'make release-check  build the release twice, and compare the bytes'
 	@echo 'make clean       remove what was built'
@@ -110,6 +111,12 @@ fuzz:
 
 bench: build test-deps
 	$(GO) run ./bench $(BENCH)
+
+# ROUNDS is how often each network is measured, by turns; a round takes about half a minute.
+ROUNDS ?= 5
+
+bench-net:
+	SMOLVM_BENCH_NETWORK=$(ROUNDS) $(GO) test ./bench -run TestNetwork -count=1 -v -timeout=30m
 
 # SOAK is its flags: see bench/soak.go.
 soak: build test-deps

@@ -6,11 +6,15 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/dhcpv4/server4"
 	"github.com/miekg/dns"
 	"github.com/vishvananda/netlink"
 
@@ -31,7 +35,7 @@ const (
 
 // outside puts a world around the host that the test is in: a router, an HTTP server that says
 // who asks, and the name servers that the host is set to.
-func outside(t *testing.T) {
+func outside(t *testing.T) *nettest.Namespace {
 	t.Helper()
 	out := nettest.New(t)
 	ensure(t, netlink.LinkAdd(&netlink.Veth{
@@ -55,6 +59,23 @@ func outside(t *testing.T) {
 			return errors.Join(nettest.Configure("lo", netip.PrefixFrom(addr, addr.BitLen()).String()), serveNames(t, server))
 		}))
 	}
+	return out
+}
+
+// newKey makes a key to log in with, in a file whose name a shell would take apart.
+func newKey(t *testing.T) (path, public string) {
+	t.Helper()
+	if _, err := exec.LookPath("ssh-keygen"); err != nil {
+		t.Skip("there is no ssh client: ", err)
+	}
+	path = filepath.Join(t.TempDir(), "it's a $key")
+	output, err := exec.CommandContext(t.Context(), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path).CombinedOutput()
+	if err != nil {
+		t.Fatalf("ssh-keygen: %v\n%s", err, output)
+	}
+	text, err := os.ReadFile(path + ".pub")
+	ensure(t, err)
+	return path, strings.TrimSpace(string(text))
 }
 
 func ensure(t testing.TB, err error) {
@@ -150,9 +171,12 @@ func TestNetworkTAP(t *testing.T) {
 	if !nettest.InOwnNetwork(t) {
 		return
 	}
-	outside(t)
+	out := outside(t)
 	m := openOnTAP(t, false)
-	tap := smolvm.VMConfig{ID: "a", Network: smolvm.Network{Mode: smolvm.NetworkTAP}}
+	key, public := newKey(t)
+	tap := smolvm.VMConfig{
+		ID: "a", Network: smolvm.Network{Mode: smolvm.NetworkTAP}, SSHHostAddr: netip.IPv4Unspecified(), AuthorizedKeys: []string{public},
+	}
 	a := mustRun(t, m, tap)
 	tap.ID = "b"
 	b := mustRun(t, m, tap)
@@ -166,13 +190,21 @@ func TestNetworkTAP(t *testing.T) {
 		if len(vm.Start.Warnings) > 0 {
 			t.Errorf("warnings of VM %s: %q", vm.ID, vm.Start.Warnings)
 		}
-		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
+		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{KeyPath: key, PublicHost: theHost})
 		ensure(t, err)
 		for _, line := range []string{access.Private(), access.String()} {
 			if got := runSSH(t, line+" hostname"); got != vm.ID {
 				t.Errorf("%s: %q", line, got)
 			}
 		}
+		ensure(t, out.Do(func() error {
+			// Whose key that is another host can't know.
+			const blindly = "ssh -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "
+			if got := runSSH(t, strings.Replace(access.Public(), "ssh ", blindly, 1)+" hostname"); got != vm.ID {
+				t.Errorf("from another host, %s: %q", access.Public(), got)
+			}
+			return nil
+		}))
 	}
 	if a.Network.GuestIP == b.Network.GuestIP || a.Network.TAP == b.Network.TAP || a.Network.TAP == "" {
 		t.Errorf("networks of two VMs: %+v, %+v", a.Network, b.Network)
@@ -254,4 +286,148 @@ func TestNetworkNone(t *testing.T) {
 		ensure(t, m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}))
 		awaitTemplates(t, m)
 	}
+}
+
+// Guests that were saved, or that stood by, go on with the network of the VM that they are now.
+func TestNetworkTAPOfSavedGuests(t *testing.T) {
+	testenv.RequireQEMU(t)
+	testenv.Image(t)
+	if !nettest.InOwnNetwork(t) {
+		return
+	}
+	outside(t)
+	m := openOnTAP(t, true)
+	config := smolvm.VMConfig{Network: smolvm.Network{Mode: smolvm.NetworkTAP}}
+	seen := map[netip.Addr]string{}
+	// reaches checks that a VM has its own address alone, and that packets pass both ways.
+	reaches := func(vm smolvm.VMInfo, method smolvm.StartMethod) {
+		t.Helper()
+		if vm.Start.Method != method || len(vm.Start.Warnings) > 0 {
+			t.Errorf("VM %s was started by %s, with warnings %q, want by %s", vm.ID, vm.Start.Method, vm.Start.Warnings, method)
+		}
+		if other, ok := seen[vm.Network.GuestIP]; ok {
+			t.Errorf("VMs %s and %s have the address %s", other, vm.ID, vm.Network.GuestIP)
+		}
+		seen[vm.Network.GuestIP] = vm.ID
+		if got := sh(t, m, vm.ID, "ip -4 -o addr show dev eth0 | wc -l; ip -4 route | grep -c default"); got != "1\n1" {
+			t.Errorf("VM %s has addresses and default routes: %q", vm.ID, got)
+		}
+		if got := sh(t, m, vm.ID, fetchFrom(outsideAddr)); got != "from "+theHost {
+			t.Errorf("the outside answers VM %s by %q", vm.ID, got)
+		}
+		access, err := m.SSH(t.Context(), vm.ID, smolvm.SSHOptions{})
+		ensure(t, err)
+		if got := runSSH(t, access.Private()+" hostname"); got != vm.ID {
+			t.Errorf("by its private address VM %s says %q", vm.ID, got)
+		}
+	}
+	config.ID = "first"
+	reaches(mustRun(t, m, config), smolvm.StartBoot)
+	awaitTemplates(t, m)
+	config.ID = "clone"
+	clone := mustRun(t, m, config)
+	reaches(clone, smolvm.StartClone)
+
+	_, err := m.Pause(t.Context(), "clone")
+	ensure(t, err)
+	_, err = m.Resume(t.Context(), "clone")
+	ensure(t, err)
+	if got := sh(t, m, "clone", fetchFrom(outsideAddr)); got != "from "+theHost {
+		t.Errorf("after a pause the outside answers by %q", got)
+	}
+	forked, err := m.Fork(t.Context(), "clone", smolvm.ForkOptions{IDs: []string{"fork"}})
+	ensure(t, err)
+	reaches(forked.Children[0], smolvm.StartSnapshot)
+	_, err = m.CreateSnapshot(t.Context(), "clone", smolvm.SnapshotOptions{Name: "saved"})
+	ensure(t, err)
+	restored, err := m.RestoreSnapshot(t.Context(), "saved", smolvm.RestoreOptions{ID: "restored"})
+	ensure(t, err)
+	reaches(restored, smolvm.StartSnapshot)
+
+	pool, err := m.SetPool(t.Context(), smolvm.PoolOptions{Size: 1, Network: smolvm.NetworkTAP})
+	ensure(t, err)
+	if pool.Network != smolvm.NetworkTAP {
+		t.Errorf("the pool: %+v", pool)
+	}
+	config.ID = "pooled"
+	reaches(mustRun(t, m, config), smolvm.StartPool)
+	ensure(t, m.RemovePool(t.Context(), pool.ID))
+
+	for _, id := range []string{"first", "clone", "fork", "restored", "pooled"} {
+		ensure(t, m.Delete(t.Context(), id, smolvm.DeleteOptions{}))
+	}
+	ensure(t, m.RemoveSnapshot(t.Context(), "saved"))
+	if left := leftOnHost(t); left != nothingLeft {
+		t.Errorf("left on the host: %s", left)
+	}
+}
+
+// A guest on a bridge is given its address and its name servers by the bridge's network, which
+// reaches it.
+func TestNetworkBridge(t *testing.T) {
+	testenv.RequireQEMU(t)
+	testenv.Image(t)
+	if !nettest.InOwnNetwork(t) {
+		return
+	}
+	const router, guest = "192.0.2.1", "192.0.2.77"
+	ensure(t, netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
+	ensure(t, nettest.Configure("br0", router+"/24"))
+	ensure(t, serveHTTP(t, router))
+	serveDHCP(t, "br0", router, guest)
+	m := openOnTAP(t, true)
+	config := smolvm.VMConfig{Network: smolvm.Network{Mode: smolvm.NetworkBridge, Bridge: "br0"}}
+	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
+		config.ID = "by-" + string(method)
+		vm := mustRun(t, m, config)
+		if vm.Start.Method != method || len(vm.Start.Warnings) > 0 {
+			t.Errorf("VM %s was started by %s, with warnings %q", vm.ID, vm.Start.Method, vm.Start.Warnings)
+		}
+		if got := sh(t, m, vm.ID, fetchFrom(router)); got != "from "+guest {
+			t.Errorf("the router answers VM %s by %q", vm.ID, got)
+		}
+		if got := sh(t, m, vm.ID, "cat /etc/resolv.conf"); got != "nameserver "+router+"\nsearch lab.example" {
+			t.Errorf("resolv.conf of VM %s is %q", vm.ID, got)
+		}
+		conn, err := net.Dial("tcp", net.JoinHostPort(guest, "22"))
+		ensure(t, err)
+		_ = conn.Close()
+		if vm.Network.GuestIP.IsValid() || vm.Network.Bridge != "br0" || vm.Network.SSHHostPort != 0 {
+			t.Errorf("the network of VM %s: %+v", vm.ID, vm.Network)
+		}
+		awaitTemplates(t, m)
+		ensure(t, m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}))
+	}
+	if left := leftOnHost(t); left != nothingLeft {
+		t.Errorf("left on the host: %s", left)
+	}
+}
+
+// serveDHCP gives the hosts of a network an address.
+func serveDHCP(t *testing.T, name, router, guest string) {
+	t.Helper()
+	server, err := server4.NewServer(name, &net.UDPAddr{IP: net.IPv4zero, Port: 67}, func(conn net.PacketConn, peer net.Addr, m *dhcpv4.DHCPv4) {
+		kind := dhcpv4.MessageTypeOffer
+		if m.MessageType() == dhcpv4.MessageTypeRequest {
+			kind = dhcpv4.MessageTypeAck
+		}
+		reply, err := dhcpv4.NewReplyFromRequest(m,
+			dhcpv4.WithMessageType(kind), dhcpv4.WithYourIP(net.ParseIP(guest)), dhcpv4.WithServerIP(net.ParseIP(router)),
+			dhcpv4.WithRouter(net.ParseIP(router)), dhcpv4.WithDNS(net.ParseIP(router)), dhcpv4.WithNetmask(net.CIDRMask(24, 32)),
+			dhcpv4.WithOption(dhcpv4.OptServerIdentifier(net.ParseIP(router))), dhcpv4.WithOption(dhcpv4.OptDomainName("lab.example")),
+			dhcpv4.WithLeaseTime(3600))
+		if err == nil {
+			_, _ = conn.WriteTo(reply.ToBytes(), &net.UDPAddr{IP: net.IPv4bcast, Port: 68})
+		}
+	})
+	ensure(t, err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = server.Serve()
+	}()
+	t.Cleanup(func() {
+		_ = server.Close()
+		<-done
+	})
 }

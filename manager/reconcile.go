@@ -39,7 +39,8 @@ func (m *Manager) Reconcile(ctx context.Context) ([]string, error) {
 	}
 	failed, err := m.store.TakeFailed(ctx)
 	dead, errs = append(dead, failed...), append(errs, err)
-	errs = append(errs, m.collectNetwork(ctx, ""), m.reclaim(ctx, known), m.templates.Saved.Clean(), m.snapshots.Clean(), m.pools.Reconcile(ctx), m.disks.Collect(ctx), disk.RemoveIncomplete(m.dir.Disks()), cgroup.Sweep("/", cgroup.IdleAge))
+	errs = append(errs, m.reclaim(ctx, known), m.templates.Saved.Clean(), m.snapshots.Clean(), m.pools.Reconcile(ctx), m.disks.Collect(ctx), disk.RemoveIncomplete(m.dir.Disks()), cgroup.Sweep("/", cgroup.IdleAge))
+	errs = append(errs, m.collectNetwork(ctx, "")) // after all that may have been killed just now
 	return dead, errors.Join(errs...)
 }
 

@@ -107,6 +107,9 @@ func TestClonesAnswer(t *testing.T) {
 		if vm.ID != "first" {
 			hasCorrectClock(t, m, vm.ID)
 		}
+		if got := sh(t, m, vm.ID, "cat /sys/class/net/eth0/mtu"); got != "65520" && vm.Backend == "qemu" {
+			t.Errorf("VM %s has an MTU of %s", vm.ID, got)
+		}
 		if got := sh(t, m, vm.ID, "cat /run/warm; pidof sleep | wc -w"); got != "warm\n1" {
 			t.Errorf("VM %s says %q", vm.ID, got)
 		}

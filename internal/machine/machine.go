@@ -52,6 +52,15 @@ func Network(vm store.VM, at network.Addresses) *network.Config {
 	return &config
 }
 
+// MTU returns the MTU of guests' interfaces in a network mode, in bytes; zero: 1500.
+func (b *Builder) MTU(backend string, mode smolvm.NetworkMode) int {
+	declared, err := b.Backends.Lookup(backend)
+	if err != nil || mode != smolvm.NetworkUser {
+		return 0
+	}
+	return min(declared.MaxMTU, network.UserMTU)
+}
+
 // Config returns what the VMM of a VM is to run on an accelerator. Its network interface has no
 // link yet. It is an error if the VM has a disk that its backend can't use.
 func (b *Builder) Config(ctx context.Context, vm store.VM, accelerator string) (vmm.Config, error) {

@@ -292,12 +292,14 @@ func (s *Session) hello() wire.Hello {
 	_, _ = rand.Read(hello.Seed) // never fails: crypto/rand ends the program instead
 	if hello.Network != nil && s.network != nil {
 		told := *hello.Network
-		told.Search = s.network.Search()
+		// The network is as it was made, whoever has claimed it since.
+		told.Search, told.MTU = s.network.Search(), s.mtu
 		if made, ok := s.network.(configured); ok && !made.Config().Guest6.IsValid() {
 			told.Address6, told.Gateway6 = netip.Prefix{}, netip.Addr{}
 		}
 		hello.Network = &told
 	}
+	s.placeholders.addTo(&hello)
 	return hello
 }
 

@@ -48,12 +48,15 @@ type Session struct {
 	log   *slog.Logger
 	began time.Time
 
-	network  network.Attachment // nil: the VM has none
-	instance vmm.Instance       // nil before the VMM is started
-	ran      bool               // the guest's CPUs have run
-	line     line               // to the guest's agent
-	timeline []wire.Step
-	warnings []string
+	network network.Attachment // nil: the VM has none
+	mtu     int                // of it, in bytes; zero: the guest's own
+	// placeholders is nil if the VM has no secrets.
+	placeholders *placeholders
+	instance     vmm.Instance // nil before the VMM is started
+	ran          bool         // the guest's CPUs have run
+	line         line         // to the guest's agent
+	timeline     []wire.Step
+	warnings     []string
 
 	paused atomic.Bool
 	halts  *halts
@@ -76,18 +79,21 @@ func New(spec shim.Spec, opts Options) *Session {
 // Connect makes the VM's network, if it is to have one.
 func (s *Session) Connect() error {
 	if s.spec.Network == nil {
-		return nil
+		return s.useSecrets()
 	}
 	attached, err := s.opts.Attach(*s.spec.Network, s.warn)
 	if err != nil {
 		return err
 	}
-	s.network = attached
+	s.network, s.mtu = attached, s.spec.Network.MTU
 	if s.spec.Network.Egress != nil {
 		// It is in force already, or the network knows of no policies.
 		if err := s.setEgress(*s.spec.Network.Egress); err != nil {
 			return err
 		}
+	}
+	if err := s.useSecrets(); err != nil {
+		return err
 	}
 	s.step(stepNetwork)
 	return nil
@@ -152,7 +158,7 @@ func (s *Session) attempt(ctx context.Context) error {
 // Reconnect makes the network that of the VM that the session was claimed for.
 func (s *Session) Reconnect() error {
 	if s.spec.Network == nil || s.network == nil {
-		return nil
+		return s.useSecrets()
 	}
 	if err := s.claimNetwork(); err != nil {
 		return err
@@ -161,6 +167,9 @@ func (s *Session) Reconnect() error {
 		if err := s.setEgress(*egress); err != nil {
 			return err
 		}
+	}
+	if err := s.useSecrets(); err != nil {
+		return err
 	}
 	s.step(stepNetwork)
 	return nil

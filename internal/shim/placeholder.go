@@ -10,8 +10,9 @@ import (
 
 // Placeholder completes the spec of a VM that nobody has asked for yet: with a network and an
 // identity that no other VM has, and that nobody can log in by. Mode is the network's; on a TAP
-// interface there is that alone, and no way for the guest to anywhere.
-func Placeholder(spec Spec, mode smolvm.NetworkMode) (Spec, error) {
+// interface there is that alone, and no way for the guest to anywhere. MTU is that of the mode user,
+// in bytes; zero: 1500.
+func Placeholder(spec Spec, mode smolvm.NetworkMode, mtu int) (Spec, error) {
 	spec.ID, spec.Run = spec.VMM.ID, NewRun()
 	var told *wire.Network
 	switch mode {
@@ -27,6 +28,7 @@ func Placeholder(spec Spec, mode smolvm.NetworkMode) (Spec, error) {
 			return spec, err
 		}
 		attached := at.Config()
+		attached.MTU = mtu
 		spec.Network, spec.VMM.NIC = &attached, &vmm.NIC{MAC: at.MAC}
 		told = identity.NetworkOf(at)
 	}

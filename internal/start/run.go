@@ -18,6 +18,7 @@ import (
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/secret"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
@@ -137,9 +138,14 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	}
 	attached := machine.Network(vm, at)
 	if attached != nil {
+		attached.MTU = r.Machines.MTU(vm.Backend, at.Mode)
 		if attached.Egress, err = egressOf(vm); err != nil {
 			return shim.LaunchOptions{}, err
 		}
+	}
+	secrets, err := secret.Resolve(vm.Config.Secrets)
+	if err != nil {
+		return shim.LaunchOptions{}, err
 	}
 	spec := shim.Spec{
 		ID:           vm.ID,
@@ -147,6 +153,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		Backend:      vm.Backend,
 		VMM:          runs,
 		Network:      attached,
+		Secrets:      secrets,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,
@@ -173,7 +180,9 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 			return shim.LaunchOptions{}, err
 		}
 	}
-	return shim.LaunchOptions{Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log")}, nil
+	return shim.LaunchOptions{
+		Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log"), Without: secret.Variables(vm.Config.Secrets),
+	}, nil
 }
 
 // egressOf returns the egress policy of a VM; nil: it was given none.

@@ -6,7 +6,8 @@
 //	vms            seq (primary key)  the order of creation
 //	               id (unique), state
 //	               vcpus, memory_mib, image_name, options: what was asked for
-//	               lease (unique): the index from which addresses follow
+//	               lease (unique): the index from which addresses follow, and
+//	               pool: the network that they are in, if they are in one
 //	               egress_revision, egress_within: of the egress policy in options
 //	               image, disk_path, layer, host_key, ...: decided at creation
 //	               run, pid, shim_pid, cause, ...: the current or last run
@@ -15,7 +16,7 @@
 //	   |
 //	ports          seq (primary key)  the order in which they were added
 //	               host_port (unique), host_addr, guest_port
-//	               kind: one 'ssh' per VM, any number of 'forward'
+//	               kind: at most one 'ssh' per VM, any number of 'forward'
 //
 //	bases          path, base (primary key): what each disk file is based on
 //

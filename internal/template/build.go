@@ -166,7 +166,7 @@ func (t *Templates) spec(ctx context.Context, k Kind, config smolvm.VMConfig, dr
 		},
 		ReadyTimeout: t.Machines.BootTimeout(ctx, k.Hardware.Accelerator),
 		Origin:       shim.Origin{DataDir: t.Dir.Root()},
-	}, k.Hardware.NIC.Mode())
+	}, k.Hardware.NIC.Mode(), t.Machines.MTU(k.Hardware.Backend, k.Hardware.NIC.Mode()))
 }
 
 // warmUp returns what the guest is to run before it is frozen.

@@ -40,6 +40,9 @@ type Traits struct {
 	// Nested reports whether guests can be given a CPU with virtualization, where the
 	// accelerator has it. Others never have one.
 	Nested bool
+	// MaxMTU is the longest packet of a guest's that it carries over a link, in bytes. Zero:
+	// 1500.
+	MaxMTU int
 	// Layout is the version of the devices, and of the CPU, that the backend gives to VMs. It grows when
 	// they change, or their order does: guests that were saved before can't be restored.
 	Layout int

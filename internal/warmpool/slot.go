@@ -39,7 +39,7 @@ func slotDisk(format string) string { return "disk." + format }
 // next, but never claimed by another.
 const claimedSuffix = ".claimed"
 
-// dismissTime is how long a shim that stands by may take to agree to its end.
+// dismissTime is how long a shim that stands by may take to agree to its end, and to end.
 const dismissTime = 2 * time.Second
 
 // Slot is a VM of a pool that waits to be claimed.
@@ -177,6 +177,10 @@ func (s Slot) dismiss(ctx context.Context) (gone bool, err error) {
 	bounded, cancel := context.WithTimeout(ctx, dismissTime)
 	defer cancel()
 	err = shim.Dismiss(bounded, s.runtimeDir())
+	if err == nil {
+		// It removes what it has on the host. One that takes too long for that is killed.
+		_ = proc.Wait(bounded, s.ShimPID, s.ShimStart)
+	}
 	if errors.Is(err, shim.ErrGone) {
 		// It does not listen for claims any more: most likely it was claimed. But if no
 		// VM has it, only its socket is gone.

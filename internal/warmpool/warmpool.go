@@ -319,7 +319,7 @@ func (p *Pools) spec(ctx context.Context, s Slot, from snapshot.Snapshot, kind t
 		Standby:      true,
 		RuntimeDir:   runtimeDir,
 		Origin:       shim.Origin{DataDir: p.Dir.Root()},
-	}, kind.Hardware.NIC.Mode())
+	}, kind.Hardware.NIC.Mode(), p.Machines.MTU(kind.Hardware.Backend, kind.Hardware.NIC.Mode()))
 }
 
 // Reconcile removes the slots whose VM has died, and those of pools that are no more.

@@ -2,6 +2,8 @@ package outbound
 
 import (
 	"errors"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -55,6 +57,20 @@ type recording struct {
 	number         int64
 	began          time.Time
 	sent, received atomic.Int64 // in bytes
+
+	mu      sync.Mutex // guards the following
+	secrets []string   // names of those that it got
+}
+
+// addSecrets notes the names of secrets that a flow got. They are few; see [smolvm.VMConfig].
+func (c *recording) addSecrets(names []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, name := range names {
+		if !slices.Contains(c.secrets, name) {
+			c.secrets = append(c.secrets, name)
+		}
+	}
 }
 
 // beginRecord records that a flow was let through.
@@ -75,5 +91,8 @@ func (o *Outbound) endRecord(c *recording, f network.Flow, v network.Verdict) {
 	r := o.recordOf(f, v, event)
 	r.Flow, r.Duration = c.number, time.Since(c.began)
 	r.SentBytes, r.ReceivedBytes = c.sent.Load(), c.received.Load()
+	c.mu.Lock()
+	r.Secrets = slices.Clone(c.secrets)
+	c.mu.Unlock()
 	o.Recorder().Record(r)
 }

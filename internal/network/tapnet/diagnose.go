@@ -307,15 +307,3 @@ func udpFrame(to net.HardwareAddr, fromMAC string, from, dest netip.AddrPort) []
 	datagram = append(datagram, 0, udpHeader, 0, 0) // without a checksum
 	return append(append(frame, header...), datagram...)
 }
-
-// checksum returns that of a header of IPv4 (RFC 1071).
-func checksum(header []byte) uint16 {
-	sum := uint32(0)
-	for i := 0; i+1 < len(header); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(header[i:]))
-	}
-	for sum > 0xffff {
-		sum = sum>>16 + sum&0xffff
-	}
-	return ^uint16(sum)
-}

@@ -76,9 +76,14 @@ type guest struct {
 // newGuest makes a guest with a static configuration.
 func newGuest(t testing.TB, n *Network) *guest {
 	t.Helper()
+	return newGuestMTU(t, n, defaultMTU)
+}
+
+func newGuestMTU(t testing.TB, n *Network, mtu uint32) *guest {
+	t.Helper()
 	config := testConfig()
 	link := &endpoint{
-		conn: linkConn(t, n), mtu: defaultMTU, mac: parseMAC(config.GuestMAC),
+		conn: linkConn(t, n), mtu: mtu, mac: parseMAC(config.GuestMAC),
 		admit: func(frame []byte) bool { return len(frame) > header.EthernetMinimumSize },
 	}
 	s, err := newStack(Config{Prefix: config.Prefix, Gateway: config.Guest}, link)

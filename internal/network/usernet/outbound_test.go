@@ -20,6 +20,7 @@ import (
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/nettest"
 	"github.com/smolvm/smolvm/internal/network/outbound"
+	"github.com/smolvm/smolvm/internal/network/resolver"
 )
 
 // hostAddrs lists the host's own addresses, and those that mean it or all its
@@ -229,5 +230,74 @@ func TestCloseOutbound(t *testing.T) {
 	}
 	if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the connection outlives the network: %v", err)
+	}
+}
+
+// A network carries packets that are longer than Ethernet's, and serves a guest whose own MTU is
+// Ethernet's, as is that of one which was saved before.
+func TestLongPackets(t *testing.T) {
+	if !nettest.InOwnNetworkWithIP(t) {
+		return
+	}
+	var listener net.Listener
+	var packets net.PacketConn
+	nettest.NewOutside(t).Run(func() (err error) {
+		if listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":8080"); err != nil {
+			return err
+		}
+		packets, err = net.ListenPacket("udp4", nettest.OutsideAddr().String()+":8080")
+		return err
+	})
+	var echoes sync.WaitGroup
+	echoes.Go(func() {
+		datagram := make([]byte, outbound.MaxDatagram)
+		for {
+			size, from, err := packets.ReadFrom(datagram)
+			if err != nil {
+				return
+			}
+			_, _ = packets.WriteTo(datagram[:size], from)
+		}
+	})
+	defer func() {
+		_, _ = listener.Close(), packets.Close()
+		echoes.Wait()
+	}()
+	for _, mtu := range []uint32{defaultMTU, network.UserMTU} {
+		config := testConfig()
+		config.MTU = network.UserMTU
+		n, err := newWith(config, usualLimits(), resolver.HostFiles())
+		if err != nil {
+			t.Fatal(err)
+		}
+		g := newGuestMTU(t, n, mtu)
+		sums := make(chan [2][32]byte, 1)
+		go func() {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			sent, received, _ := exchange(conn, 1)
+			sums <- [2][32]byte{sent, received}
+		}()
+		conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sent, received, err := exchange(conn, 2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := <-sums; got != [2][32]byte{received, sent} {
+			t.Errorf("MTU %d: what arrives is not what was sent", mtu)
+		}
+		if datagrams := g.dialUDP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080)); mtu == network.UserMTU {
+			exchangeDatagram(t, datagrams, strings.Repeat("long ", 13000))
+		} else {
+			exchangeDatagram(t, datagrams, strings.Repeat("long ", 250))
+		}
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/intercept"
 	"github.com/smolvm/smolvm/internal/network/outbound"
 	"github.com/smolvm/smolvm/internal/network/resolver"
 	"github.com/smolvm/smolvm/internal/stream"
@@ -126,6 +127,9 @@ func (n *Network) SetRecorder(r network.Recorder) {
 	n.outbound.SetRecorder(r)
 	n.questions.SetRecorder(n.outbound.Recorder())
 }
+
+// SetSecrets has secrets put into the guest's flows that begin from now on.
+func (n *Network) SetSecrets(secrets *intercept.Interceptor) { n.outbound.SetSecrets(secrets) }
 
 // EgressRevision implements [network.EgressSetter].
 func (n *Network) EgressRevision() int64 { return n.outbound.EgressRevision() }

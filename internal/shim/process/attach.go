@@ -35,12 +35,6 @@ func (s *process) attach(config network.Config, warn func(string)) (network.Atta
 
 // attachTAP connects the VM by a TAP interface of the host.
 func (s *process) attachTAP(config network.Config, warn func(string)) (network.Attachment, error) {
-	if config.Egress != nil { // before the guest's packets have anywhere to go
-		return nil, &smolvm.Error{
-			Hint: "create the VM in network mode user, or without an egress policy",
-			Err:  fmt.Errorf("connect the VM: %w: there are no egress policies in network mode %q", smolvm.ErrUnsupported, config.UsedMode()),
-		}
-	}
 	owner, err := tapnet.OwnedBy(tapnet.DirectoryName(s.spec.Origin.DataDir), s.spec.ID)
 	if err != nil {
 		return nil, err

@@ -13,6 +13,7 @@ func QEMU() vmm.Traits {
 		DiskFormats:  []string{"qcow2", "raw"},
 		Accelerators: []string{vmm.KVM, vmm.TCG},
 		Nested:       runtime.GOARCH == "amd64",
+		MaxMTU:       65535, // its buffers have room for that (NET_BUFSIZE), and its device cuts nothing
 		Layout:       3,
 		Programs: []vmm.Program{{
 			Names:      []string{QEMUProgram(runtime.GOARCH)},
