@@ -167,6 +167,9 @@ type VMConfig struct {
 	// Egress is what the guest may reach. Nil: all but what is closed always. It can be changed
 	// while the VM runs; see [Egress].
 	Egress *EgressPolicy `json:"egress,omitempty"`
+	// Secrets are values that the guest's programs use without having them. They need an
+	// egress policy that denies by default and allows each of their hosts.
+	Secrets []Secret `json:"secrets,omitempty"`
 	// AuthorizedKeys are public keys, in OpenSSH's format, that may log in
 	// besides the data directory's own key.
 	AuthorizedKeys []string `json:"authorized_keys,omitempty"`
@@ -353,6 +356,7 @@ func (c VMConfig) WithDefaults() VMConfig {
 		c.PortForwards[i] = c.PortForwards[i].WithDefaults()
 	}
 	c.Egress = c.Egress.Clone()
+	c.Secrets = secretsWithDefaults(c.Secrets)
 	c.AuthorizedKeys = slices.Clone(c.AuthorizedKeys)
 	c.Env = maps.Clone(c.Env)
 	c.Labels = maps.Clone(c.Labels)
@@ -435,6 +439,7 @@ func (c VMConfig) Validate() error {
 	c.validateDisks(&v)
 	c.validateGuest(&v)
 	c.validateNetwork(&v)
+	c.validateSecrets(&v)
 	for i, f := range c.PortForwards {
 		field := fmt.Sprintf("port_forwards[%d]", i)
 		v.fields = append(v.fields, f.problems(field)...)

@@ -43,6 +43,8 @@ type RestoreOptions struct {
 	// Egress is the VM's egress policy, which must be within that of the snapshot. Nil: the
 	// snapshot's own. It can't be given with InPlace.
 	Egress *EgressPolicy
+	// WithoutSecrets makes a VM that has none of the secrets. It can't be given with InPlace.
+	WithoutSecrets bool
 	// Start says how to start it. Cold boots from the snapshot's disk.
 	Start StartOptions
 	// AllowCold has the VM boot from the snapshot's disk if its memory can't be used, with
@@ -59,6 +61,9 @@ type ForkOptions struct {
 	// Egress is the children's egress policy, which must be within the parent's. Nil: the
 	// parent's own.
 	Egress *EgressPolicy
+	// WithoutSecrets makes children that have none of the parent's secrets. They go on with
+	// placeholders in their memory, which are worth nothing.
+	WithoutSecrets bool
 	// Start says how to start them. Cold boots them from the disk as it is now.
 	Start StartOptions
 	// AllowCold has a child boot from the disk if it can't go on where the parent is, with

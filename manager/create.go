@@ -220,14 +220,12 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	if err := checkNetwork(*config); err != nil && len(invalid.Fields) == 0 {
 		return vmm.Traits{}, disk.Info{}, err
 	}
-	if config.Egress != nil {
-		if _, err := network.PolicyOf(*config.Egress); err != nil {
-			var wrong *smolvm.ValidationError
-			if !errors.As(err, &wrong) {
-				return vmm.Traits{}, disk.Info{}, err
-			}
-			invalid.Fields = append(invalid.Fields, wrong.Fields...)
+	if err := checkEgress(*config); err != nil {
+		var wrong *smolvm.ValidationError
+		if !errors.As(err, &wrong) {
+			return vmm.Traits{}, disk.Info{}, err
 		}
+		invalid.Fields = append(invalid.Fields, wrong.Fields...)
 	}
 	for i, line := range config.AuthorizedKeys {
 		if _, err := identity.ParseAuthorizedKey(line); err != nil {

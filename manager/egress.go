@@ -73,6 +73,9 @@ func (m *Manager) SetEgress(ctx context.Context, id string, policy smolvm.Egress
 			return fail(err)
 		}
 	}
+	if err := checkSecrets(vm.Config, parsed); err != nil {
+		return fail(err)
+	}
 	before := vm
 	vm.Config.Egress, vm.EgressRevision = policy.Clone(), vm.EgressRevision+1
 	// The row comes first: should this process be killed in between, the next start has the
@@ -151,6 +154,13 @@ func inherit(config *smolvm.VMConfig, narrower *smolvm.EgressPolicy) (within str
 	}
 	if narrower != nil {
 		if err := checkWithin(*narrower, limit); err != nil {
+			return "", err
+		}
+		policy, err := network.PolicyOf(*narrower)
+		if err == nil {
+			err = checkSecrets(*config, policy)
+		}
+		if err != nil {
 			return "", err
 		}
 		config.Egress = narrower.Clone()

@@ -30,6 +30,8 @@ func (m *Manager) restoreInPlace(ctx context.Context, meta snapshotMeta, from st
 		return fail(fmt.Errorf("%w: it is of VM %q, not of %q", smolvm.ErrUnsupported, meta.VMID, opts.ID))
 	case opts.Egress != nil:
 		return fail(fmt.Errorf("%w: the VM keeps its egress policy; change it with `smolvm policy set`", smolvm.ErrUnsupported))
+	case opts.WithoutSecrets:
+		return fail(fmt.Errorf("%w: the VM keeps its secrets; restore the snapshot as another VM", smolvm.ErrUnsupported))
 	case opts.Ephemeral:
 		return fail(fmt.Errorf("%w: a VM that is there already can't be made ephemeral", smolvm.ErrUnsupported))
 	}

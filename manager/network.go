@@ -40,7 +40,7 @@ func noPolicies(mode smolvm.NetworkMode) error {
 		return nil
 	}
 	return &smolvm.Error{
-		Hint: fmt.Sprintf("create the VM in network mode %s, or without an egress policy", smolvm.NetworkUser),
+		Hint: fmt.Sprintf("create the VM in network mode %s or %s, or without an egress policy", smolvm.NetworkUser, smolvm.NetworkTAP),
 		Err:  fmt.Errorf("%w: there are no egress policies in network mode %s", smolvm.ErrUnsupported, mode),
 	}
 }

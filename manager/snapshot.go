@@ -394,6 +394,9 @@ func (m *Manager) revive(ctx context.Context, meta snapshotMeta, from start.Save
 		}
 	}
 	config.Ephemeral = opts.Ephemeral
+	if opts.WithoutSecrets {
+		config.Secrets = nil
+	}
 	within, err := inherit(&config, opts.Egress)
 	if err != nil {
 		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
@@ -439,8 +442,13 @@ func (m *Manager) compatible(ctx context.Context, vm store.VM, saved machine.Har
 func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) (smolvm.Forked, error) {
 	began := time.Now()
 	count := max(opts.Count, len(opts.IDs), 1)
-	if vm, err := m.lookup(ctx, id); err == nil && !vm.Config.UsesImage() {
-		return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w: its guest has no agent that could give a child another identity", id, smolvm.ErrUnsupported)
+	if vm, err := m.lookup(ctx, id); err == nil {
+		if !vm.Config.UsesImage() {
+			return smolvm.Forked{}, fmt.Errorf("fork VM %q: %w: its guest has no agent that could give a child another identity", id, smolvm.ErrUnsupported)
+		}
+		if err := findSecrets(vm.Config.Secrets); err != nil && !opts.WithoutSecrets {
+			return smolvm.Forked{}, vmError("fork", id, err)
+		}
 	}
 	draft, meta, err := m.save(ctx, id, "fork-"+shim.NewRun())
 	if err != nil {
@@ -465,7 +473,7 @@ func (m *Manager) Fork(ctx context.Context, id string, opts smolvm.ForkOptions) 
 	forked := smolvm.Forked{Pause: meta.Pause, Children: make([]smolvm.VMInfo, count)}
 	group, groupCtx := errgroup.WithContext(ctx)
 	for i := range count {
-		restore := smolvm.RestoreOptions{ID: smolvm.NewID(), Start: opts.Start, Egress: opts.Egress}
+		restore := smolvm.RestoreOptions{ID: smolvm.NewID(), Start: opts.Start, Egress: opts.Egress, WithoutSecrets: opts.WithoutSecrets}
 		if i < len(opts.IDs) {
 			restore.ID = opts.IDs[i]
 		}

@@ -94,7 +94,8 @@ snapshot under its own id; what was written to its disk since is lost. If that f
 VM stays as it is. For a VM with a kernel of its own this is the only way, as its guest
 has no agent to give it another identity.
 
-The VM has the egress policy of the saved one, or a narrower one that is given.`,
+The VM has the egress policy of the saved one, or a narrower one that is given. The values of
+its secrets have to be where they come from, unless it is to have none.`,
 		Example: "  smolvm snapshot restore ready\n  smolvm snapshot restore --id web-2 ready\n  smolvm snapshot restore --in-place ready",
 		Args:    needs(1, 1, "the name of a snapshot"),
 	}
@@ -102,6 +103,7 @@ The VM has the egress policy of the saved one, or a narrower one that is given.`
 	complete(cmd, "id", words())
 	cmd.Flags().BoolVar(&options.InPlace, "in-place", false, "have the saved VM itself go back to the snapshot")
 	egress.register(cmd)
+	withoutSecretsFlag(cmd, &options.WithoutSecrets)
 	startFlags(cmd, &options.Start)
 	allowColdFlag(cmd, &options.AllowCold)
 	timings := timingsFlag(cmd)
@@ -142,7 +144,8 @@ func (a *app) forkCommand() *cobra.Command {
 state, with the same memory and disk, and an identity of its own. The VM itself is paused
 for some hundredths of a second, and goes on. If one copy can't be made, none is.
 
-Copies have the VM's egress policy, or a narrower one that is given.`,
+Copies have the VM's egress policy, or a narrower one that is given. The values of its secrets
+have to be where they come from, unless copies are to have none.`,
 		Example:           "  smolvm fork -n 3 web",
 		Args:              withID,
 		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StatePaused)),
@@ -152,6 +155,7 @@ Copies have the VM's egress policy, or a narrower one that is given.`,
 	complete(cmd, "count", words())
 	complete(cmd, "id", words())
 	egress.register(cmd)
+	withoutSecretsFlag(cmd, &options.WithoutSecrets)
 	startFlags(cmd, &options.Start)
 	allowColdFlag(cmd, &options.AllowCold)
 	timings := timingsFlag(cmd)

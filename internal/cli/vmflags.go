@@ -14,9 +14,10 @@ import (
 
 // vmFlags are the flags that describe a new VM.
 type vmFlags struct {
-	config smolvm.VMConfig
-	egress egressFlags
-	quiet  bool
+	config  smolvm.VMConfig
+	egress  egressFlags
+	secrets secretFlags
+	quiet   bool
 }
 
 func (f *vmFlags) register(cmd *cobra.Command) {
@@ -52,6 +53,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	networkFlag(cmd, &config.Network)
 	rateFlag(cmd, &config.Network)
 	f.egress.register(cmd)
+	f.secrets.register(cmd)
 	flags.FuncP("env", "e", "set a variable for all commands: `NAME[=VALUE]` (repeatable)", f.addEnv)
 	flags.FuncP("label", "l", "attach a label to find the VM by: `NAME[=VALUE]` (repeatable)", func(text string) error {
 		return addLabel(&config.Labels, text)
@@ -127,6 +129,9 @@ func addLabel(labels *map[string]string, text string) error {
 func (f *vmFlags) resolve(a *app, image string) (config smolvm.VMConfig, err error) {
 	config = f.config
 	if config.Egress, err = f.egress.policy(); err != nil {
+		return config, err
+	}
+	if config.Secrets, err = f.secrets.all(); err != nil {
 		return config, err
 	}
 	config.Image = image

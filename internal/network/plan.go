@@ -44,7 +44,9 @@ func UsesTAP(mode smolvm.NetworkMode) bool { return mode == TAP || mode == Bridg
 
 // HasPolicies reports whether guests can have an egress policy in a mode: its network is an
 // [EgressSetter].
-func HasPolicies(mode smolvm.NetworkMode) bool { return mode == smolvm.NetworkUser }
+func HasPolicies(mode smolvm.NetworkMode) bool {
+	return mode == smolvm.NetworkUser || mode == smolvm.NetworkTAP
+}
 
 // UserMTU is the MTU in the mode user, in bytes, where the VMM can carry such packets. None of
 // the guest's packets leaves this host, only what they carry does, so they may be as long as

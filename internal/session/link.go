@@ -299,6 +299,7 @@ func (s *Session) hello() wire.Hello {
 		}
 		hello.Network = &told
 	}
+	s.placeholders.addTo(&hello)
 	return hello
 }
 

@@ -143,6 +143,7 @@ func (s *Session) handshake(ctx context.Context) error {
 	}
 	s.line.set(channel, link, answer)
 	s.warnings = append(s.warnings, answer.Warnings...)
+	s.checkAuthority(*answer)
 	s.step(stepAgent)
 	return nil
 }

@@ -29,6 +29,9 @@ type Options struct {
 	// Attach makes the VM's network, and warns of what that can't do on this host.
 	Attach func(config network.Config, warn func(string)) (network.Attachment, error)
 	Log    *slog.Logger
+	// Accepted is called for each connection that comes by a port forward of TCP. Nil: nobody
+	// wants to know.
+	Accepted func(from net.Addr, guestPort int)
 	// StartVMM calls its argument, which starts the VMM: what limits the process that the VMM
 	// would inherit is lifted meanwhile. Nil: it is just called.
 	StartVMM func(start func())
@@ -45,13 +48,15 @@ type Session struct {
 	log   *slog.Logger
 	began time.Time
 
-	network  network.Attachment // nil: the VM has none
-	mtu      int                // of it, in bytes; zero: the guest's own
-	instance vmm.Instance       // nil before the VMM is started
-	ran      bool               // the guest's CPUs have run
-	line     line               // to the guest's agent
-	timeline []wire.Step
-	warnings []string
+	network network.Attachment // nil: the VM has none
+	mtu     int                // of it, in bytes; zero: the guest's own
+	// placeholders is nil if the VM has no secrets.
+	placeholders *placeholders
+	instance     vmm.Instance // nil before the VMM is started
+	ran          bool         // the guest's CPUs have run
+	line         line         // to the guest's agent
+	timeline     []wire.Step
+	warnings     []string
 
 	paused atomic.Bool
 	halts  *halts
@@ -74,7 +79,7 @@ func New(spec shim.Spec, opts Options) *Session {
 // Connect makes the VM's network, if it is to have one.
 func (s *Session) Connect() error {
 	if s.spec.Network == nil {
-		return nil
+		return s.useSecrets()
 	}
 	attached, err := s.opts.Attach(*s.spec.Network, s.warn)
 	if err != nil {
@@ -86,6 +91,9 @@ func (s *Session) Connect() error {
 		if err := s.setEgress(*s.spec.Network.Egress); err != nil {
 			return err
 		}
+	}
+	if err := s.useSecrets(); err != nil {
+		return err
 	}
 	s.step(stepNetwork)
 	return nil
@@ -150,7 +158,7 @@ func (s *Session) attempt(ctx context.Context) error {
 // Reconnect makes the network that of the VM that the session was claimed for.
 func (s *Session) Reconnect() error {
 	if s.spec.Network == nil || s.network == nil {
-		return nil
+		return s.useSecrets()
 	}
 	if err := s.claimNetwork(); err != nil {
 		return err
@@ -159,6 +167,9 @@ func (s *Session) Reconnect() error {
 		if err := s.setEgress(*egress); err != nil {
 			return err
 		}
+	}
+	if err := s.useSecrets(); err != nil {
+		return err
 	}
 	s.step(stepNetwork)
 	return nil

@@ -23,6 +23,8 @@ import (
 	"math"
 	"os"
 	"os/exec"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -42,6 +44,9 @@ type LaunchOptions struct {
 	Listeners []io.Closer
 	// LogPath receives what the shim itself has to say.
 	LogPath string
+	// Without are the names of variables that the shim, and so the VMM, does not get from this
+	// process's environment: those that have secrets.
+	Without []string
 	// AnswerTime is how much longer than Spec.ReadyTimeout the shim may take to report that
 	// its VM is ready, or why it is not. Zero: 30 seconds.
 	AnswerTime time.Duration
@@ -249,7 +254,7 @@ func spawn(opts LaunchOptions) (_ *Launched, err error) {
 	theirs, ours = append(theirs, p.theirs()...), []*os.File{p.ordersWrite, p.reportsRead}
 	argv := append(opts.Program[1:len(opts.Program):len(opts.Program)], opts.Spec.ID)
 	cmd := exec.Command(opts.Program[0], argv...) //nolint:noctx // it outlives the call that starts it
-	cmd.Dir = "/"
+	cmd.Dir, cmd.Env = "/", environWithout(opts.Without)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = p.ordersRead, log, log
 	cmd.ExtraFiles = append([]*os.File{ReportsFD - 3: p.reportsWrite}, p.listeners...)
 	// A session of its own: neither a terminal's signals nor its end reach it.
@@ -271,6 +276,14 @@ func spawn(opts LaunchOptions) (_ *Launched, err error) {
 		pipe:      p.reportsRead,
 		reports:   bufio.NewReader(p.reportsRead),
 	}, nil
+}
+
+// environWithout returns the environment of this process without some variables.
+func environWithout(names []string) []string {
+	return slices.DeleteFunc(os.Environ(), func(entry string) bool {
+		name, _, _ := strings.Cut(entry, "=")
+		return slices.Contains(names, name)
+	})
 }
 
 // pipes are what a launcher and a shim talk over, and what the shim takes over.

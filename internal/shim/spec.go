@@ -12,6 +12,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/secret"
 	"github.com/smolvm/smolvm/internal/vmm"
 )
 
@@ -29,6 +30,9 @@ type Spec struct {
 	// Network is the VM's network; nil: the VM has none. A mode that the shim does not know
 	// is refused.
 	Network *network.Config `json:"network,omitempty"`
+	// Secrets are put into the guest's flows; see package intercept. They are never written
+	// down: orders and claims travel over pipes and sockets only.
+	Secrets []secret.Secret `json:"secrets,omitempty"`
 	// Forwards are set up at the start. The launcher has bound their ports
 	// already; see [Launch].
 	Forwards []Forward `json:"forwards,omitempty"`
@@ -56,6 +60,8 @@ type Spec struct {
 	// Ephemeral stops the VM when the launcher ends.
 	Ephemeral bool `json:"ephemeral,omitempty"`
 
+	// FlowLog is the path of the VM's flow log; empty: what passes is not recorded.
+	FlowLog string `json:"flow_log,omitempty"`
 	// RuntimeDir holds the shim's two sockets. The shim makes it and removes it.
 	RuntimeDir string `json:"runtime_dir"`
 	// Origin comes back in [ExitRecord] and [HaltRecord].
@@ -65,8 +71,10 @@ type Spec struct {
 // protocol returns the number that an order is sent with: its own, or the lowest with which
 // no shim misunderstands it.
 func (s Spec) protocol() int {
-	const withMode, withEgress, withRate = 2, 3, 4
+	const withMode, withEgress, withRate, withSecrets = 2, 3, 4, 5
 	switch {
+	case len(s.Secrets) > 0:
+		return cmp.Or(s.Protocol, withSecrets)
 	case s.Network == nil:
 		return cmp.Or(s.Protocol, Protocol)
 	case s.Network.UsedMode() == smolvm.NetworkUser && s.Network.Rate != (network.Rate{}):

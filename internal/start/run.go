@@ -18,6 +18,7 @@ import (
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/secret"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
@@ -142,17 +143,23 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 			return shim.LaunchOptions{}, err
 		}
 	}
+	secrets, err := secret.Resolve(vm.Config.Secrets)
+	if err != nil {
+		return shim.LaunchOptions{}, err
+	}
 	spec := shim.Spec{
 		ID:           vm.ID,
 		Run:          shim.NewRun(),
 		Backend:      vm.Backend,
 		VMM:          runs,
 		Network:      attached,
+		Secrets:      secrets,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,
 		WarmUp:       warmUpOf(vm),
 		Ephemeral:    vm.Config.Ephemeral,
+		FlowLog:      r.Dir.Flows(vm.ID),
 		RuntimeDir:   runtimeDir,
 		Origin:       shim.Origin{DataDir: r.Dir.Root(), State: vm.State},
 	}
@@ -173,7 +180,9 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 			return shim.LaunchOptions{}, err
 		}
 	}
-	return shim.LaunchOptions{Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log")}, nil
+	return shim.LaunchOptions{
+		Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log"), Without: secret.Variables(vm.Config.Secrets),
+	}, nil
 }
 
 // egressOf returns the egress policy of a VM; nil: it was given none.

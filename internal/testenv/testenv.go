@@ -233,6 +233,9 @@ func InitramfsOf(t testing.TB, script string, programs map[string][]byte) string
 	return path
 }
 
+// Build returns a program of this module, by its package, as it runs in any guest.
+func Build(t testing.TB, program string) []byte { t.Helper(); return build(t, program) }
+
 // build builds a program of this module for a guest.
 func build(t testing.TB, program string) []byte {
 	t.Helper()

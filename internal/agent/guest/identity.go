@@ -36,6 +36,9 @@ func (a *agent) become(hello wire.Hello) (identity wire.Identity, warnings []str
 	files := identityFiles{root: "/"}
 	warn(files.write(hello))
 	warn(a.setBootID(hello.BootID))
+	trusted, trustErr := trust{root: "/"}.set(hello.Authority)
+	warn(trustErr)
+	hello.Env = withDefaults(hello.Env, trusted)
 	err = a.server.SetIdentity(hello)
 	warn(<-adopted)
 	if err != nil {

@@ -62,6 +62,7 @@ func (a *agent) answer(hello wire.Hello, fatal error) wire.Answer {
 	if fatal == nil {
 		answer.Identity, answer.Warnings, fatal = a.takeOn(hello)
 		a.first = false
+		answer.Authority = len(hello.Authority) > 0
 	}
 	a.step("ready")
 	answer.Timeline, a.timeline = a.timeline, nil

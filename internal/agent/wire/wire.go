@@ -125,6 +125,9 @@ type Hello struct {
 	Seed []byte `json:"seed"`
 	// Env is added to the environment of every command.
 	Env map[string]string `json:"env,omitempty"`
+	// Authority is the certificate, as PEM, of an authority that the guest's programs are to
+	// trust. It takes the place of the one before. Empty: there is none.
+	Authority []byte `json:"authority,omitempty"`
 	// Network configures the guest's interface; nil leaves it alone.
 	Network *Network `json:"network,omitempty"`
 	// Continues says that the guest has run on since the last hello, and only its channel is
@@ -164,6 +167,9 @@ type Answer struct {
 	// Warnings are things that went wrong and do not keep the guest from
 	// working, one sentence each.
 	Warnings []string `json:"warnings,omitempty"`
+	// Authority reports that the guest has the authority of the hello; an earlier agent knows
+	// of none.
+	Authority bool `json:"authority,omitempty"`
 	// Identity is what the guest has become.
 	Identity Identity `json:"identity"`
 	// Again reports that a session is over, and that the agent waits for the next

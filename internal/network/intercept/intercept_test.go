@@ -125,6 +125,9 @@ func TestOtherHost(t *testing.T) {
 				t.Errorf("host %s: %d", host, answer.code)
 			}
 		}
+		if answer, _ := w.do(w.client(http2), newRequest(t, http.MethodTrace, "/", nil)); answer.code != http.StatusMethodNotAllowed {
+			t.Errorf("TRACE: %d", answer.code)
+		}
 		request := newRequest(t, http.MethodConnect, "", nil)
 		if answer, err := w.client(false).Transport.RoundTrip(request); err == nil {
 			_ = answer.Body.Close()

@@ -166,8 +166,9 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "smolvm: this connection is to "+h.flow.To.Host, http.StatusMisdirectedRequest)
 		return
 	}
-	if r.Method == http.MethodConnect {
-		http.Error(w, "smolvm: "+h.flow.To.Host+" is asked for no tunnel while it has a secret", http.StatusMethodNotAllowed)
+	if r.Method == http.MethodConnect || r.Method == http.MethodTrace {
+		// A tunnel leads elsewhere, and a trace brings the headers back in its body.
+		http.Error(w, "smolvm: no "+r.Method+" to a host that has a secret", http.StatusMethodNotAllowed)
 		return
 	}
 	names, ok := h.replace.fill(r.Header)

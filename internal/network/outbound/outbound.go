@@ -19,6 +19,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/intercept"
 	"github.com/smolvm/smolvm/internal/stream"
 )
 
@@ -50,10 +51,13 @@ type Config struct {
 type Outbound struct {
 	config Config
 	policy atomic.Pointer[network.Policy]
-	names  Names
-	routes hostRoutes
-	ctx    context.Context
-	cancel context.CancelFunc
+	// secrets are put into flows; nil: there are none.
+	secrets atomic.Pointer[intercept.Interceptor]
+	names   Names
+	routes  hostRoutes
+	late    network.LateRecorder
+	ctx     context.Context
+	cancel  context.CancelFunc
 
 	mu       sync.Mutex // guards the following
 	closed   bool
@@ -138,10 +142,11 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 	defer o.running.Done()
 	f := &tcpFlow{of: o, flow: o.flowTo(to, smolvm.TCP)}
 	v, err := o.check(&f.flow, netip.AddrPort{})
-	if err == nil && v.Allowed {
-		f.outside, err = o.dialChecked(&f.flow)
+	if err == nil && v.Allowed && !o.hasSecrets(to.Port()) {
+		f.outside, err = o.dialChecked(o.ctx, &f.flow)
 	}
 	if err != nil {
+		o.recordFailure(f.flow, err)
 		request.Refuse()
 		return
 	}
@@ -151,10 +156,25 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 		}
 		return
 	}
-	if f.outside == nil && !o.dialNamed(f) {
-		f.Abort()
+	if f.outside == nil {
+		if err := o.awaitName(f); err != nil {
+			o.recordFailure(f.known(), err)
+			f.Abort()
+			return
+		}
+	}
+	if o.carrySecrets(f) {
 		return
 	}
+	if f.outside == nil {
+		if err := o.dialNamed(f); err != nil {
+			o.recordFailure(f.known(), err)
+			f.Abort()
+			return
+		}
+	}
+	o.beginRecord(&f.recording, f.known(), f.verdict(false))
+	defer func() { o.endRecord(&f.recording, f.known(), f.verdict(f.named.Load())) }()
 	if o.beginTCP(f) {
 		defer o.endTCP(f)
 		f.recheck() // the policy may have been changed since
@@ -162,16 +182,19 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 	stream.Splice(o.ctx, f, f.outside)
 }
 
-// dialNamed connects a flow to the outside that needs a name to be allowed, as soon as it has
-// stated it. It reports whether it could.
-func (o *Outbound) dialNamed(f *tcpFlow) bool {
+// awaitName waits until a flow has stated its name, or will not any more. The error matches
+// [ErrRefused] if it may not have it.
+func (o *Outbound) awaitName(f *tcpFlow) error {
 	defer context.AfterFunc(o.ctx, f.Abort)()
-	if f.awaitName() != nil {
-		return false
-	}
+	return f.awaitName()
+}
+
+// dialNamed connects a flow to the outside whose name is known.
+func (o *Outbound) dialNamed(f *tcpFlow) error {
+	defer context.AfterFunc(o.ctx, f.Abort)()
 	outside, err := o.dial(&f.flow)
 	f.outside = outside
-	return err == nil
+	return err
 }
 
 func (o *Outbound) beginTCP(f *tcpFlow) bool {
@@ -256,7 +279,10 @@ func (o *Outbound) mayReachVM(addr netip.Addr, byTAP bool) bool {
 }
 
 // dial connects to the outside, if that is where the address is, and if the guest may.
-func (o *Outbound) dial(f *network.Flow) (net.Conn, error) {
+func (o *Outbound) dial(f *network.Flow) (net.Conn, error) { return o.dialWithin(o.ctx, f) }
+
+// dialWithin is dial for as long as ctx is not done.
+func (o *Outbound) dialWithin(ctx context.Context, f *network.Flow) (net.Conn, error) {
 	v, err := o.check(f, netip.AddrPort{})
 	if err == nil && !v.Allowed {
 		err = refusal(*f, v)
@@ -264,11 +290,11 @@ func (o *Outbound) dial(f *network.Flow) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return o.dialChecked(f)
+	return o.dialChecked(ctx, f)
 }
 
 // dialChecked is dial of a flow that has been allowed just now.
-func (o *Outbound) dialChecked(f *network.Flow) (net.Conn, error) {
+func (o *Outbound) dialChecked(ctx context.Context, f *network.Flow) (net.Conn, error) {
 	dialer := net.Dialer{Timeout: dialTimeout}
 	if f.Protocol == smolvm.UDP {
 		dialer.Control = noBroadcast
@@ -277,7 +303,7 @@ func (o *Outbound) dialChecked(f *network.Flow) (net.Conn, error) {
 	if f.To.Addr().Is6() {
 		family = "6"
 	}
-	conn, err := dialer.DialContext(o.ctx, string(f.Protocol)+family, f.To.String())
+	conn, err := dialer.DialContext(ctx, string(f.Protocol)+family, f.To.String())
 	if err != nil {
 		return nil, err
 	}

@@ -64,10 +64,22 @@ func (w *World) SendFirst(to netip.AddrPort) net.Conn {
 	if _, err := conn.Write([]byte("before")); err != nil {
 		w.Fatal(err)
 	}
-	if got := <-w.datagrams; got != "before" {
+	if got := w.Arrived(); got != "before" {
 		w.Fatalf("%q arrives", got)
 	}
 	return conn
+}
+
+// Arrived returns the next datagram that has arrived.
+func (w *World) Arrived() string {
+	w.Helper()
+	select {
+	case got := <-w.datagrams:
+		return got
+	case <-time.After(Patience):
+		w.Fatal("no datagram arrives")
+		return ""
+	}
 }
 
 // MustBeRefused checks that the guest is told that no datagram gets out by a socket any more, and

@@ -15,7 +15,7 @@ import (
 // Most drop what they don't know. So each such chain gets two rules at its end: just before
 // the policy, or the first rule that drops whatever comes. Where packets are forwarded these
 // let pass what comes from guests and what goes to them; where they are for the host itself,
-// questions of guests to their name server. All that others say explicitly about guests stays
+// questions of guests to their name server, and the flows that the shims of VMs carry. All that others say explicitly about guests stays
 // in force, and what guests may do is decided in our table.
 
 // passMark is the comment of these rules.
@@ -45,6 +45,7 @@ func passes(c *nftables.Chain) []match {
 		return []match{
 			rule(fromGuests(), isQuestion(unix.IPPROTO_UDP)),
 			rule(fromGuests(), isQuestion(unix.IPPROTO_TCP)),
+			rule(fromGuests(), isCarried()),
 		}
 	}
 	return nil

@@ -46,9 +46,9 @@ func TestReconcile(t *testing.T) {
 		return owner
 	}
 	bounded := func(c *network.Config) { c.Rate.FromGuest, c.OpenToVMs = 1_000_000, true }
-	dead := []Owner{abandon(3, nil), abandon(4, bounded)}
+	dead := []Owner{abandon(3, nil), abandon(4, bounded), abandon(6, onlyFar(t))}
 	// Of one, only a part is left.
-	dead = append(dead, abandon(5, nil))
+	dead = slices.Insert(dead, 2, abandon(5, nil))
 	link, err := netlink.LinkByName("smol-ac100005")
 	must(t, err)
 	must(t, netlink.LinkDel(link))
@@ -117,6 +117,16 @@ func TestClaim(t *testing.T) {
 		mustNotReach(t, g, "udp", metadataAddr)
 		must(t, n.Close())
 		mustBeEmpty(t)
+	})
+	t.Run("after a dead owner with a policy", func(t *testing.T) {
+		config, _ := planned(t, 6, onlyFar(t))
+		_, err := New(t.Context(), config, deadOwner(t, "dead"))
+		must(t, err)
+		g := newGuest(t, newNetwork(t, 6, nil))
+		mustReach(t, g, "udp", outsideAddr, hostAddr)
+		if !ping(g, farAddr, patience) {
+			t.Errorf("%s does not answer", farAddr)
+		}
 	})
 	t.Run("not in place of one that lives", func(t *testing.T) {
 		n := newNetwork(t, 4, nil)

@@ -103,6 +103,20 @@ func (v version) guestAddressIn(offset uint32, set string, not bool) match {
 	})
 }
 
+// addressNotIn holds if the address at an offset of the header is not in a set.
+func (v version) addressNotIn(offset uint32, set string) match {
+	return rule(v.is(), match{v.payload(offset, first), &expr.Lookup{SourceRegister: first, SetName: set, Invert: true}})
+}
+
+// guestAddressOut holds if the interface by which the packet goes out, together with the address
+// at an offset, is not in a set.
+func (v version) guestAddressOut(offset uint32, set string) match {
+	return rule(v.is(), match{
+		load(expr.MetaKeyOIFNAME), v.payload(offset, second),
+		&expr.Lookup{SourceRegister: first, SetName: set, Invert: true},
+	})
+}
+
 // icmpType holds for packets of ICMP of one of two types.
 func (v version) icmpType(low, high byte) match {
 	return rule(v.is(), match{
@@ -114,11 +128,51 @@ func (v version) icmpType(low, high byte) match {
 
 // isQuestion holds for packets to a name server by a protocol.
 func isQuestion(protocol byte) match {
-	return match{
-		load(expr.MetaKeyL4PROTO), compare(expr.CmpOpEq, []byte{protocol}),
+	return rule(overProtocol(protocol), match{
 		&expr.Payload{DestRegister: first, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		compare(expr.CmpOpEq, binaryutil.BigEndian.PutUint16(dnsPort)),
+	})
+}
+
+// overProtocol holds for packets of a protocol over IP.
+func overProtocol(protocol byte) match {
+	return match{load(expr.MetaKeyL4PROTO), compare(expr.CmpOpEq, []byte{protocol})}
+}
+
+// beginsTCP holds for packets that begin a connection over TCP.
+func beginsTCP() match {
+	const flagsAt, syn, ack = 13, 0x02, 0x10
+	return rule(overProtocol(unix.IPPROTO_TCP), match{
+		&expr.Payload{DestRegister: first, Base: expr.PayloadBaseTransportHeader, Offset: flagsAt, Len: 1},
+		&expr.Bitwise{SourceRegister: first, DestRegister: first, Len: 1, Mask: []byte{syn | ack}, Xor: []byte{0}},
+		compare(expr.CmpOpEq, []byte{syn}),
+	})
+}
+
+// carriedMark is the mark of packets that are given to the VM's shim, wherever they are to. It
+// has none of the bits that Kubernetes, Tailscale and Cilium use.
+const carriedMark = 0x736d2010
+
+// carrierOf loads the port at which the shim takes the flows of the guest whose interface is a
+// key, and holds if there is one.
+func carrierOf(key expr.MetaKey) match {
+	return match{load(key), &expr.Lookup{SourceRegister: first, DestRegister: first, IsDestRegSet: true, SetName: carriedMap}}
+}
+
+// toCarrier gives a packet to a socket of the shim: that which has its flow already, or else that
+// at the gateway's address and the port that [carrierOf] has loaded. It does not hold if there is
+// none.
+func toCarrier(v version) match {
+	return match{
+		&expr.TProxy{Family: v.proto, TableFamily: unix.NFPROTO_INET, RegPort: first},
+		&expr.Immediate{Register: first, Data: binaryutil.NativeEndian.PutUint32(carriedMark)},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: first, SourceRegister: true},
 	}
+}
+
+// isCarried holds for packets that were given to the shim.
+func isCarried() match {
+	return match{load(expr.MetaKeyMARK), compare(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(carriedMark))}
 }
 
 // guestIn holds if the interface of a key is in a set.
@@ -141,6 +195,27 @@ func inState(bits uint32) match {
 
 // ofKnownFlow holds for packets of a connection that was allowed, or that is about one.
 func ofKnownFlow() match { return inState(expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED) }
+
+// isAnswer holds for packets of a connection that the other side has begun.
+func isAnswer() match {
+	const reply = 1 // IP_CT_DIR_REPLY
+	return match{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: first}, compare(expr.CmpOpEq, []byte{reply})}
+}
+
+// toNoRoute holds if the host has no route to the destination, or a local one.
+func toNoRoute() match {
+	return match{
+		&expr.Fib{Register: first, ResultOIF: true, FlagDADDR: true, FlagPRESENT: true}, compare(expr.CmpOpEq, []byte{0}),
+	}
+}
+
+// notToKind holds if the host's routes don't have the destination as of a kind.
+func notToKind(kind uint32) match {
+	return match{
+		&expr.Fib{Register: first, ResultADDRTYPE: true, FlagDADDR: true},
+		compare(expr.CmpOpNeq, binaryutil.NativeEndian.PutUint32(kind)),
+	}
+}
 
 // toKind holds if the host's routes have the destination as of a kind (RTN_LOCAL, ...), or
 // from the first to the last of several.

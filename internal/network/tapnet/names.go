@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"net/netip"
 	"slices"
 	"strconv"
 	"sync"
@@ -27,32 +26,15 @@ const (
 
 // newResolver makes what answers the guest's questions for names.
 func (n *Network) newResolver(files resolver.Files) *resolver.Resolver {
-	return resolver.New(resolver.Config{Files: files, MayKnow: n.mayKnow, IPv6: n.config.Guest6.IsValid()})
-}
-
-// mayKnow reports whether the guest may be told of an address that only the host knows.
-func (n *Network) mayKnow(name string, addr netip.Addr) bool {
-	var policy network.Policy
-	for _, metadata := range n.config.Metadata {
-		metadata = metadata.Unmap()
-		policy.Rules = append(policy.Rules, network.Rule{Action: network.Allow, CIDR: netip.PrefixFrom(metadata, metadata.BitLen())})
-	}
-	return policy.Verdict(network.Flow{
-		To:    netip.AddrPortFrom(addr, 0),
-		Names: network.Names{Asked: []string{name}},
-		Host:  isOwn(addr),
-		VMs:   n.config.Prefix.Contains(addr) || network.ULA().Contains(addr),
-	}).Allowed
-}
-
-// isOwn reports whether an interface of the host has an address, or may have.
-func isOwn(addr netip.Addr) bool {
-	addrs, err := net.InterfaceAddrs()
-	return err != nil || slices.ContainsFunc(addrs, func(a net.Addr) bool {
-		network, ok := a.(*net.IPNet)
-		return ok && network.IP.Equal(addr.AsSlice())
+	return resolver.New(resolver.Config{
+		Files: files, MayKnow: n.out.MayKnow, IPv6: n.config.Guest6.IsValid(),
+		Policy: n.out.Policy, Told: n.out.Names().Record, Recorder: n.out.Recorder(),
 	})
 }
+
+// SetRecorder implements [network.Recorded]: of the guest's questions for names, and of the flows
+// that the shim carries. The packets of others are carried by the kernel.
+func (n *Network) SetRecorder(r network.Recorder) { n.records.SetRecorder(r) }
 
 // serveNames answers questions at the gateway's address, on the guest's interface alone: so
 // each VM has its own server at the same address. The interface need not have the address yet.

@@ -23,6 +23,7 @@ func (n *Network) Close() error {
 	n.endNames()
 	n.changing.Lock()
 	defer n.changing.Unlock()
+	n.endFlows()
 	if n.removed {
 		return nil
 	}
@@ -55,7 +56,7 @@ func (n *Network) remove() error {
 	}
 	if link != nil { // so the elements with its name are the owner's too
 		found.links = []netlink.Link{link}
-		found.elements = elementsOf(n.config, n.owner, len(n.servers) > 0)
+		found.elements = elementsOf(n.config, n.owner, n.has)
 		if n.config.Mode == network.Bridge {
 			found.elements = nil
 		}
@@ -240,7 +241,12 @@ func (t tools) remove(found leavings) error {
 		err = fmt.Errorf("remove the rules of nftables: %w", err)
 		return errors.Join(failed, err)
 	}
-	t.forget(found.addrs())
+	if last {
+		if err := undivert(t.handle); err != nil {
+			return errors.Join(failed, err)
+		}
+	}
+	t.forget(found.addrs(), netlink.ConntrackOrigSrcIP, netlink.ConntrackOrigDstIP)
 	return failed
 }
 
@@ -293,40 +299,4 @@ func (s state) isLast(conn *nftables.Conn, without leavings) (bool, error) {
 		}
 	}
 	return true, nil
-}
-
-// forget has the kernel forget the connections of guests, so that no packet of one gets to the
-// next guest with the same address. What can't be forgotten ends by itself. To look for them
-// takes the kernel tens of milliseconds, however few there are, so it is done once for both
-// versions of IP, and not at all if there are none.
-func (t tools) forget(addrs []netip.Addr) {
-	if count, err := sysctl("netfilter/nf_conntrack_count"); err == nil && count == "0" || len(addrs) == 0 {
-		return
-	}
-	flows, _ := t.handle.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC)
-	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		filters := guestFlows(addrs, family)
-		if slices.ContainsFunc(flows, func(flow *netlink.ConntrackFlow) bool {
-			return slices.ContainsFunc(filters, func(f netlink.CustomConntrackFilter) bool { return f.MatchConntrackFlow(flow) })
-		}) {
-			_, _ = t.handle.ConntrackDeleteFilters(netlink.ConntrackTable, family, filters...)
-		}
-	}
-}
-
-// guestFlows returns what matches the connections of guests.
-func guestFlows(addrs []netip.Addr, family netlink.InetFamily) []netlink.CustomConntrackFilter {
-	var filters []netlink.CustomConntrackFilter
-	for _, addr := range addrs {
-		if addr.Is4() != (family == unix.AF_INET) {
-			continue
-		}
-		for _, side := range []netlink.ConntrackFilterType{netlink.ConntrackOrigSrcIP, netlink.ConntrackOrigDstIP} {
-			filter := &netlink.ConntrackFilter{}
-			if filter.AddIP(side, addr.AsSlice()) == nil {
-				filters = append(filters, filter)
-			}
-		}
-	}
-	return filters
 }

@@ -43,6 +43,7 @@ func (n *Network) Claim(ctx context.Context, config network.Config, vm string) e
 	})
 	if err != nil {
 		n.endNames()
+		n.endFlows()
 		return fail(errors.Join(err, n.remove(), removeTAP(before, former)))
 	}
 	return nil

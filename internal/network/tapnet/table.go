@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
@@ -22,9 +23,12 @@ const (
 	// layout is the number of the rules below. Whoever finds a table with another number
 	// writes all rules anew, beside the elements that there are: raise it with each change
 	// of a rule, and give a set another name if its type changes.
-	layout = 1
+	layout = 2
 	// layoutPrefix and the number are the name of an empty chain.
 	layoutPrefix = "layout-"
+	// carryLayout and carryPrefix are the same of [carryChains].
+	carryLayout = 1
+	carryPrefix = "carry-"
 	// openSet has the interfaces of guests that may reach each other.
 	openSet = "open"
 	// namedSet has the interfaces at which the gateway answers questions for names.
@@ -32,6 +36,12 @@ const (
 	// portPrefix and the name of its interface are the name of a VM's own chain; see
 	// [addPort].
 	portPrefix = "port-"
+	// restrictedSet has the interfaces of guests that have an egress policy: none of their
+	// packets is forwarded to the outside.
+	restrictedSet = "restricted"
+	// carriedMap leads from the interfaces of guests whose flows the VM's shim carries to the
+	// port at which it takes them.
+	carriedMap = "carried"
 )
 
 func table() *nftables.Table {
@@ -44,6 +54,8 @@ func perGuest() []*nftables.Set {
 	sets := []*nftables.Set{
 		{Table: t, Name: openSet, KeyType: nftables.TypeIFName},
 		{Table: t, Name: namedSet, KeyType: nftables.TypeIFName},
+		{Table: t, Name: restrictedSet, KeyType: nftables.TypeIFName},
+		{Table: t, Name: carriedMap, KeyType: nftables.TypeIFName, IsMap: true, DataType: nftables.TypeInetService},
 	}
 	for _, v := range []version{ipv4(), ipv6()} {
 		pair := nftables.MustConcatSetType(nftables.TypeIFName, v.address)
@@ -71,86 +83,6 @@ func networkSets() []*nftables.Set {
 		}
 	}
 	return sets
-}
-
-// chain is a chain and its rules.
-type chain struct {
-	name     string
-	kind     nftables.ChainType // empty: it is jumped to
-	hook     *nftables.ChainHook
-	priority *nftables.ChainPriority
-	rules    []match
-}
-
-// chains returns all of them, those that others jump to first.
-func chains() []chain {
-	v4, v6 := ipv4(), ipv6()
-	// Neighbor solicitations and advertisements; the kernel takes none that was forwarded.
-	neighbors := v6.icmpType(135, 136)
-	return []chain{
-		{name: "from_guest", rules: []match{
-			rule(inState(expr.CtStateBitINVALID), drop()), // no address would be put in the guest's place
-			rule(ofKnownFlow(), accept()),
-			rule(v4.guestAddressIn(v4.to, v4.opened, false), accept()),
-			rule(v6.guestAddressIn(v6.to, v6.opened, false), accept()),
-			rule(v4.addressIn(v4.to, v4.closed), reject()),
-			rule(v6.addressIn(v6.to, v6.closed), reject()),
-			rule(toGuests(), guestIn(expr.MetaKeyIIFNAME, openSet), guestIn(expr.MetaKeyOIFNAME, openSet), accept()),
-			rule(toGuests(), reject()),
-			rule(v4.addressIn(v4.to, v4.pooled), reject()),
-			rule(v6.addressIn(v6.to, v6.pooled), reject()),
-		}},
-		{name: "to_guest", rules: []match{
-			rule(ofKnownFlow(), accept()),
-			rule(drop()),
-		}},
-		{ // After connections are known (-200), before anybody changes destinations (-100).
-			name: "prerouting", kind: nftables.ChainTypeFilter,
-			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityMangle,
-			rules: []match{
-				rule(notFromGuests(), accept()),
-				rule(v4.guestAddressIn(v4.from, v4.sources, true), drop()),
-				rule(neighbors, accept()),
-				rule(v6.guestAddressIn(v6.from, v6.sources, true), drop()),
-				rule(ofKnownFlow(), accept()),
-				rule(v4.guestAddressIn(v4.to, v4.gateways, false), accept()), // input decides
-				rule(v6.guestAddressIn(v6.to, v6.gateways, false), accept()),
-				rule(toKind(unix.RTN_LOCAL, unix.RTN_LOCAL), reject()),
-				rule(toKind(unix.RTN_BROADCAST, unix.RTN_MULTICAST), drop()), // and anycast, which is between them
-			},
-		},
-		{
-			name: "input", kind: nftables.ChainTypeFilter,
-			hook: nftables.ChainHookInput, priority: nftables.ChainPriorityFilter,
-			rules: []match{
-				rule(notFromGuests(), accept()),
-				rule(ofKnownFlow(), accept()),
-				rule(neighbors, accept()),
-				rule(v4.icmpType(v4.echo, v4.echo), accept()),
-				rule(v6.icmpType(v6.echo, v6.echo), accept()),
-				// Prerouting lets nothing get here but what is to the gateway.
-				rule(guestIn(expr.MetaKeyIIFNAME, namedSet), isQuestion(unix.IPPROTO_UDP), accept()),
-				rule(guestIn(expr.MetaKeyIIFNAME, namedSet), isQuestion(unix.IPPROTO_TCP), accept()),
-				rule(reject()),
-			},
-		},
-		{
-			name: "forward", kind: nftables.ChainTypeFilter,
-			hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter,
-			rules: []match{
-				rule(fromGuests(), match{&expr.Verdict{Kind: expr.VerdictGoto, Chain: "from_guest"}}),
-				rule(toGuests(), match{&expr.Verdict{Kind: expr.VerdictGoto, Chain: "to_guest"}}),
-			},
-		},
-		{
-			name: "postrouting", kind: nftables.ChainTypeNAT,
-			hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource,
-			rules: []match{
-				rule(notToGuests(), v4.addressIn(v4.from, v4.guests), match{&expr.Masq{}}),
-				rule(notToGuests(), v6.addressIn(v6.from, v6.guests), match{&expr.Masq{}}),
-			},
-		},
-	}
 }
 
 // state is what is in nftables, as far as it concerns the networks of VMs.
@@ -203,17 +135,7 @@ func (s state) ensureTable(conn *nftables.Conn) error {
 			return err
 		}
 	}
-	all := chains()
-	added := make([]*nftables.Chain, len(all))
-	for i, c := range all {
-		added[i] = conn.AddChain(&nftables.Chain{Name: c.name, Table: table(), Type: c.kind, Hooknum: c.hook, Priority: c.priority})
-		conn.FlushChain(added[i])
-	}
-	for i, c := range all {
-		for _, r := range c.rules {
-			conn.AddRule(&nftables.Rule{Table: table(), Chain: added[i], Exprs: r})
-		}
-	}
+	addChains(conn, chains())
 	for _, c := range s.ours() {
 		if strings.HasPrefix(c.Name, layoutPrefix) {
 			conn.DelChain(c)
@@ -221,6 +143,22 @@ func (s state) ensureTable(conn *nftables.Conn) error {
 	}
 	conn.AddChain(&nftables.Chain{Name: fmt.Sprint(layoutPrefix, layout), Table: table()})
 	return nil
+}
+
+// ensureCarrying adds to a transaction what is missing of [carryChains].
+func (s state) ensureCarrying(conn *nftables.Conn) {
+	marker := fmt.Sprint(carryPrefix, carryLayout)
+	ours := s.ours()
+	if slices.ContainsFunc(ours, func(c *nftables.Chain) bool { return c.Name == marker }) {
+		return
+	}
+	addChains(conn, carryChains())
+	for _, c := range ours {
+		if strings.HasPrefix(c.Name, carryPrefix) {
+			conn.DelChain(c)
+		}
+	}
+	conn.AddChain(&nftables.Chain{Name: marker, Table: table()})
 }
 
 // intervals returns the elements of a set of networks: those of a version, each as its first
@@ -272,8 +210,18 @@ func ifname(name string) []byte {
 	return key
 }
 
-// elementsOf returns the elements of a VM. Named reports that it has a name server.
-func elementsOf(c network.Config, owner Owner, named bool) []element {
+// offers are what a VM's shim has for its guest on the host, beside the guest's addresses.
+type offers struct {
+	// names reports that the gateway answers questions for names.
+	names bool
+	// restricted reports that no packet of the guest may be forwarded to the outside.
+	restricted bool
+	// carrier is the port at which the shim takes the guest's flows; 0: it takes none.
+	carrier uint16
+}
+
+// elementsOf returns the elements of a VM.
+func elementsOf(c network.Config, owner Owner, has offers) []element {
 	var all []element
 	add := func(set string, key []byte) {
 		all = append(all, element{set, nftables.SetElement{Key: key, Comment: owner.String()}})
@@ -300,15 +248,22 @@ func elementsOf(c network.Config, owner Owner, named bool) []element {
 	if c.OpenToVMs {
 		add(openSet, tap)
 	}
-	if named {
+	if has.names {
 		add(namedSet, tap)
+	}
+	if has.restricted {
+		add(restrictedSet, tap)
+	}
+	if has.carrier != 0 {
+		add(carriedMap, tap)
+		all[len(all)-1].Val = binaryutil.BigEndian.PutUint16(has.carrier)
 	}
 	return all
 }
 
-// addGuest adds the elements of a VM to a transaction.
-func addGuest(conn *nftables.Conn, c network.Config, owner Owner, named bool) error {
-	for _, e := range elementsOf(c, owner, named) {
+// addElements adds elements to a transaction.
+func addElements(conn *nftables.Conn, elements []element) error {
+	for _, e := range elements {
 		if err := conn.SetAddElements(set(e.set), []nftables.SetElement{e.SetElement}); err != nil {
 			return err
 		}

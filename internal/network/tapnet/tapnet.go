@@ -1,7 +1,9 @@
 // Package tapnet connects VMs by TAP interfaces of the host, which takes root or
 // CAP_NET_ADMIN. Each VM has an interface, and the host a route to the VM's addresses alone by
 // it; the host's kernel carries the packets. What guests may reach is said by one table of
-// nftables, of family inet, in which each VM has elements of sets.
+// nftables, of family inet, in which each VM has elements of sets. Of a guest with an egress policy
+// the kernel gives all flows to sockets of this process, whatever address they are to, and package
+// outbound carries them.
 //
 // Everything says on the host itself whose it is (see [Owner]), so what a process that was
 // killed has left is found without any other record ([Reconcile]).
@@ -33,6 +35,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/outbound"
 	"github.com/smolvm/smolvm/internal/network/resolver"
 	"github.com/smolvm/smolvm/internal/stream"
 )
@@ -47,11 +50,16 @@ type Network struct {
 	files    resolver.Files
 	sessions stream.Sessions // of UDP forwards
 	names    *resolver.Resolver
-	servers  []*dns.Server  // of names; none if the guest has no name server
-	running  sync.WaitGroup // they
-	open     stream.Open    // forwards and connections
+	records  network.LateRecorder
+	servers  []*dns.Server      // of names; none if the guest has no name server
+	running  sync.WaitGroup     // they
+	open     stream.Open        // forwards and connections
+	out      *outbound.Outbound // of the flows that this process carries
 
 	changing sync.Mutex // held while something of it changes on the host; guards the following, and the MAC
+	has      offers     // as the host has it
+	carrier  *carrier   // nil: the guest has had no policy yet
+	ended    bool       // it carries no flows any more
 	removed  bool       // nothing is left on the host
 }
 
@@ -74,6 +82,7 @@ func newWith(ctx context.Context, config network.Config, owner Owner, files reso
 	defer unlock()
 	if err := n.make(files, n.claim); err != nil {
 		n.endNames()
+		n.endFlows()
 		return nil, fmt.Errorf("make the network of VM %s: %w", owner.VM, withHint(errors.Join(err, n.remove())))
 	}
 	return n, nil
@@ -90,6 +99,9 @@ func withHint(err error) error {
 // check returns why the network can't be made, as far as its configuration says.
 func (n *Network) check() error {
 	c := n.config
+	if c.Mode == network.Bridge && c.Egress != nil {
+		return errNoPolicies()
+	}
 	if err := n.owner.check(); err != nil {
 		return err
 	}
@@ -144,16 +156,16 @@ func (n *Network) make(files resolver.Files, claim func(*netlink.Handle) (int, e
 		return fmt.Errorf("open nftables: %w", err)
 	}
 	defer func() { _ = conn.CloseLasting() }()
+	if n.config.Mode == network.TAP && !n.config.IsStandby() {
+		if err := n.prepare(handle, conn); err != nil {
+			return err
+		}
+	}
+	n.newOutbound()
 	n.files, n.names = files, n.newResolver(files)
 	if n.config.IsStandby() {
 		_, err := claim(handle)
 		return err
-	}
-	if n.config.Mode == network.TAP {
-		if err := n.prepare(handle, conn); err != nil {
-			return err
-		}
-		n.names = n.newResolver(files) // as IPv6 may not be there
 	}
 	index, err := claim(handle)
 	if err != nil {
@@ -164,10 +176,18 @@ func (n *Network) make(files resolver.Files, claim func(*netlink.Handle) (int, e
 		return fmt.Errorf("look at interface %s: %w", n.config.TAP, err)
 	}
 	if n.config.Mode == network.TAP {
-		n.problem = errors.Join(n.problem, n.serveNames())
+		err := n.serveNames()
+		n.problem = errors.Join(n.problem, err)
+		n.has.names = err == nil
+	}
+	if n.config.Egress != nil && !isOpen(n.config.Egress.Policy) {
+		if err := n.carry(handle); err != nil {
+			return err
+		}
+		n.has.restricted, n.has.carrier = true, n.carrier.port
 	}
 	if err := n.admit(conn); err != nil {
-		return fmt.Errorf("change the rules of nftables: %w", err)
+		return changeError(err, n.has)
 	}
 	if err := shape(handle, link, n.config.Rate.ToGuest); err != nil {
 		return err
@@ -238,7 +258,10 @@ func (n *Network) admit(conn *nftables.Conn) error {
 		if err := openPassages(conn, passages); err != nil {
 			return err
 		}
-		if err := addGuest(conn, n.config, n.owner, len(n.servers) > 0); err != nil {
+		if n.has.restricted {
+			known.ensureCarrying(conn)
+		}
+		if err := addElements(conn, elementsOf(n.config, n.owner, n.has)); err != nil {
 			return err
 		}
 	}

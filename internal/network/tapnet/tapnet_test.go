@@ -286,6 +286,18 @@ func leftOnHost(t testing.TB) []string {
 			left = append(left, "interface "+link.Attrs().Name)
 		}
 	}
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		rules, err := netlink.RuleListFiltered(family, &netlink.Rule{Table: divertTable}, netlink.RT_FILTER_TABLE)
+		must(t, err)
+		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: divertTable}, netlink.RT_FILTER_TABLE)
+		must(t, err)
+		for _, rule := range rules {
+			left = append(left, rule.String())
+		}
+		for _, route := range routes {
+			left = append(left, route.String())
+		}
+	}
 	conn, err := nftables.New()
 	must(t, err)
 	known, err := look(conn)

@@ -187,8 +187,14 @@ func planned(t testing.TB, lease int, change func(*network.Config)) (network.Con
 // newNetwork makes the network of the VM with a lease.
 func newNetwork(t testing.TB, lease int, change func(*network.Config)) *Network {
 	t.Helper()
+	return newNetworkWith(t, lease, change, hostFiles(t))
+}
+
+// newNetworkWith is newNetwork with files by which names are resolved.
+func newNetworkWith(t testing.TB, lease int, change func(*network.Config), files resolver.Files) *Network {
+	t.Helper()
 	config, owner := planned(t, lease, change)
-	n, err := newWith(t.Context(), config, owner, hostFiles(t))
+	n, err := newWith(t.Context(), config, owner, files)
 	if errors.Is(err, os.ErrPermission) || errors.Is(err, os.ErrNotExist) {
 		t.Skip("make a TAP interface: ", err)
 	}
@@ -209,8 +215,22 @@ type guest struct {
 	config network.Config
 }
 
-// newGuest makes the guest of a network: its interface eth0 is wired to the TAP.
+// newGuest makes the guest of a network, with servers at its addresses.
 func newGuest(t testing.TB, n *Network) guest {
+	t.Helper()
+	g := connectGuest(t, n)
+	if g.config.Guest.IsValid() {
+		addrs := []string{g.config.Guest.String()}
+		if g.config.Guest6.IsValid() {
+			addrs = append(addrs, g.config.Guest6.String())
+		}
+		must(t, g.Do(func() error { return serve(t, addrs...) }))
+	}
+	return g
+}
+
+// connectGuest makes the guest of a network: its interface eth0 is wired to the TAP.
+func connectGuest(t testing.TB, n *Network) guest {
 	t.Helper()
 	g := guest{nettest.New(t), n.Config()}
 	host, err := nettest.OpenTAP(n.Link().TAP)
@@ -234,14 +254,7 @@ func newGuest(t testing.TB, n *Network) guest {
 		if !g.config.Guest.IsValid() {
 			return nil
 		}
-		if err := g.address(g.config.Guest); err != nil {
-			return err
-		}
-		addrs := []string{g.config.Guest.String()}
-		if g.config.Guest6.IsValid() {
-			addrs = append(addrs, g.config.Guest6.String())
-		}
-		return serve(t, addrs...)
+		return g.address(g.config.Guest)
 	}))
 	var running sync.WaitGroup
 	running.Go(func() { nettest.Pump(host, inside) })

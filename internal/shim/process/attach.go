@@ -24,7 +24,7 @@ func (s *process) attach(config network.Config, warn func(string)) (network.Atta
 			return nil, err
 		}
 		warnOf(n.Problem(), warn)
-		return n, nil // with the policy that is in the configuration
+		return s.recorded(n), nil // with the policy that is in the configuration
 	default:
 		return nil, &smolvm.Error{
 			Hint: "start the VM with the smolvm that it was created with, or a newer one",
@@ -35,12 +35,6 @@ func (s *process) attach(config network.Config, warn func(string)) (network.Atta
 
 // attachTAP connects the VM by a TAP interface of the host.
 func (s *process) attachTAP(config network.Config, warn func(string)) (network.Attachment, error) {
-	if config.Egress != nil { // before the guest's packets have anywhere to go
-		return nil, &smolvm.Error{
-			Hint: "create the VM in network mode user, or without an egress policy",
-			Err:  fmt.Errorf("connect the VM: %w: there are no egress policies in network mode %q", smolvm.ErrUnsupported, config.UsedMode()),
-		}
-	}
 	owner, err := tapnet.OwnedBy(tapnet.DirectoryName(s.spec.Origin.DataDir), s.spec.ID)
 	if err != nil {
 		return nil, err
@@ -53,7 +47,7 @@ func (s *process) attachTAP(config network.Config, warn func(string)) (network.A
 		return nil, err
 	}
 	warnOf(n.Problem(), warn)
-	return n, nil
+	return s.recorded(n), nil
 }
 
 // attachTimeout is far more than those who change networks before need.

@@ -81,7 +81,7 @@ func (g *guest) answer(channel guestChannel, hello wire.Hello) error {
 	} else if identity, err := g.become(context.Background(), hello); err != nil {
 		answer.Error = err.Error()
 	} else {
-		answer.Identity = identity
+		answer.Identity, answer.Authority = identity, len(hello.Authority) > 0
 	}
 	answer.Timeline = append(answer.Timeline, wire.Step{Name: "ready", At: g.uptime()})
 	g.setInSession(answer.Error == "")
