@@ -2,14 +2,9 @@ package outbound
 
 import (
 	"bufio"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"net/netip"
@@ -25,37 +20,13 @@ import (
 // secretHost is the name of the server that gets the secret.
 const secretHost = "api.example"
 
-// newServerCertificate makes a certificate of the server that signs itself.
-func newServerCertificate(t *testing.T) (tls.Certificate, *x509.CertPool) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), DNSNames: []string{secretHost, "other.example"}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	parsed, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pool := x509.NewCertPool()
-	pool.AddCert(parsed)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pool
-}
-
 // withSecrets is a way out with a secret, and a server outside that answers with the token that
 // it gets.
 func withSecrets(t *testing.T) (o *Outbound, to netip.AddrPort) {
 	t.Helper()
 	out := nettest.NewOutside(t)
 	to = netip.AddrPortFrom(nettest.OutsideAddr(), 8443)
-	certificate, roots := newServerCertificate(t)
+	certificate, roots := nettest.SelfSigned(t, secretHost, "other.example")
 	for port, inTLS := range map[uint16]bool{to.Port(): true, 9443: true, 8080: false} {
 		var listener net.Listener
 		out.Run(func() (err error) {
