@@ -21,6 +21,7 @@ const firstTime = 10 * time.Second
 type tcpFlow struct {
 	GuestConn
 	of *Outbound
+	recording
 
 	// Of the one who reads.
 	first []byte    // what the guest has sent first, until its name is known
@@ -72,7 +73,9 @@ func (f *tcpFlow) cut() {
 func (f *tcpFlow) Read(p []byte) (int, error) {
 	for len(f.ahead) == 0 {
 		if f.named.Load() {
-			return f.GuestConn.Read(p)
+			n, err := f.GuestConn.Read(p)
+			f.sent.Add(int64(n))
+			return n, err
 		}
 		if err := f.look(p, false); err != nil {
 			return 0, err
@@ -80,7 +83,15 @@ func (f *tcpFlow) Read(p []byte) (int, error) {
 	}
 	n := copy(p, f.ahead)
 	f.ahead = f.ahead[n:]
+	f.sent.Add(int64(n))
 	return n, nil
+}
+
+// Write implements [net.Conn], for what comes in.
+func (f *tcpFlow) Write(p []byte) (int, error) {
+	n, err := f.GuestConn.Write(p)
+	f.received.Add(int64(n))
+	return n, err
 }
 
 // awaitName returns when the flow has stated its name, or will not any more. The error

@@ -28,6 +28,7 @@ func (n *Network) newOutbound() {
 	if n.out != nil {
 		n.out.Close() // of the guest that stood by, which had no flows
 	}
+	out.SetRecorder(&n.records)
 	n.out, n.problem = out, errors.Join(n.problem, err)
 }
 
