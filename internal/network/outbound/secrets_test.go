@@ -8,10 +8,13 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/intercept"
 	"github.com/smolvm/smolvm/internal/network/nettest"
@@ -66,6 +69,26 @@ func (g guestOf) open(to netip.AddrPort) (conn net.Conn, ended <-chan struct{}) 
 	return guest, done
 }
 
+// keptRecords keeps the records of flows.
+type keptRecords struct {
+	network.LateRecorder            // numbers nothing
+	mu                   sync.Mutex // guards the following
+	all                  []smolvm.FlowRecord
+}
+
+// Record implements [network.Recorder].
+func (k *keptRecords) Record(r smolvm.FlowRecord) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.all = append(k.all, r)
+}
+
+func (k *keptRecords) last() smolvm.FlowRecord {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.all[len(k.all)-1]
+}
+
 // guestOf is the guest of a way out.
 type guestOf struct {
 	t *testing.T
@@ -94,6 +117,8 @@ func TestSecrets(t *testing.T) {
 		return
 	}
 	o, to := withSecrets(t)
+	records := &keptRecords{}
+	o.SetRecorder(records)
 	g := guestOf{t, o}
 	port := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(to.Addr(), port) }
 	for _, test := range []struct {
@@ -148,6 +173,9 @@ func TestSecrets(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-ended
+	if last := records.last(); last.Event != smolvm.FlowDeny || !slices.Equal(last.Secrets, []string{"T"}) {
+		t.Errorf("its end is recorded as %+v", last)
+	}
 	if got, err := ask(conn, secretHost+":8443"); err == nil {
 		t.Errorf("a flow that is not allowed any more goes on: %q", got)
 	}
