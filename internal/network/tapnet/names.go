@@ -26,9 +26,10 @@ const (
 
 // newResolver makes what answers the guest's questions for names.
 func (n *Network) newResolver(files resolver.Files) *resolver.Resolver {
+	out := n.out.Load()
 	return resolver.New(resolver.Config{
-		Files: files, MayKnow: n.out.MayKnow, IPv6: n.config.Guest6.IsValid(),
-		Policy: n.out.Policy, Told: n.out.Names().Record, Recorder: n.out.Recorder(),
+		Files: files, MayKnow: out.MayKnow, IPv6: n.config.Guest6.IsValid(),
+		Policy: out.Policy, Told: out.Names().Record, Recorder: out.Recorder(),
 	})
 }
 
