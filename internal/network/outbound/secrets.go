@@ -39,7 +39,7 @@ func (o *Outbound) carrySecrets(f *tcpFlow) bool {
 			flow := f.known() // each time its own, as it is judged anew
 			return o.dialWithin(ctx, &flow)
 		},
-		Sent: f.recording.addSecrets,
+		Sent: f.addSecrets,
 	})
 	return true
 }
