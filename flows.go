@@ -39,7 +39,7 @@ type FlowRecord struct {
 	HTTPHost   string `json:"http_host,omitempty"`
 	HiddenName bool   `json:"hidden_name,omitempty"`
 
-	// Type is that of the question, as in "AAAA", Result what was answered, as in "NOERROR",
+	// Type is that of the question, as in "aaaa", Result what was answered, as in "noerror",
 	// and Answers the addresses and aliases that the guest was told ([FlowDNS]).
 	Type    string   `json:"type,omitempty"`
 	Result  string   `json:"result,omitempty"`

@@ -27,11 +27,12 @@ func (m *Manager) Exec(ctx context.Context, id string, command smolvm.Command) (
 	if err := command.Validate(); err != nil {
 		return smolvm.ExitStatus{}, vmError("run a command in", id, err)
 	}
-	client, err := m.client(ctx, id, "run a command in")
+	client, vm, err := m.clientAndRow(ctx, id, "run a command in")
 	if err != nil {
 		return smolvm.ExitStatus{}, err
 	}
 	status, err := client.Exec(ctx, command)
+	status.EgressRevision = vm.EgressRevision
 	if err != nil {
 		return status, vmError(fmt.Sprintf("run %q in", command.Args[0]), id, err)
 	}
@@ -46,7 +47,7 @@ func (m *Manager) StartProcess(ctx context.Context, id string, command smolvm.Co
 	if err := command.Validate(); err != nil {
 		return nil, vmError("run a command in", id, err)
 	}
-	client, err := m.client(ctx, id, "run a command in")
+	client, vm, err := m.clientAndRow(ctx, id, "run a command in")
 	if err != nil {
 		return nil, err
 	}
@@ -55,18 +56,23 @@ func (m *Manager) StartProcess(ctx context.Context, id string, command smolvm.Co
 	if err != nil {
 		return nil, vmError(op, id, err)
 	}
-	return &process{Process: started, id: id, op: op}, nil
+	return &process{Process: started, id: id, op: op, egressRevision: vm.EgressRevision}, nil
 }
 
 // process is a process whose errors name its VM.
 type process struct {
 	*agent.Process
 	id, op string
+
+	egressRevision int64 // of the policy when it was started
 }
 
 // Wait implements [smolvm.Process].
 func (p *process) Wait(ctx context.Context) (smolvm.ExitStatus, error) {
 	status, err := p.Process.Wait(ctx)
+	if err == nil {
+		status.EgressRevision = p.egressRevision
+	}
 	return status, vmError(p.op, p.id, err)
 }
 
@@ -160,16 +166,23 @@ func (m *Manager) living(ctx context.Context, id, verb string) (store.VM, error)
 
 // client returns a connection to the agent of a running VM.
 func (m *Manager) client(ctx context.Context, id, verb string) (*guestClient, error) {
+	client, _, err := m.clientAndRow(ctx, id, verb)
+	return client, err
+}
+
+// clientAndRow is client, with what is written down of the VM.
+func (m *Manager) clientAndRow(ctx context.Context, id, verb string) (*guestClient, store.VM, error) {
 	vm, err := m.living(ctx, id, verb)
 	if err != nil {
-		return nil, err
+		return nil, vm, err
 	}
 	if !vm.Config.UsesImage() {
-		return nil, &smolvm.Error{Op: verb, Kind: "VM", ID: id,
+		return nil, vm, &smolvm.Error{Op: verb, Kind: "VM", ID: id,
 			Hint: fmt.Sprintf("log in by SSH, if the guest has a server: `smolvm ssh %s`", id),
 			Err:  fmt.Errorf("%w: it boots a kernel of its own, without smolvm's agent", smolvm.ErrUnsupported)}
 	}
-	return m.clientOf(vm)
+	client, err := m.clientOf(vm)
+	return client, vm, err
 }
 
 // clientOf returns the client that there is of a VM's run, or makes one. Of two that are

@@ -75,6 +75,8 @@ func TestJSONStyle(t *testing.T) {
 	run("policy set", "web", "--egress", "deny", "--allow", "example.com:443")
 	run("policy show", "web")
 	run("policy test", "web", "example.com:443")
+	run("flows", "web")
+	run("policy learn", "web")
 	run("port ls", "web")
 	run("ssh", "web")
 	run("inspect", "web", "own")

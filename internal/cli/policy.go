@@ -39,7 +39,7 @@ func (a *app) policyCommand() *cobra.Command {
 		Args:  cobra.ArbitraryArgs,
 		RunE:  a.requireSubcommand,
 	}
-	cmd.AddCommand(a.policyShowCommand(), a.policySetCommand(), a.policyTestCommand())
+	cmd.AddCommand(a.policyShowCommand(), a.policySetCommand(), a.policyTestCommand(), a.policyLearnCommand())
 	return cmd
 }
 

@@ -2,6 +2,7 @@ package network
 
 import (
 	"slices"
+	"sync/atomic"
 
 	"github.com/smolvm/smolvm"
 )
@@ -15,14 +16,33 @@ type Recorder interface {
 	Record(smolvm.FlowRecord)
 }
 
-// NoRecorder is a [Recorder] that forgets everything.
-type NoRecorder struct{}
+// Recorded is a network that can tell a recorder of what the guest does.
+type Recorded interface {
+	// SetRecorder has it told from now on.
+	SetRecorder(Recorder)
+}
+
+// LateRecorder is a [Recorder] that passes on what it is told, as soon as it knows to whom. Its zero
+// value forgets everything.
+type LateRecorder struct{ to atomic.Pointer[Recorder] }
+
+// SetRecorder implements [Recorded].
+func (l *LateRecorder) SetRecorder(r Recorder) { l.to.Store(&r) }
 
 // NextFlow implements [Recorder].
-func (NoRecorder) NextFlow() int64 { return 0 }
+func (l *LateRecorder) NextFlow() int64 {
+	if to := l.to.Load(); to != nil {
+		return (*to).NextFlow()
+	}
+	return 0
+}
 
 // Record implements [Recorder].
-func (NoRecorder) Record(smolvm.FlowRecord) {}
+func (l *LateRecorder) Record(r smolvm.FlowRecord) {
+	if to := l.to.Load(); to != nil {
+		(*to).Record(r)
+	}
+}
 
 // RecordOf returns the record of a flow, as far as the flow is known, and of the verdict on it.
 func RecordOf(f Flow, v Verdict) smolvm.FlowRecord {

@@ -20,11 +20,30 @@ import (
 func (s *Session) forward(listener io.Closer, guestPort int) io.Closer {
 	switch l := listener.(type) {
 	case net.Listener:
+		if s.opts.Accepted != nil {
+			l = noting{l, func(from net.Addr) { s.opts.Accepted(from, guestPort) }}
+		}
 		return s.network.Forward(l, guestPort)
 	case *net.UDPConn:
 		return s.network.ForwardPackets(l, guestPort)
 	}
 	return listener // there are no others
+}
+
+// noting is a listener that tells of its connections, and hands them out as they are: the kernel
+// may move their bytes.
+type noting struct {
+	net.Listener
+	accepted func(from net.Addr)
+}
+
+// Accept implements [net.Listener].
+func (n noting) Accept() (net.Conn, error) {
+	conn, err := n.Listener.Accept()
+	if err == nil {
+		n.accepted(conn.RemoteAddr())
+	}
+	return conn, err
 }
 
 // boundPort is the port that a listener is bound to.

@@ -29,6 +29,9 @@ type Options struct {
 	// Attach makes the VM's network, and warns of what that can't do on this host.
 	Attach func(config network.Config, warn func(string)) (network.Attachment, error)
 	Log    *slog.Logger
+	// Accepted is called for each connection that comes by a port forward of TCP. Nil: nobody
+	// wants to know.
+	Accepted func(from net.Addr, guestPort int)
 	// StartVMM calls its argument, which starts the VMM: what limits the process that the VMM
 	// would inherit is lifted meanwhile. Nil: it is just called.
 	StartVMM func(start func())

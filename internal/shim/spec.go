@@ -60,6 +60,8 @@ type Spec struct {
 	// Ephemeral stops the VM when the launcher ends.
 	Ephemeral bool `json:"ephemeral,omitempty"`
 
+	// FlowLog is the path of the VM's flow log; empty: what passes is not recorded.
+	FlowLog string `json:"flow_log,omitempty"`
 	// RuntimeDir holds the shim's two sockets. The shim makes it and removes it.
 	RuntimeDir string `json:"runtime_dir"`
 	// Origin comes back in [ExitRecord] and [HaltRecord].

@@ -159,6 +159,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		TTL:          vm.Config.TTL,
 		WarmUp:       warmUpOf(vm),
 		Ephemeral:    vm.Config.Ephemeral,
+		FlowLog:      r.Dir.Flows(vm.ID),
 		RuntimeDir:   runtimeDir,
 		Origin:       shim.Origin{DataDir: r.Dir.Root(), State: vm.State},
 	}

@@ -55,6 +55,7 @@ type Outbound struct {
 	secrets atomic.Pointer[intercept.Interceptor]
 	names   Names
 	routes  hostRoutes
+	late    network.LateRecorder
 	ctx     context.Context
 	cancel  context.CancelFunc
 
@@ -145,6 +146,7 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 		f.outside, err = o.dialChecked(o.ctx, &f.flow)
 	}
 	if err != nil {
+		o.recordFailure(f.flow, err)
 		request.Refuse()
 		return
 	}
@@ -154,17 +156,25 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 		}
 		return
 	}
-	if f.outside == nil && !o.awaitName(f) {
-		f.Abort()
-		return
+	if f.outside == nil {
+		if err := o.awaitName(f); err != nil {
+			o.recordFailure(f.known(), err)
+			f.Abort()
+			return
+		}
 	}
 	if o.carrySecrets(f) {
 		return
 	}
-	if f.outside == nil && !o.dialNamed(f) {
-		f.Abort()
-		return
+	if f.outside == nil {
+		if err := o.dialNamed(f); err != nil {
+			o.recordFailure(f.known(), err)
+			f.Abort()
+			return
+		}
 	}
+	o.beginRecord(&f.recording, f.known(), f.verdict(false))
+	defer func() { o.endRecord(&f.recording, f.known(), f.verdict(f.named.Load())) }()
 	if o.beginTCP(f) {
 		defer o.endTCP(f)
 		f.recheck() // the policy may have been changed since
@@ -172,19 +182,19 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 	stream.Splice(o.ctx, f, f.outside)
 }
 
-// awaitName waits until a flow has stated its name, or will not any more. It reports whether the
-// flow may have it.
-func (o *Outbound) awaitName(f *tcpFlow) bool {
+// awaitName waits until a flow has stated its name, or will not any more. The error matches
+// [ErrRefused] if it may not have it.
+func (o *Outbound) awaitName(f *tcpFlow) error {
 	defer context.AfterFunc(o.ctx, f.Abort)()
-	return f.awaitName() == nil
+	return f.awaitName()
 }
 
-// dialNamed connects a flow to the outside whose name is known. It reports whether it could.
-func (o *Outbound) dialNamed(f *tcpFlow) bool {
+// dialNamed connects a flow to the outside whose name is known.
+func (o *Outbound) dialNamed(f *tcpFlow) error {
 	defer context.AfterFunc(o.ctx, f.Abort)()
 	outside, err := o.dial(&f.flow)
 	f.outside = outside
-	return err == nil
+	return err
 }
 
 func (o *Outbound) beginTCP(f *tcpFlow) bool {

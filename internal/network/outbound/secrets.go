@@ -31,9 +31,15 @@ func (o *Outbound) carrySecrets(f *tcpFlow) bool {
 	}
 	defer o.endTCP(f)
 	f.recheck() // the policy may have been changed since
-	_ = secrets.Carry(o.ctx, f, intercept.Flow{To: to, Dial: func(ctx context.Context) (net.Conn, error) {
-		flow := f.known() // each time its own, as it is judged anew
-		return o.dialWithin(ctx, &flow)
-	}})
+	o.beginRecord(&f.recording, f.known(), f.verdict(true))
+	defer func() { o.endRecord(&f.recording, f.known(), f.verdict(true)) }()
+	_ = secrets.Carry(o.ctx, f, intercept.Flow{
+		To: to,
+		Dial: func(ctx context.Context) (net.Conn, error) {
+			flow := f.known() // each time its own, as it is judged anew
+			return o.dialWithin(ctx, &flow)
+		},
+		Sent: f.recording.addSecrets,
+	})
 	return true
 }

@@ -23,6 +23,7 @@ const firstTime = 10 * time.Second
 type tcpFlow struct {
 	GuestConn
 	of *Outbound
+	recording
 
 	// Of the one who reads.
 	first []byte    // what the guest has sent first, until its name is known
@@ -74,7 +75,9 @@ func (f *tcpFlow) cut() {
 func (f *tcpFlow) Read(p []byte) (int, error) {
 	for len(f.ahead) == 0 {
 		if f.named.Load() {
-			return f.GuestConn.Read(p)
+			n, err := f.GuestConn.Read(p)
+			f.sent.Add(int64(n))
+			return n, err
 		}
 		if err := f.look(p, false); err != nil {
 			return 0, err
@@ -82,7 +85,15 @@ func (f *tcpFlow) Read(p []byte) (int, error) {
 	}
 	n := copy(p, f.ahead)
 	f.ahead = f.ahead[n:]
+	f.sent.Add(int64(n))
 	return n, nil
+}
+
+// Write implements [net.Conn], for what comes in.
+func (f *tcpFlow) Write(p []byte) (int, error) {
+	n, err := f.GuestConn.Write(p)
+	f.received.Add(int64(n))
+	return n, err
 }
 
 // KernelConn is a [GuestConn] that is a connection of the host's kernel, which can move what comes
@@ -117,13 +128,16 @@ func (f *tcpFlow) WriteTo(to io.Writer) (sent int64, err error) {
 		}
 	}
 	n, err := io.Copy(to, kernel.Kernel())
+	f.sent.Add(n)
 	return sent + n, err
 }
 
 // ReadFrom implements [io.ReaderFrom], for what comes in, which the kernel moves if it can.
 func (f *tcpFlow) ReadFrom(from io.Reader) (received int64, err error) {
 	if kernel, ok := f.GuestConn.(KernelConn); ok {
-		return kernel.Kernel().ReadFrom(from)
+		received, err = kernel.Kernel().ReadFrom(from)
+		f.received.Add(received)
+		return received, err
 	}
 	return io.Copy(justWriter{f}, from)
 }

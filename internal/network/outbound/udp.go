@@ -38,6 +38,7 @@ type flow struct {
 	checked        time.Time      // when it was last asked whether the guest may have the flow
 	last           atomic.Int64   // when something passed, in nanoseconds of the Unix time
 	once           sync.Once
+	recording
 
 	mu   sync.Mutex // guards the following
 	what network.Flow
@@ -55,6 +56,7 @@ func (o *Outbound) Send(to netip.AddrPort, first []byte, accept func() (net.Conn
 	what.Names.Hidden = what.Names.Hidden || sniff.IsQUIC(first)
 	outside, err := o.dial(&what)
 	if err != nil {
+		o.recordFailure(what, err)
 		return false
 	}
 	guest, err := accept()
@@ -67,14 +69,18 @@ func (o *Outbound) Send(to netip.AddrPort, first []byte, accept func() (net.Conn
 		of: o, from: addrPort(outside.LocalAddr()), what: what,
 	}
 	f.touch()
+	o.beginRecord(&f.recording, what, o.verdict(what))
 	if !o.beginFlow(f) {
 		f.close()
+		o.endRecord(&f.recording, what, o.verdict(what))
 		return true
 	}
 	f.recheck() // the policy may have been changed since
 	go func() {
 		defer o.endFlow(f)
 		f.run()
+		what := f.known()
+		o.endRecord(&f.recording, what, o.verdict(what))
 	}()
 	return true
 }
@@ -118,9 +124,9 @@ func (f *flow) run() {
 	var outgoing sync.WaitGroup
 	outgoing.Go(func() {
 		defer f.close()
-		f.copy(f.outside, f.guest, f.stillAllowed)
+		f.copy(f.outside, f.guest, &f.sent, f.stillAllowed)
 	})
-	f.copy(f.guest, f.outside, func([]byte) bool { return true })
+	f.copy(f.guest, f.outside, &f.received, func([]byte) bool { return true })
 	f.close()
 	outgoing.Wait()
 }
@@ -157,7 +163,7 @@ func (f *flow) recheck() {
 	}
 }
 
-func (f *flow) copy(to, from net.Conn, allowed func(datagram []byte) bool) {
+func (f *flow) copy(to, from net.Conn, count *atomic.Int64, allowed func(datagram []byte) bool) {
 	datagram := make([]byte, MaxDatagram)
 	for {
 		idle := time.Since(time.Unix(0, f.last.Load()))
@@ -178,6 +184,7 @@ func (f *flow) copy(to, from net.Conn, allowed func(datagram []byte) bool) {
 		if _, err := to.Write(datagram[:n]); err != nil {
 			return
 		}
+		count.Add(int64(n))
 	}
 }
 

@@ -41,6 +41,8 @@ type Resolver struct {
 	policy  func() *network.Policy
 	told    func(name string, answer []dns.RR)
 
+	recorder network.Recorder
+
 	ctx    context.Context
 	cancel context.CancelFunc
 	slots  chan struct{} // holds one for each lookup under way
@@ -66,6 +68,8 @@ type Config struct {
 	Policy func() *network.Policy
 	// Told is called with what the guest is told of a name, before it is. Nil: nobody is.
 	Told func(name string, answer []dns.RR)
+	// Recorder is told of each question and its answer. Nil: nobody is.
+	Recorder network.Recorder
 }
 
 // New makes a resolver, which works until Close.
@@ -77,11 +81,16 @@ func New(config Config) *Resolver {
 		ipv6:    config.IPv6,
 		policy:  config.Policy,
 		told:    config.Told,
-		slots:   make(chan struct{}, maxLookups),
-		large:   make(chan struct{}, maxLarge),
+
+		recorder: config.Recorder,
+		slots:    make(chan struct{}, maxLookups),
+		large:    make(chan struct{}, maxLarge),
 	}
 	if r.policy == nil {
 		r.policy = func() *network.Policy { return &network.Policy{} }
+	}
+	if r.recorder == nil {
+		r.recorder = new(network.LateRecorder) // which forgets
 	}
 	if r.told == nil {
 		r.told = func(string, []dns.RR) {}
@@ -119,6 +128,7 @@ func (r *Resolver) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 		answer = permitted(*r.policy(), query, answer) // which may have been changed meanwhile
 		r.told(query.Question[0].Name, answer.Answer)
 	}
+	r.record(query, answer)
 	answer.Truncate(size)
 	if w.WriteMsg(answer) != nil {
 		// What came from outside can't be put into a message again.

@@ -25,6 +25,7 @@ func (n *Network) newOutbound() {
 		Inside: []netip.Prefix{n.config.Prefix, network.ULA()}, Metadata: n.config.Metadata, Egress: n.config.Egress,
 		MayReachVM: n.mayReachVM,
 	})
+	out.SetRecorder(&n.records)
 	if before := n.out.Swap(out); before != nil {
 		before.Close() // of the guest that stood by, which had no flows
 	}

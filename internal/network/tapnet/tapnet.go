@@ -51,6 +51,7 @@ type Network struct {
 	files    resolver.Files
 	sessions stream.Sessions // of UDP forwards
 	names    *resolver.Resolver
+	records  network.LateRecorder
 	servers  []*dns.Server                     // of names; none if the guest has no name server
 	running  sync.WaitGroup                    // they
 	open     stream.Open                       // forwards and connections

@@ -9,5 +9,6 @@ type Config = network.Config
 var (
 	_ network.Attachment   = (*Network)(nil)
 	_ network.EgressSetter = (*Network)(nil)
+	_ network.Recorded     = (*Network)(nil)
 	_ network.Claimer      = (*Network)(nil)
 )

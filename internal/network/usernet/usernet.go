@@ -37,12 +37,14 @@ type Network struct {
 	names    *resolver.Resolver
 	sessions stream.Sessions // of UDP forwards
 	outbound *outbound.Outbound
-	limits   limits
-	account  *account
-	incoming *kind // connections to the guest
-	problem  error
-	running  sync.WaitGroup // what serves the link and the services
-	open     stream.Open    // forwards
+	// questions takes what is recorded of the guest's questions for names.
+	questions network.LateRecorder
+	limits    limits
+	account   *account
+	incoming  *kind // connections to the guest
+	problem   error
+	running   sync.WaitGroup // what serves the link and the services
+	open      stream.Open    // forwards
 }
 
 // New makes the network. It serves the guest from then on, until Close.
@@ -68,6 +70,8 @@ func newWith(config Config, limits limits, files resolver.Files) (*Network, erro
 		MayKnow: func(name string, addr netip.Addr) bool { return n.outbound.MayKnow(name, addr) },
 		Policy:  func() *network.Policy { return n.outbound.Policy() },
 		Told:    func(name string, answer []dns.RR) { n.outbound.Names().Record(name, answer) },
+
+		Recorder: &n.questions,
 	})
 	n.incoming = &kind{account: n.account, limit: limits.incoming}
 	n.filter.Store(&filter)
@@ -120,6 +124,12 @@ func (n *Network) SetEgress(egress network.Egress) error { return n.outbound.Set
 
 // SetSecrets has secrets put into the guest's flows that begin from now on.
 func (n *Network) SetSecrets(secrets *intercept.Interceptor) { n.outbound.SetSecrets(secrets) }
+
+// SetRecorder implements [network.Recorded].
+func (n *Network) SetRecorder(r network.Recorder) {
+	n.outbound.SetRecorder(r)
+	n.questions.SetRecorder(n.outbound.Recorder())
+}
 
 // EgressRevision implements [network.EgressSetter].
 func (n *Network) EgressRevision() int64 { return n.outbound.EgressRevision() }

@@ -24,7 +24,7 @@ func (s *process) attach(config network.Config, warn func(string)) (network.Atta
 			return nil, err
 		}
 		warnOf(n.Problem(), warn)
-		return n, nil // with the policy that is in the configuration
+		return s.recorded(n), nil // with the policy that is in the configuration
 	default:
 		return nil, &smolvm.Error{
 			Hint: "start the VM with the smolvm that it was created with, or a newer one",
@@ -47,7 +47,7 @@ func (s *process) attachTAP(config network.Config, warn func(string)) (network.A
 		return nil, err
 	}
 	warnOf(n.Problem(), warn)
-	return n, nil
+	return s.recorded(n), nil
 }
 
 // attachTimeout is far more than those who change networks before need.

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm/internal/compat"
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/ring"
 	"github.com/smolvm/smolvm/internal/session"
@@ -54,6 +55,8 @@ type process struct {
 	slot     *slotFiles // nil unless the shim stood by, and the start is not confirmed yet
 	session  *session.Session
 	idle     *time.Timer // see active
+	flows    network.LateRecorder
+	calls    calls
 
 	mu       sync.Mutex     // guards the following
 	ended    bool           // no more requests are taken
@@ -136,6 +139,7 @@ func (s *process) newSession() (*session.Session, error) {
 	}
 	return session.New(s.spec, session.Options{
 		Backend: s.opts.Backends[i], Attach: s.attach, Log: s.log,
+		Accepted: func(from net.Addr, guestPort int) { s.recordForward(from.String(), guestPort) },
 		StartVMM: func(start func()) {
 			releaseData() // the VMM would inherit it
 			start()
@@ -166,7 +170,12 @@ func (s *process) starting(ctx context.Context) (context.Context, func()) {
 
 // run brings a VM up, and serves it to its end.
 func (s *process) run(ctx context.Context, up bringUp) error {
-	closeAll, err := s.start(ctx, up)
+	endFlows := s.beginFlows()
+	undo, err := s.start(ctx, up)
+	closeAll := func() {
+		undo()
+		endFlows()
+	}
 	defer closeAll()
 	if err != nil {
 		closeAll()

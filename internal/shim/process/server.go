@@ -124,7 +124,13 @@ func (s *process) setEgress(egress network.Egress) error {
 	if !ok {
 		return fmt.Errorf("set the egress policy: %w: the VM's network can't have one", smolvm.ErrUnsupported)
 	}
-	return setter.SetEgress(egress)
+	err = setter.SetEgress(egress)
+	if err == nil {
+		changed := smolvm.FlowRecord{Kind: smolvm.FlowPolicy}
+		addPolicy(&changed, egress)
+		s.flows.Record(changed)
+	}
+	return err
 }
 
 // dialGuest connects to a TCP port of the guest's address.
@@ -151,6 +157,7 @@ func (s *process) connectGuest(conn net.Conn, reader *bufio.Reader, port int) {
 		}
 		return
 	}
+	s.recordForward("", port)
 	stream.Splice(context.Background(), stream.Peeked{Conn: conn, Reader: reader}, guest)
 }
 
@@ -171,5 +178,7 @@ func (s *process) connectAgent(conn net.Conn) {
 		_, _ = io.WriteString(conn, err.Error()+".\r\n")
 		return
 	}
-	stream.Splice(context.Background(), conn, guest)
+	call, end := s.calls.record(conn, &s.flows)
+	defer end()
+	stream.Splice(context.Background(), call, guest)
 }
