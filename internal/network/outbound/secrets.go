@@ -33,7 +33,7 @@ func (o *Outbound) carrySecrets(f *tcpFlow) bool {
 	o.beginRecord(&f.recording, flow, f.verdict(true))
 	defer func() { o.endRecord(&f.recording, f.known(), f.verdict(true)) }()
 	f.recheck() // the policy may have been changed since
-	_ = secrets.Carry(o.ctx, f, intercept.Flow{To: to, Sent: f.recording.addSecrets, Dial: func(ctx context.Context) (net.Conn, error) {
+	_ = secrets.Carry(o.ctx, f, intercept.Flow{To: to, Sent: f.addSecrets, Dial: func(ctx context.Context) (net.Conn, error) {
 		flow := f.known() // each time its own, as it is judged anew
 		return o.dialWithin(ctx, &flow)
 	}})
