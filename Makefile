@@ -20,8 +20,8 @@ EMBEDDED      := internal/agent/embedded
 help:
 	@echo 'make quickstart  install what is missing, build, and run a command in a first VM'
 	@echo 'make build       build bin/smolvm and bin/smolvm-agent'
-	@echo 'make test        run all tests, on real VMs'
-	@echo 'make test-kvm    run the tests that need KVM, in a VM where this host has none'
+	@echo 'make test        run all tests, on real VMs, and on KVM'
+	@echo 'make test-kvm    run its part that needs KVM, in a VM where this host has none'
 	@echo 'make compat      run VMs of the previous build by this one, and the other way round'
 	@echo 'make race        run the tests that need no VM under the race detector'
 	@echo 'make cover       the same, and how much of the engine they run, which has a least'
@@ -51,15 +51,17 @@ VM_TESTS := ./manager/... ./internal/cli/... ./internal/shim/... ./internal/vmm/
 test: test-deps
 	$(GO) test -timeout 25m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(VM_TESTS))")
 	$(GO) test -p 1 -timeout 25m $(VM_TESTS)
+	@$(MAKE) --no-print-directory test-kvm KVMTEST=all
 
-# What needs KVM, by itself as it takes all CPUs: in a VM whose emulated CPU has virtualization,
-# unless this host's KVM works. KVMTEST chooses one package, with flags of its tests, as in
-# KVMTEST="./internal/vmm/qemu -run TestConformance/q35".
+# What needs KVM: in a VM whose emulated CPU has virtualization, unless this host's KVM works.
+# Part of make test, and by itself, as it is busy for minutes: KVMTEST chooses one package, with
+# flags of its tests, as in KVMTEST="./internal/vmm/qemu -run TestConformance/q35". It says what
+# it does, as it is not to be left out in silence.
 KVMTEST ?= all
 
-test-kvm: export SMOLVM_TEST_KVM = $(KVMTEST)
+test-kvm: export SMOLVM_TEST_KVM = $(value KVMTEST)
 test-kvm: test-deps
-	$(GO) test -count=1 -v -timeout 40m -run '^TestBed$$' ./internal/kvmtest
+	$(GO) test -count=1 -v -timeout 80m -run '^TestBed$$' ./internal/kvmtest
 
 # Part of make test. A shallow clone lacks the commit of the previous build; it is fetched
 # from where the clone came from, if that can be reached.

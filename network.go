@@ -117,8 +117,8 @@ type NetworkConfig struct {
 	GuestIP netip.Addr   `json:"guest_ip,omitzero"`
 	Gateway netip.Addr   `json:"gateway,omitzero"`
 	Prefix  netip.Prefix `json:"prefix,omitzero"`
-	// GuestIP6 and Gateway6 are the same of IPv6; not valid: there is none. In [NetworkTAP] a
-	// host that forwards no IPv6 leaves the guest without.
+	// GuestIP6 and Gateway6 are the same of IPv6; not valid: there is none. A host without a
+	// way out by IPv6, or in [NetworkTAP] one that forwards none, leaves the guest without.
 	GuestIP6 netip.Addr `json:"guest_ip6,omitzero"`
 	Gateway6 netip.Addr `json:"gateway6,omitzero"`
 	// GuestMAC is the hardware address of the guest's interface.

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -382,5 +383,27 @@ func TestAutoWithoutVMM(t *testing.T) {
 	backends, err := m.Backends(t.Context())
 	if err != nil || backends[0].Available || !strings.Contains(backends[0].Why, missing.Findings[0].String()) {
 		t.Errorf("backends are %+v, %v; \"auto\" says %+v", backends, err, missing)
+	}
+}
+
+// Of a backend that runs VMMs in namespaces a user hears whether those can be made, and if not,
+// what to do.
+func TestNamespacesChecked(t *testing.T) {
+	m := openFake(t)
+	for backend, want := range map[string]bool{"firecracker": true, "qemu": false} {
+		findings, err := m.CheckPrerequisites(t.Context(), backend)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := slices.IndexFunc(findings, func(f smolvm.Finding) bool { return f.Name == "namespaces" })
+		if (at >= 0) != want {
+			t.Errorf("backend %s: findings are %+v", backend, findings)
+		}
+		if at >= 0 && findings[at].Severity != smolvm.SeverityOK && findings[at].Fix == "" {
+			t.Errorf("backend %s: %+v has no way out", backend, findings[at])
+		}
+		if at >= 0 {
+			t.Log(findings[at])
+		}
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/insomniacslk/dhcp/dhcpv4/server4"
 	"github.com/miekg/dns"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network/nettest"
@@ -431,3 +432,56 @@ func serveDHCP(t *testing.T, name, router, guest string) {
 		<-done
 	})
 }
+
+// A guest on the user network gets out by IPv6 where the host does, and not to the host itself.
+func TestNetworkUserIPv6(t *testing.T) {
+	testenv.RequireQEMU(t)
+	testenv.Image(t)
+	if !nettest.InOwnNetwork(t) {
+		return
+	}
+	const host, router, server = "2001:db8:1::1", "2001:db8:1::2", "2001:db8:2::7"
+	out := outside(t)
+	ensure(t, addIPv6("up0", host+"/64"))
+	ensure(t, netlink.RouteAdd(&netlink.Route{Dst: everything6(), Gw: net.ParseIP(router)}))
+	ensure(t, serveHTTP(t, host))
+	ensure(t, out.Do(func() error {
+		return errors.Join(addIPv6("out0", router+"/64"), addIPv6("lo", server+"/128"), serveHTTP(t, server))
+	}))
+	m := openOnTAP(t, true)
+	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
+		vm := mustRun(t, m, smolvm.VMConfig{ID: "by-" + string(method)})
+		if vm.Start.Method != method || len(vm.Start.Warnings) > 0 {
+			t.Errorf("VM %s was started by %s, with warnings %q", vm.ID, vm.Start.Method, vm.Start.Warnings)
+		}
+		if got := sh(t, m, vm.ID, fetchFrom(server)); got != "from "+host {
+			t.Errorf("the outside answers VM %s by %q", vm.ID, got)
+		}
+		if got := sh(t, m, vm.ID, fetchFrom(outsideAddr)); got != "from "+theHost {
+			t.Errorf("by IPv4 the outside answers VM %s by %q", vm.ID, got)
+		}
+		for _, addr := range []string{host, vm.Network.Gateway6.String(), "fd00:ec2::254"} {
+			if got := sh(t, m, vm.ID, "nc -w 5 "+addr+" 80 </dev/null 2>&1 || echo refused"); !strings.Contains(got, "refused") {
+				t.Errorf("VM %s reaches %s: %q", vm.ID, addr, got)
+			}
+		}
+		ensure(t, m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}))
+		awaitTemplates(t, m)
+	}
+}
+
+// addIPv6 gives an interface that is up an address, at once.
+func addIPv6(name, cidr string) error {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	addr, err := netlink.ParseAddr(cidr)
+	if err != nil {
+		return err
+	}
+	addr.Flags = unix.IFA_F_NODAD
+	return netlink.AddrAdd(link, addr)
+}
+
+func everything6() *net.IPNet { return &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)} }

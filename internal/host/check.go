@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/diskspace"
+	"github.com/smolvm/smolvm/internal/namespace"
 )
 
 // Requirements is what is to be checked.
@@ -26,6 +27,9 @@ type Requirements struct {
 	// DataDir is where VMs keep their disks; it need not be there yet. Empty: its
 	// free space is not checked.
 	DataDir string
+	// Launcher is the program that launches VMMs in namespaces of their own, as
+	// [namespace.Options] has it. Empty: none is launched so.
+	Launcher []string
 	// CopiesDisks says that VMs have disks that are copies, and no overlays.
 	CopiesDisks bool
 }
@@ -43,6 +47,9 @@ func (h *Host) Check(ctx context.Context, needed Requirements) []smolvm.Finding 
 		findings = append(findings, h.checkProgram(ctx, program))
 	}
 	findings = append(findings, h.checkKVM(ctx, needed), h.checkMemory(), h.checkLimits())
+	if len(needed.Launcher) > 0 {
+		findings = append(findings, checkNamespaces(ctx, needed))
+	}
 	if needed.DataDir != "" {
 		findings = append(findings, checkSpace(needed.DataDir))
 	}
@@ -106,6 +113,23 @@ func checkSpace(dir string) smolvm.Finding {
 		finding.Problem = fmt.Sprintf("only %s are free in %s: remove VMs and images, or use another data directory", mebibytes(uint64(free)), dir)
 	default:
 		finding.Problem = fmt.Sprintf("%s are free in %s", mebibytes(uint64(free)), dir)
+	}
+	return finding
+}
+
+// checkNamespaces looks whether a VMM can be given a network in namespaces of its own.
+func checkNamespaces(ctx context.Context, needed Requirements) smolvm.Finding {
+	finding := smolvm.Finding{
+		Name: "namespaces", Severity: smolvm.SeverityOK, Problem: "a VM's network can be made by this user",
+		Why: "backend " + needed.Backend + ": a VM with a network has it in namespaces of its own",
+	}
+	err := namespace.Check(ctx, needed.Launcher)
+	if err == nil {
+		return finding
+	}
+	finding.Severity, finding.Problem = smolvm.SeverityWarning, "no VM with a network starts: "+err.Error()
+	if known, ok := errors.AsType[*smolvm.Error](err); ok {
+		finding.Fix = known.Hint
 	}
 	return finding
 }

@@ -230,3 +230,13 @@ func TestCheckThisHost(t *testing.T) {
 		t.Errorf("Check looked at %s, want %s", got, want)
 	}
 }
+
+// A host where no namespaces can be made hears so, and what to do. Here it is the launcher that is
+// none.
+func TestCheckNamespaces(t *testing.T) {
+	t.Parallel()
+	got := checkNamespaces(t.Context(), Requirements{Backend: "fake", Launcher: []string{"/bin/true"}})
+	if got.Severity != smolvm.SeverityWarning || !strings.Contains(got.Fix, "shim.Main") || !strings.HasPrefix(got.Problem, "no VM with a network starts: ") {
+		t.Errorf("of a program that is no launcher: %+v", got)
+	}
+}

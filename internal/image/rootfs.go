@@ -191,6 +191,18 @@ func smallSize(tree int64) int64 {
 
 // makeExt4 makes a sparse file system that holds a tree.
 func makeExt4(ctx context.Context, e ext4) error {
+	if err := e.format(ctx); err != nil {
+		return err
+	}
+	file, err := os.OpenFile(e.path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(ext4fs.Fill(ctx, file, e.tree, ext4fs.Options{Owner: e.owner}), file.Close())
+}
+
+// format makes a sparse file system that is empty.
+func (e ext4) format(ctx context.Context) error {
 	// Of a file that is there and empty, mke2fs knows that it reads as zeros: then it
 	// writes none, and tells the guest's kernel to write none either.
 	file, err := os.Create(e.path)
@@ -201,17 +213,10 @@ func makeExt4(ctx context.Context, e ext4) error {
 		return err
 	}
 	inodes := max(e.size/bytesPerInode, e.files*5/4+spareInodes)
-	err = runTool(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-O", ext4Features, "-b", "4096",
+	return runTool(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-O", ext4Features, "-b", "4096",
 		"-I", fmt.Sprint(inodeSize), "-N", fmt.Sprint(inodes),
 		"-m", "0", "-J", fmt.Sprintf("size=%d", journalSize), "-U", uuid(e.seed[:32]),
 		"-E", "root_owner=0:0,discard,lazy_journal_init=1,hash_seed="+uuid(e.seed[32:64]), e.path)
-	if err != nil {
-		return err
-	}
-	if file, err = os.OpenFile(e.path, os.O_RDWR, 0); err != nil {
-		return err
-	}
-	return errors.Join(ext4fs.Fill(ctx, file, e.tree, ext4fs.Options{Owner: e.owner}), file.Close())
 }
 
 // owner returns whose a file is to be.

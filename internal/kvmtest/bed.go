@@ -9,40 +9,39 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
+	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
 
 const (
-	// machineID is the id of the outer machine.
-	machineID = "bed"
-	// The size of the outer machine. Guests in it have some 100 to 500 MiB.
-	machineCPUs, machineMiB = 2, 3072
-	// prepareTimeout bounds all that is made before the outer machine starts, which may
-	// download packages and build all tests; bootTimeout its start.
-	prepareTimeout, bootTimeout = 15 * time.Minute, 5 * time.Minute
+	// atOnce is how many outer machines run at once at most, each on a CPU of the host.
+	atOnce = 2
+	// prepareTimeout bounds all that is made before an outer machine starts, which may
+	// download packages and build all tests.
+	prepareTimeout = 15 * time.Minute
 	// grace is how long after its timeout a test binary may take to tell where it hangs.
 	grace = 30 * time.Second
-	// The outer machine is asked at intervals whether it is alive: by a program that it starts,
-	// which takes a second, and more while all its CPUs are busy.
-	watchEvery, watchLimit = 10 * time.Second, time.Minute
-	// consoleLines is how much of the console is shown of an outer machine that failed.
-	consoleLines = 60
+	// attempts is how many outer machines a job may break.
+	attempts = 3
 )
 
-// Bed is an outer machine that runs.
+// Bed makes outer machines that have the tests of jobs.
 type Bed struct {
 	vms    *manager.Manager
 	module string
+	// home is the directory of the machines, and drive the file system of all tests.
+	home, drive string
+	slots       chan struct{} // what runs has one
+	machines    atomic.Int64  // how many there were
 }
 
-// Open builds the tests of the jobs, and boots an outer machine that has them. It ends with
+// Open builds the tests of the jobs, and what outer machines are made of. It ends with
 // the test. The calling program's main, or TestMain, must begin with shim.Main.
 func Open(t *testing.T, jobs []Job) *Bed {
 	t.Helper()
@@ -50,22 +49,20 @@ func Open(t *testing.T, jobs []Job) *Bed {
 	ctx, cancel := context.WithTimeout(t.Context(), prepareTimeout)
 	defer cancel()
 	module := testenv.Module(t)
-	b := &Bed{module: module}
+	b := &Bed{module: module, drive: filepath.Join(t.TempDir(), "drive"), slots: make(chan struct{}, min(atOnce, runtime.NumCPU()))}
 	begun := time.Now()
 	done := func(what string) {
 		t.Logf("%s: %.1f s", what, time.Since(begun).Seconds())
 		begun = time.Now()
 	}
 	dir := filepath.Join(testenv.Cache(t), "kvm")
-	path := filepath.Join(t.TempDir(), "drive")
-	b.prepare(ctx, t, dir, path, jobs, done)
-	b.boot(ctx, t, dir, path)
-	done("boot the outer machine")
+	b.prepare(ctx, t, dir, jobs, done)
+	b.open(ctx, t, dir)
 	return b
 }
 
 // prepare makes the image of the outer machine in dir, and its drive.
-func (b *Bed) prepare(ctx context.Context, t *testing.T, dir, path string, jobs []Job, done func(string)) {
+func (b *Bed) prepare(ctx context.Context, t *testing.T, dir string, jobs []Job, done func(string)) {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
@@ -87,7 +84,7 @@ func (b *Bed) prepare(ctx context.Context, t *testing.T, dir, path string, jobs 
 		}
 		last = phase
 	}
-	if _, err := ensureImage(ctx, dir, filepath.Join(b.module, "bin/tools"), agent, progress); err != nil {
+	if _, err := ensureImage(ctx, dir, filepath.Join(b.module, toolsDir), agent, progress); err != nil {
 		t.Fatal(err)
 	}
 	done("image of the outer machine")
@@ -101,48 +98,27 @@ func (b *Bed) prepare(ctx context.Context, t *testing.T, dir, path string, jobs 
 		t.Fatal(err)
 	}
 	done("build the tests")
-	if err := d.make(ctx, path); err != nil {
+	if err := d.make(ctx, b.drive); err != nil {
 		t.Fatal(err)
 	}
 	done("make a drive of them")
 }
 
-// steadyTimer are the kernel arguments with which a CPU's timer ticks by itself, and is not set for
-// each time anew. QEMU's emulation loses an interrupt now and then while a guest of the outer
-// machine runs; without them, its CPU waits for that one for ever.
-const steadyTimer = "nohz=off highres=off"
-
-// setUp is what a host that runs VMs has, and a guest of smolvm's has not. Whichever module is
-// of the processor's kind is loaded.
-const setUp = `set -e
-mkdir -p ` + mountPoint + `
-mount -t ext4 /dev/vdb ` + mountPoint + `
-chmod -R a+rX ` + mountPoint + `
-chown -R ` + userName + `: /home/` + userName + ` ` + mountPoint + `/` + cacheDir + `
-echo '+cpu +memory +pids' >/sys/fs/cgroup/cgroup.subtree_control
-for module in kvm_amd kvm_intel tun vhost_vsock bridge veth nf_tables; do modprobe $module 2>/dev/null || true; done
-chgrp ` + kvmGroup + ` /dev/kvm /dev/vhost-vsock
-chmod 660 /dev/kvm /dev/vhost-vsock
-chmod 666 /dev/net/tun
-if [ -e /proc/sys/kernel/unprivileged_userns_clone ]; then echo 1 >/proc/sys/kernel/unprivileged_userns_clone; fi
-ip link set lo up
-`
-
-// boot starts the outer machine, and makes it a host that runs VMs.
-func (b *Bed) boot(ctx context.Context, t *testing.T, dir, path string) {
+// open opens the manager of the outer machines, whose image is in dir.
+func (b *Bed) open(ctx context.Context, t *testing.T, dir string) {
 	t.Helper()
 	// Sockets are made below it, so it has a short name.
-	home, err := os.MkdirTemp("", "smolvm-kvm-")
-	if err != nil {
+	var err error
+	if b.home, err = os.MkdirTemp("", "smolvm-kvm-"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := os.RemoveAll(home); err != nil {
+		if err := os.RemoveAll(b.home); err != nil {
 			t.Errorf("remove the directory of the outer machine: %v", err)
 		}
 	})
 	config := manager.Config{
-		DataDir: filepath.Join(home, "data"), SocketDir: filepath.Join(home, "run"),
+		DataDir: filepath.Join(b.home, "data"), SocketDir: filepath.Join(b.home, "run"),
 		Backend: "qemu", Embedded: true, AgentPath: testenv.Agent(t),
 		Templates: manager.TemplateConfig{Disabled: true},
 	}
@@ -155,85 +131,77 @@ func (b *Bed) boot(ctx context.Context, t *testing.T, dir, path string) {
 	if b.vms, err = manager.Open(ctx, config); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(b.close(t))
-	made, err := b.vms.Image(ctx, imageName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = b.vms.Create(ctx, smolvm.VMConfig{
-		ID: machineID, VCPUs: machineCPUs, MemoryMiB: machineMiB, Image: imageName, Ephemeral: true, NestedVirtualization: true,
-		BootArgs: made.BootArgs + " " + steadyTimer,
-		Drives:   []smolvm.Drive{{Path: path, Format: smolvm.FormatRaw}},
-	}, smolvm.CreateOptions{})
-	if err == nil {
-		_, err = b.vms.Start(ctx, machineID, smolvm.StartOptions{Timeout: bootTimeout, Cold: true})
-	}
-	if err != nil {
-		t.Fatalf("the outer machine does not boot: %v\n%s", err, b.console())
-	}
-	var said bytes.Buffer
-	status, err := b.vms.Exec(ctx, machineID, smolvm.Command{Args: []string{"sh", "-c", setUp}, Stdout: &said, Stderr: &said})
-	if err != nil || !status.Success() {
-		t.Fatalf("set the outer machine up: %s, %v: %s\n%s", status, err, said.String(), b.console())
-	}
-}
-
-// close returns what ends the outer machine.
-func (b *Bed) close(t *testing.T) func() {
-	return func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if err := b.vms.Delete(ctx, machineID, smolvm.DeleteOptions{}); err != nil && !errors.Is(err, smolvm.ErrVMNotFound) {
-			t.Errorf("delete the outer machine: %v", err)
-		}
+	t.Cleanup(func() {
 		if err := b.vms.Close(); err != nil {
 			t.Errorf("close: %v", err)
 		}
-	}
-}
-
-// console returns the end of what the outer machine's kernel has said.
-func (b *Bed) console() string {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	log, err := b.vms.Logs(ctx, machineID, smolvm.LogOptions{Tail: consoleLines})
-	if err != nil {
-		return fmt.Sprintf("its console can't be read: %v", err)
-	}
-	defer func() { _ = log.Close() }()
-	text, err := io.ReadAll(log)
-	if err != nil {
-		return fmt.Sprintf("its console can't be read: %v", err)
-	}
-	return "its console ends with:\n" + strings.TrimSpace(string(text))
-}
-
-// Run runs a job in the outer machine, and reports its tests as subtests of t.
-func (b *Bed) Run(t *testing.T, job Job) {
-	runJob(t, job, func(ctx context.Context, out io.Writer) error {
-		command := smolvm.Command{
-			Args:   append([]string{filepath.Join(mountPoint, testBinary(job.Package))}, job.arguments()...),
-			Dir:    filepath.Join(mountPoint, sourceDir, job.Package),
-			Env:    testenv.BedEnvironment(filepath.Join(mountPoint, cacheDir)),
-			Stdout: out, Stderr: out,
-		}
-		if job.AsUser {
-			command.User = userName
-		}
-		ctx, stop := watched(ctx, watchEvery, watchLimit, func(ctx context.Context) error {
-			_, err := b.vms.Exec(ctx, machineID, smolvm.Command{Args: []string{"true"}})
-			return err
-		})
-		defer stop()
-		status, err := b.vms.Exec(ctx, machineID, command)
-		switch {
-		case err != nil:
-			return fmt.Errorf("%w\n%s", errors.Join(err, context.Cause(ctx)), b.console())
-		case !status.Success():
-			return errors.New(status.String())
-		}
-		return nil
 	})
+}
+
+// Run runs a job in an outer machine of its own, and reports its tests as subtests of t. It may be
+// called several times at once, and waits while as many run as the host has CPUs for. When a
+// machine breaks while tests fail, the job is run again in another: that says nothing of the
+// tests. What fails in a machine that is well is never run again.
+func (b *Bed) Run(t *testing.T, job Job) {
+	t.Helper()
+	b.slots <- struct{}{}
+	defer func() { <-b.slots }()
+	said, failed, broken := unbroken(t, func(out io.Writer) (failed, broken error) { return b.try(t, job, out) })
+	runJob(t, job, func(_ context.Context, out io.Writer) error {
+		_, err := out.Write(said)
+		return errors.Join(failed, err)
+	})
+	if broken != nil {
+		t.Errorf("no outer machine lasted: %v", broken)
+	}
+}
+
+// logger is what is told of machines that break.
+type logger interface {
+	Context() context.Context
+	Logf(format string, args ...any)
+}
+
+// unbroken tries until a machine lasts, [attempts] times at most. It returns the output of the last
+// one, and what that returned.
+func unbroken(t logger, try func(out io.Writer) (failed, broken error)) (said []byte, failed, broken error) {
+	for attempt := 1; ; attempt++ {
+		var out bytes.Buffer
+		failed, broken = try(&out)
+		if broken == nil || attempt == attempts || t.Context().Err() != nil {
+			return out.Bytes(), failed, broken
+		}
+		t.Logf("THE OUTER MACHINE BROKE, attempt %d of %d; the job runs again in another: %v", attempt, attempts, broken)
+	}
+}
+
+// try runs a job in a new outer machine, and returns how it ended. Broken is set, too, if it
+// failed and the machine is the reason.
+func (b *Bed) try(t logger, job Job, out io.Writer) (failed, broken error) {
+	ctx, cancel := context.WithTimeout(t.Context(), bootTimeout+job.timeout()+grace)
+	defer cancel()
+	m := machine{Bed: b, id: fmt.Sprintf("bed-%d", b.machines.Add(1))}
+	begun := time.Now()
+	if broken = m.boot(ctx); broken == nil {
+		booted := time.Now()
+		failed, broken = m.exec(ctx, job, out)
+		t.Logf("boot the outer machine: %.1f s, run in it: %.1f s, CPU time of both: %s",
+			booted.Sub(begun).Seconds(), time.Since(booted).Seconds(), m.cpuTime(ctx))
+	}
+	if broken != nil {
+		failed = broken
+	}
+	if failed != nil {
+		said, err := m.console(ctx)
+		failed = errors.Join(failed, err)
+		switch sign := signOfBreakage(said); {
+		case broken != nil:
+			broken = fmt.Errorf("%w\nits console ends with:\n%s", broken, said)
+		case sign != "":
+			broken = fmt.Errorf("its kernel says %q; its console ends with:\n%s", sign, said)
+		}
+	}
+	return errors.Join(failed, m.end(ctx)), broken
 }
 
 // runJob reports the tests of a job, which start runs, as subtests of t. The test binary

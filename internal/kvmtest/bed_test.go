@@ -2,8 +2,8 @@ package kvmtest_test
 
 import (
 	"os"
+	"slices"
 	"testing"
-	"time"
 
 	"github.com/smolvm/smolvm/internal/kvmtest"
 	"github.com/smolvm/smolvm/internal/testenv"
@@ -18,47 +18,11 @@ func TestMain(m *testing.M) {
 // jobsEnv says what TestBed runs: "all", or one job as [kvmtest.ParseJob] reads it.
 const jobsEnv = "SMOLVM_TEST_KVM"
 
-// jobs returns all that is to be tested on KVM.
-func jobs() []kvmtest.Job {
-	return []kvmtest.Job{
-		{Package: "internal/host", Flags: []string{"-run=^(TestAcceleratorOfThisHost|TestAcceleratorCancelled|TestProbe.*)$"}},
-		{Package: "internal/host", Flags: []string{"-run=^(TestAcceleratorOfThisHost|TestProbe)$"}, AsUser: true},
-		{Package: "internal/vmm/qemu", Flags: []string{"-run=^TestConformance$/^(q35|microvm)_on_KVM$"}},
-		{Package: "manager", Flags: []string{"-run=^TestOnKVM$"}},
-		{Package: "internal/cli", Flags: []string{"-run=^TestRunByFirecracker$"}},
-		{Package: "internal/cli", Flags: []string{"-run=^TestRunByFirecracker$"}, AsUser: true},
-		// Firecracker has no overlays, and no busy guest of it is saved. A guest that floods its
-		// console is left out here: on Firecracker in this machine it is reset after some 80 s, without a
-		// word of its kernel's, for a reason that is not known yet.
-		{
-			Package: "internal/vmm/firecracker",
-			Flags:   []string{"-run=^TestConformance$/^plain$", "-skip=^TestConformance$/^plain$/^console_floods$", "-parallel=1"},
-			Timeout: 20 * time.Minute, AsUser: true,
-			MaySkip: []string{
-				"TestConformance/plain/save_with_disks", "TestConformance/plain/overlays_fail", "TestConformance/plain/save_a_busy_guest_*",
-				"TestConformance/plain/network_by_TAP", "TestConformance/plain/block_device",
-			},
-		},
-		// What takes root, and what a jail makes different.
-		{
-			Package: "internal/vmm/firecracker", Flags: []string{"-run=^TestConformance$/^plain$/^(network_by_TAP|block_device)$", "-parallel=1"},
-			MaySkip: []string{"TestConformance/plain/block_device"}, // there may be no loop devices
-		},
-		{
-			Package: "internal/vmm/firecracker",
-			Flags: []string{
-				"-run=^TestConformance$/^in_its_jail$/^(leaves_nothing_open|start_fails|dies_with_its_parent|drives|network|power-off|crash|" +
-					"kill_a_VMM_that_hangs|save|save_with_raw_disks|save_fails|restore_fails)$", "-parallel=1",
-			},
-		},
-	}
-}
-
 // Tests that need KVM pass: in an outer machine, or on this host if KVM works here.
 func TestBed(t *testing.T) {
 	asked := os.Getenv(jobsEnv)
 	if asked == "" {
-		t.Skip("it takes minutes, and both CPUs: `make test-kvm` runs it by itself")
+		t.Skip("it takes minutes: `make test-kvm` runs it, and so does `make test` at its end")
 	}
 	chosen := jobs()
 	if asked != "all" {
@@ -68,6 +32,16 @@ func TestBed(t *testing.T) {
 		}
 		chosen = []kvmtest.Job{job}
 	}
+	chosen = slices.DeleteFunc(chosen, func(job kvmtest.Job) bool {
+		lacks := job.Lacks(testenv.Module(t))
+		if lacks == "" {
+			return false
+		}
+		t.Run(job.Name(), func(t *testing.T) {
+			t.Skipf("LEFT OUT: it needs %s, which this host has not; `scripts/install-deps.sh test` says why", lacks)
+		})
+		return true
+	})
 	problem := testenv.KVMProblem()
 	if problem == "" {
 		t.Log("KVM works on this host: the tests run on it directly")
@@ -76,9 +50,12 @@ func TestBed(t *testing.T) {
 		}
 		return
 	}
-	t.Logf("KVM does not work on this host (%s): the tests run in a VM", problem)
+	t.Logf("KVM does not work on this host (%s): the tests run in VMs", problem)
 	bed := kvmtest.Open(t, chosen)
 	for _, job := range chosen {
-		t.Run(job.Name(), func(t *testing.T) { bed.Run(t, job) })
+		t.Run(job.Name(), func(t *testing.T) {
+			t.Parallel()
+			bed.Run(t, job)
+		})
 	}
 }

@@ -10,6 +10,7 @@ package kvmtest
 
 import (
 	"fmt"
+	"path/filepath"
 	"strings"
 	"time"
 )
@@ -18,6 +19,10 @@ import (
 type Job struct {
 	// Package is the path of the package below the module, as in "internal/vmm/qemu".
 	Package string
+	// What tells the job from others of its package, for people. Empty: it is the only one.
+	What string
+	// Needs lists the programs without which the job is left out, as in "firecracker".
+	Needs []string
 	// Flags are those of the test binary, without "test." in their names, as in
 	// "-run=TestX".
 	Flags []string
@@ -31,15 +36,34 @@ type Job struct {
 	MaySkip []string
 }
 
-// DefaultTimeout bounds a [Job] that does not say otherwise.
-const DefaultTimeout = 10 * time.Minute
+// toolsDir is where scripts/install-deps.sh puts programs, below the module.
+const toolsDir = "bin/tools"
+
+// DefaultTimeout bounds a [Job] that does not say otherwise. It is long as jobs take ten times
+// longer on a busy host; only a defect makes one use it up.
+const DefaultTimeout = 25 * time.Minute
 
 // Name returns what tells the job from others, for people.
 func (j Job) Name() string {
-	if j.AsUser {
-		return j.Package + " as a user"
+	name := j.Package
+	if j.What != "" {
+		name += " " + j.What
 	}
-	return j.Package
+	if j.AsUser {
+		name += " as a user"
+	}
+	return name
+}
+
+// Lacks returns the first of the programs that the job needs that this host does not have, neither
+// in PATH nor among the tools of the module. Empty: it has all.
+func (j Job) Lacks(module string) string {
+	for _, program := range j.Needs {
+		if _, err := find(program, filepath.Join(module, toolsDir)); err != nil {
+			return program
+		}
+	}
+	return ""
 }
 
 func (j Job) timeout() time.Duration {
@@ -51,7 +75,8 @@ func (j Job) timeout() time.Duration {
 
 // arguments are those of the test binary.
 func (j Job) arguments() []string {
-	args := []string{"-test.v=test2json", "-test.paniconexit0", "-test.timeout=" + j.timeout().String()}
+	// One test at a time: each runs a VM or two, and most have deadlines.
+	args := []string{"-test.v=test2json", "-test.paniconexit0", "-test.parallel=1", "-test.timeout=" + j.timeout().String()}
 	for _, flag := range j.Flags {
 		args = append(args, "-test."+strings.TrimLeft(flag, "-"))
 	}

@@ -52,7 +52,7 @@ func TestParseJob(t *testing.T) {
 func TestArguments(t *testing.T) {
 	t.Parallel()
 	got := Job{Flags: []string{"-run=^X$", "--count=2"}, Timeout: time.Minute}.arguments()
-	want := []string{"-test.v=test2json", "-test.paniconexit0", "-test.timeout=1m0s", "-test.run=^X$", "-test.count=2"}
+	want := []string{"-test.v=test2json", "-test.paniconexit0", "-test.parallel=1", "-test.timeout=1m0s", "-test.run=^X$", "-test.count=2"}
 	if !slices.Equal(got, want) {
 		t.Errorf("arguments are %q, want %q", got, want)
 	}

@@ -116,6 +116,8 @@ func PlanIn(pool netip.Prefix, mode smolvm.NetworkMode, lease int) (Addresses, e
 		a.Gateway = netip.AddrFrom4([4]byte{10, 0, 2, 2})
 		a.Prefix = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 2, 0}), 24)
 		a.DNS = a.Gateway
+		user := userNetwork6()
+		a.Guest6, a.Gateway6, a.Prefix6 = user.Addr().Next().Next(), user.Addr().Next(), user
 	case smolvm.NetworkNone:
 	case TAP, Bridge:
 		if err := a.inPool(pool); err != nil {
@@ -184,6 +186,14 @@ func poolAddr(pool netip.Prefix, index int) netip.Addr {
 // ULA returns the network of all addresses of IPv6 that are planned, whatever the pool.
 func ULA() netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 0x73, 0x6d, 0x6f, 0x6c, 0x76}), 64)
+}
+
+// userNetwork6 returns the network of IPv6 of VMs in the mode user: in [ULA], and with no address
+// that a pool would give.
+func userNetwork6() netip.Prefix {
+	bytes := ULA().Addr().As16()
+	bytes[8] = 1
+	return netip.PrefixFrom(netip.AddrFrom16(bytes), 96)
 }
 
 // toIPv6 returns the address in [ULA] that ends in an address of IPv4.

@@ -22,6 +22,7 @@ func TestPlan(t *testing.T) {
 		return Addresses{
 			Mode: smolvm.NetworkUser, Lease: lease, Guest: addr("10.0.2.15"), Gateway: addr("10.0.2.2"), DNS: addr("10.0.2.2"),
 			Prefix: prefix("10.0.2.0/24"), MAC: mac, CID: cid,
+			Guest6: addr("fd73:6d6f:6c76:0:100::2"), Gateway6: addr("fd73:6d6f:6c76:0:100::1"), Prefix6: prefix("fd73:6d6f:6c76:0:100::/96"),
 		}
 	}
 	tap := func(lease int, guest, guest6, mac, name string, cid uint32) Addresses {
@@ -42,6 +43,7 @@ func TestPlan(t *testing.T) {
 		{TAP, tap(FirstIndex, "172.16.0.2", "fd73:6d6f:6c76::ac10:2", "02:00:ac:10:00:02", "smol-ac100002", 3)},
 		{TAP, tap(255, "172.16.0.255", "fd73:6d6f:6c76::ac10:ff", "02:00:ac:10:00:ff", "smol-ac1000ff", 256)},
 		{TAP, tap(256, "172.16.1.0", "fd73:6d6f:6c76::ac10:100", "02:00:ac:10:01:00", "smol-ac100100", 257)},
+		{smolvm.NetworkNone, Addresses{Mode: smolvm.NetworkNone, Lease: 7, CID: 8}},
 		{Bridge, Addresses{Mode: Bridge, Lease: 300, MAC: "02:00:ac:10:01:2c", TAP: "smol-ac10012c", CID: 301}},
 		{TAP, tap(LastIndex, "172.16.255.254", "fd73:6d6f:6c76::ac10:fffe", "02:00:ac:10:ff:fe", "smol-ac10fffe", 65535)},
 	} {
@@ -189,6 +191,26 @@ func TestPlanRoundTrip(t *testing.T) {
 		user, err := Plan(smolvm.NetworkUser, lease)
 		if err != nil || user.MAC != a.MAC || user.CID != a.CID || user.TAP != "" || !user.Prefix.Contains(user.Guest) || !user.Prefix.Contains(user.Gateway) {
 			t.Fatalf("lease %d: in mode user %+v, %v; on TAP %+v", lease, user, err, a)
+		}
+	}
+}
+
+// An interface that stands by has a name that no VM's can have.
+func TestStandby(t *testing.T) {
+	t.Parallel()
+	for _, run := range []string{"", "a", "0123456789abcdef"} {
+		config := Standby(run)
+		if !config.IsStandby() || !strings.HasPrefix(config.TAP, TAPPrefix) || len(config.TAP) > 15 || config.Mode != TAP || config.Guest.IsValid() {
+			t.Errorf("run %q: %+v", run, config)
+		}
+	}
+	if a, b := Standby("0123456789abcdef"), Standby("1123456789abcdef"); a.TAP == b.TAP {
+		t.Errorf("two of them have the name %s", a.TAP)
+	}
+	for _, mode := range modes() {
+		at, err := Plan(mode, LastIndex)
+		if err != nil || at.Config().IsStandby() {
+			t.Errorf("a VM in mode %s stands by, %v", mode, err)
 		}
 	}
 }

@@ -46,6 +46,10 @@ var kvmProblem = sync.OnceValue(func() string {
 		options.CacheDir = filepath.Join(dir, "host")
 	}
 	found := host.New(options).Accelerator(context.Background())
+	// In the outer machine KVM works, and is slow: the host may have been too busy for a probe.
+	for again := 0; inBed() && found.Name != host.KVM && again < 3; again++ {
+		found = host.New(host.Options{}).Accelerator(context.Background())
+	}
 	if found.Name == host.KVM {
 		return ""
 	}

@@ -43,6 +43,8 @@ type Traits struct {
 	// MaxMTU is the longest packet of a guest's that it carries over a link, in bytes. Zero:
 	// 1500.
 	MaxMTU int
+	// Namespaces reports whether a VMM whose VM has a network runs in namespaces of its own.
+	Namespaces bool
 	// Layout is the version of the devices, and of the CPU, that the backend gives to VMs. It grows when
 	// they change, or their order does: guests that were saved before can't be restored.
 	Layout int

@@ -1,4 +1,7 @@
-// Package ext4fs fills an empty ext4 file system, as mke2fs makes it, with a tree of files.
+// Package ext4fs fills an empty ext4 file system, as mke2fs makes it, with a tree of files: one
+// of the host, or one that its caller has in memory and whose content comes as a stream. The
+// latter may be anybody's, as nothing of it becomes a file of the host.
+//
 // mke2fs can do that itself, but it looks through all of a directory, three times, for
 // each file that it adds to it, and knows no owners but the host's.
 //
@@ -59,6 +62,7 @@ type fileSystem struct {
 	groups                 []*group
 	nextBlock              uint64
 	nextInode              uint32 // counted from 1
+	freed                  bool   // blocks before nextBlock are free again
 }
 
 // group is a group of blocks and inodes, with its bitmaps.
@@ -190,7 +194,10 @@ func (fs *fileSystem) allocate(count uint64) ([]run, error) {
 	var runs []run
 	for count > 0 {
 		if fs.nextBlock >= fs.blocks {
-			return nil, ErrNoSpace
+			if !fs.freed {
+				return nil, ErrNoSpace
+			}
+			fs.nextBlock, fs.freed = 0, false
 		}
 		block := fs.nextBlock
 		fs.nextBlock++
@@ -209,6 +216,16 @@ func (fs *fileSystem) allocate(count uint64) ([]run, error) {
 		}
 	}
 	return runs, nil
+}
+
+// free gives blocks up again that were taken.
+func (fs *fileSystem) free(r run) {
+	for block := r.first; block < r.first+r.count; block++ {
+		g, bit := fs.groups[block/fs.blocksPerGroup], block%fs.blocksPerGroup
+		g.blocks[bit/8] &^= 1 << (bit % 8)
+		g.usedBlocks--
+	}
+	fs.freed = true
 }
 
 // newInode takes a free inode.

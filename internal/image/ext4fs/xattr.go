@@ -1,6 +1,7 @@
 package ext4fs
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"slices"
@@ -30,13 +31,12 @@ func prefixes() map[string]byte {
 	}
 }
 
-// addXattrs gives an inode the attributes of a file of the host.
-func (f *filler) addXattrs(i *inode, host string) error {
-	attributes, err := readXattrs(host)
+// setXattrs gives an inode attributes, by their whole names.
+func (fs *fileSystem) setXattrs(i *inode, named map[string][]byte) error {
+	attributes, err := split(named)
 	if err != nil || len(attributes) == 0 {
 		return err
 	}
-	slices.SortFunc(attributes, byKey)
 	size := 4 // what ends the list
 	for _, a := range attributes {
 		size += entrySize(a) + round4(len(a.value))
@@ -47,19 +47,46 @@ func (f *filler) addXattrs(i *inode, host string) error {
 		return nil
 	}
 	if xattrHeader+size > blockSize {
-		return errors.New("its extended attributes are too large")
+		return errXattrs
 	}
-	runs, err := f.allocate(1)
+	runs, err := fs.allocate(1)
 	if err != nil {
 		return err
 	}
 	i.xattrAt = runs[0].first
 	i.blocks++
-	_, err = f.file.WriteAt(f.xattrBlock(i.xattrAt, attributes), int64(i.xattrAt)*blockSize)
+	_, err = fs.file.WriteAt(fs.xattrBlock(i.xattrAt, attributes), int64(i.xattrAt)*blockSize)
 	return err
 }
 
-func readXattrs(host string) ([]xattr, error) {
+// errXattrs reports that a file's attributes take more than a block.
+var errXattrs = errors.New("its extended attributes are too large")
+
+// split returns attributes as ext4 has them, in its order, without those that it has no number
+// for.
+func split(named map[string][]byte) ([]xattr, error) {
+	var attributes []xattr
+	for name, value := range named {
+		for prefix, index := range prefixes() {
+			inner, ok := strings.CutPrefix(name, prefix)
+			isACL := strings.HasPrefix(prefix, "system.")
+			if !ok || isACL != (inner == "") {
+				continue
+			}
+			if len(inner) > maxName || len(value) > blockSize {
+				return nil, errXattrs
+			}
+			if isACL {
+				value = packACL(value)
+			}
+			attributes = append(attributes, xattr{index, inner, value})
+		}
+	}
+	slices.SortFunc(attributes, byKey)
+	return attributes, nil
+}
+
+func readXattrs(host string) (map[string][]byte, error) {
 	size, err := unix.Llistxattr(host, nil)
 	if errors.Is(err, unix.ENOTSUP) || size == 0 {
 		return nil, nil
@@ -71,21 +98,15 @@ func readXattrs(host string) ([]xattr, error) {
 	if err != nil {
 		return nil, err
 	}
-	var attributes []xattr
+	attributes := map[string][]byte{}
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(names[:size]), "\x00"), "\x00") {
-		for prefix, index := range prefixes() {
-			inner, ok := strings.CutPrefix(name, prefix)
-			if !ok {
+		for prefix := range prefixes() {
+			if !strings.HasPrefix(name, prefix) {
 				continue
 			}
-			value, err := readXattr(host, name)
-			if err != nil {
+			if attributes[name], err = readXattr(host, name); err != nil {
 				return nil, err
 			}
-			if strings.HasPrefix(prefix, "system.") {
-				value = packACL(value)
-			}
-			attributes = append(attributes, xattr{index, inner, value})
 		}
 	}
 	return attributes, nil
@@ -155,7 +176,7 @@ func hashXattr(a xattr) uint32 {
 }
 
 // xattrBlock returns a block of attributes.
-func (f *filler) xattrBlock(at uint64, attributes []xattr) []byte {
+func (fs *fileSystem) xattrBlock(at uint64, attributes []xattr) []byte {
 	le := binary.LittleEndian
 	block := le.AppendUint32(nil, xattrMagic)
 	block = le.AppendUint32(block, 1) // it belongs to one file
@@ -167,7 +188,12 @@ func (f *filler) xattrBlock(at uint64, attributes []xattr) []byte {
 		hash = hash<<16 ^ hash>>16 ^ hashXattr(a)
 	}
 	le.PutUint32(block[12:], hash)
-	sum := checksum(checksum(f.seed, le.AppendUint64(nil, at)), block)
+	sum := checksum(checksum(fs.seed, le.AppendUint64(nil, at)), block)
 	le.PutUint32(block[16:], sum)
 	return block
+}
+
+// byKey orders attributes as ext4 wants them in a block.
+func byKey(a, b xattr) int {
+	return cmp.Or(cmp.Compare(a.index, b.index), cmp.Compare(len(a.name), len(b.name)), cmp.Compare(a.name, b.name))
 }

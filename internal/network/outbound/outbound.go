@@ -182,8 +182,8 @@ func (o *Outbound) Connect(to netip.AddrPort, request Request) {
 	stream.Splice(o.ctx, f, f.outside)
 }
 
-// awaitName waits until a flow has stated its name, or will not any more. The error says why the
-// flow may not have it.
+// awaitName waits until a flow has stated its name, or will not any more. The error matches
+// [ErrRefused] if it may not have it.
 func (o *Outbound) awaitName(f *tcpFlow) error {
 	defer context.AfterFunc(o.ctx, f.Abort)()
 	return f.awaitName()

@@ -58,14 +58,14 @@ type recording struct {
 	began          time.Time
 	sent, received atomic.Int64 // in bytes
 
-	mu      sync.Mutex // guards the following
-	secrets []string   // names of those that it got
+	naming  sync.Mutex // guards the following
+	secrets []string   // names of those that were sent
 }
 
-// addSecrets notes the names of secrets that a flow got. They are few; see [smolvm.VMConfig].
+// addSecrets notes the names of secrets that were put into what is sent.
 func (c *recording) addSecrets(names []string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.naming.Lock()
+	defer c.naming.Unlock()
 	for _, name := range names {
 		if !slices.Contains(c.secrets, name) {
 			c.secrets = append(c.secrets, name)
@@ -91,8 +91,8 @@ func (o *Outbound) endRecord(c *recording, f network.Flow, v network.Verdict) {
 	r := o.recordOf(f, v, event)
 	r.Flow, r.Duration = c.number, time.Since(c.began)
 	r.SentBytes, r.ReceivedBytes = c.sent.Load(), c.received.Load()
-	c.mu.Lock()
+	c.naming.Lock()
 	r.Secrets = slices.Clone(c.secrets)
-	c.mu.Unlock()
+	c.naming.Unlock()
 	o.Recorder().Record(r)
 }

@@ -1,6 +1,8 @@
 package outbound
 
 import (
+	"errors"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -93,6 +95,56 @@ func (f *tcpFlow) Write(p []byte) (int, error) {
 	f.received.Add(int64(n))
 	return n, err
 }
+
+// KernelConn is a [GuestConn] that is a connection of the host's kernel, which can move what comes
+// by it to another one by itself.
+type KernelConn interface {
+	GuestConn
+	// Kernel returns the connection.
+	Kernel() *net.TCPConn
+}
+
+// WriteTo implements [io.WriterTo], for what goes out: as soon as nothing depends on what the
+// guest sends, the kernel moves it, if it can.
+func (f *tcpFlow) WriteTo(to io.Writer) (sent int64, err error) {
+	kernel, ok := f.GuestConn.(KernelConn)
+	if !ok {
+		return io.Copy(to, justReader{f})
+	}
+	buffer := make([]byte, 32<<10)
+	for !f.named.Load() || len(f.ahead) > 0 {
+		n, err := f.Read(buffer)
+		if n > 0 {
+			n, err := to.Write(buffer[:n])
+			if sent += int64(n); err != nil {
+				return sent, err
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return sent, nil
+		}
+		if err != nil {
+			return sent, err
+		}
+	}
+	n, err := io.Copy(to, kernel.Kernel())
+	f.sent.Add(n)
+	return sent + n, err
+}
+
+// ReadFrom implements [io.ReaderFrom], for what comes in, which the kernel moves if it can.
+func (f *tcpFlow) ReadFrom(from io.Reader) (received int64, err error) {
+	if kernel, ok := f.GuestConn.(KernelConn); ok {
+		n, err := kernel.Kernel().ReadFrom(from)
+		f.received.Add(n)
+		return n, err
+	}
+	return io.Copy(justWriter{f}, from)
+}
+
+type justReader struct{ io.Reader }
+
+type justWriter struct{ io.Writer }
 
 // awaitName returns when the flow has stated its name, or will not any more. The error
 // matches [ErrRefused] if it may not have it.

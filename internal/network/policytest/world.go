@@ -2,6 +2,7 @@ package policytest
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -159,7 +160,10 @@ func (w *World) Serve(ports Ports) error {
 				if err != nil {
 					return
 				}
-				running.Go(func() { welcome(conn) })
+				running.Go(func() {
+					defer context.AfterFunc(w.Context(), func() { _ = conn.Close() })() // it may not be told of its end
+					welcome(conn)
+				})
 			}
 		})
 	}

@@ -172,6 +172,9 @@ func (c carriedConn) Abort() {
 	_ = c.Close()
 }
 
+// Kernel implements [outbound.KernelConn].
+func (c carriedConn) Kernel() *net.TCPConn { return c.TCPConn }
+
 // carriedRequest is a connection that the guest believes to be established: the kernel has
 // answered it, as it does before anybody is asked.
 type carriedRequest struct{ conn carriedConn }

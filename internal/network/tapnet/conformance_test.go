@@ -30,7 +30,7 @@ func newPolicyWorld(t *testing.T, ports policytest.Ports) (*policytest.World, *N
 		DialTCP:      g.dialer("tcp"),
 		DialUDP:      g.dialer("udp"),
 		Resolver:     g.config.Gateway,
-		SetClock:     n.out.Names().SetClock,
+		SetClock:     n.out.Load().Names().SetClock,
 		Carried:      isCarriedFlow,
 	}
 	return w, n, g

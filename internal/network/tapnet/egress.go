@@ -18,22 +18,19 @@ import (
 
 var _ network.EgressSetter = (*Network)(nil)
 
-// newOutbound makes the way out for the flows that the shim carries.
+// newOutbound makes the way out for the flows that the shim carries, in place of the one that
+// there is.
 func (n *Network) newOutbound() {
 	out, err := outbound.New(outbound.Config{
 		Inside: []netip.Prefix{n.config.Prefix, network.ULA()}, Metadata: n.config.Metadata, Egress: n.config.Egress,
 		MayReachVM: n.mayReachVM,
 	})
-	if n.out != nil {
-		n.out.Close() // of the guest that stood by, which had no flows
+	out.SetRecorder(&n.records)
+	if before := n.out.Swap(out); before != nil {
+		before.Close() // of the guest that stood by, which had no flows
 	}
-	out.SetRecorder(&n.recorder)
-	n.out, n.problem = out, errors.Join(n.problem, err)
+	n.problem = errors.Join(n.problem, err)
 }
-
-// SetRecorder implements [network.Recorded]: of the guest's questions for names, and of the flows
-// that this process carries. The packets of all others are carried by the kernel.
-func (n *Network) SetRecorder(r network.Recorder) { n.recorder.SetRecorder(r) }
 
 // mayReachVM reports whether the guest and the one with an address are both open to others. The
 // kernel is asked, as that is another VM's.
@@ -75,13 +72,16 @@ func (n *Network) SetEgress(egress network.Egress) error {
 	if n.ended {
 		return fmt.Errorf("set the egress policy: %w", net.ErrClosed)
 	}
+	if n.config.IsStandby() {
+		return errors.New("set the egress policy: the guest stands by, and has no network yet")
+	}
 	restrict := !isOpen(egress.Policy)
-	if egress.Revision >= n.out.EgressRevision() && restrict && !n.has.restricted {
+	if egress.Revision >= n.out.Load().EgressRevision() && restrict && !n.has.restricted {
 		if err := n.restrict(); err != nil {
 			return fmt.Errorf("set the egress policy: %w", err)
 		}
 	}
-	if err := n.out.SetEgress(egress); err != nil {
+	if err := n.out.Load().SetEgress(egress); err != nil {
 		return err
 	}
 	if !restrict && n.has.restricted {
@@ -94,10 +94,7 @@ func (n *Network) SetEgress(egress network.Egress) error {
 
 // EgressRevision implements [network.EgressSetter].
 func (n *Network) EgressRevision() int64 {
-	if n.out == nil {
-		return 0
-	}
-	return n.out.EgressRevision()
+	return n.out.Load().EgressRevision()
 }
 
 // errNoPolicies returns why a VM on a bridge can't have a policy.
@@ -113,7 +110,7 @@ func errNoPolicies() error {
 // there once the table does.
 func (n *Network) carry(handle *netlink.Handle) error {
 	if n.carrier == nil {
-		carrier, err := newCarrier(n.config, n.out)
+		carrier, err := newCarrier(n.config, n.out.Load())
 		if err != nil {
 			return err
 		}
@@ -217,14 +214,15 @@ func changeError(err error, has offers) error {
 // endFlows ends what the shim carries, and returns when nothing of it runs any more.
 func (n *Network) endFlows() {
 	n.ended = true
-	if n.out != nil {
-		n.out.Close()
+	out := n.out.Load()
+	if out != nil {
+		out.Close()
 	}
 	if n.carrier != nil {
 		n.carrier.close()
 		n.carrier.wait()
 	}
-	if n.out != nil {
-		n.out.Wait()
+	if out != nil {
+		out.Wait()
 	}
 }

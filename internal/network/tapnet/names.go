@@ -14,6 +14,7 @@ import (
 	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/resolver"
 )
 
@@ -25,11 +26,16 @@ const (
 
 // newResolver makes what answers the guest's questions for names.
 func (n *Network) newResolver(files resolver.Files) *resolver.Resolver {
+	out := n.out.Load()
 	return resolver.New(resolver.Config{
-		Files: files, MayKnow: n.out.MayKnow, IPv6: n.config.Guest6.IsValid(),
-		Policy: n.out.Policy, Told: n.out.Names().Record, Recorder: n.out.Recorder(),
+		Files: files, MayKnow: out.MayKnow, IPv6: n.config.Guest6.IsValid(),
+		Policy: out.Policy, Told: out.Names().Record, Recorder: out.Recorder(),
 	})
 }
+
+// SetRecorder implements [network.Recorded]: of the guest's questions for names, and of the flows
+// that the shim carries. The packets of others are carried by the kernel.
+func (n *Network) SetRecorder(r network.Recorder) { n.records.SetRecorder(r) }
 
 // serveNames answers questions at the gateway's address, on the guest's interface alone: so
 // each VM has its own server at the same address. The interface need not have the address yet.

@@ -26,6 +26,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/google/nftables"
@@ -50,11 +51,11 @@ type Network struct {
 	files    resolver.Files
 	sessions stream.Sessions // of UDP forwards
 	names    *resolver.Resolver
-	servers  []*dns.Server      // of names; none if the guest has no name server
-	running  sync.WaitGroup     // they
-	open     stream.Open        // forwards and connections
-	out      *outbound.Outbound // of the flows that this process carries
-	recorder network.LateRecorder
+	records  network.LateRecorder
+	servers  []*dns.Server                     // of names; none if the guest has no name server
+	running  sync.WaitGroup                    // they
+	open     stream.Open                       // forwards and connections
+	out      atomic.Pointer[outbound.Outbound] // of the flows that this process carries
 
 	changing sync.Mutex // held while something of it changes on the host; guards the following, and the MAC
 	has      offers     // as the host has it

@@ -232,12 +232,17 @@ func newGuest(t testing.TB, n *Network) guest {
 // connectGuest makes the guest of a network: its interface eth0 is wired to the TAP.
 func connectGuest(t testing.TB, n *Network) guest {
 	t.Helper()
+	return connectGuestWith(t, n, nettest.OpenTAP)
+}
+
+func connectGuestWith(t testing.TB, n *Network, open func(name string) (*os.File, error)) guest {
+	t.Helper()
 	g := guest{nettest.New(t), n.Config()}
-	host, err := nettest.OpenTAP(n.Link().TAP)
+	host, err := open(n.Link().TAP)
 	must(t, err)
 	var inside *os.File
 	must(t, g.Do(func() (err error) {
-		if inside, err = nettest.OpenTAP("eth0"); err != nil {
+		if inside, err = open("eth0"); err != nil {
 			return err
 		}
 		link, err := netlink.LinkByName("eth0")

@@ -15,6 +15,7 @@ import (
 type filter struct {
 	guestMAC, gatewayMAC net.HardwareAddr
 	guest, gateway       netip.Addr
+	guest6, gateway6     netip.Addr // not valid: there is no IPv6
 }
 
 func newFilter(config Config) (filter, error) {
@@ -23,12 +24,17 @@ func newFilter(config Config) (filter, error) {
 			return filter{}, fmt.Errorf("address %s is not in the IPv4 network %s", addr, config.Prefix)
 		}
 	}
+	for _, addr := range []netip.Addr{config.Guest6, config.Gateway6} {
+		if config.Prefix6.IsValid() && (!addr.Is6() || !config.Prefix6.Contains(addr)) {
+			return filter{}, fmt.Errorf("address %s is not in the IPv6 network %s", addr, config.Prefix6)
+		}
+	}
 	guestMAC, err := net.ParseMAC(config.GuestMAC)
 	if err != nil || len(guestMAC) != macLength {
 		return filter{}, fmt.Errorf("MAC address %q of the guest is not valid", config.GuestMAC)
 	}
 	ours, err := net.ParseMAC(gatewayMAC)
-	return filter{guestMAC: guestMAC, gatewayMAC: ours, guest: config.Guest, gateway: config.Gateway}, err
+	return filter{guestMAC: guestMAC, gatewayMAC: ours, guest: config.Guest, gateway: config.Gateway, guest6: config.Guest6, gateway6: config.Gateway6}, err
 }
 
 func (n *Network) admit(frame []byte) bool { return n.filter.Load().admit(frame) }
@@ -40,6 +46,7 @@ const (
 	ethernetHeader = 14
 	etherTypeIPv4  = 0x0800
 	etherTypeARP   = 0x0806
+	etherTypeIPv6  = 0x86dd
 
 	arpLength = 28
 	arpTarget = 24
@@ -62,11 +69,14 @@ func (f filter) admit(frame []byte) bool {
 		return false
 	}
 	to, from := frame[:macLength], frame[macLength:2*macLength]
-	broadcast := bytes.Equal(to, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
-	if !bytes.Equal(from, f.guestMAC) || !broadcast && !bytes.Equal(to, f.gatewayMAC) {
+	kind := binary.BigEndian.Uint16(frame[2*macLength:])
+	many := bytes.Equal(to, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}) || kind == etherTypeIPv6 && to[0] == 0x33 && to[1] == 0x33
+	if !bytes.Equal(from, f.guestMAC) || !many && !bytes.Equal(to, f.gatewayMAC) {
 		return false
 	}
-	switch binary.BigEndian.Uint16(frame[2*macLength:]) {
+	switch kind {
+	case etherTypeIPv6:
+		return f.admitIPv6(frame[ethernetHeader:])
 	case etherTypeARP:
 		// The stack would answer for every address, also for the guest's own, which the
 		// guest would then take for taken.
@@ -99,6 +109,44 @@ func (f filter) admitIPv4(packet []byte) bool {
 		return protocol == protocolTCP || protocol == protocolUDP
 	}
 	return protocol != protocolUDP || isFragment(packet) || port(packet, header) != dhcpServerPort || f.isDHCP(packet, header)
+}
+
+// Of IPv6 (RFC 8200) and the discovery of neighbors (RFC 4861).
+const (
+	ipv6Header     = 40
+	protocolICMPv6 = 58
+	icmpv6Echo     = 128
+	ndSolicitation = 135
+	ndAdvertised   = 136
+	ndTarget       = 8 // in the message
+)
+
+// admitIPv6 lets TCP and UDP of the guest's address in, without extension headers, so without
+// fragments, pings to the gateway, and what neighbors must say to find each other.
+func (f filter) admitIPv6(packet []byte) bool {
+	if !f.guest6.IsValid() || len(packet) < ipv6Header {
+		return false
+	}
+	from, to := netip.AddrFrom16([16]byte(packet[8:24])), netip.AddrFrom16([16]byte(packet[24:40]))
+	switch packet[6] {
+	case protocolTCP, protocolUDP:
+		return from == f.guest6 && !to.IsMulticast()
+	case protocolICMPv6:
+	default:
+		return false
+	}
+	message := packet[ipv6Header:]
+	switch {
+	case len(message) == 0 || from != f.guest6 && !from.IsLinkLocalUnicast():
+		return false
+	case message[0] == icmpv6Echo:
+		return from == f.guest6 && to == f.gateway6
+	case len(message) < ndTarget+16:
+		return false
+	}
+	target := netip.AddrFrom16([16]byte(message[ndTarget : ndTarget+16]))
+	// The stack would answer for every address.
+	return message[0] == ndSolicitation && target == f.gateway6 || message[0] == ndAdvertised && target == f.guest6
 }
 
 // isDHCP reports whether the packet is for the DHCP server and about this guest.

@@ -275,6 +275,70 @@ func TestFilter(t *testing.T) {
 	}
 }
 
+func TestFilterIPv6(t *testing.T) {
+	addr := netip.MustParseAddr
+	config := testConfig()
+	config.Prefix6, config.Gateway6, config.Guest6 = netip.MustParsePrefix("fd00::/96"), addr("fd00::1"), addr("fd00::2")
+	f, err := newFilter(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	outside, local, node := addr("2001:db8::1"), addr("fe80::2"), addr("ff02::1:ff00:1")
+	packet := func(from, to netip.Addr, protocol byte, payload []byte) []byte {
+		p := make([]byte, ipv6Header, ipv6Header+len(payload))
+		p[0], p[6], p[7] = 0x60, protocol, 64
+		binary.BigEndian.PutUint16(p[4:], uint16(len(payload)))
+		copy(p[8:], from.AsSlice())
+		copy(p[24:], to.AsSlice())
+		return ethernet(config, etherTypeIPv6, append(p, payload...))
+	}
+	neighbor := func(kind byte, target netip.Addr) []byte {
+		return append([]byte{kind, 0, 0, 0, 0, 0, 0, 0}, target.AsSlice()...)
+	}
+	to := func(frame []byte, mac ...byte) []byte {
+		copy(frame, mac)
+		return frame
+	}
+	const hopByHop, fragment, routerSolicitation, redirect = 0, 44, 133, 137
+	for name, test := range map[string]struct {
+		frame []byte
+		want  bool
+	}{
+		"TCP":                             {packet(config.Guest6, outside, protocolTCP, make([]byte, 20)), true},
+		"UDP":                             {packet(config.Guest6, outside, protocolUDP, make([]byte, 8)), true},
+		"from another address":            {packet(addr("fd00::3"), outside, protocolUDP, make([]byte, 8)), false},
+		"from a local address":            {packet(local, outside, protocolUDP, make([]byte, 8)), false},
+		"to many":                         {packet(config.Guest6, addr("ff02::fb"), protocolUDP, make([]byte, 8)), false},
+		"ping to the gateway":             {packet(config.Guest6, config.Gateway6, protocolICMPv6, []byte{icmpv6Echo, 0, 0, 0}), true},
+		"ping to outside":                 {packet(config.Guest6, outside, protocolICMPv6, []byte{icmpv6Echo, 0, 0, 0}), false},
+		"looks for the gateway":           {to(packet(config.Guest6, node, protocolICMPv6, neighbor(ndSolicitation, config.Gateway6)), 0x33, 0x33, 0xff, 0, 0, 1), true},
+		"looks for it by a local address": {packet(local, config.Gateway6, protocolICMPv6, neighbor(ndSolicitation, config.Gateway6)), true},
+		"looks for another":               {packet(config.Guest6, node, protocolICMPv6, neighbor(ndSolicitation, outside)), false},
+		"looks for itself":                {packet(addr("::"), node, protocolICMPv6, neighbor(ndSolicitation, config.Guest6)), false},
+		"is found":                        {packet(config.Guest6, config.Gateway6, protocolICMPv6, neighbor(ndAdvertised, config.Guest6)), true},
+		"is found as another":             {packet(config.Guest6, config.Gateway6, protocolICMPv6, neighbor(ndAdvertised, outside)), false},
+		"router solicitation":             {packet(local, addr("ff02::2"), protocolICMPv6, neighbor(routerSolicitation, config.Gateway6)), false},
+		"redirect":                        {packet(config.Guest6, config.Gateway6, protocolICMPv6, neighbor(redirect, config.Gateway6)), false},
+		"neighbors, cut short":            {packet(config.Guest6, node, protocolICMPv6, neighbor(ndSolicitation, config.Gateway6)[:20]), false},
+		"no message":                      {packet(config.Guest6, config.Gateway6, protocolICMPv6, nil), false},
+		"fragment":                        {packet(config.Guest6, outside, fragment, make([]byte, 8)), false},
+		"options":                         {packet(config.Guest6, outside, hopByHop, make([]byte, 8)), false},
+		"cut short":                       {packet(config.Guest6, outside, protocolUDP, nil)[:ethernetHeader+ipv6Header-1], false},
+		"to another MAC":                  {to(packet(config.Guest6, outside, protocolUDP, make([]byte, 8)), 2), false},
+		"IPv4 to many of IPv6":            {to(ethernet(config, etherTypeIPv4, udpPacket(netip.AddrPortFrom(config.Guest, 1), netip.MustParseAddrPort("192.0.2.1:1"), nil)), 0x33, 0x33), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := f.admit(test.frame); got != test.want {
+				t.Errorf("admit: %t, want %t", got, test.want)
+			}
+		})
+	}
+	config.Gateway6 = outside
+	if _, err := newFilter(config); err == nil {
+		t.Error("a gateway beyond the network is taken")
+	}
+}
+
 // seeds are frames that a guest might send, and broken ones.
 func seeds(t testing.TB) [][]byte {
 	config := testConfig()

@@ -10,6 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/outbound"
 )
 
@@ -20,7 +21,7 @@ const maxDials = 64
 func (n *Network) connectOutside() {
 	conns := &kind{account: n.account, limit: n.limits.outgoing}
 	n.outbound, n.problem = outbound.New(outbound.Config{
-		Inside: []netip.Prefix{n.config.Prefix.Masked()}, Metadata: n.config.Metadata, Egress: n.config.Egress,
+		Inside: []netip.Prefix{n.config.Prefix.Masked(), network.ULA()}, Metadata: n.config.Metadata, Egress: n.config.Egress,
 	})
 	connect := func(request *tcp.ForwarderRequest) { // in a goroutine of its own
 		place, err := conns.reserve()
@@ -47,7 +48,8 @@ func (n *Network) connectOutside() {
 }
 
 func destination(id stack.TransportEndpointID) netip.AddrPort {
-	return netip.AddrPortFrom(netip.AddrFrom4(id.LocalAddress.As4()), id.LocalPort)
+	addr, _ := netip.AddrFromSlice(id.LocalAddress.AsSlice())
+	return netip.AddrPortFrom(addr, id.LocalPort)
 }
 
 // tcpRequest is a connection that the guest has asked for, with its place in the account.

@@ -10,6 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -56,8 +57,12 @@ func (n *Network) build(mac net.HardwareAddr) (err error) {
 
 func newStack(config Config, endpoint stack.LinkEndpoint) (*stack.Stack, error) {
 	s := stack.New(stack.Options{
-		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4},
+		NetworkProtocols: []stack.NetworkProtocolFactory{
+			ipv4.NewProtocol, arp.NewProtocol,
+			// Without addresses that it makes itself, and without looking for routers.
+			ipv6.NewProtocolWithOptions(ipv6.Options{NDPConfigs: ipv6.NDPConfigurations{}, AutoGenLinkLocal: false}),
+		},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
 	})
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: tcpBuffer, Max: tcpBuffer}
 	send := tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: tcpBuffer, Max: tcpBuffer}
@@ -73,12 +78,30 @@ func newStack(config Config, endpoint stack.LinkEndpoint) (*stack.Stack, error) 
 	if err != nil {
 		return nil, err
 	}
+	routes := []tcpip.Route{{Destination: subnet, NIC: nicID}}
+	add6 := func() tcpip.Error {
+		if !config.Guest6.IsValid() {
+			return nil
+		}
+		prefix := config.Prefix6.Masked()
+		address := tcpip.ProtocolAddress{
+			Protocol:          ipv6.ProtocolNumber,
+			AddressWithPrefix: tcpip.AddrFrom16(config.Gateway6.As16()).WithPrefix(),
+		}
+		subnet, err := tcpip.NewSubnet(tcpip.AddrFrom16(prefix.Addr().As16()), tcpip.MaskFromBytes(net.CIDRMask(prefix.Bits(), 128)))
+		if err != nil {
+			return &tcpip.ErrBadAddress{}
+		}
+		routes = append(routes, tcpip.Route{Destination: subnet, NIC: nicID})
+		return s.AddProtocolAddress(nicID, address, stack.AddressProperties{})
+	}
 	for _, err := range []tcpip.Error{
 		s.SetTransportProtocolOption(tcp.ProtocolNumber, &receive),
 		s.SetTransportProtocolOption(tcp.ProtocolNumber, &send),
 		s.SetTransportProtocolOption(tcp.ProtocolNumber, &timeWait),
 		s.CreateNIC(nicID, endpoint),
 		s.AddProtocolAddress(nicID, gateway, stack.AddressProperties{}),
+		add6(),
 		// The stack stands in for every address of the outside: it takes packets to
 		// them, and answers from them.
 		s.SetPromiscuousMode(nicID, true),
@@ -89,7 +112,7 @@ func newStack(config Config, endpoint stack.LinkEndpoint) (*stack.Stack, error) 
 			return nil, stackError(err)
 		}
 	}
-	s.SetRouteTable([]tcpip.Route{{Destination: subnet, NIC: nicID}})
+	s.SetRouteTable(routes)
 	return s, nil
 }
 

@@ -56,6 +56,9 @@ func newWith(config Config, limits limits, files resolver.Files) (*Network, erro
 	if config.MTU == 0 {
 		config.MTU = defaultMTU
 	}
+	if !hasIPv6() {
+		config.Prefix6, config.Gateway6, config.Guest6 = netip.Prefix{}, netip.Addr{}, netip.Addr{}
+	}
 	filter, err := newFilter(config)
 	if err != nil {
 		return nil, fmt.Errorf("make user-space network: %w", err)
@@ -67,6 +70,7 @@ func newWith(config Config, limits limits, files resolver.Files) (*Network, erro
 	n := &Network{config: config, conn: conn, link: link, limits: limits, account: newAccount(limits.linger), sessions: stream.Sessions{Limit: maxSessions}}
 	n.names = resolver.New(resolver.Config{
 		Files:   files,
+		IPv6:    config.Guest6.IsValid(),
 		MayKnow: func(name string, addr netip.Addr) bool { return n.outbound.MayKnow(name, addr) },
 		Policy:  func() *network.Policy { return n.outbound.Policy() },
 		Told:    func(name string, answer []dns.RR) { n.outbound.Names().Record(name, answer) },
@@ -122,17 +126,36 @@ func (n *Network) Search() []string { return n.names.Search() }
 // SetEgress implements [network.EgressSetter].
 func (n *Network) SetEgress(egress network.Egress) error { return n.outbound.SetEgress(egress) }
 
+// SetSecrets has secrets put into the guest's flows that begin from now on.
+func (n *Network) SetSecrets(secrets *intercept.Interceptor) { n.outbound.SetSecrets(secrets) }
+
 // SetRecorder implements [network.Recorded].
 func (n *Network) SetRecorder(r network.Recorder) {
 	n.outbound.SetRecorder(r)
 	n.questions.SetRecorder(n.outbound.Recorder())
 }
 
-// SetSecrets has secrets put into the guest's flows that begin from now on.
-func (n *Network) SetSecrets(secrets *intercept.Interceptor) { n.outbound.SetSecrets(secrets) }
-
 // EgressRevision implements [network.EgressSetter].
 func (n *Network) EgressRevision() int64 { return n.outbound.EgressRevision() }
+
+// Config returns the network as it was made: without IPv6 if the host has none.
+func (n *Network) Config() Config { return n.config }
+
+// hasIPv6 reports whether the host has a way out by IPv6: a route to some address of the
+// Internet. Nothing is sent.
+func hasIPv6() bool {
+	conn, err := new(net.Dialer).DialContext(context.Background(), "udp6", net.JoinHostPort(somewhere6, "9")) // does not wait
+	if err != nil {
+		return false
+	}
+	own, ok := conn.LocalAddr().(*net.UDPAddr)
+	_ = conn.Close()
+	return ok && !own.IP.IsLoopback() && !own.IP.IsLinkLocalUnicast()
+}
+
+// somewhere6 is an address for documentation (RFC 3849): there is no other route to it than the
+// default route.
+const somewhere6 = "2001:db8::1"
 
 // Link is the VMM's end: a datagram socket, each datagram one Ethernet frame.
 func (n *Network) Link() network.Link { return network.Link{Socket: n.link} }

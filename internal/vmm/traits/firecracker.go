@@ -17,6 +17,7 @@ func Firecracker() vmm.Traits {
 		Name:         "firecracker",
 		DiskFormats:  []string{"raw"},
 		Accelerators: []string{vmm.KVM},
+		Namespaces:   true,
 		Layout:       1,
 		Programs: []vmm.Program{{
 			Names:      []string{FirecrackerProgram},

@@ -17,8 +17,9 @@ import (
 )
 
 // patience is how long a test waits for what must come in the end. An emulated
-// guest on a busy host is slow, so it is long; only a defect makes a test use it up.
-const patience = 2 * time.Minute
+// guest on a busy host is slow, and one whose KVM is emulated too is slower, so it is long; only
+// a defect makes a test use it up.
+const patience = 6 * time.Minute
 
 // obey is the guest's init: it runs each line that comes in by the channel, and
 // answers with its output and a line with the exit status. It goes on when the

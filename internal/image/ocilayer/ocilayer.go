@@ -1,0 +1,196 @@
+// Package ocilayer unpacks the layers of an OCI image to a tree: not one of the host, but one
+// in memory, whose files have their content in a file system that is being written. So any
+// owner, mode, device and name can be unpacked without root, and nothing of an image becomes a
+// file of the host.
+//
+// The tree is what containerd makes of the same layers, in all that an image can rely on.
+// Layers are hostile: they are bounded, and what can't be done as it says is refused.
+package ocilayer
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/smolvm/smolvm/internal/image/ext4fs"
+)
+
+// Layer is a layer of an image.
+type Layer struct {
+	// Open opens its archive, packed by gzip or zstd, or not packed: its first bytes tell.
+	Open func() (io.ReadCloser, error)
+	// DiffID is the digest of the unpacked archive: sha256:….
+	DiffID string
+}
+
+// Limits bound what layers may make. Zeros stand for the defaults.
+type Limits struct {
+	// Entries is how many entries all layers may have together. Default: [DefaultEntries].
+	Entries int
+	// Bytes is how many bytes all layers may have together when they are unpacked, and how many
+	// all their files, with holes. Default: [DefaultBytes].
+	Bytes int64
+}
+
+// The defaults of [Limits].
+const (
+	DefaultEntries = 2_000_000
+	DefaultBytes   = 64 << 30
+)
+
+// Content takes the content of files, and gives it up again.
+type Content interface {
+	Add(r io.Reader, size int64) (ext4fs.Data, error)
+	Free(data ext4fs.Data) error
+}
+
+// Progress is told how many bytes of which layer, counted from 0, have been read as they are
+// stored.
+type Progress func(layer int, bytes int64)
+
+// ErrLimit reports that layers make more than they may.
+var ErrLimit = errors.New("more than an image may have")
+
+// DiffIDError reports a layer that is not what the image's configuration says.
+type DiffIDError struct {
+	Layer     int // counted from 0
+	Want, Got string
+}
+
+func (e *DiffIDError) Error() string {
+	return fmt.Sprintf("its content is %s, and not %s", e.Got, e.Want)
+}
+
+// Unpack unpacks layers, the lowest first, and returns the root of the tree that they make.
+// Progress may be nil.
+func Unpack(ctx context.Context, layers []Layer, to Content, limits Limits, progress Progress) (*ext4fs.Node, error) {
+	if progress == nil {
+		progress = func(int, int64) {}
+	}
+	left := newBudget(limits)
+	t := newTree(to)
+	for i, layer := range layers {
+		got, err := unpackLayer(ctx, t, layer, &left, func(bytes int64) { progress(i, bytes) })
+		if err == nil && got != layer.DiffID {
+			err = &DiffIDError{Layer: i, Want: layer.DiffID, Got: got}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("layer %d of %d: %w", i+1, len(layers), err)
+		}
+	}
+	return t.root, nil
+}
+
+// budget is what may still come.
+type budget struct {
+	entries int
+	// bytes are those of archives, and content those of files: an archive may say of a file
+	// that nearly all of it is holes.
+	bytes, content int64
+}
+
+func newBudget(limits Limits) budget {
+	bytes := cmp.Or(limits.Bytes, DefaultBytes)
+	return budget{entries: cmp.Or(limits.Entries, DefaultEntries), bytes: bytes, content: bytes}
+}
+
+// unpackLayer applies a layer, and returns the digest of its archive.
+func unpackLayer(ctx context.Context, t *tree, layer Layer, left *budget, progress func(int64)) (string, error) {
+	file, err := layer.Open()
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = file.Close() }()
+	unpacked, err := decompress(&counter{r: file, tell: progress})
+	if err != nil {
+		return "", err
+	}
+	defer unpacked.Close()
+	// It is unpacked ahead, as that and what follows take about as long as each other.
+	ahead := newReadAhead(ctx, unpacked)
+	defer ahead.stop()
+	summed := &summer{r: ahead, hash: sha256.New(), left: &left.bytes}
+	if err := t.apply(ctx, tar.NewReader(summed), left); err != nil {
+		return "", err
+	}
+	// What follows the archive's end is part of what has the digest.
+	if _, err := io.Copy(io.Discard, summed); err != nil {
+		return "", err
+	}
+	return "sha256:" + hex.EncodeToString(summed.hash.Sum(nil)), nil
+}
+
+// counter is a reader that tells how much was read.
+type counter struct {
+	r    io.Reader
+	done int64
+	tell func(int64)
+}
+
+func (c *counter) Read(b []byte) (int, error) {
+	n, err := c.r.Read(b)
+	c.done += int64(n)
+	c.tell(c.done)
+	return n, err
+}
+
+// summer is a reader that hashes what it reads, and reads no more than there may be.
+type summer struct {
+	r    io.Reader
+	hash hash.Hash
+	left *int64
+}
+
+func (s *summer) Read(b []byte) (int, error) {
+	n, err := s.r.Read(b)
+	if *s.left -= int64(n); *s.left < 0 {
+		return 0, fmt.Errorf("unpacked, the layers have %w", ErrLimit)
+	}
+	s.hash.Write(b[:n])
+	return n, err
+}
+
+// maxWindow is how much memory a layer packed by zstd may need, in bytes: more than its tool
+// asks for unless it is told to.
+const maxWindow = 128 << 20
+
+// unpacker is a reader of what was packed.
+type unpacker struct {
+	io.Reader
+	close func()
+}
+
+// Close ends its goroutines.
+func (u unpacker) Close() { u.close() }
+
+// decompress unpacks what is packed by gzip or zstd.
+func decompress(r io.Reader) (unpacker, error) {
+	buffered := bufio.NewReaderSize(r, 1<<20)
+	head, err := buffered.Peek(4)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return unpacker{}, err
+	}
+	switch {
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
+		unpacked, err := gzip.NewReader(buffered)
+		return unpacker{unpacked, func() {}}, err
+	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], []byte{0x2a, 0x4d, 0x18}):
+		unpacked, err := zstd.NewReader(buffered, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			return unpacker{}, err
+		}
+		return unpacker{unpacked, unpacked.Close}, nil
+	}
+	return unpacker{buffered, func() {}}, nil
+}
