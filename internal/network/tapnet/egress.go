@@ -96,8 +96,8 @@ func (n *Network) SetEgress(egress network.Egress) error {
 // SetSecrets has secrets put into the guest's flows that begin from now on. Under a policy that
 // denies anything this process carries all of them; a network without one has no secrets.
 func (n *Network) SetSecrets(secrets *intercept.Interceptor) {
-	if n.out != nil {
-		n.out.SetSecrets(secrets)
+	if out := n.out.Load(); out != nil {
+		out.SetSecrets(secrets)
 	}
 }
 
