@@ -176,6 +176,8 @@ type Hosts interface {
 	Backends(ctx context.Context) ([]BackendInfo, error)
 	// CheckPrerequisites looks at what a backend needs of the host. Empty: the usual one.
 	CheckPrerequisites(ctx context.Context, backend string) ([]Finding, error)
+	// CheckNetwork finds out what stops the packets of guests, by sending some.
+	CheckNetwork(ctx context.Context) ([]Finding, error)
 	// Reconcile makes what is written down agree with what is so, after processes or the
 	// host have died, and returns the ids of VMs that have failed since the last call.
 	Reconcile(ctx context.Context) ([]string, error)

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -12,10 +13,16 @@ import (
 )
 
 const doctorLong = `Check what this host can do and what it lacks, and print for each lack the command that
-fixes it. The exit status is 1 if VMs can't run here.`
+fixes it. The exit status is 1 if VMs can't run here.
+
+With --network it is about guests' packets instead. As root or with CAP_NET_ADMIN, a throwaway
+guest of network mode tap sends some through all firewalls of this host, and what stops them is
+named: which rule of whose table, forwarding that is off, the reverse path filter, or a route that
+overlaps. None leaves the host. Without these privileges only what mode user needs is checked.`
 
 func (a *app) doctorCommand() *cobra.Command {
-	return &cobra.Command{
+	var network bool
+	cmd := &cobra.Command{
 		Use:               "doctor",
 		Short:             "Check what this host lacks",
 		Long:              doctorLong,
@@ -23,7 +30,11 @@ func (a *app) doctorCommand() *cobra.Command {
 		ValidArgsFunction: words(),
 		RunE: a.does(func(cmd *cobra.Command, _ []string) error {
 			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
-				findings, err := m.CheckPrerequisites(cmd.Context(), a.backend)
+				check := func(ctx context.Context) ([]smolvm.Finding, error) { return m.CheckPrerequisites(ctx, a.backend) }
+				if network {
+					check = m.CheckNetwork
+				}
+				findings, err := check(cmd.Context())
 				if err != nil {
 					return err
 				}
@@ -39,6 +50,8 @@ func (a *app) doctorCommand() *cobra.Command {
 			})
 		}),
 	}
+	cmd.Flags().BoolVar(&network, "network", false, "find out what stops the packets of guests")
+	return cmd
 }
 
 func isFatal(f smolvm.Finding) bool { return f.Severity == smolvm.SeverityError }

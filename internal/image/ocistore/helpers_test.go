@@ -115,6 +115,14 @@ func newServer(t testing.TB) *server {
 	return s
 }
 
+// does has the registry misbehave, or no more if it is nil. It returns what it did before.
+func (s *server) does(misbehave func(w http.ResponseWriter, r *http.Request, count int) bool) (before func(w http.ResponseWriter, r *http.Request, count int) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before, s.misbehave = s.misbehave, misbehave
+	return before
+}
+
 // asked returns the requests so far that have a text in them, and forgets all.
 func (s *server) asked(text string) []string {
 	s.mu.Lock()
@@ -134,10 +142,9 @@ func (s *server) host() string { return strings.TrimPrefix(s.URL, "http://") }
 // push pushes an image or an index.
 func (s *server) push(t testing.TB, what ggcr.Taggable, text string) ociref.Ref {
 	t.Helper()
-	before := s.misbehave
-	s.misbehave = nil
+	before := s.does(nil)
 	defer func() {
-		s.misbehave = before
+		s.does(before)
 		s.asked("")
 	}()
 	ref, err := ociref.Parse(s.host() + "/" + text)

@@ -106,13 +106,13 @@ func TestPullByDigest(t *testing.T) {
 	image, err := pull(t, s, ref.Pin(digest.String()))
 	must(t, err)
 	checkWhole(t, s, image, want)
-	registry.misbehave = func(w http.ResponseWriter, r *http.Request, _ int) bool {
+	registry.does(func(w http.ResponseWriter, r *http.Request, _ int) bool {
 		if strings.Contains(r.URL.Path, "/manifests/") {
 			_, _ = io.WriteString(w, `{"schemaVersion":2}`)
 			return true
 		}
 		return false
-	}
+	})
 	var wrong *DigestError
 	if _, err := pull(t, openStore(t, Limits{}), ref.Pin(digest.String())); !errors.As(err, &wrong) {
 		t.Errorf("another manifest than asked for: %v", err)
@@ -280,7 +280,7 @@ func TestPullGetsOver(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			registry, s := newServer(t), openStore(t, Limits{})
 			ref := registry.push(t, want, "image")
-			registry.misbehave = test.misbehave
+			registry.does(test.misbehave)
 			access := quick()
 			access.Stall = 500 * time.Millisecond
 			image, err := s.Pull(t.Context(), ref, PullOptions{Access: access})
@@ -390,7 +390,7 @@ func TestPullFails(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			registry, s := newServer(t), openStore(t, Limits{Image: 1 << 40})
 			ref := registry.push(t, want, "image")
-			registry.misbehave = test.misbehave
+			registry.does(test.misbehave)
 			image, err := pull(t, s, ref)
 			if err == nil {
 				t.Fatalf("pulled %+v", image)
@@ -405,7 +405,7 @@ func TestPullFails(t *testing.T) {
 				t.Errorf("found %+v (%v)", found, err)
 			}
 			// The same store gets it when the registry has come to its senses.
-			registry.misbehave = nil
+			registry.does(nil)
 			image, err = pull(t, s, ref)
 			must(t, err)
 			checkWhole(t, s, image, want)
@@ -459,14 +459,14 @@ func TestPullAuthorized(t *testing.T) {
 	registry := newServer(t)
 	want := imageOf(t, 1, 1000)
 	ref := registry.push(t, want, "private/image")
-	registry.misbehave = func(w http.ResponseWriter, r *http.Request, _ int) bool {
+	registry.does(func(w http.ResponseWriter, r *http.Request, _ int) bool {
 		if user, password, _ := r.BasicAuth(); user == "me" && password == "secret" {
 			return false
 		}
 		w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
 		w.WriteHeader(http.StatusUnauthorized)
 		return true
-	}
+	})
 	s := openStore(t, Limits{})
 	_, err := pull(t, s, ref)
 	var hinted *smolvm.Error
@@ -499,7 +499,7 @@ func TestPullKilled(t *testing.T) {
 	content, err := io.ReadAll(r)
 	must(t, err)
 	halfway := make(chan struct{})
-	registry.misbehave = func(w http.ResponseWriter, r *http.Request, count int) bool {
+	registry.does(func(w http.ResponseWriter, r *http.Request, count int) bool {
 		if !strings.HasSuffix(r.URL.Path, digest.String()) || count > 1 {
 			return false
 		}
@@ -508,7 +508,7 @@ func TestPullKilled(t *testing.T) {
 		close(halfway)
 		<-r.Context().Done()
 		return true
-	}
+	})
 	child := exec.CommandContext(t.Context(), os.Args[0])
 	child.Env = append(os.Environ(), childEnv+"="+s.dir+" "+ref.String())
 	must(t, child.Start())
@@ -526,7 +526,7 @@ func TestPullKilled(t *testing.T) {
 	info, err := os.Stat(part)
 	must(t, err)
 	registry.asked("")
-	registry.misbehave = nil
+	registry.does(nil)
 	image, err := pull(t, s, ref)
 	must(t, err)
 	checkWhole(t, s, image, want)
@@ -620,14 +620,14 @@ func TestPullInterrupted(t *testing.T) {
 	ref := registry.push(t, imageOf(t, 1, 100_000), "image")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	interrupted := errors.New("interrupted")
-	registry.misbehave = func(_ http.ResponseWriter, r *http.Request, _ int) bool {
+	registry.does(func(_ http.ResponseWriter, r *http.Request, _ int) bool {
 		if strings.Contains(r.URL.Path, "/blobs/") {
 			cancel(interrupted)
 			<-r.Context().Done()
 			return true
 		}
 		return false
-	}
+	})
 	if _, err := s.Pull(ctx, ref, PullOptions{Access: quick()}); !errors.Is(err, interrupted) {
 		t.Errorf("a pull that is interrupted: %v", err)
 	}

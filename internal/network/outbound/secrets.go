@@ -30,16 +30,16 @@ func (o *Outbound) carrySecrets(f *tcpFlow) bool {
 		return true
 	}
 	defer o.endTCP(f)
-	f.recheck() // the policy may have been changed since
-	o.beginRecord(&f.recording, f.known(), f.verdict(true))
+	o.beginRecord(&f.recording, flow, f.verdict(true))
 	defer func() { o.endRecord(&f.recording, f.known(), f.verdict(true)) }()
+	f.recheck() // the policy may have been changed since
 	_ = secrets.Carry(o.ctx, f, intercept.Flow{
 		To: to,
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			flow := f.known() // each time its own, as it is judged anew
 			return o.dialWithin(ctx, &flow)
 		},
-		Sent: f.recording.addSecrets,
+		Sent: f.addSecrets,
 	})
 	return true
 }

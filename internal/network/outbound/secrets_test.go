@@ -2,21 +2,19 @@ package outbound
 
 import (
 	"bufio"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/intercept"
 	"github.com/smolvm/smolvm/internal/network/nettest"
@@ -25,37 +23,13 @@ import (
 // secretHost is the name of the server that gets the secret.
 const secretHost = "api.example"
 
-// newServerCertificate makes a certificate of the server that signs itself.
-func newServerCertificate(t *testing.T) (tls.Certificate, *x509.CertPool) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), DNSNames: []string{secretHost, "other.example"}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	parsed, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pool := x509.NewCertPool()
-	pool.AddCert(parsed)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pool
-}
-
 // withSecrets is a way out with a secret, and a server outside that answers with the token that
 // it gets.
 func withSecrets(t *testing.T) (o *Outbound, to netip.AddrPort) {
 	t.Helper()
 	out := nettest.NewOutside(t)
 	to = netip.AddrPortFrom(nettest.OutsideAddr(), 8443)
-	certificate, roots := newServerCertificate(t)
+	certificate, roots := nettest.SelfSigned(t, secretHost, "other.example")
 	for port, inTLS := range map[uint16]bool{to.Port(): true, 9443: true, 8080: false} {
 		var listener net.Listener
 		out.Run(func() (err error) {
@@ -95,6 +69,26 @@ func (g guestOf) open(to netip.AddrPort) (conn net.Conn, ended <-chan struct{}) 
 	return guest, done
 }
 
+// keptRecords keeps the records of flows.
+type keptRecords struct {
+	network.LateRecorder            // numbers nothing
+	mu                   sync.Mutex // guards the following
+	all                  []smolvm.FlowRecord
+}
+
+// Record implements [network.Recorder].
+func (k *keptRecords) Record(r smolvm.FlowRecord) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.all = append(k.all, r)
+}
+
+func (k *keptRecords) last() smolvm.FlowRecord {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.all[len(k.all)-1]
+}
+
 // guestOf is the guest of a way out.
 type guestOf struct {
 	t *testing.T
@@ -123,6 +117,8 @@ func TestSecrets(t *testing.T) {
 		return
 	}
 	o, to := withSecrets(t)
+	records := &keptRecords{}
+	o.SetRecorder(records)
 	g := guestOf{t, o}
 	port := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(to.Addr(), port) }
 	for _, test := range []struct {
@@ -177,6 +173,9 @@ func TestSecrets(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-ended
+	if last := records.last(); last.Event != smolvm.FlowDeny || !slices.Equal(last.Secrets, []string{"T"}) {
+		t.Errorf("its end is recorded as %+v", last)
+	}
 	if got, err := ask(conn, secretHost+":8443"); err == nil {
 		t.Errorf("a flow that is not allowed any more goes on: %q", got)
 	}

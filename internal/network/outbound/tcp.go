@@ -135,9 +135,9 @@ func (f *tcpFlow) WriteTo(to io.Writer) (sent int64, err error) {
 // ReadFrom implements [io.ReaderFrom], for what comes in, which the kernel moves if it can.
 func (f *tcpFlow) ReadFrom(from io.Reader) (received int64, err error) {
 	if kernel, ok := f.GuestConn.(KernelConn); ok {
-		received, err = kernel.Kernel().ReadFrom(from)
-		f.received.Add(received)
-		return received, err
+		n, err := kernel.Kernel().ReadFrom(from)
+		f.received.Add(n)
+		return n, err
 	}
 	return io.Copy(justWriter{f}, from)
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
+	"github.com/smolvm/smolvm/internal/network/intercept"
 	"github.com/smolvm/smolvm/internal/network/outbound"
 )
 
@@ -90,6 +91,12 @@ func (n *Network) SetEgress(egress network.Egress) error {
 		}
 	}
 	return nil
+}
+
+// SetSecrets has secrets put into the guest's flows that begin from now on. Under a policy that
+// denies anything this process carries all of them; a network without one has no secrets.
+func (n *Network) SetSecrets(secrets *intercept.Interceptor) {
+	n.out.Load().SetSecrets(secrets)
 }
 
 // EgressRevision implements [network.EgressSetter].

@@ -46,7 +46,6 @@ func TestConformance(t *testing.T) {
 		}
 		options, assets := options, assets
 		options.Jailer = jailer
-		assets.SkipTAP = "Firecracker's user in its jail may not use TAP interfaces of the host"
 		assets.SkipDevice = "a jail has no block devices"
 		vmmtest.Run(t, func(testing.TB) vmm.Backend { return firecracker.New(options) }, assets)
 	})

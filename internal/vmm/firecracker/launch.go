@@ -15,7 +15,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/namespace"
 	"github.com/smolvm/smolvm/internal/proc"
@@ -158,7 +157,19 @@ func openPipe(path string) (reads, writes *os.File, err error) {
 func (b *Backend) starter(ctx context.Context, cell *jail.Jail, nic *vmm.NIC) (func(*exec.Cmd, func(func() error) error) (process, error), error) {
 	switch {
 	case cell != nil && nic != nil && nic.TAP != "":
-		return nil, fmt.Errorf("network interface of the VM: %w: Firecracker's user in its jail may not use TAP interface %s", smolvm.ErrUnsupported, nic.TAP)
+		// Firecracker opens it as another user, without a capability.
+		if err := tap.SetOwner(nic.TAP, cell.User()); err != nil {
+			return nil, err
+		}
+		return func(cmd *exec.Cmd, within func(func() error) error) (process, error) {
+			return inThisNetwork(within, func(within func(func() error) error) (process, error) {
+				p, err := cell.Start(ctx, cmd, within, b.opts.Launcher, nil)
+				if err != nil {
+					return nil, err
+				}
+				return p, nil
+			})
+		}, nil
 	case cell != nil:
 		return func(cmd *exec.Cmd, within func(func() error) error) (process, error) {
 			p, err := cell.Start(ctx, cmd, within, b.opts.Launcher, networkOf(nic))
@@ -179,7 +190,9 @@ func (b *Backend) starter(ctx context.Context, cell *jail.Jail, nic *vmm.NIC) (f
 	if err != nil {
 		return nil, err
 	}
-	return inThisNetwork, file.Close()
+	return func(cmd *exec.Cmd, within func(func() error) error) (process, error) {
+		return inThisNetwork(within, func(within func(func() error) error) (process, error) { return plain(cmd, within) })
+	}, file.Close()
 }
 
 // onLink starts a command in a network namespace of its own, in which a TAP interface is the
@@ -210,9 +223,9 @@ func plain(cmd *exec.Cmd, within func(func() error) error) (process, error) {
 	return child, nil
 }
 
-// inThisNetwork starts a command in the network namespace of the calling thread, which may be
+// inThisNetwork has start fork in the network namespace of the calling thread, which may be
 // another than that of the thread that forks.
-func inThisNetwork(cmd *exec.Cmd, within func(func() error) error) (process, error) {
+func inThisNetwork(within func(func() error) error, start func(within func(func() error) error) (process, error)) (process, error) {
 	const here = "/proc/thread-self/ns/net"
 	namespace, err := os.Open(here)
 	if err != nil {
@@ -223,7 +236,7 @@ func inThisNetwork(cmd *exec.Cmd, within func(func() error) error) (process, err
 	if err != nil {
 		return nil, err
 	}
-	return plain(cmd, func(fork func() error) error {
+	return start(func(fork func() error) error {
 		if is, err := os.Stat(here); err != nil || !os.SameFile(is, want) {
 			if err := unix.Setns(int(namespace.Fd()), unix.CLONE_NEWNET); err != nil {
 				return fmt.Errorf("enter the network namespace: %w", err)

@@ -42,6 +42,20 @@ func Open(name string) (*os.File, error) {
 	return nil, err
 }
 
+// SetOwner lets a user, and nobody else without CAP_NET_ADMIN, open a TAP interface that stays
+// when its file is closed. It takes that capability.
+func SetOwner(name string, uid int) error {
+	file, err := Open(name)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Close() }()
+	if err := unix.IoctlSetInt(int(file.Fd()), unix.TUNSETOWNER, uid); err != nil {
+		return fmt.Errorf("let user %d use TAP interface %s: %w", uid, name, err)
+	}
+	return nil
+}
+
 func attach(name string) (*os.File, error) {
 	// What is not there the kernel would make, for who may.
 	if _, err := net.InterfaceByName(name); err != nil {

@@ -196,6 +196,9 @@ func isBlockDevice(info fs.FileInfo) bool {
 // of the configuration are seen there by Firecracker only.
 func (j *Jail) Root() string { return j.root }
 
+// User returns the id of the user that Firecracker runs as.
+func (j *Jail) User() int { return j.config.User }
+
 // Start starts Firecracker in the jail by a command: its arguments, but for "--id", which the
 // jailer adds, and its streams. Network, if not nil, is Firecracker's, whose user owns the TAP.
 // The rest is as in [namespace.Start].
