@@ -96,7 +96,9 @@ func (n *Network) SetEgress(egress network.Egress) error {
 // SetSecrets has secrets put into the guest's flows that begin from now on. Under a policy that
 // denies anything this process carries all of them; a network without one has no secrets.
 func (n *Network) SetSecrets(secrets *intercept.Interceptor) {
-	n.out.Load().SetSecrets(secrets)
+	if out := n.out.Load(); out != nil {
+		out.SetSecrets(secrets)
+	}
 }
 
 // EgressRevision implements [network.EgressSetter].
