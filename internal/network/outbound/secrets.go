@@ -30,9 +30,9 @@ func (o *Outbound) carrySecrets(f *tcpFlow) bool {
 		return true
 	}
 	defer o.endTCP(f)
-	o.beginRecord(&f.recording, flow, f.verdict(true))
-	defer func() { o.endRecord(&f.recording, f.known(), f.verdict(true)) }()
 	f.recheck() // the policy may have been changed since
+	o.beginRecord(&f.recording, f.known(), f.verdict(true))
+	defer func() { o.endRecord(&f.recording, f.known(), f.verdict(true)) }()
 	_ = secrets.Carry(o.ctx, f, intercept.Flow{
 		To: to,
 		Dial: func(ctx context.Context) (net.Conn, error) {

@@ -191,8 +191,9 @@ func familyName(f nftables.TableFamily) string {
 		return "inet"
 	case nftables.TableFamilyBridge:
 		return "bridge"
+	default:
+		return fmt.Sprintf("family %d", f)
 	}
-	return fmt.Sprintf("family %d", f)
 }
 
 // whose says to whom a table seems to belong; empty: that is not known.

@@ -18,11 +18,11 @@ import (
 )
 
 // foreign makes what another program has in nftables.
-func foreign(t *testing.T, make func(conn *nftables.Conn)) {
+func foreign(t *testing.T, add func(conn *nftables.Conn)) {
 	t.Helper()
 	conn, err := nftables.New()
 	must(t, err)
-	make(conn)
+	add(conn)
 	must(t, conn.Flush())
 }
 
