@@ -32,7 +32,9 @@ func (n *Network) Close() error {
 		return fmt.Errorf("remove the network of VM %s: %w", n.owner.VM, err)
 	}
 	defer unlock()
-	if err := n.remove(); err != nil {
+	err = n.remove()
+	n.endWatch()
+	if err != nil {
 		return &smolvm.Error{
 			Hint: "what is left is removed when smolvm reconciles with the privileges that it takes (root or CAP_NET_ADMIN)",
 			Err:  fmt.Errorf("remove the network of VM %s: %w", n.owner.VM, err),

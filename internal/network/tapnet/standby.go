@@ -44,7 +44,9 @@ func (n *Network) Claim(ctx context.Context, config network.Config, vm string) e
 	if err != nil {
 		n.endNames()
 		n.endFlows()
-		return fail(errors.Join(err, n.remove(), removeTAP(before, former)))
+		err = errors.Join(err, n.remove(), removeTAP(before, former))
+		n.endWatch()
+		return fail(err)
 	}
 	return nil
 }

@@ -60,6 +60,7 @@ type Network struct {
 	changing sync.Mutex // held while something of it changes on the host; guards the following, and the MAC
 	has      offers     // as the host has it
 	carrier  *carrier   // nil: the guest has had no policy yet
+	watcher  *watcher   // nil: what the kernel carries is not recorded
 	ended    bool       // it carries no flows any more
 	removed  bool       // nothing is left on the host
 }
@@ -84,7 +85,9 @@ func newWith(ctx context.Context, config network.Config, owner Owner, files reso
 	if err := n.make(files, n.claim); err != nil {
 		n.endNames()
 		n.endFlows()
-		return nil, fmt.Errorf("make the network of VM %s: %w", owner.VM, withHint(errors.Join(err, n.remove())))
+		err = errors.Join(err, n.remove())
+		n.endWatch()
+		return nil, fmt.Errorf("make the network of VM %s: %w", owner.VM, withHint(err))
 	}
 	return n, nil
 }
@@ -180,6 +183,10 @@ func (n *Network) make(files resolver.Files, claim func(*netlink.Handle) (int, e
 		err := n.serveNames()
 		n.problem = errors.Join(n.problem, err)
 		n.has.names = err == nil
+	}
+	if n.config.Mode == network.TAP {
+		n.watcher, err = watch(n.config, n.out.Load(), &n.records)
+		n.problem = errors.Join(n.problem, err)
 	}
 	if n.config.Egress != nil && !isOpen(n.config.Egress.Policy) {
 		if err := n.carry(handle); err != nil {
