@@ -7,8 +7,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/smolvm/smolvm/internal/stream"
@@ -66,9 +68,11 @@ func Main(args []string) int {
 	}
 	_, _ = fmt.Fprintln(log, "fake Firecracker", options["--id"])
 	if b.Silent {
-		for { // not select: the runtime ends a program in which nothing can ever go on
-			time.Sleep(time.Hour)
-		}
+		// The runtime ends a program in which nothing can ever go on, but for a signal.
+		terminated := make(chan os.Signal, 1)
+		signal.Notify(terminated, syscall.SIGTERM)
+		<-terminated
+		return 0
 	}
 	g := &guest{log: log, deaf: b.Deaf, ends: make(chan int)}
 	server := New(Options{
