@@ -22,9 +22,10 @@ const sshLong = `Log in to a VM with the ssh client of this host, or run a comma
 key is known, so ssh asks nothing and nobody can pose as the VM; the key of a VM with a
 kernel of its own is learned at the first login.
 
-A VM without a port of the host that leads to it, in network modes bridge and none, is reached
-by the guest channel. Everything that ssh can do works; ` + "`smolvm shell`" + ` and ` + "`smolvm exec`" + ` need no ssh client.
-With --print the command line is only printed, to be used elsewhere.`
+The VM is reached by the guest channel, so this needs neither a network nor a port of the host;
+only a VM with a kernel of its own is reached by its port. Everything that ssh can do works; ` + "`smolvm shell`" + ` and ` + "`smolvm exec`" + ` need no ssh client.
+With --print the command line is only printed, to be used elsewhere: by the port of the host, if
+there is one.`
 
 func (a *app) sshCommand() *cobra.Command {
 	var options smolvm.SSHOptions
@@ -65,8 +66,10 @@ func (a *app) printSSH(cmd *cobra.Command, id string, options smolvm.SSHOptions)
 		if err != nil {
 			return err
 		}
-		if options.ProxyCommand, err = a.proxyFor(vm); err != nil {
-			return err
+		if !vm.Network.Mode.Forwards() {
+			if options.ProxyCommand, err = a.proxyFor(vm); err != nil {
+				return err
+			}
 		}
 		access, err := m.SSH(cmd.Context(), id, options)
 		switch {
@@ -93,9 +96,11 @@ func (a *app) execSSH(cmd *cobra.Command, id, user string, command []string) err
 			return &smolvm.Error{Op: "log in to", Kind: "VM", ID: id,
 				Err: fmt.Errorf("%w: it is %s; start it first", smolvm.ErrInvalidState, vm.State)}
 		}
-		proxy, err := a.proxyFor(vm)
-		if err != nil {
-			return err
+		var proxy string
+		if vm.Config.UsesImage() || !vm.Network.Mode.Forwards() {
+			if proxy, err = a.proxyFor(vm); err != nil {
+				return err
+			}
 		}
 		access, err := m.SSH(cmd.Context(), id, smolvm.SSHOptions{User: user, ProxyCommand: proxy})
 		argv = access.Args
@@ -119,12 +124,8 @@ func (a *app) execSSH(cmd *cobra.Command, id, user string, command []string) err
 // proxyCommand is the name of the command that connects its standard streams to a guest.
 const proxyCommand = "ssh-proxy"
 
-// proxyFor returns the command by which ssh reaches a VM that no port of the host leads to;
-// empty: there is one.
+// proxyFor returns the command by which ssh reaches a VM without a port of the host.
 func (a *app) proxyFor(vm smolvm.VMInfo) (string, error) {
-	if vm.Network.Mode.Forwards() {
-		return "", nil
-	}
 	self, err := os.Executable()
 	if err != nil {
 		return "", fmt.Errorf("find this program, by which ssh is to reach the VM: %w", err)
