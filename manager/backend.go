@@ -62,19 +62,30 @@ func (m *Manager) backendFor(ctx context.Context, name string, needs traits.Need
 	if len(able) == 0 {
 		able = m.known
 	}
+	// Why one can't be used takes a probe of KVM to say, and nobody asks if another one can.
+	if i := slices.IndexFunc(able, func(t vmm.Traits) bool { return m.canRun(ctx, t) }); i >= 0 {
+		return able[i], nil
+	}
 	return able.First(func(t vmm.Traits) []smolvm.Finding { return m.lacks(ctx, t) })
+}
+
+// canRun reports whether a backend has what it needs of this host, as [Manager.lacks] does.
+func (m *Manager) canRun(ctx context.Context, backend vmm.Traits) bool {
+	if !host.HasPrograms(requirementsOf(backend).Programs) {
+		return false
+	}
+	_, found := m.acceleratorOf(ctx, backend)
+	return found
 }
 
 // lacks returns what keeps a backend from running VMs on this host: a program that is not
 // there, or accelerators none of which is. It runs no program, so it does not know of one
 // that is too old: the full check costs more than it saves before a start.
 func (m *Manager) lacks(ctx context.Context, backend vmm.Traits) []smolvm.Finding {
-	needed := requirementsOf(backend)
-	_, found := m.acceleratorOf(ctx, backend)
-	if found && host.HasPrograms(needed.Programs) {
+	if m.canRun(ctx, backend) {
 		return nil
 	}
-	return slices.DeleteFunc(m.host.Check(ctx, needed), func(f smolvm.Finding) bool { return f.Severity != smolvm.SeverityError })
+	return slices.DeleteFunc(m.host.Check(ctx, requirementsOf(backend)), func(f smolvm.Finding) bool { return f.Severity != smolvm.SeverityError })
 }
 
 // acceleratorOf returns the accelerator that a backend runs VMs on here, if there is one.
