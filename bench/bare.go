@@ -4,12 +4,15 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -49,17 +52,10 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	var files []*os.File // 3: QMP, 4: console, 5: guest channel, 6: network, as in the command line
-	var ours []int
-	for _, kind := range []int{unix.SOCK_STREAM, unix.SOCK_STREAM, unix.SOCK_DGRAM} {
-		ends, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return 0, err
-		}
-		ours = append(ours, ends[0])
-		files = append(files, os.NewFile(uintptr(ends[1]), "theirs"))
+	files, ours, err := inherited(line, console, path)
+	if err != nil {
+		return 0, err
 	}
-	files = slices.Insert(files, 1, console)
 	ourChannel := os.NewFile(uintptr(ours[1]), "channel")
 	channel, err := net.FileConn(ourChannel)
 	if err != nil {
@@ -91,6 +87,53 @@ func (b *bench) bare(line []string) (time.Duration, error) {
 		return 0, fmt.Errorf("bare QEMU: %w", err)
 	}
 	return took, nil
+}
+
+// inherited returns the files that QEMU is to inherit by its command line, from descriptor 3 on,
+// and our ends of the sockets among them: for QMP, the guest channel and the network. Own is the
+// disk in place of the VM's own, which is gone with it.
+func inherited(line []string, console *os.File, own string) (files []*os.File, ours [3]int, err error) {
+	byFD := map[int]*os.File{}
+	for _, word := range line {
+		options := map[string]string{}
+		for option := range strings.SplitSeq(word, ",") {
+			name, value, _ := strings.Cut(option, "=")
+			options[name] = value
+		}
+		fd, err := strconv.Atoi(options["fd"])
+		if err != nil {
+			continue
+		}
+		socket, kind := slices.Index([]string{"qmp", "channel", "net"}, options["id"]), unix.SOCK_STREAM
+		switch {
+		case socket >= 0:
+			if options["id"] == "net" {
+				kind = unix.SOCK_DGRAM
+			}
+			ends, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return nil, ours, err
+			}
+			ours[socket], byFD[fd] = ends[0], os.NewFile(uintptr(ends[1]), "theirs")
+		case options["opaque"] != "": // a disk
+			byFD[fd], err = os.Open(options["opaque"])
+			if errors.Is(err, fs.ErrNotExist) {
+				byFD[fd], err = os.Open(own)
+			}
+			if err != nil {
+				return nil, ours, err
+			}
+		default:
+			byFD[fd] = console
+		}
+	}
+	for fd := 3; len(files) < len(byFD); fd++ {
+		if byFD[fd] == nil {
+			return nil, ours, fmt.Errorf("descriptor %d is not in QEMU's command line", fd)
+		}
+		files = append(files, byFD[fd])
+	}
+	return files, ours, nil
 }
 
 func newHello() (wire.Hello, error) {
