@@ -111,7 +111,7 @@ type Image struct {
 type Layer struct {
 	// Digest is the digest of what is stored, and DiffID that of the unpacked archive.
 	Digest, DiffID string
-	// MediaType says whether and how it is packed.
+	// MediaType is the type of what is stored, which tells how it is packed, if it is.
 	MediaType string
 	// Size is its size as it is stored, in bytes.
 	Size int64

@@ -58,8 +58,8 @@ func (f *flow) handshake(ctx context.Context) (*tls.Conn, error) {
 	return conn, nil
 }
 
-// answer returns how a guest's hello is answered. On failure f.passes says whether the flow is
-// carried as it is.
+// answer returns how a guest's hello is answered. On failure f.passes is not nil if the flow is to
+// be carried as it is.
 func (f *flow) answer(ctx context.Context, hello *tls.ClientHelloInfo) (*tls.Config, error) {
 	if normal(hello.ServerName) != f.To.Host {
 		return nil, fmt.Errorf("it states the name %q now", hello.ServerName)
