@@ -138,14 +138,7 @@ func (i *instance) lockRunning(ctx context.Context) (unlock func(), err error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	select {
-	case i.running <- struct{}{}:
-		return func() { <-i.running }, nil
-	case <-i.done:
-		return nil, errEnded
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
+	return vmm.TakeTurn(ctx, i.running, i.done, errEnded)
 }
 
 // Kill implements [vmm.Instance]. Nothing has to be written out: what a guest writes to its

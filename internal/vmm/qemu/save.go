@@ -157,14 +157,7 @@ func (i *instance) haltError() error {
 // lockRunning waits until nobody else saves, holds or continues the guest: what is saved
 // records whether the guest ran, and after that it is to do what it did before.
 func (i *instance) lockRunning(ctx context.Context) (unlock func(), err error) {
-	select {
-	case i.running <- struct{}{}:
-		return func() { <-i.running }, nil
-	case <-i.done:
-		return nil, errQMPClosed
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
+	return vmm.TakeTurn(ctx, i.running, i.done, errQMPClosed)
 }
 
 // heldSince is when the guest was held for the last time, zero if it has not been since the

@@ -205,14 +205,7 @@ func (i *instance) setRunning(ctx context.Context, op string) error {
 
 // lockRunning waits until nobody else saves, holds or continues the guest.
 func (i *instance) lockRunning(ctx context.Context) (unlock func(), err error) {
-	select {
-	case i.running <- struct{}{}:
-		return func() { <-i.running }, nil
-	case <-i.done:
-		return nil, errEnded
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
+	return vmm.TakeTurn(ctx, i.running, i.done, errEnded)
 }
 
 // Kill implements [vmm.Instance].
