@@ -30,17 +30,15 @@ func hostsAddress(t *testing.T) netip.Addr {
 	return netip.Addr{}
 }
 
-// A real guest is held to its policy, from its start on, and as soon as it is changed. It
-// connects to the host itself, by an address of the host's, so nothing leaves the host.
-func TestEgressOfRealGuest(t *testing.T) {
-	t.Parallel()
-	m := openFast(t)
-	addr := hostsAddress(t)
-	listener, err := net.Listen("tcp4", netip.AddrPortFrom(addr, 0).String())
+// serveWelcome serves who connects to an address of the host's, with a word and nothing else, and
+// returns where.
+func serveWelcome(t *testing.T) netip.AddrPort {
+	t.Helper()
+	listener, err := net.Listen("tcp4", netip.AddrPortFrom(hostsAddress(t), 0).String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = listener.Close() }()
+	t.Cleanup(func() { _ = listener.Close() })
 	go func() {
 		for {
 			conn, err := listener.Accept()
@@ -54,7 +52,16 @@ func TestEgressOfRealGuest(t *testing.T) {
 			}()
 		}
 	}()
-	port := listener.Addr().(*net.TCPAddr).Port
+	return listener.Addr().(*net.TCPAddr).AddrPort()
+}
+
+// A real guest is held to its policy, from its start on, and as soon as it is changed. It
+// connects to the host itself, by an address of the host's, so nothing leaves the host.
+func TestEgressOfRealGuest(t *testing.T) {
+	t.Parallel()
+	m := openFast(t)
+	at := serveWelcome(t)
+	addr, port := at.Addr(), int(at.Port())
 	deny := smolvm.EgressPolicy{Default: smolvm.EgressDeny, Rules: []string{"allow good.example"}}
 	vm := mustRun(t, m, smolvm.VMConfig{Egress: &deny})
 	connect := fmt.Sprintf("nc %s %d", addr, port)

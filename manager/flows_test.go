@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -221,24 +220,8 @@ func TestFlowsOfPool(t *testing.T) {
 func TestFlowsOfRealGuest(t *testing.T) {
 	t.Parallel()
 	m := openFast(t)
-	addr := hostsAddress(t)
-	listener, err := net.Listen("tcp4", netip.AddrPortFrom(addr, 0).String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = listener.Close() }()
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = io.WriteString(conn, "welcome\n")
-			_, _ = io.Copy(io.Discard, conn)
-			_ = conn.Close()
-		}
-	}()
-	at := listener.Addr().(*net.TCPAddr).AddrPort()
+	at := serveWelcome(t)
+	addr := at.Addr()
 	policy := smolvm.EgressPolicy{Default: smolvm.EgressDeny, Rules: []string{fmt.Sprintf("allow @host:%d/tcp", at.Port())}}
 	vm := mustRun(t, m, smolvm.VMConfig{Egress: &policy})
 	if got := sh(t, m, vm.ID, fmt.Sprintf("echo hello | nc %s %d", addr, at.Port())); got != "welcome" {

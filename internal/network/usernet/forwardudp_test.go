@@ -14,6 +14,18 @@ import (
 	"github.com/smolvm/smolvm/internal/network/outbound"
 )
 
+// echoDatagrams sends back all datagrams that come to a socket, until it is closed.
+func echoDatagrams(conn net.PacketConn) {
+	datagram := make([]byte, outbound.MaxDatagram)
+	for {
+		size, from, err := conn.ReadFrom(datagram)
+		if err != nil {
+			return
+		}
+		_, _ = conn.WriteTo(datagram[:size], from)
+	}
+}
+
 // echoPackets has the guest send back all datagrams that come to its echoPort.
 func (g *guest) echoPackets() {
 	g.Helper()
@@ -25,14 +37,7 @@ func (g *guest) echoPackets() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		datagram := make([]byte, outbound.MaxDatagram)
-		for {
-			size, from, err := conn.ReadFrom(datagram)
-			if err != nil {
-				return
-			}
-			_, _ = conn.WriteTo(datagram[:size], from)
-		}
+		echoDatagrams(conn)
 	}()
 	g.Cleanup(func() {
 		_ = conn.Close()

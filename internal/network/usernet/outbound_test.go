@@ -104,15 +104,10 @@ func TestGatewayPorts(t *testing.T) {
 	_ = conn.Close()
 }
 
-func TestOutboundTCP(t *testing.T) {
-	if !nettest.InOwnNetworkWithIP(t) {
-		return
-	}
-	var listener net.Listener
-	nettest.NewOutside(t).Run(func() (err error) {
-		listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":8080")
-		return err
-	})
+// exchangeOutside has a guest connect to a listener at port 8080 outside, and checks that what
+// both send each other arrives.
+func exchangeOutside(t *testing.T, g *guest, listener net.Listener) {
+	t.Helper()
 	sums := make(chan [2][32]byte, 1)
 	go func() {
 		conn, err := listener.Accept()
@@ -122,8 +117,6 @@ func TestOutboundTCP(t *testing.T) {
 		sent, received, _ := exchange(conn, 1)
 		sums <- [2][32]byte{sent, received}
 	}()
-	n := newNetwork(t)
-	g := newGuest(t, n)
 	conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080))
 	if err != nil {
 		t.Fatal(err)
@@ -135,6 +128,20 @@ func TestOutboundTCP(t *testing.T) {
 	if got := <-sums; got != [2][32]byte{received, sent} {
 		t.Error("what arrives is not what was sent")
 	}
+}
+
+func TestOutboundTCP(t *testing.T) {
+	if !nettest.InOwnNetworkWithIP(t) {
+		return
+	}
+	var listener net.Listener
+	nettest.NewOutside(t).Run(func() (err error) {
+		listener, err = net.Listen("tcp4", nettest.OutsideAddr().String()+":8080")
+		return err
+	})
+	n := newNetwork(t)
+	g := newGuest(t, n)
+	exchangeOutside(t, g, listener)
 	// A port that is closed outside is closed for the guest.
 	_ = listener.Close()
 	if conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080)); err == nil {
@@ -155,14 +162,7 @@ func TestOutboundUDP(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		datagram := make([]byte, outbound.MaxDatagram)
-		for {
-			size, from, err := server.ReadFrom(datagram)
-			if err != nil {
-				return
-			}
-			_, _ = server.WriteTo(datagram[:size], from)
-		}
+		echoDatagrams(server)
 	}()
 	defer func() {
 		_ = server.Close()
@@ -249,16 +249,7 @@ func TestLongPackets(t *testing.T) {
 		return err
 	})
 	var echoes sync.WaitGroup
-	echoes.Go(func() {
-		datagram := make([]byte, outbound.MaxDatagram)
-		for {
-			size, from, err := packets.ReadFrom(datagram)
-			if err != nil {
-				return
-			}
-			_, _ = packets.WriteTo(datagram[:size], from)
-		}
-	})
+	echoes.Go(func() { echoDatagrams(packets) })
 	defer func() {
 		_, _ = listener.Close(), packets.Close()
 		echoes.Wait()
@@ -271,26 +262,7 @@ func TestLongPackets(t *testing.T) {
 			t.Fatal(err)
 		}
 		g := newGuestMTU(t, n, mtu)
-		sums := make(chan [2][32]byte, 1)
-		go func() {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			sent, received, _ := exchange(conn, 1)
-			sums <- [2][32]byte{sent, received}
-		}()
-		conn, err := g.dialTCP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080))
-		if err != nil {
-			t.Fatal(err)
-		}
-		sent, received, err := exchange(conn, 2)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := <-sums; got != [2][32]byte{received, sent} {
-			t.Errorf("MTU %d: what arrives is not what was sent", mtu)
-		}
+		exchangeOutside(t, g, listener)
 		if datagrams := g.dialUDP(netip.AddrPortFrom(nettest.OutsideAddr(), 8080)); mtu == network.UserMTU {
 			exchangeDatagram(t, datagrams, strings.Repeat("long ", 13000))
 		} else {
