@@ -44,6 +44,14 @@ func (n *Network) Close() error {
 	return nil
 }
 
+// undo takes back what was made of a network that could not be made as a whole.
+func (n *Network) undo() error {
+	n.endNames()
+	n.endFlows()
+	defer n.endWatch() // which hears of what is removed
+	return n.remove()
+}
+
 // remove removes all of the network from the host.
 func (n *Network) remove() error {
 	tools, err := openTools()

@@ -42,11 +42,7 @@ func (n *Network) Claim(ctx context.Context, config network.Config, vm string) e
 		return n.rename(handle, before, former)
 	})
 	if err != nil {
-		n.endNames()
-		n.endFlows()
-		err = errors.Join(err, n.remove(), removeTAP(before, former))
-		n.endWatch()
-		return fail(err)
+		return fail(errors.Join(err, n.undo(), removeTAP(before, former)))
 	}
 	return nil
 }

@@ -83,10 +83,7 @@ func newWith(ctx context.Context, config network.Config, owner Owner, files reso
 	}
 	defer unlock()
 	if err := n.make(files, n.claim); err != nil {
-		n.endNames()
-		n.endFlows()
-		err = errors.Join(err, n.remove())
-		n.endWatch()
+		err = errors.Join(err, n.undo())
 		return nil, fmt.Errorf("make the network of VM %s: %w", owner.VM, withHint(err))
 	}
 	return n, nil
