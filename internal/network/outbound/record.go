@@ -99,17 +99,15 @@ func (o *Outbound) endRecord(c *recording, f network.Flow, v network.Verdict) {
 }
 
 // Forwarded records a flow of the guest that the host's kernel carries, without a verdict of ours
-// on its packets. End records that it has ended, after having lasted some time, with the bytes
-// that have passed.
-func (o *Outbound) Forwarded(to netip.AddrPort, protocol smolvm.Protocol) (end func(lasted time.Duration, sent, received int64)) {
+// on its packets. End records that it has ended, with the bytes that have passed.
+func (o *Outbound) Forwarded(to netip.AddrPort, protocol smolvm.Protocol) (end func(sent, received int64)) {
 	flow := o.flowTo(to, protocol)
 	c := &recording{}
 	v := o.verdict(flow)
 	o.beginRecord(c, flow, v)
-	return func(lasted time.Duration, sent, received int64) {
+	return func(sent, received int64) {
 		c.sent.Store(sent)
 		c.received.Store(received)
-		c.began = time.Now().Add(-lasted)
 		o.endRecord(c, flow, v)
 	}
 }

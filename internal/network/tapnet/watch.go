@@ -39,8 +39,8 @@ type watcher struct {
 	recorder network.Recorder
 	done     chan struct{} // closed when nothing is recorded any more
 
-	mu     sync.Mutex // guards the following
-	open   map[uint32]*watched
+	mu     sync.Mutex                            // guards the following
+	open   map[uint32]func(sent, received int64) // record the ends of connections
 	ending bool
 }
 
@@ -50,12 +50,6 @@ func (n *Network) endWatch() {
 		n.watcher.close()
 		n.watcher = nil
 	}
-}
-
-// watched is a connection that has not ended.
-type watched struct {
-	began time.Time
-	end   func(lasted time.Duration, sent, received int64)
 }
 
 // watch begins to record the guest's connections.
@@ -85,7 +79,7 @@ func watch(config network.Config, out *outbound.Outbound, recorder network.Recor
 	}
 	w := &watcher{
 		conn: conn, gateways: [2]netip.Addr{config.Gateway, config.Gateway6}, out: out, recorder: recorder,
-		done: make(chan struct{}), open: map[uint32]*watched{},
+		done: make(chan struct{}), open: map[uint32]func(sent, received int64){},
 	}
 	go w.serve()
 	return w, nil
@@ -158,9 +152,9 @@ func (w *watcher) take(event uint8, f *conntrack.Flow) {
 	case uint8(conntrack.EventNew):
 		w.begin(f)
 	case uint8(conntrack.EventDestroy):
-		if known := w.open[f.ID]; known != nil {
+		if end := w.open[f.ID]; end != nil {
 			delete(w.open, f.ID)
-			known.finish(int64(f.CountersOrig.Bytes), int64(f.CountersReply.Bytes))
+			end(int64(f.CountersOrig.Bytes), int64(f.CountersReply.Bytes))
 		}
 	}
 }
@@ -174,13 +168,8 @@ func (w *watcher) begin(f *conntrack.Flow) {
 	}
 	end := w.out.Forwarded(to, protocol)
 	if len(w.open) < maxWatched {
-		w.open[f.ID] = &watched{began: time.Now(), end: end}
+		w.open[f.ID] = end
 	}
-}
-
-// finish records the end of a connection.
-func (c *watched) finish(sent, received int64) {
-	c.end(time.Since(c.began), sent, received)
 }
 
 // close ends the watcher, after the kernel was made to forget the guest's connections: when it has
@@ -196,7 +185,7 @@ func (w *watcher) close() {
 	}
 	_ = w.conn.Close()
 	<-w.done
-	for _, c := range w.open {
-		c.finish(0, 0)
+	for _, end := range w.open {
+		end(0, 0)
 	}
 }
