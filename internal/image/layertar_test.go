@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/smolvm/smolvm/internal/agent/layertar"
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
+	"github.com/smolvm/smolvm/internal/workspace"
 )
 
 // nastyTree makes a tree that has all that a layer may hold.
@@ -189,4 +191,65 @@ func TestExtractStaysInside(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What differs between a guest's root file system and its image makes of the image's layers what
+// the guest has, and no more than that is sent.
+func TestLayerOfRoot(t *testing.T) {
+	program := containerd(t)
+	source := t.TempDir()
+	nastyTree(t, source)
+	must(t, os.MkdirAll(source+"/gone/with/all", 0o755), os.MkdirAll(source+"/a/x/sub", 0o755), os.MkdirAll(source+"/b/x/sub", 0o755),
+		os.WriteFile(source+"/a/x/sub/f", []byte("a"), 0o644), os.WriteFile(source+"/b/x/sub/f", []byte("bbb"), 0o644), os.WriteFile(source+"/b/x/only", nil, 0o644),
+		os.WriteFile(source+"/large", bytes.Repeat([]byte("large"), 1<<20), 0o644))
+	base := archiveOf(t, source, layertar.Options{})
+	layers := packed(t, plain, base)
+	path, err := written(t, layers, LayerOptions{})
+	must(t, err)
+	root := filepath.Join(t.TempDir(), "root")
+	must(t, os.Mkdir(root, 0o755))
+	if out, err := exec.CommandContext(t.Context(), "mount", "-o", "loop", path, root).CombinedOutput(); err != nil {
+		t.Skipf("nothing can be mounted here: %v: %s", err, out)
+	}
+	t.Cleanup(func() { must(t, unix.Unmount(root, 0)) })
+	known := func() *layertar.Base {
+		var list bytes.Buffer
+		must(t, workspace.WriteBase(t.Context(), &list, layers, ocilayer.Limits{}))
+		b, err := layertar.ReadBase(&list)
+		must(t, err)
+		return b
+	}
+	skip := func(path string) layertar.Skip {
+		if path == "lost+found" {
+			return layertar.Whole
+		}
+		return layertar.Nothing
+	}
+	if nothing := archiveOf(t, root, layertar.Options{Base: known(), Skip: skip}); len(nothing) != 1024 {
+		t.Errorf("of a root file system in which nothing has changed %d bytes are sent", len(nothing))
+	}
+	at := func(name string) string { return filepath.Join(root, name) }
+	must(t,
+		os.RemoveAll(at("gone")), os.Remove(at("dangling-too")), os.Remove(at("disk")), os.Remove(at("fifo")), os.Mkdir(at("fifo"), 0o700),
+		os.RemoveAll(at("d")), os.WriteFile(at("d"), []byte("a file now"), 0o644),
+		os.Chmod(at("usr/bin/ping"), 0o700), unix.Removexattr(at("user"), "user.binary"), os.Link(at("usr/bin/su"), at("su-too")),
+		os.RemoveAll(at("b/x")), os.Rename(at("a/x"), at("b/x")), // of which the files are as they were
+		os.WriteFile(at("new"), nil, 0o600),
+	)
+	want := listing(t, root)
+	for path := range want {
+		if strings.HasPrefix(path, "lost+found") {
+			delete(want, path)
+		}
+	}
+	change := archiveOf(t, root, layertar.Options{Base: known(), Skip: skip})
+	if len(change) > 100<<10 {
+		t.Errorf("%d bytes are sent", len(change))
+	}
+	tree, err := applied(t, program, base, change)
+	must(t, err)
+	equalTrees(t, "containerd", listing(t, tree), want)
+	path, err = written(t, packed(t, plain, base, change), LayerOptions{})
+	must(t, err)
+	equalTrees(t, "root file system", listing(t, mounted(t, path)), want)
 }

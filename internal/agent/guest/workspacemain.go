@@ -64,7 +64,7 @@ func workspaceMain(text string, args []string) int {
 func (o workspaceOrder) run(args []string) error {
 	ctx := context.Background() // whoever gives it up kills the program
 	if o.Root != nil {
-		return layertar.Write(ctx, os.Stdout, "/", layertar.Options{Skip: skipOfRoot})
+		return o.sendRoot(ctx)
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("part from the mounts of others: %w", err)
@@ -89,17 +89,6 @@ func (o workspaceOrder) run(args []string) error {
 		return o.put(ctx)
 	}
 	return errors.New("the workspace is asked for nothing that this agent knows")
-}
-
-// skipOfRoot leaves out of the guest's root file system what is the guest's and not an image's.
-func skipOfRoot(path string) layertar.Skip {
-	switch path {
-	case "proc", "sys", "dev", "run":
-		return layertar.Content
-	case "lost+found", workspaceDir[1:]:
-		return layertar.Whole
-	}
-	return layertar.Nothing
 }
 
 // openWorkspace makes the guest's root file system the lowest layer of a workspace, unless that
@@ -270,7 +259,7 @@ func sendLayer(ctx context.Context) error {
 		}
 		return layertar.Nothing
 	}
-	if err := layertar.Write(ctx, os.Stdout, upper, layertar.Options{Upper: true, Skip: skip}); err != nil {
+	if err := layertar.Write(ctx, os.Stdout, upper, layertar.Options{Upper: true, Skip: skip, Replace: withoutAuthority}); err != nil {
 		return err
 	}
 	entries, err := os.ReadDir(upper)

@@ -65,6 +65,10 @@ type PutRequest struct {
 	Path []byte `json:"path,omitempty"`
 }
 
-// RootRequest asks for a guest's own root file system, without what is mounted in it. If the
-// guest has an image, Exec.Words have its files, so that only what differs is sent.
-type RootRequest struct{}
+// RootRequest asks for a guest's own root file system, without what is mounted in it and what
+// the agent writes there. The input is what layers of its image have, as layertar.ReadBase reads
+// it: only what differs is sent.
+type RootRequest struct {
+	// Pause holds all that was started over the guest channel and by SSH meanwhile.
+	Pause bool `json:"pause,omitempty"`
+}
