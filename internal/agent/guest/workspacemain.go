@@ -82,7 +82,7 @@ func (o workspaceOrder) run(args []string) error {
 		}
 		return layertar.Write(ctx, os.Stdout, dir, layertar.Options{})
 	case o.Layer != nil:
-		return sendLayer(ctx)
+		return sendLayer(ctx, o.Layer.Discard)
 	case o.Put != nil && o.Put.Area != "":
 		return o.putArea(ctx)
 	case o.Put != nil:
@@ -242,8 +242,8 @@ func mountMerged(number int) error {
 }
 
 // sendLayer sends what has changed since the last layer, and begins another one if something
-// has.
-func sendLayer(ctx context.Context) error {
+// has. With discard it sends nothing.
+func sendLayer(ctx context.Context, discard bool) error {
 	number, err := currentLayer()
 	if err != nil {
 		return err
@@ -259,8 +259,10 @@ func sendLayer(ctx context.Context) error {
 		}
 		return layertar.Nothing
 	}
-	if err := layertar.Write(ctx, os.Stdout, upper, layertar.Options{Upper: true, Skip: skip, Replace: withoutAuthority}); err != nil {
-		return err
+	if !discard {
+		if err := layertar.Write(ctx, os.Stdout, upper, layertar.Options{Upper: true, Skip: skip, Replace: withoutAuthority}); err != nil {
+			return err
+		}
 	}
 	entries, err := os.ReadDir(upper)
 	if err != nil || len(entries) == 0 {

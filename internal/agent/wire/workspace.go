@@ -50,6 +50,8 @@ type StepMount struct {
 type LayerRequest struct {
 	// Area sends that area instead, which stays as it is.
 	Area string `json:"area,omitempty"`
+	// Discard sends nothing, and begins another layer.
+	Discard bool `json:"discard,omitempty"`
 }
 
 // PutRequest says where an archive goes.
