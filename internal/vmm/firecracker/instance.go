@@ -32,6 +32,7 @@ type instance struct {
 	// The guest's console, and Firecracker's own output.
 	console, log *ring.Piped
 	consoleEnd   *os.File // Firecracker's end of the console, until the guest runs
+	metrics      *metrics
 	ending       *ending
 
 	// running holds one while the guest is saved, paused or continued, and guards paused.
@@ -53,6 +54,7 @@ var (
 	_ vmm.Instance    = (*instance)(nil)
 	_ vmm.Consoler    = (*instance)(nil)
 	_ vmm.Limiter     = (*instance)(nil)
+	_ vmm.Meter       = (*instance)(nil)
 	_ vmm.DiskLimiter = (*instance)(nil)
 	_ vmm.Pauser      = (*instance)(nil)
 	_ vmm.Saver       = (*instance)(nil)
@@ -188,6 +190,9 @@ func (i *instance) release() error {
 		if log != nil {
 			errs = append(errs, log.Close())
 		}
+	}
+	if i.metrics != nil {
+		errs = append(errs, i.metrics.close())
 	}
 	if i.limits != nil {
 		i.limits.Remove()
