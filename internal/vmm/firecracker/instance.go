@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"time"
 
@@ -210,6 +211,10 @@ const (
 	wordLines = 5
 )
 
+// cpuShutDown is what Firecracker logs when a guest's CPU has shut down: an exception came while
+// the handler of another was looked for, and once more.
+const cpuShutDown = "Received KVM_EXIT_SHUTDOWN"
+
 func (i *instance) classify() vmm.Exit {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -219,6 +224,10 @@ func (i *instance) classify() vmm.Exit {
 		exit.Reason = vmm.ExitKilled
 	case i.halted:
 		exit.Reason = vmm.ExitPowerOff
+	case i.booted() && strings.Contains(i.log.Tail(lastWords), cpuShutDown):
+		// Releases of before 2026 end with success then, as after a reset; later ones don't. It is
+		// also how a kernel resets the machine that knows no other way.
+		exit.Reason, exit.Detail = vmm.ExitReboot, "its CPU shut down, by a triple fault"
 	case i.process.Success() && i.booted():
 		exit.Reason = vmm.ExitReboot
 		// With panic=1 a kernel resets the machine after a panic.

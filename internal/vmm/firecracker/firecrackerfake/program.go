@@ -57,7 +57,7 @@ const Metrics = `{"utc_timestamp_ms": 1, "block": {"read_bytes": 4096, "read_cou
 
 // Main is the fake program. Its arguments are a [Behaviour] and those of Firecracker. Its
 // guest listens on vsock when it runs, and obeys what it is told there, a line each: "halt",
-// "reboot", "panic" and "crash" end it, "print WORDS" prints to the console, anything else is
+// "reboot", "panic", "triple fault" and "crash" end it, "print WORDS" prints to the console, anything else is
 // sent back.
 func Main(args []string) int {
 	var b Behaviour
@@ -187,6 +187,13 @@ func (g *guest) serve(conn net.Conn) {
 		case line == "panic":
 			say("[    1.000000] Kernel panic - not syncing: told so\r")
 			g.end(0)
+		case line == "triple fault", line == "triple fault of later releases":
+			_, _ = fmt.Fprintln(g.log, "[fake:fc_vcpu 0] Received KVM_EXIT_SHUTDOWN signal")
+			status := 0
+			if line != "triple fault" {
+				status = 1 // they don't take it for a success
+			}
+			g.end(status)
 		case line == "crash":
 			_, _ = fmt.Fprintln(g.log, "out of paper")
 			const badSyscall = 148
