@@ -119,7 +119,7 @@ func onKVM(t *testing.T, backend string) {
 		}
 	})
 	t.Run("clone and pool", func(t *testing.T) {
-		if _, err := m.BuildTemplate(ctx, smolvm.TemplateOptions{MemoryMiB: 256}); err != nil {
+		if _, err := m.BuildTemplate(ctx, smolvm.TemplateOptions{MemoryMiB: 256, Timeout: kvmBootTimeout}); err != nil {
 			t.Fatal(err)
 		}
 		clone := mustRun(t, m, smolvm.VMConfig{ID: "clone", MemoryMiB: 256})
