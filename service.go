@@ -130,6 +130,8 @@ type Images interface {
 	// PullImage fetches an OCI image from its registry, and makes it bootable. Layers that are
 	// there are not fetched again.
 	PullImage(ctx context.Context, ref string, opts PullOptions) (Image, error)
+	// CommitImage makes an image of a VM, and has a name mean it; an empty one is none.
+	CommitImage(ctx context.Context, id, name string, opts CommitOptions) (Image, error)
 	// Images lists the images, the oldest first.
 	Images(ctx context.Context) ([]Image, error)
 	// Image finds an image by name, digest, or the beginning of its digest.
