@@ -46,6 +46,7 @@ type (
 	plainPhase    Phase
 	plainReport   StartReport
 	plainSnapshot Snapshot
+	plainUsage    Usage
 )
 
 type configJSON struct {
@@ -204,5 +205,26 @@ func (r *StartReport) UnmarshalJSON(text []byte) error {
 	if r.Method == oldBoot {
 		r.Method = StartBoot
 	}
+	return nil
+}
+
+type usageJSON struct {
+	CPUTime milliseconds `json:"cpu_time_ms"`
+	plainUsage
+}
+
+// MarshalJSON implements [json.Marshaler]; CPUTime is "cpu_time_ms".
+func (u Usage) MarshalJSON() ([]byte, error) {
+	return encode(usageJSON{milliseconds(u.CPUTime), plainUsage(u)})
+}
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (u *Usage) UnmarshalJSON(text []byte) error {
+	var j usageJSON
+	if err := json.Unmarshal(text, &j); err != nil {
+		return err
+	}
+	*u = Usage(j.plainUsage)
+	u.CPUTime = time.Duration(j.CPUTime)
 	return nil
 }

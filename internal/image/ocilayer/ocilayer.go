@@ -139,6 +139,17 @@ func newBudget(limits Limits) budget {
 	return budget{entries: cmp.Or(limits.Entries, DefaultEntries), bytes: bytes, content: bytes}
 }
 
+// take takes an entry off the budget.
+func (b *budget) take(header *tar.Header) error {
+	if b.entries--; b.entries < 0 {
+		return fmt.Errorf("the layers have more files: %w", ErrLimit)
+	}
+	if b.content -= max(header.Size, 0); b.content < 0 {
+		return fmt.Errorf("the layers have files of more bytes: %w", ErrLimit)
+	}
+	return nil
+}
+
 // unpackLayer applies a layer, and returns the digest of its archive.
 func unpackLayer(ctx context.Context, t *tree, layer Layer, left *budget, progress func(int64)) (string, error) {
 	file, err := layer.Open()
