@@ -43,6 +43,7 @@ type (
 	plainEvent    Event
 	plainFlow     FlowRecord
 	plainForked   Forked
+	plainHealth   Healthcheck
 	plainPhase    Phase
 	plainReport   StartReport
 	plainSnapshot Snapshot
@@ -226,5 +227,30 @@ func (u *Usage) UnmarshalJSON(text []byte) error {
 	}
 	*u = Usage(j.plainUsage)
 	u.CPUTime = time.Duration(j.CPUTime)
+	return nil
+}
+
+type healthJSON struct {
+	plainHealth
+	Interval      milliseconds `json:"interval_ms"`
+	Timeout       milliseconds `json:"timeout_ms"`
+	StartPeriod   milliseconds `json:"start_period_ms"`
+	StartInterval milliseconds `json:"start_interval_ms"`
+}
+
+// MarshalJSON implements [json.Marshaler]; durations are in fields that end in "_ms".
+func (h Healthcheck) MarshalJSON() ([]byte, error) {
+	return encode(healthJSON{plainHealth(h), milliseconds(h.Interval), milliseconds(h.Timeout), milliseconds(h.StartPeriod), milliseconds(h.StartInterval)})
+}
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (h *Healthcheck) UnmarshalJSON(text []byte) error {
+	var decoded healthJSON
+	if err := json.Unmarshal(text, &decoded); err != nil {
+		return err
+	}
+	*h = Healthcheck(decoded.plainHealth)
+	h.Interval, h.Timeout = time.Duration(decoded.Interval), time.Duration(decoded.Timeout)
+	h.StartPeriod, h.StartInterval = time.Duration(decoded.StartPeriod), time.Duration(decoded.StartInterval)
 	return nil
 }

@@ -64,7 +64,7 @@ func (m *Manager) kindOf(ctx context.Context, config smolvm.VMConfig, progress f
 	if err := m.requireBackend(ctx, backend.Name); err != nil {
 		return template.Kind{}, err
 	}
-	image, err := m.ensureImage(ctx, config.Image, progress)
+	image, err := m.ensureImage(ctx, config.Image, "", progress)
 	if err != nil {
 		return template.Kind{}, err
 	}

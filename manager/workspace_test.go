@@ -131,6 +131,14 @@ func TestWorkspace(t *testing.T) {
 		check("put", "5 srv/ 755 0:0", "5 srv/data/ 755 0:0", "0 srv/data/.wh.new 644 0:0",
 			"5 srv/sub/ 755 0:0", "0 srv/sub/f 4755 3:4 = xxx")
 	})
+	t.Run("discarded", func(t *testing.T) {
+		inWorkspace(t, w, "echo below > /srv/below")
+		if err := w.Layer(t.Context(), io.Discard); err != nil {
+			t.Fatal(err)
+		}
+		inWorkspace(t, w, "cat /srv/below")
+		check("after what was discarded")
+	})
 	t.Run("as docker has it", func(t *testing.T) {
 		out := inWorkspace(t, w, `id -u; pwd; echo $HOME $A; cat /proc/1/comm; ip -o link | grep -c eth0 || true; cat /etc/resolv.conf | head -c 10`, func(c *workspace.Command) {
 			c.User, c.Dir, c.Env = "1000", "/tmp", []string{"A=b c"}

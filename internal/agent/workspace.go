@@ -32,6 +32,13 @@ func (c *Client) PutLayer(ctx context.Context, archive io.Reader, request wire.P
 	return c.operate(ctx, archive, nil, wire.WorkspaceRequest{Put: &request})
 }
 
+// Root writes what differs between the guest's own root file system and a list of what its image
+// has, which layertar.ReadBase reads, to w, as the archive that the guest makes of it: the
+// caller checks it. An empty list stands for no image.
+func (c *Client) Root(ctx context.Context, list io.Reader, w io.Writer, request wire.RootRequest) error {
+	return c.operate(ctx, list, w, wire.WorkspaceRequest{Root: &request})
+}
+
 // maxReason bounds what a guest says of an operation that has failed, in bytes.
 const maxReason = 2 << 10
 

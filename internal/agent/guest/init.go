@@ -23,7 +23,6 @@ import (
 const (
 	sftpCommand  = "sftp-server" // an SFTP server for a user other than root
 	serveCommand = "serve"       // the agent beside an init of the image's own
-	noopCommand  = "noop"        // a program that ends at once; see warmUp
 	// workspaceCommand is one operation of a workspace; see workspaceMain.
 	workspaceCommand = "workspace"
 )
@@ -36,7 +35,7 @@ func Main(version string, args []string) int {
 	switch {
 	case len(args) > 1 && args[1] == sftpCommand:
 		return sftpMain()
-	case len(args) > 1 && args[1] == noopCommand:
+	case len(args) > 1 && args[1] == wire.NoopArgument:
 		return 0
 	case len(args) > 2 && args[1] == workspaceCommand:
 		return workspaceMain(args[2], args[3:])

@@ -46,6 +46,9 @@ func (l login) workspace(newChannel ssh.NewChannel) {
 		return
 	}
 	l.run(channel, requests, command)
+	if request.Root != nil && request.Root.Pause {
+		resumeCommands() // the program may have been killed
+	}
 }
 
 // workspaceJob returns the program of an operation.

@@ -64,7 +64,7 @@ func workspaceMain(text string, args []string) int {
 func (o workspaceOrder) run(args []string) error {
 	ctx := context.Background() // whoever gives it up kills the program
 	if o.Root != nil {
-		return layertar.Write(ctx, os.Stdout, "/", layertar.Options{Skip: skipOfRoot})
+		return o.sendRoot(ctx)
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("part from the mounts of others: %w", err)
@@ -82,24 +82,13 @@ func (o workspaceOrder) run(args []string) error {
 		}
 		return layertar.Write(ctx, os.Stdout, dir, layertar.Options{})
 	case o.Layer != nil:
-		return sendLayer(ctx)
+		return sendLayer(ctx, o.Layer.Discard)
 	case o.Put != nil && o.Put.Area != "":
 		return o.putArea(ctx)
 	case o.Put != nil:
 		return o.put(ctx)
 	}
 	return errors.New("the workspace is asked for nothing that this agent knows")
-}
-
-// skipOfRoot leaves out of the guest's root file system what is the guest's and not an image's.
-func skipOfRoot(path string) layertar.Skip {
-	switch path {
-	case "proc", "sys", "dev", "run":
-		return layertar.Content
-	case "lost+found", workspaceDir[1:]:
-		return layertar.Whole
-	}
-	return layertar.Nothing
 }
 
 // openWorkspace makes the guest's root file system the lowest layer of a workspace, unless that
@@ -253,8 +242,8 @@ func mountMerged(number int) error {
 }
 
 // sendLayer sends what has changed since the last layer, and begins another one if something
-// has.
-func sendLayer(ctx context.Context) error {
+// has. With discard it sends nothing.
+func sendLayer(ctx context.Context, discard bool) error {
 	number, err := currentLayer()
 	if err != nil {
 		return err
@@ -270,8 +259,10 @@ func sendLayer(ctx context.Context) error {
 		}
 		return layertar.Nothing
 	}
-	if err := layertar.Write(ctx, os.Stdout, upper, layertar.Options{Upper: true, Skip: skip}); err != nil {
-		return err
+	if !discard {
+		if err := layertar.Write(ctx, os.Stdout, upper, layertar.Options{Upper: true, Skip: skip, Replace: withoutAuthority}); err != nil {
+			return err
+		}
 	}
 	entries, err := os.ReadDir(upper)
 	if err != nil || len(entries) == 0 {

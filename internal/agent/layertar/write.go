@@ -26,6 +26,11 @@ var (
 type Options struct {
 	// Upper says that the directory is the upper one of an overlay file system.
 	Upper bool
+	// Base is what lower layers have; nil: there are none, or Upper says what differs.
+	Base *Base
+	// Replace returns another content for a file, by its path and by what it holds; nil if it
+	// has none. Only files of at most [MaxReplaced] bytes are asked for. It may be nil.
+	Replace func(path string, read func() ([]byte, error)) ([]byte, error)
 	// Skip reports what is left out of a path, which has no slash at its ends. It may be nil.
 	Skip func(path string) Skip
 }
@@ -86,15 +91,28 @@ func (w *writer) dir(dir *os.File, path string) error {
 			return err
 		}
 	}
+	for _, name := range w.opts.Base.missing(path, names) {
+		if w.skip(path+name) == Whole {
+			continue
+		}
+		if err := w.whiteout(path + Whiteout + name); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// skip returns what is left out of a file.
+func (w *writer) skip(path string) Skip {
+	if w.opts.Skip == nil {
+		return Nothing
+	}
+	return w.opts.Skip(path)
 }
 
 // child writes what a directory has under a name.
 func (w *writer) child(dir *os.File, path, name string) error {
-	skip := Nothing
-	if w.opts.Skip != nil {
-		skip = w.opts.Skip(path)
-	}
+	skip := w.skip(path)
 	if skip == Whole {
 		return nil
 	}
@@ -138,13 +156,17 @@ func (w *writer) entry(dir int, path, name string, stat *unix.Stat_t, skip Skip)
 	if header == nil || err != nil {
 		return err
 	}
+	same := w.opts.Base != nil && w.opts.Base.has(dir, name, path, stat)
 	if stat.Mode&unix.S_IFMT == unix.S_IFDIR {
-		return w.subdir(dir, name, header, stat, skip)
+		return w.subdir(dir, name, header, stat, skip, same)
+	}
+	if same {
+		return nil
 	}
 	if header.Typeflag != tar.TypeReg {
 		return w.tar.WriteHeader(header)
 	}
-	return w.file(dir, name, header)
+	return w.file(dir, path, name, header)
 }
 
 // isWhiteout reports whether an overlay has a file to hide one of a lower layer.
@@ -238,10 +260,12 @@ func addXattrs(header *tar.Header, dir int, name string) error {
 	return nil
 }
 
-// subdir writes a directory with what is in it.
-func (w *writer) subdir(dir int, name string, header *tar.Header, stat *unix.Stat_t, skip Skip) error {
-	if err := w.tar.WriteHeader(header); err != nil {
-		return err
+// subdir writes a directory, unless it is the same in lower layers, with what is in it.
+func (w *writer) subdir(dir int, name string, header *tar.Header, stat *unix.Stat_t, skip Skip, same bool) error {
+	if !same {
+		if err := w.tar.WriteHeader(header); err != nil {
+			return err
+		}
 	}
 	if skip == Content || stat.Dev != w.dev { // another file system is mounted there
 		return nil
@@ -269,7 +293,7 @@ func (w *writer) subdir(dir int, name string, header *tar.Header, stat *unix.Sta
 }
 
 // file writes a regular file. One that changes meanwhile is written in the size that it had.
-func (w *writer) file(dir int, name string, header *tar.Header) error {
+func (w *writer) file(dir int, path, name string, header *tar.Header) error {
 	var fd int
 	err := retry(func() (err error) {
 		fd, err = unix.Openat(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -283,6 +307,12 @@ func (w *writer) file(dir int, name string, header *tar.Header) error {
 	}
 	file := os.NewFile(uintptr(fd), name)
 	defer func() { _ = file.Close() }()
+	if w.opts.Replace != nil && header.Size <= MaxReplaced {
+		read := func() ([]byte, error) { return io.ReadAll(io.LimitReader(file, MaxReplaced)) }
+		if content, err := w.opts.Replace(path, read); content != nil || err != nil {
+			return errors.Join(err, w.replaced(header, content))
+		}
+	}
 	if err := w.tar.WriteHeader(header); err != nil {
 		return err
 	}
@@ -291,6 +321,19 @@ func (w *writer) file(dir int, name string, header *tar.Header) error {
 		return err
 	}
 	_, err = io.CopyN(w.tar, zeros{}, header.Size-n) // it has become shorter
+	return err
+}
+
+// MaxReplaced is how large files may be, in bytes, that are written with another content.
+const MaxReplaced = 4 << 20
+
+// replaced writes a regular file with another content.
+func (w *writer) replaced(header *tar.Header, content []byte) error {
+	header.Size = int64(len(content))
+	if err := w.tar.WriteHeader(header); err != nil {
+		return err
+	}
+	_, err := w.tar.Write(content)
 	return err
 }
 

@@ -50,6 +50,8 @@ type StepMount struct {
 type LayerRequest struct {
 	// Area sends that area instead, which stays as it is.
 	Area string `json:"area,omitempty"`
+	// Discard sends nothing, and begins another layer.
+	Discard bool `json:"discard,omitempty"`
 }
 
 // PutRequest says where an archive goes.
@@ -65,6 +67,10 @@ type PutRequest struct {
 	Path []byte `json:"path,omitempty"`
 }
 
-// RootRequest asks for a guest's own root file system, without what is mounted in it. If the
-// guest has an image, Exec.Words have its files, so that only what differs is sent.
-type RootRequest struct{}
+// RootRequest asks for a guest's own root file system, without what is mounted in it and what
+// the agent writes there. The input is what layers of its image have, as layertar.ReadBase reads
+// it: only what differs is sent.
+type RootRequest struct {
+	// Pause holds all that was started over the guest channel and by SSH meanwhile.
+	Pause bool `json:"pause,omitempty"`
+}
