@@ -24,6 +24,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
+	"github.com/smolvm/smolvm/internal/image/readahead"
 )
 
 // Layer is a layer of an image.
@@ -163,8 +164,8 @@ func unpackLayer(ctx context.Context, t *tree, layer Layer, left *budget, progre
 	}
 	defer unpacked.Close()
 	// It is unpacked ahead, as that and what follows take about as long as each other.
-	ahead := newReadAhead(ctx, unpacked)
-	defer ahead.stop()
+	ahead := readahead.New(ctx, unpacked)
+	defer ahead.Stop()
 	summed := &summer{r: ahead, hash: sha256.New(), left: &left.bytes}
 	if err := t.apply(ctx, tar.NewReader(summed), left); err != nil {
 		return "", err
