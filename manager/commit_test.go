@@ -71,7 +71,7 @@ func TestCommitImage(t *testing.T) {
 	if _, err := m.Stop(ctx, second.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.CommitImage(ctx, second.ID, "app:2", smolvm.CommitOptions{}); err != nil {
+	if _, err := m.CommitImage(ctx, second.ID, "app:2", smolvm.CommitOptions{Changes: []string{"ENV COLOR=red", "WORKDIR /opt"}}); err != nil {
 		t.Fatal(err)
 	}
 	if vm, err := m.Get(ctx, second.ID); err != nil || vm.State != smolvm.StateStopped {
@@ -87,7 +87,7 @@ func TestCommitImage(t *testing.T) {
 	for _, method := range []smolvm.StartMethod{smolvm.StartBoot, smolvm.StartClone} {
 		vm := mustRun(t, m, smolvm.VMConfig{ID: "third-" + string(method), Image: "app:2"})
 		startReport(t, vm, method)
-		if got := said(t, m, vm.ID, look+"; cat /opt/more"); got != want+"more\n" {
+		if got := said(t, m, vm.ID, look+"; cat more; echo $COLOR"); got != want+"more\nred\n" {
 			t.Errorf("%s: the image has\n%s\nwant\n%s", method, got, want)
 		}
 		awaitTemplates(t, m)
@@ -100,9 +100,23 @@ func TestCommitImageRefused(t *testing.T) {
 	if _, err := m.CommitImage(t.Context(), "none", "app", smolvm.CommitOptions{}); !errors.Is(err, smolvm.ErrVMNotFound) {
 		t.Errorf("of no VM: %v", err)
 	}
-	for _, name := range []string{"UPPER", "app@sha256:" + strings.Repeat("a", 64), "a b"} {
+	for _, name := range []string{"UPPER", "base", "app@sha256:" + strings.Repeat("a", 64), "a b"} {
 		if _, err := m.CommitImage(t.Context(), "none", name, smolvm.CommitOptions{}); err == nil || errors.Is(err, smolvm.ErrVMNotFound) {
 			t.Errorf("as %q: %v", name, err)
 		}
+	}
+	// An agent of an earlier build, as in a snapshot, refuses what it does not know.
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "earlier"})
+	if _, err := m.CommitImage(t.Context(), vm.ID, "app", smolvm.CommitOptions{}); err == nil || !strings.Contains(err.Error(), "earlier version of smolvm") {
+		t.Errorf("by an agent of an earlier build: %v", err)
+	}
+	if _, err := m.Pause(t.Context(), vm.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.CommitImage(t.Context(), vm.ID, "app", smolvm.CommitOptions{}); !errors.Is(err, smolvm.ErrInvalidState) {
+		t.Errorf("of a paused VM: %v", err)
+	}
+	if images, err := m.OCI().List(); err != nil || len(images) > 0 {
+		t.Errorf("there are %+v, %v", images, err)
 	}
 }
