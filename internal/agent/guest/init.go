@@ -5,6 +5,7 @@ package guest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -85,6 +86,8 @@ type agent struct {
 	server   *Server
 	timeline []wire.Step
 	loadLate func() error // waits until the late modules are loaded
+	// mounts are the directories of the host.
+	mounts hostMounts
 	// vsockModules are those that the guest channel needs if it is vsock, in order.
 	vsockModules []wire.Module
 	shutdown     func(wire.Shutdown)
@@ -206,7 +209,8 @@ func (a *agent) serveOn(file *os.File, kind string, fatal error) error {
 
 // handOver makes PID 1 the image's own init, and a child of it the agent.
 func (a *agent) handOver(init string, file *os.File, kind string) error {
-	if err := a.loadLate(); err != nil {
+	// The other agent has no modules.
+	if err := errors.Join(a.loadLate(), a.mounts.loadModules()); err != nil {
 		a.say(err.Error())
 	}
 	_, _, err := a.reaper.start(func() (int, error) {
@@ -275,13 +279,15 @@ func (a *agent) loadModules(overVsock bool) error {
 	if entries, err := os.ReadDir("/sys/bus/pci/devices"); err == nil && len(entries) > 0 {
 		transport = "pci"
 	}
-	var late []wire.Module
+	var late, forMounts []wire.Module
 	for _, module := range modules {
 		switch {
 		case module.Transport != "" && module.Transport != transport:
 		case module.Use == wire.UsePort && overVsock || module.Use == wire.UseVsock && !overVsock:
 		case module.Use == wire.UseVsock:
 			a.vsockModules = append(a.vsockModules, module)
+		case module.Use == wire.UseMount:
+			forMounts = append(forMounts, module)
 		case module.Use == wire.UseLate:
 			late = append(late, module)
 		default:
@@ -291,13 +297,12 @@ func (a *agent) loadModules(overVsock bool) error {
 		}
 	}
 	// Opened now, as the file system that holds them is about to go.
-	files := make([]*os.File, 0, len(late))
-	for _, module := range late {
-		file, err := os.Open(module.Path)
-		if err != nil {
-			return err
-		}
-		files = append(files, file)
+	files, err := openModules(late)
+	if err == nil {
+		a.mounts.modules, err = openModules(forMounts)
+	}
+	if err != nil {
+		return err
 	}
 	loaded := make(chan struct{})
 	var firstErr error
@@ -314,6 +319,18 @@ func (a *agent) loadModules(overVsock bool) error {
 		return firstErr
 	}
 	return nil
+}
+
+func openModules(modules []wire.Module) ([]*os.File, error) {
+	files := make([]*os.File, 0, len(modules))
+	for _, module := range modules {
+		file, err := os.Open(module.Path)
+		if err != nil {
+			return files, err
+		}
+		files = append(files, file)
+	}
+	return files, nil
 }
 
 func loadModule(path string) error {
