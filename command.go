@@ -16,10 +16,12 @@ type Command struct {
 	// Env is added to the guest's environment, as "NAME=value"; a later entry
 	// wins over an earlier one.
 	Env []string
-	// Dir is the working directory. Empty: the user's home directory.
+	// Dir is the working directory. Empty: that of the VM's configuration, else the user's home
+	// directory.
 	Dir string
 	// User to run as, by the guest's /etc/passwd, or a number; with ":" and a group's
-	// name or number after it, in that group only. Empty: root.
+	// name or number after it, in that group only. Empty: that of the VM's configuration,
+	// else root.
 	User string
 
 	// Stdin is copied to the command; nil gives it an empty input. A reader

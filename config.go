@@ -177,8 +177,19 @@ type VMConfig struct {
 	// besides the data directory's own key.
 	AuthorizedKeys []string `json:"authorized_keys,omitempty"`
 
-	// Env is added to the environment of every command.
+	// Env is added to the environment of every command, and wins over the image's of the same
+	// name. Of a VM that was created it has the image's too.
 	Env map[string]string `json:"env,omitempty"`
+	// WorkingDir is the directory of commands that name none: an absolute path. Empty: the
+	// image's; for an image without a configuration, the user's home directory.
+	WorkingDir string `json:"working_dir,omitempty"`
+	// User runs the commands that name none, as in [Command]. Empty: the image's, else root.
+	User string `json:"user,omitempty"`
+	// Entrypoint and Cmd are what [Run] runs, one after the other; the arguments of a command
+	// that it is given take the place of Cmd. Empty: the image's. An Entrypoint replaces the
+	// image's Cmd too, and one of a single empty text takes both away.
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Cmd        []string `json:"cmd,omitempty"`
 	// Hostname of the guest. Empty: the VM's id, with '-' for each '_', which host
 	// names may not have.
 	Hostname string `json:"hostname,omitempty"`
@@ -302,6 +313,22 @@ func isVariable(name string) bool {
 	return madeOf(name, letters+digits+"_", "") && !strings.ContainsAny(name[:1], digits)
 }
 
+// IsVariableName reports whether a [VMConfig].Env may have a variable of that name. Shells
+// know no '.' and '-' in it, but programs do.
+func IsVariableName(name string) bool {
+	return madeOf(name, letters+digits+"_", ".-") && !strings.ContainsAny(name[:1], digits)
+}
+
+// CommandLine returns what [Run] runs in a VM of that configuration, given the arguments of
+// its command: Entrypoint, and after it the arguments, or Cmd if there are none. It is empty
+// if nothing of that is there.
+func (c VMConfig) CommandLine(args ...string) []string {
+	if len(args) == 0 {
+		args = c.Cmd
+	}
+	return slices.Concat(c.Entrypoint, args)
+}
+
 // NewID makes up an id for a VM.
 func NewID() string {
 	var b [4]byte
@@ -363,6 +390,7 @@ func (c VMConfig) WithDefaults() VMConfig {
 	c.Secrets = secretsWithDefaults(c.Secrets)
 	c.AuthorizedKeys = slices.Clone(c.AuthorizedKeys)
 	c.Env = maps.Clone(c.Env)
+	c.Entrypoint, c.Cmd = slices.Clone(c.Entrypoint), slices.Clone(c.Cmd)
 	c.Labels = maps.Clone(c.Labels)
 	return c
 }
@@ -550,10 +578,20 @@ func validateBacking(v *validator, field string, format DiskFormat, files []Disk
 
 func (c VMConfig) validateGuest(v *validator) {
 	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
-		v.check(isVariable(key), "env",
-			"%q is not the name of a variable; use letters, digits and '_', not a digit first", key)
+		v.check(IsVariableName(key), "env",
+			"%q is not the name of a variable; use letters, digits and '_', not a digit first, with '.' and '-' inside", key)
 		v.check(!strings.ContainsRune(c.Env[key], 0), "env", "%s has a NUL in its value", key)
 		v.check(utf8.ValidString(c.Env[key]), "env", "the value of %s is not UTF-8, which a VM's configuration has to be; give it to each command instead", key)
+	}
+	v.check(c.WorkingDir == "" || strings.HasPrefix(c.WorkingDir, "/"), "working_dir", "%q is no absolute path", c.WorkingDir)
+	for field, texts := range map[string][]string{"working_dir": {c.WorkingDir}, "user": {c.User}, "entrypoint": c.Entrypoint, "cmd": c.Cmd} {
+		for _, text := range texts {
+			v.check(!strings.ContainsRune(text, 0) && utf8.ValidString(text), field, "has a NUL in it, or is not UTF-8")
+		}
+	}
+	if !c.UsesImage() {
+		v.check(c.WorkingDir == "" && c.User == "" && len(c.Entrypoint)+len(c.Cmd) == 0, "kernel_path",
+			"a VM with its own kernel has no agent: working_dir, user, entrypoint and cmd are for images")
 	}
 	// A host name that follows from a bad id is not a second mistake.
 	if c.Hostname != "" && c.Hostname != hostnameOf(c.ID) {

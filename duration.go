@@ -43,9 +43,11 @@ type (
 	plainEvent    Event
 	plainFlow     FlowRecord
 	plainForked   Forked
+	plainHealth   Healthcheck
 	plainPhase    Phase
 	plainReport   StartReport
 	plainSnapshot Snapshot
+	plainUsage    Usage
 )
 
 type configJSON struct {
@@ -204,5 +206,51 @@ func (r *StartReport) UnmarshalJSON(text []byte) error {
 	if r.Method == oldBoot {
 		r.Method = StartBoot
 	}
+	return nil
+}
+
+type usageJSON struct {
+	CPUTime milliseconds `json:"cpu_time_ms"`
+	plainUsage
+}
+
+// MarshalJSON implements [json.Marshaler]; CPUTime is "cpu_time_ms".
+func (u Usage) MarshalJSON() ([]byte, error) {
+	return encode(usageJSON{milliseconds(u.CPUTime), plainUsage(u)})
+}
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (u *Usage) UnmarshalJSON(text []byte) error {
+	var j usageJSON
+	if err := json.Unmarshal(text, &j); err != nil {
+		return err
+	}
+	*u = Usage(j.plainUsage)
+	u.CPUTime = time.Duration(j.CPUTime)
+	return nil
+}
+
+type healthJSON struct {
+	plainHealth
+	Interval      milliseconds `json:"interval_ms"`
+	Timeout       milliseconds `json:"timeout_ms"`
+	StartPeriod   milliseconds `json:"start_period_ms"`
+	StartInterval milliseconds `json:"start_interval_ms"`
+}
+
+// MarshalJSON implements [json.Marshaler]; durations are in fields that end in "_ms".
+func (h Healthcheck) MarshalJSON() ([]byte, error) {
+	return encode(healthJSON{plainHealth(h), milliseconds(h.Interval), milliseconds(h.Timeout), milliseconds(h.StartPeriod), milliseconds(h.StartInterval)})
+}
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (h *Healthcheck) UnmarshalJSON(text []byte) error {
+	var decoded healthJSON
+	if err := json.Unmarshal(text, &decoded); err != nil {
+		return err
+	}
+	*h = Healthcheck(decoded.plainHealth)
+	h.Interval, h.Timeout = time.Duration(decoded.Interval), time.Duration(decoded.Timeout)
+	h.StartPeriod, h.StartInterval = time.Duration(decoded.StartPeriod), time.Duration(decoded.StartInterval)
 	return nil
 }

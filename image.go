@@ -25,14 +25,92 @@ type Image struct {
 	Source string `json:"source"`
 	// Size is the space the image takes on disk, in bytes.
 	Size int64 `json:"size_bytes"`
+	// OCI is the OCI image that it was made from; nil if it was made from files or packages.
+	OCI *OCIImage `json:"oci,omitempty"`
+	// Config is what the OCI image says of the program in it; nil where OCI is.
+	Config *ImageConfig `json:"config,omitempty"`
 	// CreatedAt is when it was built, in UTC.
 	CreatedAt time.Time `json:"created_at"`
+}
+
+// OCIImage is the OCI image that an [Image] was made from.
+type OCIImage struct {
+	// Digest is that of its manifest. A registry's image is pinned by it, as in
+	// "python@sha256:…".
+	Digest string `json:"digest"`
+	// Reference is the whole name by which it was found when it was made bootable, as in
+	// "docker.io/library/python:3.12"; empty if it had none.
+	Reference string `json:"reference,omitempty"`
+}
+
+// ImageConfig is what an OCI image says of the program in it.
+type ImageConfig struct {
+	// Entrypoint and Cmd are what is run, one after the other.
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Cmd        []string `json:"cmd,omitempty"`
+	// Env are variables, as "NAME=value", each name once.
+	Env []string `json:"env,omitempty"`
+	// WorkingDir is the directory that commands are run in. Empty: /.
+	WorkingDir string `json:"working_dir,omitempty"`
+	// User is who runs them, as in [Command]. Empty: root.
+	User string `json:"user,omitempty"`
+	// ExposedPorts are what the program listens on, in order, as in "80/tcp".
+	ExposedPorts []string `json:"exposed_ports,omitempty"`
+	// StopSignal is the name or number of the signal that ends it. Empty: SIGTERM.
+	StopSignal string `json:"stop_signal,omitempty"`
+	// Labels are for people.
+	Labels map[string]string `json:"labels,omitempty"`
+	// Volumes are the directories in which it keeps data that outlive it, in order.
+	Volumes []string `json:"volumes,omitempty"`
+	// Healthcheck is how to find out that it works; nil if the image does not say.
+	Healthcheck *Healthcheck `json:"healthcheck,omitempty"`
+}
+
+// Healthcheck is how to find out that a program works.
+type Healthcheck struct {
+	// Command is what is run: its success is health.
+	Command []string `json:"command"`
+	// Shell reports whether Command is one line for the guest's shell.
+	Shell bool `json:"shell,omitempty"`
+	// Interval is the time between checks, and Timeout how long one may take.
+	Interval time.Duration `json:"-"` // "interval_ms"
+	Timeout  time.Duration `json:"-"` // "timeout_ms"
+	// StartPeriod is the time in which a failure does not count, and StartInterval the time
+	// between checks in it.
+	StartPeriod   time.Duration `json:"-"` // "start_period_ms"
+	StartInterval time.Duration `json:"-"` // "start_interval_ms"
+	// Retries is how many failures in a row mean that it does not work.
+	Retries int `json:"retries"`
+}
+
+// PullPolicy says when an OCI image is pulled for a new VM.
+type PullPolicy string
+
+const (
+	// PullMissing pulls an image that is not here. It is the default.
+	PullMissing PullPolicy = "missing"
+	// PullAlways asks the registry first what the name means now; layers that are here are
+	// not fetched again.
+	PullAlways PullPolicy = "always"
+	// PullNever pulls nothing.
+	PullNever PullPolicy = "never"
+)
+
+// PullOptions are the options of [Images.PullImage].
+type PullOptions struct {
+	// Platform is what the image is to be for, as in "linux/arm64". Empty: this host's
+	// guests.
+	Platform string
+	// Progress is told how the pulling goes on; it may be nil.
+	Progress func(Progress)
 }
 
 // Progress is one step of a long operation.
 type Progress struct {
 	// Phase says what is being done, as in "download kernel".
 	Phase string
+	// Item is which of several that are done at once, as in "layer 2 of 5"; empty otherwise.
+	Item string
 	// Done and Total count bytes; Total is zero where it is not known, and both
 	// are where there is nothing to count.
 	Done, Total int64

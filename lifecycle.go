@@ -9,7 +9,11 @@ type CreateOptions struct {
 	// fields. By default an id that is taken is an error in any case, as two callers who
 	// have chosen it by chance must not share a VM.
 	Reuse bool
-	// Progress is told how the building of a missing image goes on; it may be nil.
+	// Pull says when the VM's image is pulled, if it is an OCI image. Empty: [PullMissing].
+	// Names of images that were built here mean those, and are not pulled.
+	Pull PullPolicy
+	// Progress is told how the pulling or building of a missing image goes on; it may be
+	// nil.
 	Progress func(Progress)
 }
 

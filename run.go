@@ -13,8 +13,9 @@ const removeTime = 30 * time.Second
 // Run runs one command in a VM of its own: it creates an ephemeral VM, starts it, runs the
 // command and deletes the VM, whatever happens in between. What the command writes is in the
 // result, unless the command has writers. How the command ended is no error; see [Result].
+// What is run is [VMConfig.CommandLine]: a command without arguments is the image's own.
 func Run(ctx context.Context, service Service, config VMConfig, command Command) (_ Result, err error) {
-	if err := command.Validate(); err != nil {
+	if err := command.Validate(); err != nil && len(command.Args) > 0 {
 		return Result{}, err // before anything is made
 	}
 	config.Ephemeral = true
@@ -29,6 +30,10 @@ func Run(ctx context.Context, service Service, config VMConfig, command Command)
 			err = errors.Join(err, deleteErr)
 		}
 	}()
+	command.Args = info.Config.CommandLine(command.Args...)
+	if err := command.Validate(); err != nil {
+		return Result{}, err
+	}
 	if _, err := service.Start(ctx, info.ID, StartOptions{}); err != nil {
 		return Result{}, err
 	}

@@ -39,6 +39,8 @@ type VMs interface {
 	Pause(ctx context.Context, id string) (VMInfo, error)
 	// Resume lets a paused VM go on.
 	Resume(ctx context.Context, id string) (VMInfo, error)
+	// Usage returns what a VM that runs has taken of its host.
+	Usage(ctx context.Context, id string) (Usage, error)
 	// Resize makes the disk of a VM that does not run larger.
 	Resize(ctx context.Context, id string, opts ResizeOptions) (VMInfo, error)
 	// Get returns what is known of a VM.
@@ -125,6 +127,9 @@ type Snapshots interface {
 type Images interface {
 	// BuildImage builds an image, unless one of the same recipe is there.
 	BuildImage(ctx context.Context, opts BuildOptions) (Image, error)
+	// PullImage fetches an OCI image from its registry, and makes it bootable. Layers that are
+	// there are not fetched again.
+	PullImage(ctx context.Context, ref string, opts PullOptions) (Image, error)
 	// Images lists the images, the oldest first.
 	Images(ctx context.Context) ([]Image, error)
 	// Image finds an image by name, digest, or the beginning of its digest.

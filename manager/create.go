@@ -14,6 +14,7 @@ import (
 	"github.com/smolvm/smolvm/internal/cgroup"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/identity"
+	"github.com/smolvm/smolvm/internal/image/ociconfig"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -24,14 +25,14 @@ import (
 
 // Create reserves all that a VM needs and makes its disk, but does not start it. A disk that is
 // a copy, as the VM's backend has no overlays, is made by the first start.
-// If the VM's image is missing and it is the default one, it is built first; see
-// [smolvm.CreateOptions].Progress.
+// If the VM's image is missing, it is built first if it is the default one, and else pulled; see
+// [smolvm.CreateOptions]. What the configuration leaves to an OCI image is filled in from that.
 //
 // The error matches [smolvm.ErrVMAlreadyExists] if the id is taken, or is a
 // [*smolvm.ValidationError] that names every bad field, or a
 // [*smolvm.NetworkError], or matches [smolvm.ErrDiskBudget].
 func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig, opts smolvm.CreateOptions) (smolvm.VMInfo, error) {
-	info, err := m.createNew(ctx, config, opts.Progress)
+	info, err := m.createNew(ctx, config, opts)
 	if opts.Reuse && config.ID != "" && errors.Is(err, smolvm.ErrVMAlreadyExists) {
 		return m.reuse(ctx, config)
 	}
@@ -39,7 +40,7 @@ func (m *Manager) Create(ctx context.Context, config smolvm.VMConfig, opts smolv
 }
 
 // createNew is Create of a VM that is not there.
-func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progress func(smolvm.Progress)) (smolvm.VMInfo, error) {
+func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, opts smolvm.CreateOptions) (smolvm.VMInfo, error) {
 	began := time.Now()
 	if config.ID == "" {
 		config.ID = smolvm.NewID()
@@ -59,8 +60,11 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progres
 	}
 	var digest string
 	if config.UsesImage() {
-		image, err := m.ensureImage(ctx, config.Image, progress)
+		image, err := m.ensureImage(ctx, config.Image, opts.Pull, opts.Progress)
 		if err != nil {
+			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
+		}
+		if config, err = withImage(config, image); err != nil {
 			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
 		}
 		digest = image.Digest
@@ -86,6 +90,14 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, progres
 	info := m.info(vm)
 	info.Timeline = append([]smolvm.Phase{{Name: "check", Duration: checked}}, phases...)
 	return info, nil
+}
+
+// withImage fills in what a configuration leaves to its image.
+func withImage(config smolvm.VMConfig, image smolvm.Image) (smolvm.VMConfig, error) {
+	if image.Config == nil {
+		return config, nil
+	}
+	return ociconfig.Apply(config, *image.Config)
 }
 
 // origin is what a VM is made of.

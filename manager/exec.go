@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,12 +32,20 @@ func (m *Manager) Exec(ctx context.Context, id string, command smolvm.Command) (
 	if err != nil {
 		return smolvm.ExitStatus{}, err
 	}
-	status, err := client.Exec(ctx, command)
+	status, err := client.Exec(ctx, placed(command, vm))
 	status.EgressRevision = vm.EgressRevision
 	if err != nil {
 		return status, vmError(fmt.Sprintf("run %q in", command.Args[0]), id, err)
 	}
 	return status, nil
+}
+
+// placed returns a command with the directory and the user that a VM's configuration has for
+// commands which name none.
+func placed(command smolvm.Command, vm store.VM) smolvm.Command {
+	command.Dir = cmp.Or(command.Dir, vm.Config.WorkingDir)
+	command.User = cmp.Or(command.User, vm.Config.User)
+	return command
 }
 
 // StartProcess starts a command in the guest and returns when it runs. Ctx is of the start
@@ -52,7 +61,7 @@ func (m *Manager) StartProcess(ctx context.Context, id string, command smolvm.Co
 		return nil, err
 	}
 	op := fmt.Sprintf("run %q in", command.Args[0])
-	started, err := client.StartProcess(ctx, command)
+	started, err := client.StartProcess(ctx, placed(command, vm))
 	if err != nil {
 		return nil, vmError(op, id, err)
 	}

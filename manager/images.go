@@ -45,13 +45,33 @@ func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smo
 	return built, nil
 }
 
+// PullImage fetches an OCI image from its registry, and makes it bootable: with the kernel of
+// the default image, which is built if it is missing. Layers that are there are not fetched
+// again, and one that was cut off goes on where it was.
+//
+// The error matches [smolvm.ErrImageNotFound] if the registry has no such image,
+// [smolvm.ErrUnsupported] if it is for another platform than this host's guests, and
+// [smolvm.ErrDiskBudget].
+func (m *Manager) PullImage(ctx context.Context, ref string, opts smolvm.PullOptions) (smolvm.Image, error) {
+	began := time.Now()
+	if err := m.budget.Check(); err != nil {
+		return smolvm.Image{}, fmt.Errorf("pull image %q: %w", ref, err)
+	}
+	pulled, err := m.catalog.Pull(ctx, ref, opts)
+	if err != nil {
+		return smolvm.Image{}, err
+	}
+	m.note(ctx, "", "image-pull", began, ref+" "+pulled.OCI.Digest)
+	return pulled, nil
+}
+
 // Images lists the images, the oldest first.
-func (m *Manager) Images(ctx context.Context) ([]smolvm.Image, error) { return m.images.List(ctx) }
+func (m *Manager) Images(ctx context.Context) ([]smolvm.Image, error) { return m.catalog.List(ctx) }
 
 // Image finds an image by name, digest, or the beginning of its digest. The error
-// matches [smolvm.ErrImageNotFound] if there is none.
+// matches [smolvm.ErrImageNotFound] if there is none here.
 func (m *Manager) Image(ctx context.Context, ref string) (smolvm.Image, error) {
-	return m.images.Get(ctx, ref)
+	return m.catalog.Find(ctx, ref)
 }
 
 // RemoveImage removes an image, and the templates of it. The error matches
@@ -61,6 +81,12 @@ func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
 	found, err := m.findImage(ctx, ref)
 	if err != nil {
 		return err
+	}
+	if done, err := m.catalog.Untag(ctx, ref, found); done || err != nil {
+		return err
+	}
+	if found.Digest == "" { // it was never made bootable
+		return m.catalog.Forget(ctx, found)
 	}
 	err = m.images.Remove(ctx, found.Digest, func() error {
 		users, err := m.imageUsers(ctx)
@@ -76,7 +102,7 @@ func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
 		return err
 	}
 	step.Reached(ctx, "image rm/removed")
-	return m.dropTemplates(ctx)
+	return errors.Join(m.catalog.Forget(ctx, found), m.dropTemplates(ctx))
 }
 
 // dropTemplates removes the templates of images that are gone, also those that a process left
@@ -101,7 +127,7 @@ func (m *Manager) dropTemplates(ctx context.Context) error {
 
 // findImage finds an image even if it is damaged, by its digest then.
 func (m *Manager) findImage(ctx context.Context, ref string) (smolvm.Image, error) {
-	found, err := m.images.Get(ctx, ref)
+	found, err := m.catalog.Find(ctx, ref)
 	if err == nil || errors.Is(err, smolvm.ErrImageNotFound) {
 		return found, err
 	}
@@ -126,14 +152,15 @@ func (m *Manager) PruneImages(ctx context.Context) ([]smolvm.Image, error) {
 		return nil, fmt.Errorf("prune images: %w", err)
 	}
 	gone, err := m.images.Prune(ctx, func(i smolvm.Image) (bool, error) {
-		if len(i.Names) > 0 || len(users[i.Digest]) > 0 {
-			return true, nil
+		named, err := m.catalog.HasName(i)
+		if err != nil || named || len(users[i.Digest]) > 0 {
+			return true, err
 		}
 		created, err := m.store.UsersOfImage(ctx, i.Digest) // since we looked
 		return len(created) > 0, err
 	})
 	step.Reached(ctx, "image prune/removed")
-	return gone, errors.Join(err, m.dropTemplates(ctx))
+	return gone, errors.Join(err, m.catalog.Prune(ctx), m.dropTemplates(ctx))
 }
 
 // imageUsers says by digest what is based on an image, in words.
@@ -188,12 +215,18 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 	return users, nil
 }
 
-// ensureImage finds the image of a new VM, and builds it if it is the default one
-// and missing, or made for another agent than ours.
-func (m *Manager) ensureImage(ctx context.Context, ref string, progress func(smolvm.Progress)) (smolvm.Image, error) {
+// ensureImage finds the image of a new VM. The default one is built if it is missing, or made
+// for another agent than ours; an OCI image is pulled as the policy has it.
+func (m *Manager) ensureImage(ctx context.Context, ref string, policy smolvm.PullPolicy, progress func(smolvm.Progress)) (smolvm.Image, error) {
 	if ref != smolvm.DefaultImage {
-		return m.images.Get(ctx, ref)
+		return m.catalog.Ensure(ctx, ref, policy, progress)
 	}
+	return m.baseImage(ctx, progress)
+}
+
+// baseImage finds or builds the default image.
+func (m *Manager) baseImage(ctx context.Context, progress func(smolvm.Progress)) (smolvm.Image, error) {
+	const ref = smolvm.DefaultImage
 	agentPath, err := m.agentPath()
 	if err != nil {
 		// A program without an agent may still use what another has built.
@@ -210,7 +243,7 @@ func imageProgress(progress func(smolvm.Progress)) func(image.Progress) {
 	if progress == nil {
 		return nil
 	}
-	return func(p image.Progress) { progress(smolvm.Progress(p)) }
+	return func(p image.Progress) { progress(smolvm.Progress{Phase: p.Phase, Done: p.Done, Total: p.Total}) }
 }
 
 // agentPath finds the agent program.

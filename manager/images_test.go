@@ -322,7 +322,7 @@ func TestImageOfOwnFiles(t *testing.T) {
 	if err := m.Delete(t.Context(), vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Error(err)
 	}
-	if _, err := m.Create(t.Context(), smolvm.VMConfig{Image: "no-such"}, smolvm.CreateOptions{}); !errors.Is(err, smolvm.ErrImageNotFound) {
+	if _, err := m.Create(t.Context(), smolvm.VMConfig{Image: "no-such"}, smolvm.CreateOptions{Pull: smolvm.PullNever}); !errors.Is(err, smolvm.ErrImageNotFound) {
 		t.Errorf("an image that is not there: %v", err)
 	}
 }

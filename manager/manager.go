@@ -13,10 +13,12 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/backing"
 	"github.com/smolvm/smolvm/internal/budget"
+	"github.com/smolvm/smolvm/internal/catalog"
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/image/ocistore"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -43,7 +45,9 @@ type Manager struct {
 	store  *store.Store
 	disks  *backing.Disks
 	images *image.Store
-	host   *host.Host
+	// catalog finds images in their store and in that of OCI images.
+	catalog *catalog.Catalog
+	host    *host.Host
 	// machines says what a VMM is to run for a VM.
 	machines *machine.Builder
 
@@ -135,6 +139,11 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 		budget: &budget.Budget{Dir: dir, Limits: limits},
 	}
 	m.disks.Room = m.budget.CheckFor
+	oci, err := ocistore.Open(dir.OCI(), ocistore.Limits{Room: m.budget.CheckFor})
+	if err != nil {
+		return nil, errors.Join(err, state.Close())
+	}
+	m.catalog = &catalog.Catalog{Bootable: images, OCI: oci, Base: m.baseImage}
 	m.wire(templates)
 	return m, nil
 }

@@ -7,13 +7,12 @@ import (
 	"io"
 	"log"
 	"net/http/httptest"
-	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -21,73 +20,98 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/image"
-	"github.com/smolvm/smolvm/internal/image/ocilayer"
-	"github.com/smolvm/smolvm/internal/image/ociref"
-	"github.com/smolvm/smolvm/internal/image/ocistore"
 	"github.com/smolvm/smolvm/internal/testenv"
 )
 
-// pushed pushes an image of one program, and nothing else, to a registry on loopback.
-func pushed(t *testing.T, program string, content []byte) ociref.Ref {
+// newRegistry starts a registry on loopback, and returns its host.
+func newRegistry(t testing.TB) string {
+	t.Helper()
+	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(server.Close)
+	return strings.TrimPrefix(server.URL, "http://")
+}
+
+// archiveOf returns a layer's archive with those files, as programs.
+func archiveOf(t testing.TB, files map[string][]byte) []byte {
 	t.Helper()
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
-	err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: program, Mode: 0o755, Size: int64(len(content))})
-	_, writeErr := w.Write(content)
-	if err := errors.Join(err, writeErr, w.Close()); err != nil {
+	for file, content := range files {
+		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: file, Mode: 0o755, Size: int64(len(content))})
+		_, writeErr := w.Write(content)
+		if err := errors.Join(err, writeErr); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	scratch, err := mutate.AppendLayers(empty.Image, static.NewLayer(archive.Bytes(), types.DockerUncompressedLayer))
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
-	t.Cleanup(server.Close)
-	ref, err := ociref.Parse(strings.TrimPrefix(server.URL, "http://") + "/scratch")
-	if err != nil {
-		t.Fatal(err)
-	}
-	tag, err := name.NewTag(ref.String())
-	if err == nil {
-		err = remote.Write(tag, scratch, remote.WithContext(t.Context()))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ref
+	return archive.Bytes()
 }
 
-// An image needs nothing but its program: no shell, no C library, no directory.
+// push pushes an image of one layer to a registry.
+func push(t testing.TB, ref string, archive []byte, config v1.Config) {
+	t.Helper()
+	made, err := mutate.AppendLayers(empty.Image, static.NewLayer(archive, types.DockerUncompressedLayer))
+	if err == nil {
+		made, err = mutate.Config(made, config)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	tag, err := name.NewTag(ref)
+	if err == nil {
+		err = remote.Write(tag, made, remote.WithContext(t.Context()))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// An image needs nothing but its program: no shell, no C library, no directory. What it says of
+// the program is obeyed in a VM that boots as in one that is a clone.
 func TestImageFromRegistry(t *testing.T) {
 	t.Parallel()
-	m := openReal(t)
-	ref := pushed(t, "sayargs", testenv.Build(t, "github.com/smolvm/smolvm/internal/testenv/sayargs"))
-	store, err := ocistore.Open(filepath.Join(t.TempDir(), "oci"), ocistore.Limits{})
-	if err != nil {
+	m := openFast(t)
+	ctx := t.Context()
+	ref := newRegistry(t) + "/scratch"
+	program := testenv.Build(t, "github.com/smolvm/smolvm/internal/testenv/sayargs")
+	push(t, ref, archiveOf(t, map[string][]byte{"sayargs": program}), v1.Config{
+		Entrypoint: []string{"/sayargs", "one"}, Cmd: []string{"two"}, Env: []string{"GREETING=hello", "PATH=/"}, User: "1000:50", WorkingDir: "/proc",
+	})
+	config := smolvm.VMConfig{Image: ref}
+	for name, test := range map[string]struct {
+		config  smolvm.VMConfig
+		command smolvm.Command
+		want    string
+	}{
+		"as it is":   {config, smolvm.Command{}, `1000:50 /proc "hello" ["/sayargs" "one" "two"]`},
+		"arguments":  {config, smolvm.Command{Args: []string{"three"}}, `1000:50 /proc "hello" ["/sayargs" "one" "three"]`},
+		"overridden": {smolvm.VMConfig{Image: ref, Entrypoint: []string{"sayargs"}, User: "7", WorkingDir: "/", Env: map[string]string{"GREETING": "bye"}}, smolvm.Command{}, `7:0 / "bye" ["sayargs"]`},
+	} {
+		result, err := m.Run(ctx, test.config, test.command)
+		if got := strings.TrimSpace(string(result.Stdout)); err != nil || got != test.want {
+			t.Errorf("%s: it says %q (%s, %v), want %q", name, got, result.Stderr, err, test.want)
+		}
+	}
+	// What is executed in it later has its user, directory and environment, and not its
+	// entrypoint.
+	awaitTemplates(t, m)
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "clone", Image: ref})
+	if vm.Start == nil || vm.Start.Method != smolvm.StartClone {
+		t.Errorf("it was started by %+v", vm.Start)
+	}
+	var out bytes.Buffer
+	if _, err := m.Exec(ctx, vm.ID, smolvm.Command{Args: []string{"sayargs"}, Stdout: &out}); err != nil || out.String() != `1000:50 /proc "hello" ["sayargs"]`+"\n" {
+		t.Errorf("executed it says %q, %v", out.String(), err)
+	}
+	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	pulled, err := store.Pull(t.Context(), ref, ocistore.PullOptions{Access: ocistore.Access{Keychain: authn.NewMultiKeychain()}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var layers []ocilayer.Layer
-	for _, layer := range pulled.Layers {
-		layers = append(layers, ocilayer.Layer{DiffID: layer.DiffID, Open: func() (io.ReadCloser, error) { return store.OpenLayer(layer) }})
-	}
-	rootfs := filepath.Join(t.TempDir(), "rootfs")
-	if err := image.WriteLayers(t.Context(), rootfs, layers, image.LayerOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	built, err := m.BuildImage(t.Context(), smolvm.BuildOptions{Name: "scratch", Rootfs: rootfs})
-	if err != nil {
-		t.Fatal(err)
-	}
-	result, err := m.Run(t.Context(), smolvm.VMConfig{Image: built.Digest}, smolvm.Command{Args: []string{"/sayargs", "one", "two"}})
-	if want := `0:0 ["/sayargs" "one" "two"]` + "\n"; err != nil || string(result.Stdout) != want {
-		t.Errorf("it says %q (%v), want %q", result.Stdout, err, want)
-	}
-	if err := m.RemoveImage(t.Context(), built.Digest); err != nil {
+	if err := m.RemoveImage(ctx, ref); err != nil {
 		t.Error(err)
+	}
+	if _, err := m.Image(ctx, vm.Image); !errors.Is(err, smolvm.ErrImageNotFound) {
+		t.Errorf("the bootable image is there still: %v", err)
 	}
 }

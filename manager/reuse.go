@@ -21,6 +21,11 @@ func (m *Manager) reuse(ctx context.Context, config smolvm.VMConfig) (smolvm.VMI
 		return smolvm.VMInfo{}, err
 	}
 	config.Backend = backend.Name
+	if found, err := m.images.Get(ctx, vm.Image); vm.Image != "" && err == nil {
+		if config, err = withImage(config, found); err != nil {
+			return smolvm.VMInfo{}, fmt.Errorf("create %q: %w", config.ID, err)
+		}
+	}
 	for i := range min(len(config.PortForwards), len(vm.Config.PortForwards)) {
 		if config.PortForwards[i].HostPort == 0 {
 			config.PortForwards[i].HostPort = vm.Config.PortForwards[i].HostPort

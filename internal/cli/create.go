@@ -8,8 +8,10 @@ import (
 
 const createLong = `Create a VM, without starting it, and print its id.
 
-The VM boots IMAGE, by default ` + "`base`" + `, which is built when it is first needed. It
-keeps its disk, its port forwards and its SSH port until it is removed.
+The VM boots IMAGE, by default ` + "`base`" + `, which is built when it is first needed. An image
+of a registry, such as python:3.12-slim, is pulled if it is missing; commands in the VM
+have its environment, working directory and user. The VM keeps its disk, its port
+forwards and its SSH port until it is removed.
 
 With --kernel the VM boots files of your own instead, as they are: there is no agent in
 it, so you reach it by its console log, its ports and its own SSH server.`
@@ -30,6 +32,10 @@ func (a *app) createCommand() *cobra.Command {
 		ValidArgsFunction: first(a.imageNames()),
 	}
 	flags.register(cmd)
+	cmd.Flags().StringVarP(&flags.config.WorkingDir, "workdir", "w", "", "run commands in the directory `DIR` (default: the image's, else the user's home)")
+	cmd.Flags().StringVarP(&flags.config.User, "user", "u", "", "run commands as `USER[:GROUP]`, by names or numbers (default: the image's, else root)")
+	complete(cmd, "workdir", words())
+	complete(cmd, "user", words())
 	cmd.Flags().BoolVar(&retain, "retain-disk", false, "keep the disk when the VM is removed, for the next VM of the same id")
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		var image string
@@ -42,7 +48,7 @@ func (a *app) createCommand() *cobra.Command {
 		}
 		config.RetainDisk = retain
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
-			vm, err := m.Create(cmd.Context(), config, smolvm.CreateOptions{Progress: a.progress.report()})
+			vm, err := m.Create(cmd.Context(), config, flags.creation(a))
 			if err != nil {
 				return err
 			}

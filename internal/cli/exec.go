@@ -45,8 +45,8 @@ func (f *execFlags) register(cmd *cobra.Command) {
 
 // registerPlace registers the flags that say where in the guest a command runs.
 func (f *execFlags) registerPlace(cmd *cobra.Command) {
-	cmd.Flags().StringVarP(&f.dir, "workdir", "w", "", "run in the directory `DIR` (default: the user's home)")
-	cmd.Flags().StringVarP(&f.user, "user", "u", "", "run as `USER[:GROUP]`, by names or numbers (default root)")
+	cmd.Flags().StringVarP(&f.dir, "workdir", "w", "", "run in the directory `DIR` (default: the image's, else the user's home)")
+	cmd.Flags().StringVarP(&f.user, "user", "u", "", "run as `USER[:GROUP]`, by names or numbers (default: the image's, else root)")
 	complete(cmd, "workdir", words())
 	complete(cmd, "user", words())
 }

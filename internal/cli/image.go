@@ -12,13 +12,14 @@ import (
 func (a *app) imageCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "image",
-		Short: "Build, list and remove images",
+		Short: "Pull, build, list and remove images",
 		Long: `Images are what VMs boot: a kernel and a root file system with smolvm's agent. They
-never change; an image is named by a name, its digest, or the beginning of that.`,
+never change. An image is named by a name, its digest, or the beginning of that; images
+of registries have docker's names, such as python:3.12-slim or ghcr.io/owner/image:1.`,
 		Args: cobra.ArbitraryArgs,
 		RunE: a.requireSubcommand,
 	}
-	cmd.AddCommand(a.imageLsCommand(), a.imageBuildCommand(), a.imageInspectCommand(),
+	cmd.AddCommand(a.imageLsCommand(), a.imagePullCommand(), a.imageBuildCommand(), a.imageInspectCommand(),
 		a.imageRmCommand(), a.imagePruneCommand())
 	return cmd
 }
@@ -43,7 +44,7 @@ func (a *app) imageLsCommand() *cobra.Command {
 				return printList(a, images)
 			case quiet:
 				for _, image := range images {
-					if err := a.println(image.Digest); err != nil {
+					if err := a.println(digestOf(image)); err != nil {
 						return err
 					}
 				}
@@ -52,13 +53,22 @@ func (a *app) imageLsCommand() *cobra.Command {
 			now := time.Now()
 			t := &table{titles: []string{"NAMES", "DIGEST", "SIZE", "AGE", "SOURCE"}, shrinks: []int{4, 0}}
 			for _, image := range images {
-				t.add(strings.Join(image.Names, ", "), shortDigest(image.Digest), byteSize(image.Size),
+				t.add(strings.Join(image.Names, ", "), shortDigest(digestOf(image)), byteSize(image.Size),
 					age(image.CreatedAt, now), image.Source)
 			}
 			return a.print(t)
 		})
 	})
 	return cmd
+}
+
+// digestOf returns the digest by which an image is named: of an OCI image that is not bootable
+// yet, that of its manifest.
+func digestOf(image smolvm.Image) string {
+	if image.Digest == "" && image.OCI != nil {
+		return image.OCI.Digest
+	}
+	return image.Digest
 }
 
 const imageBuildLong = `Build an image and print its digest. Without flags it is the default image: the

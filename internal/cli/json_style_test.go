@@ -99,9 +99,11 @@ func TestJSONStyle(t *testing.T) {
 	run("ls")
 	run("events")
 	run("image build")
+	run("image pull", pushed(t, "style"))
 	run("image ls")
 	run("image inspect", "base")
 	h.output("rm", "web", "own")
+	removePulled(t, h)
 	style.done()
 
 	// Whatever command there is has been run, or has a reason.

@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -12,8 +13,8 @@ import (
 	"github.com/smolvm/smolvm/internal/termsafe"
 )
 
-// progress shows how a long operation goes on: on a terminal in one line that
-// changes, elsewhere as one line for each phase. A nil progress shows nothing.
+// progress shows how a long operation goes on: on a terminal in a line that changes, or one for
+// each item of a phase, elsewhere as one line for each phase. A nil progress shows nothing.
 type progress struct {
 	w     io.Writer
 	width int // 0: not a terminal
@@ -22,7 +23,13 @@ type progress struct {
 	phase   string
 	drawn   time.Time
 	visible bool // the line on the terminal is ours
+	// items are those of the phase, in the order in which they came, each with a line of its
+	// own; the cursor is on the last.
+	items []smolvm.Progress
 }
+
+// maxItems is how many items have a line; those that come when there are so many share the last.
+const maxItems = 16
 
 // redrawEvery keeps a fast operation from drawing more than anybody can see.
 const redrawEvery = 100 * time.Millisecond
@@ -34,12 +41,20 @@ func (p *progress) update(step smolvm.Progress) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	step.Phase = termsafe.Line(step.Phase)
+	step.Item = termsafe.Line(step.Item)
 	fresh := step.Phase != p.phase
 	p.phase = step.Phase
 	if p.width == 0 {
 		if fresh {
 			_, _ = fmt.Fprintf(p.w, "smolvm: %s\n", step.Phase)
 		}
+		return
+	}
+	if fresh {
+		p.clear()
+	}
+	if step.Item != "" {
+		p.updateItem(step)
 		return
 	}
 	if !fresh && time.Since(p.drawn) < redrawEvery && step.Done != step.Total {
@@ -51,6 +66,50 @@ func (p *progress) update(step smolvm.Progress) {
 	_, _ = fmt.Fprintf(p.w, "\r\x1b[K%s", progressLine(step, p.width-1))
 }
 
+// updateItem draws the lines of a phase's items.
+func (p *progress) updateItem(step smolvm.Progress) {
+	before := len(p.items)
+	i := slices.IndexFunc(p.items, func(s smolvm.Progress) bool { return s.Item == step.Item })
+	switch {
+	case i >= 0:
+		p.items[i] = step
+	case before == maxItems:
+		p.items[before-1] = step
+	default:
+		p.items = append(p.items, step)
+	}
+	if len(p.items) == before && time.Since(p.drawn) < redrawEvery && step.Done != step.Total {
+		return
+	}
+	p.drawn, p.visible = time.Now(), true
+	text := up(before - 1)
+	for i, item := range p.items {
+		if i > 0 {
+			text += "\n"
+		}
+		item.Phase += ", " + item.Item
+		text += "\r\x1b[K" + progressLine(item, p.width-1)
+	}
+	_, _ = io.WriteString(p.w, text)
+}
+
+// up moves the cursor up some lines.
+func up(lines int) string {
+	if lines <= 0 {
+		return ""
+	}
+	return fmt.Sprintf("\x1b[%dA", lines)
+}
+
+// clear takes our lines off the terminal.
+func (p *progress) clear() {
+	if p.visible {
+		// From the first of them to the end of the screen.
+		_, _ = io.WriteString(p.w, up(len(p.items)-1)+"\r\x1b[J")
+	}
+	p.visible, p.items = false, nil
+}
+
 // report returns what a call reports its progress to; nil for a progress that shows nothing.
 func (p *progress) report() func(smolvm.Progress) {
 	if p == nil {
@@ -59,17 +118,14 @@ func (p *progress) report() func(smolvm.Progress) {
 	return p.update
 }
 
-// finish takes the line off the terminal.
+// finish takes what is drawn off the terminal.
 func (p *progress) finish() {
 	if p == nil {
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.visible {
-		_, _ = io.WriteString(p.w, "\r\x1b[K")
-	}
-	p.visible = false
+	p.clear()
 	p.phase = ""
 }
 

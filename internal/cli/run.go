@@ -18,9 +18,13 @@ const runLong = `Run a command in a new VM, with the standard streams of this pr
 command's status. The VM is removed at the end, also if this program is interrupted or
 killed. With --keep the VM goes on running instead.
 
-Without a command, a shell is run. Unless it is on a terminal, it reads its commands
-from standard input. IMAGE is by default ` + "`base`" + `, which is built when it is first
-needed. Write -- between the flags and the command if no image is named.
+IMAGE is by default ` + "`base`" + `, which is built when it is first needed. An image of a
+registry, such as python:3.12-slim, is pulled if it is missing: its entrypoint, command,
+environment, working directory and user are obeyed, and flags override them. Write --
+between the flags and the command if no image is named.
+
+Without a command, the image's own is run, or a shell if the image has no configuration.
+Unless it is on a terminal, a shell reads its commands from standard input.
 
 The command is run as it is, without a shell; use sh -c 'LINE' for a shell's syntax.
 Signals are passed on to it. A command that has not ended 10 seconds after it was
@@ -31,6 +35,7 @@ VM's console is printed until it powers off.`
 
 const runExample = `  smolvm run -- uname -a
   echo hi | smolvm run -- cat
+  smolvm run python:3.12-slim -- python3 -c 'print(6 * 7)'
   smolvm run -e TOKEN --memory 1G --timeout 60s base -- sh -c 'wget -qO- http://example.org'
   smolvm run --keep --name web -p 8080:80 -- httpd -p 80`
 
@@ -69,6 +74,12 @@ func (a *app) runCommand() *cobra.Command {
 			return err
 		}
 		config.Ephemeral = !flags.keep
+		if config.UsesImage() { // for later commands too, as docker has it
+			config.User = flags.exec.user
+			if strings.HasPrefix(flags.exec.dir, "/") {
+				config.WorkingDir = flags.exec.dir
+			}
+		}
 		if len(command) > 0 && !config.UsesImage() {
 			return usagef("a VM with a kernel of its own has no agent to run %q; give an image instead of --kernel, or no command", command[0])
 		}
@@ -104,7 +115,7 @@ func (a *app) run(ctx context.Context, m smolvm.Service, config smolvm.VMConfig,
 	if flags.timings {
 		defer times.print(a.Stderr)
 	}
-	vm, err := m.Create(ctx, config, smolvm.CreateOptions{Progress: a.progress.report()})
+	vm, err := m.Create(ctx, config, flags.vm.creation(a))
 	a.progress.finish()
 	times.lap("create", vm.Timeline...)
 	if err != nil {
@@ -120,6 +131,9 @@ func (a *app) run(ctx context.Context, m smolvm.Service, config smolvm.VMConfig,
 			}
 		}
 	}()
+	if err := checkCommand(ctx, m, vm, command); err != nil {
+		return err
+	}
 	started, err := m.Start(ctx, vm.ID, flags.start)
 	times.lap("start", startTimeline(started)...)
 	if err != nil {
@@ -138,12 +152,27 @@ func (a *app) run(ctx context.Context, m smolvm.Service, config smolvm.VMConfig,
 		times.lap("console")
 		return err
 	case len(command) == 0:
-		command = loginShell()
 		flags.exec.tty = flags.exec.tty || a.interactive()
+	}
+	if command = vm.Config.CommandLine(command...); len(command) == 0 {
+		command = loginShell()
 	}
 	err = a.execute(ctx, m, vm.ID, flags.exec, smolvm.Command{Args: command})
 	times.lap("first exec") // with the login
 	return err
+}
+
+// checkCommand checks that there is something to run in a VM: an OCI image may have no command of
+// its own, and need not have a shell either.
+func checkCommand(ctx context.Context, m smolvm.Service, vm smolvm.VMInfo, command []string) error {
+	if !vm.Config.UsesImage() || len(vm.Config.CommandLine(command...)) > 0 {
+		return nil
+	}
+	image, err := m.Image(ctx, vm.Image)
+	if err != nil || image.Config == nil {
+		return err
+	}
+	return usagef("image %s has no command of its own; give one", vm.Config.Image)
 }
 
 // console prints a VM's console until the VM ends.

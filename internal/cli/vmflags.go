@@ -17,7 +17,13 @@ type vmFlags struct {
 	config  smolvm.VMConfig
 	egress  egressFlags
 	secrets secretFlags
+	pull    smolvm.PullPolicy
 	quiet   bool
+}
+
+// creation returns the options by which a VM is created.
+func (f *vmFlags) creation(a *app) smolvm.CreateOptions {
+	return smolvm.CreateOptions{Pull: f.pull, Progress: a.progress.report()}
 }
 
 func (f *vmFlags) register(cmd *cobra.Command) {
@@ -63,6 +69,14 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.FuncP("label", "l", "attach a label to find the VM by: `NAME[=VALUE]` (repeatable)", func(text string) error {
 		return addLabel(&config.Labels, text)
 	})
+	flags.Func("entrypoint", "run `PROGRAM` in place of the image's entrypoint; empty for none", func(text string) error {
+		config.Entrypoint = []string{text}
+		return nil
+	})
+	flags.Func("pull", "`WHEN` an image of a registry is pulled: missing (default), always or never", func(text string) error {
+		f.pull = smolvm.PullPolicy(text)
+		return checkPull(f.pull)
+	})
 	warmUpFlag(cmd, &config.WarmUp)
 	flags.StringVar(&config.Hostname, "hostname", "", "`NAME` of the guest (default: the id)")
 	flags.DurationVar(&config.TTL, "ttl", 0, "stop the VM when it has run for `DURATION`, as in 90s or 2h")
@@ -81,14 +95,24 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.StringVar((*string)(&config.DiskMode), "disk-mode", "", "`MODE` of --rootfs: isolated (default) or shared, which writes to it")
 	flags.StringVar(&config.BootArgs, "boot-args", "", "kernel `ARGUMENTS` (default: those of the image)")
 	flags.StringVar((*string)(&config.Ready), "ready", "", "`WHEN` the VM counts as running: agent, ssh or started")
-	flags.BoolVarP(&f.quiet, "quiet", "q", false, "don't show the progress of building an image")
+	flags.BoolVarP(&f.quiet, "quiet", "q", false, "don't show the progress of pulling or building an image")
 
+	complete(cmd, "pull", words(string(smolvm.PullMissing), string(smolvm.PullAlways), string(smolvm.PullNever)))
+	complete(cmd, "entrypoint", words())
 	complete(cmd, "ready", words(string(smolvm.ReadyAgent), string(smolvm.ReadySSH), string(smolvm.ReadyStarted)))
 	complete(cmd, "rootfs-format", words(string(smolvm.FormatRaw), string(smolvm.FormatQCOW2)))
 	complete(cmd, "disk-mode", words(string(smolvm.DiskIsolated), string(smolvm.DiskShared)))
 	for _, name := range []string{"name", "vcpus", "cpus", "memory", "disk-size", "disk-bps", "disk-iops", "publish", "env", "label", "hostname", "ttl", "ssh-addr", "boot-args"} {
 		complete(cmd, name, words())
 	}
+}
+
+func checkPull(policy smolvm.PullPolicy) error {
+	switch policy {
+	case smolvm.PullMissing, smolvm.PullAlways, smolvm.PullNever:
+		return nil
+	}
+	return fmt.Errorf("%q is not known; use %s, %s or %s", policy, smolvm.PullMissing, smolvm.PullAlways, smolvm.PullNever)
 }
 
 func (f *vmFlags) addEnv(text string) error {

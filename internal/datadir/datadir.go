@@ -6,6 +6,7 @@
 //	disks/            the VMs' own disks, retained ones too
 //	layers/           disks that other disks are based on
 //	images/           images by digest
+//	oci/              OCI images: layers, manifests and names
 //	templates/        saved VMs, by kind
 //	snapshots/        saved VMs, by name
 //	pool/<kind>/<n>/  VMs that stand by
@@ -33,6 +34,7 @@ const (
 	disksName     = "disks"
 	layersName    = "layers"
 	imagesName    = "images"
+	ociName       = "oci"
 	templatesName = "templates"
 	snapshotsName = "snapshots"
 	poolName      = "pool"

@@ -29,6 +29,9 @@ func (l Layout) LayersLock() string { return l.path(layersName, ".lock") }
 // Images returns the directory of the image store.
 func (l Layout) Images() string { return l.path(imagesName) }
 
+// OCI returns the directory of the store of OCI images.
+func (l Layout) OCI() string { return l.path(ociName) }
+
 // Templates returns the directory of the templates.
 func (l Layout) Templates() string { return l.path(templatesName) }
 

@@ -87,28 +87,8 @@ func (s *Store) Build(ctx context.Context, recipe Recipe) (smolvm.Image, error) 
 
 // publish makes a finished image appear, and its name point to it.
 func (s *Store) publish(ctx context.Context, b builder, meta metadata) error {
-	if err := writeJSON(filepath.Join(b.out, metadataFile), meta); err != nil {
+	if err := s.appear(ctx, b.work, b.out, meta); err != nil {
 		return err
-	}
-	for _, name := range append(imageFiles(), metadataFile, ".") {
-		if err := syncFile(filepath.Join(b.out, name)); err != nil {
-			return err
-		}
-	}
-	// An image of the same content may be in use: it stays, unless it is damaged.
-	if _, err := s.load(meta.Digest); err != nil {
-		final := s.imageDir(meta.Digest)
-		if err := os.Rename(final, filepath.Join(b.work, "damaged")); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		step.Reached(ctx, "image build/cleared")
-		if err := os.Rename(b.out, final); err != nil {
-			return err
-		}
-		step.Reached(ctx, "image build/moved")
-		if err := syncFile(s.dir); err != nil {
-			return err
-		}
 	}
 	record := nameRecord{Digest: meta.Digest, Recipe: b.key, Agent: b.agent, AgentHash: b.agentHash}
 	if err := s.writeName(b.recipe.Name, record); err != nil {
@@ -116,6 +96,32 @@ func (s *Store) publish(ctx context.Context, b builder, meta metadata) error {
 	}
 	step.Reached(ctx, "image build/named")
 	return nil
+}
+
+// appear makes a finished image, whose files are in out, one of the store's.
+func (s *Store) appear(ctx context.Context, work, out string, meta metadata) error {
+	if err := writeJSON(filepath.Join(out, metadataFile), meta); err != nil {
+		return err
+	}
+	for _, name := range append(imageFiles(), metadataFile, ".") {
+		if err := syncFile(filepath.Join(out, name)); err != nil {
+			return err
+		}
+	}
+	// An image of the same content may be in use: it stays, unless it is damaged.
+	if _, err := s.load(meta.Digest); err == nil {
+		return nil
+	}
+	final := s.imageDir(meta.Digest)
+	if err := os.Rename(final, filepath.Join(work, "damaged")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	step.Reached(ctx, "image build/cleared")
+	if err := os.Rename(out, final); err != nil {
+		return err
+	}
+	step.Reached(ctx, "image build/moved")
+	return syncFile(s.dir)
 }
 
 func syncFile(path string) error {
@@ -223,7 +229,7 @@ func (b *builder) gather(ctx context.Context) (ingredients, error) {
 	if err := os.Mkdir(packages, 0o755); err != nil {
 		return found, err
 	}
-	manager, err := newAPT(packages)
+	manager, err := newHostPackages(packages)
 	if err != nil {
 		return found, err
 	}
@@ -242,7 +248,7 @@ func (b *builder) gather(ctx context.Context) (ingredients, error) {
 }
 
 // fetch downloads the packages of the ingredients that are missing.
-func (b *builder) fetch(ctx context.Context, manager *apt) ([]string, error) {
+func (b *builder) fetch(ctx context.Context, manager *hostPackages) ([]string, error) {
 	var packages []string
 	b.recipe.say("find packages", 0, 0)
 	if b.recipe.Kernel == "" {

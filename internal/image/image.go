@@ -6,6 +6,7 @@
 //
 //	<64 hex digits>/     an image: image.json, vmlinux, initramfs, rootfs
 //	names/<name>         which image a name means, and by which recipe
+//	layered/<64 digits>  which image was made of the OCI image of that digest
 //	kernels/             users' own kernels, unpacked
 //	build.lock           held while an image is built
 //	.build-*             a build under way, or what a killed one has left
@@ -82,6 +83,11 @@ type metadata struct {
 	Arch      string    `json:"arch"`
 	Source    string    `json:"source"`
 	CreatedAt time.Time `json:"created_at"`
+	// OCI and Config are those of an image that was made of layers, as in [smolvm.Image], and
+	// RootfsVersion is the layeredVersion by which they were unpacked.
+	OCI           *smolvm.OCIImage    `json:"oci,omitempty"`
+	Config        *smolvm.ImageConfig `json:"config,omitempty"`
+	RootfsVersion int                 `json:"rootfs_version,omitempty"`
 }
 
 // nameRecord is what a file in names holds.
@@ -177,18 +183,11 @@ func (s *Store) load(digest string) (smolvm.Image, error) {
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 		return smolvm.Image{}, notFound(digest)
 	}
-	var meta metadata
-	text, err := os.ReadFile(filepath.Join(dir, metadataFile))
-	if err == nil {
-		err = json.Unmarshal(text, &meta)
-	}
+	meta, err := s.readMetadata(digest)
 	for _, name := range imageFiles() {
 		if err == nil {
 			_, err = os.Stat(filepath.Join(dir, name))
 		}
-	}
-	if err == nil && meta.Digest != digest {
-		err = fmt.Errorf("%s is of %q", metadataFile, meta.Digest)
 	}
 	if err != nil {
 		return smolvm.Image{}, fmt.Errorf("image %s is damaged (%w): build it again, or delete %s", digest, err, dir)
@@ -207,8 +206,22 @@ func (s *Store) load(digest string) (smolvm.Image, error) {
 		BootArgs:        meta.BootArgs,
 		Arch:            meta.Arch,
 		Source:          meta.Source,
+		OCI:             meta.OCI,
+		Config:          meta.Config,
 		CreatedAt:       meta.CreatedAt,
 	}, nil
+}
+
+func (s *Store) readMetadata(digest string) (metadata, error) {
+	var meta metadata
+	text, err := os.ReadFile(filepath.Join(s.imageDir(digest), metadataFile))
+	if err == nil {
+		err = json.Unmarshal(text, &meta)
+	}
+	if err == nil && meta.Digest != digest {
+		err = fmt.Errorf("%s is of %q", metadataFile, meta.Digest)
+	}
+	return meta, err
 }
 
 // List returns all images, the oldest first, with their names and sizes.
@@ -272,11 +285,16 @@ func (s *Store) readName(name string) (nameRecord, error) {
 }
 
 func (s *Store) writeName(name string, record nameRecord) error {
-	dir := filepath.Join(s.dir, namesDir)
+	return s.writeRecord(filepath.Join(s.dir, namesDir, name), record)
+}
+
+// writeRecord makes a small file appear whole. Only one process at a time does that: it holds
+// the store's lock.
+func (s *Store) writeRecord(path string, record any) error {
+	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	// Only one process at a time writes here: it holds the store's lock.
 	temp := filepath.Join(dir, ".new")
 	if err := writeJSON(temp, record); err != nil {
 		return err
@@ -284,7 +302,7 @@ func (s *Store) writeName(name string, record nameRecord) error {
 	if err := syncFile(temp); err != nil {
 		return err
 	}
-	return os.Rename(temp, filepath.Join(dir, name))
+	return os.Rename(temp, path)
 }
 
 func writeJSON(path string, value any) error {
@@ -346,6 +364,9 @@ func (s *Store) remove(ctx context.Context, digest string) error {
 			return fmt.Errorf("remove image %s: %w", digest, err)
 		}
 		step.Reached(ctx, "image rm/unnamed")
+	}
+	if err := s.forgetLayered(digest); err != nil {
+		return fmt.Errorf("remove image %s: %w", digest, err)
 	}
 	// By a rename first, so that no half image is found.
 	dir := s.imageDir(digest)

@@ -3,15 +3,24 @@ package session
 import (
 	"context"
 	"crypto/ed25519"
+	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 
 	"golang.org/x/crypto/ssh"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent"
+	"github.com/smolvm/smolvm/internal/agent/wire"
 )
+
+// errNoTrue reports that the image has not even the command `true`.
+var errNoTrue = errors.New("the guest has no command true")
+
+// exitNotFound is the exit status of a command that is not there, as shells have it.
+const exitNotFound = 127
 
 // Rehearse logs in to the guest, which knows who it is, runs commands in it, and ends
 // the session. Code that has been run costs an emulated CPU less the next time.
@@ -19,6 +28,9 @@ func (s *Session) Rehearse(ctx context.Context, commands []smolvm.Command) error
 	ctx, cancel := s.startContext(ctx)
 	defer cancel()
 	err := s.runInGuest(ctx, append([]smolvm.Command{{Args: []string{"true"}}}, commands...)...)
+	if errors.Is(err, errNoTrue) { // not every image has it
+		err = s.runInGuest(ctx, append([]smolvm.Command{{Args: wire.Noop()}}, commands...)...)
+	}
 	if err == nil {
 		err = s.hangUpInOrder(ctx)
 	}
@@ -70,6 +82,9 @@ func (s *Session) runInGuest(ctx context.Context, commands ...smolvm.Command) er
 		status, err := client.Exec(ctx, command)
 		if err != nil {
 			return err
+		}
+		if status.Code == exitNotFound && slices.Equal(command.Args, []string{"true"}) {
+			return errNoTrue
 		}
 		if !status.Success() {
 			return fmt.Errorf("command %q: %s: %s", command.Args, status, strings.TrimSpace(string(output)))

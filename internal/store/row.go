@@ -106,6 +106,7 @@ func (u *unpacker) unpack(vm *VM, options string) error {
 	c.Drives, c.PortForwards = slices.Clone(c.Drives), slices.Clone(c.PortForwards)
 	c.Egress = c.Egress.Clone()
 	c.AuthorizedKeys, c.Env, c.Labels = slices.Clone(c.AuthorizedKeys), maps.Clone(c.Env), maps.Clone(c.Labels)
+	c.Entrypoint, c.Cmd = slices.Clone(c.Entrypoint), slices.Clone(c.Cmd)
 	c.ID, c.VCPUs, c.MemoryMiB, c.Image = vm.ID, vm.Config.VCPUs, vm.Config.MemoryMiB, vm.Config.Image
 	c.Backend = cmp.Or(c.Backend, vm.Backend)
 	c.Hostname = cmp.Or(c.Hostname, vm.ID)

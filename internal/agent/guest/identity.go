@@ -29,9 +29,6 @@ func (a *agent) become(hello wire.Hello) (identity wire.Identity, warnings []str
 		a.rehearsal.begin(a.rehearse)
 		warn(a.mounts.drop())
 	}
-	if hello.Mounts > 0 && !hello.Continues {
-		warn(a.mounts.loadModules())
-	}
 	adopted := make(chan error, 1)
 	go func() { adopted <- a.network.adopt(hello.Network) }()
 	warn(setClock(hello.Time))

@@ -24,7 +24,8 @@ import (
 const (
 	sftpCommand  = "sftp-server" // an SFTP server for a user other than root
 	serveCommand = "serve"       // the agent beside an init of the image's own
-	noopCommand  = "noop"        // a program that ends at once; see warmUp
+	// workspaceCommand is one operation of a workspace; see workspaceMain.
+	workspaceCommand = "workspace"
 )
 
 // servePort is the number that the guest channel has in the agent beside an init.
@@ -35,8 +36,10 @@ func Main(version string, args []string) int {
 	switch {
 	case len(args) > 1 && args[1] == sftpCommand:
 		return sftpMain()
-	case len(args) > 1 && args[1] == noopCommand:
+	case len(args) > 1 && args[1] == wire.NoopArgument:
 		return 0
+	case len(args) > 2 && args[1] == workspaceCommand:
+		return workspaceMain(args[2], args[3:])
 	case len(args) > 1 && args[1] == serveCommand:
 		a := &agent{version: version, first: true, reaper: newReaper(false), log: openLog()}
 		a.shutdown, a.takeOn = shutdownBesideInit, a.become
@@ -88,6 +91,8 @@ type agent struct {
 	loadLate func() error // waits until the late modules are loaded
 	// mounts are the directories of the host.
 	mounts hostMounts
+	// demanded are the modules that something in the guest may ask for.
+	demanded demandedModules
 	// vsockModules are those that the guest channel needs if it is vsock, in order.
 	vsockModules []wire.Module
 	shutdown     func(wire.Shutdown)
@@ -210,7 +215,7 @@ func (a *agent) serveOn(file *os.File, kind string, fatal error) error {
 // handOver makes PID 1 the image's own init, and a child of it the agent.
 func (a *agent) handOver(init string, file *os.File, kind string) error {
 	// The other agent has no modules.
-	if err := errors.Join(a.loadLate(), a.mounts.loadModules()); err != nil {
+	if err := errors.Join(a.loadLate(), a.demanded.load("fuse"), a.demanded.load("overlay")); err != nil {
 		a.say(err.Error())
 	}
 	_, _, err := a.reaper.start(func() (int, error) {
@@ -279,17 +284,19 @@ func (a *agent) loadModules(overVsock bool) error {
 	if entries, err := os.ReadDir("/sys/bus/pci/devices"); err == nil && len(entries) > 0 {
 		transport = "pci"
 	}
-	var late, forMounts []wire.Module
+	var late []wire.Module
 	for _, module := range modules {
 		switch {
 		case module.Transport != "" && module.Transport != transport:
 		case module.Use == wire.UsePort && overVsock || module.Use == wire.UseVsock && !overVsock:
 		case module.Use == wire.UseVsock:
 			a.vsockModules = append(a.vsockModules, module)
-		case module.Use == wire.UseMount:
-			forMounts = append(forMounts, module)
 		case module.Use == wire.UseLate:
 			late = append(late, module)
+		case module.Use == wire.UseDemand:
+			if err := a.demanded.keep(module); err != nil {
+				return err
+			}
 		default:
 			if err := loadModule(module.Path); err != nil {
 				return err
@@ -298,9 +305,6 @@ func (a *agent) loadModules(overVsock bool) error {
 	}
 	// Opened now, as the file system that holds them is about to go.
 	files, err := openModules(late)
-	if err == nil {
-		a.mounts.modules, err = openModules(forMounts)
-	}
 	if err != nil {
 		return err
 	}

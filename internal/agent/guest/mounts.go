@@ -17,8 +17,7 @@ import (
 // hostMounts are the directories of the host that are mounted in the guest. The kernel's requests
 // are passed on to the host as they are.
 type hostMounts struct {
-	// modules are those that the kernel needs for it, and are loaded when it does.
-	modules []*os.File
+	modules *demandedModules
 
 	mu     sync.Mutex // guards the following
 	mounts []*hostMount
@@ -28,16 +27,6 @@ type hostMounts struct {
 type hostMount struct {
 	number int
 	fs     *fuserelay.FS
-}
-
-// loadModules loads what the kernel needs, unless it has it.
-func (m *hostMounts) loadModules() error {
-	var errs []error
-	for _, file := range m.modules {
-		errs = append(errs, insertModule(file))
-	}
-	m.modules = nil
-	return errors.Join(errs...)
 }
 
 // drop ends all mounts: what was restored is not connected to what the guest had mounted when it
@@ -80,6 +69,9 @@ func (m *hostMounts) mount(order wire.Mount) (*hostMount, error) {
 			}
 		}
 		return nil, fmt.Errorf("%s is not mounted", order.Target)
+	}
+	if err := m.modules.load("fuse"); err != nil {
+		return nil, err
 	}
 	if err := os.MkdirAll(order.Target, 0o755); err != nil {
 		return nil, err

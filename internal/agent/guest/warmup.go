@@ -8,6 +8,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"github.com/smolvm/smolvm/internal/agent/wire"
 )
 
 // warmUp runs a program of its own. An emulated CPU translates all code that it runs for the
@@ -17,7 +19,7 @@ func (a *agent) warmUp() {
 	if runtime.NumCPU() < 2 {
 		return
 	}
-	noop := &job{argv: []string{"/proc/self/exe", noopCommand}, noStdin: true, stdout: io.Discard, stderr: io.Discard}
+	noop := &job{argv: wire.Noop(), noStdin: true, stdout: io.Discard, stderr: io.Discard}
 	if noop.start(a.reaper) == nil {
 		noop.wait()
 	}
@@ -75,7 +77,7 @@ func (a *agent) rehearse() error {
 	noop := &job{argv: []string{"true"}, noStdin: true, stdout: io.Discard, stderr: io.Discard}
 	err := noop.start(a.reaper)
 	if errors.Is(err, errNotFound) { // not every image has it
-		noop = &job{argv: []string{"/proc/self/exe", noopCommand}, noStdin: true, stdout: io.Discard, stderr: io.Discard}
+		noop = &job{argv: wire.Noop(), noStdin: true, stdout: io.Discard, stderr: io.Discard}
 		err = noop.start(a.reaper)
 	}
 	if err != nil {

@@ -236,7 +236,7 @@ func choose(manifests []v1.Descriptor, platform v1.Platform) (v1.Descriptor, err
 }
 
 func noPlatform(want v1.Platform, has string) error {
-	return &smolvm.Error{Err: fmt.Errorf("the image is not for %s; it is for: %q", want, has), Hint: "guests run programs of this host's architecture only; is there an image of the same program for it?"}
+	return &smolvm.Error{Err: fmt.Errorf("%w: the image is not for %s; it is for: %q", smolvm.ErrUnsupported, want, has), Hint: "guests run programs of this host's architecture only; is there an image of the same program for it?"}
 }
 
 // checkPlatform checks that an image is for a platform. One that does not say is taken.

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -85,6 +86,10 @@ func newRemote(ctx context.Context, ref ociref.Ref, access Access) (*remote, err
 	var trip http.RoundTripper
 	err = r.try(ctx, func(context.Context) (bool, error) {
 		trip, err = transport.NewWithContext(ctx, server, credentials, base, []string{repository.Scope(transport.PullScope)})
+		var dns *net.DNSError
+		if errors.As(err, &dns) || errors.Is(err, syscall.ECONNREFUSED) {
+			err = &firstContactError{err}
+		}
 		return false, err
 	})
 	if err != nil {
@@ -184,14 +189,21 @@ func statusOf(err error) int {
 	return 0
 }
 
+// firstContactError is the error of a registry that was not reached at all. Later it may pass, but
+// who has mistyped a name is not kept waiting.
+type firstContactError struct{ error }
+
+func (e *firstContactError) Unwrap() error { return e.error }
+
 // isTemporary reports whether an attempt may succeed later.
 func isTemporary(err error) bool {
 	var digest *DigestError
 	var dns *net.DNSError
+	var first *firstContactError
 	switch status := statusOf(err); {
 	case status == http.StatusTooManyRequests, status == http.StatusRequestTimeout, status >= 500:
 		return true
-	case status != 0, errors.Is(err, errPlain), errors.Is(err, errRedirects), errors.As(err, &digest),
+	case status != 0, errors.Is(err, errPlain), errors.Is(err, errRedirects), errors.As(err, &digest), errors.As(err, &first),
 		errors.As(err, &dns) && dns.IsNotFound, errors.Is(err, context.Canceled):
 		return false
 	case errors.Is(err, errStalled), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):

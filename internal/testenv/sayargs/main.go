@@ -1,5 +1,5 @@
-// Command sayargs prints its user and its arguments: the only program of an image that has
-// nothing else.
+// Command sayargs prints its user, its directory, a variable and its arguments: the only program
+// of an image that has nothing else.
 package main
 
 import (
@@ -7,4 +7,10 @@ import (
 	"os"
 )
 
-func main() { _, _ = fmt.Fprintf(os.Stdout, "%d:%d %q\n", os.Getuid(), os.Getgid(), os.Args) }
+func main() {
+	dir, err := os.Getwd()
+	if err != nil {
+		dir = err.Error()
+	}
+	_, _ = fmt.Fprintf(os.Stdout, "%d:%d %s %q %q\n", os.Getuid(), os.Getgid(), dir, os.Getenv("GREETING"), os.Args)
+}

@@ -1,0 +1,45 @@
+package cli
+
+import (
+	"github.com/spf13/cobra"
+
+	"github.com/smolvm/smolvm"
+)
+
+const imagePullLong = `Fetch an image from its registry, make it bootable, and print its digest. Layers that
+are here are not fetched again, and one that was cut off goes on where it was.
+
+NAME is as docker has it: python is docker.io/library/python:latest. Credentials are those
+that docker login and podman login have stored. Registries on this host itself may speak
+plain http.`
+
+func (a *app) imagePullCommand() *cobra.Command {
+	var options smolvm.PullOptions
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:               "pull [flags] NAME",
+		Short:             "Fetch an image from a registry",
+		Long:              imagePullLong,
+		Example:           "  smolvm image pull python:3.12-slim\n  smolvm image pull ghcr.io/owner/image@sha256:…",
+		Args:              needs(1, 1, "the name of an image"),
+		ValidArgsFunction: words(),
+	}
+	cmd.Flags().StringVar(&options.Platform, "platform", "", "`OS/ARCH` that the image is for, as in linux/arm64 (default: this host's)")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
+	complete(cmd, "platform", words())
+	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		if !quiet {
+			a.progress = newProgress(a.Stderr)
+			options.Progress = a.progress.report()
+		}
+		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+			image, err := m.PullImage(cmd.Context(), args[0], options)
+			if err != nil {
+				return err
+			}
+			a.progress.finish()
+			return a.printImage(image)
+		})
+	})
+	return cmd
+}
