@@ -125,4 +125,6 @@ func (l storedLayer) Compressed() (io.ReadCloser, error) {
 func (l storedLayer) Size() (int64, error) { return l.layer.Size, nil }
 
 // MediaType implements [ggcrpartial.CompressedLayer].
-func (l storedLayer) MediaType() (types.MediaType, error) { return types.MediaType(l.layer.MediaType), nil }
+func (l storedLayer) MediaType() (types.MediaType, error) {
+	return types.MediaType(l.layer.MediaType), nil
+}
