@@ -25,6 +25,7 @@ func TestJSONStyle(t *testing.T) {
 		Template{ID: "t", CreatedAt: when, UsedAt: when},
 		Pool{ID: "p"}, Image{Digest: "d", CreatedAt: when}, Event{At: when, Duration: took},
 		Forked{Pause: took}, ExitStatus{Code: 1}, Finding{Name: "kvm"}, BackendInfo{Name: "qemu"},
+		Usage{CPUTime: took, Disk: &DiskUsage{}, Network: &NetworkUsage{}},
 		SSHAccess{Args: []string{"ssh"}}, PortForward{}, Drive{}, Limits{},
 	} {
 		text, err := json.Marshal(value)
@@ -75,7 +76,7 @@ func TestJSONRoundTrip(t *testing.T) {
 	for _, value := range []any{
 		&VMConfig{ID: "web", VCPUs: 2, TTL: time.Minute, Labels: map[string]string{"a": "b"}, Env: map[string]string{"A": "1"}},
 		&Snapshot{Name: "s", Pause: took, Size: 7}, &Event{ID: 3, VMID: "web", Duration: took},
-		&Forked{Pause: took}, &Phase{Name: "boot", Duration: took},
+		&Forked{Pause: took}, &Phase{Name: "boot", Duration: took}, &Usage{CPUTime: took, Memory: 5, Network: &NetworkUsage{Sent: 2}},
 		&StartReport{Method: StartClone, Source: "t", Timeline: []Phase{{Name: "boot", Duration: took}}},
 	} {
 		text, err := json.Marshal(value)

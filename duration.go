@@ -47,6 +47,7 @@ type (
 	plainPhase    Phase
 	plainReport   StartReport
 	plainSnapshot Snapshot
+	plainUsage    Usage
 )
 
 type configJSON struct {
@@ -205,6 +206,27 @@ func (r *StartReport) UnmarshalJSON(text []byte) error {
 	if r.Method == oldBoot {
 		r.Method = StartBoot
 	}
+	return nil
+}
+
+type usageJSON struct {
+	CPUTime milliseconds `json:"cpu_time_ms"`
+	plainUsage
+}
+
+// MarshalJSON implements [json.Marshaler]; CPUTime is "cpu_time_ms".
+func (u Usage) MarshalJSON() ([]byte, error) {
+	return encode(usageJSON{milliseconds(u.CPUTime), plainUsage(u)})
+}
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (u *Usage) UnmarshalJSON(text []byte) error {
+	var j usageJSON
+	if err := json.Unmarshal(text, &j); err != nil {
+		return err
+	}
+	*u = Usage(j.plainUsage)
+	u.CPUTime = time.Duration(j.CPUTime)
 	return nil
 }
 

@@ -33,6 +33,9 @@ func (v VM) Delete(ctx context.Context, opts DeleteOptions) error {
 	return v.Service.Delete(ctx, v.ID, opts)
 }
 
+// Usage is [VMs.Usage].
+func (v VM) Usage(ctx context.Context) (Usage, error) { return v.Service.Usage(ctx, v.ID) }
+
 // Pause is [VMs.Pause].
 func (v VM) Pause(ctx context.Context) (VMInfo, error) { return v.Service.Pause(ctx, v.ID) }
 

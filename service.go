@@ -39,6 +39,8 @@ type VMs interface {
 	Pause(ctx context.Context, id string) (VMInfo, error)
 	// Resume lets a paused VM go on.
 	Resume(ctx context.Context, id string) (VMInfo, error)
+	// Usage returns what a VM that runs has taken of its host.
+	Usage(ctx context.Context, id string) (Usage, error)
 	// Resize makes the disk of a VM that does not run larger.
 	Resize(ctx context.Context, id string, opts ResizeOptions) (VMInfo, error)
 	// Get returns what is known of a VM.

@@ -34,6 +34,8 @@ type TemplateOptions struct {
 	DiskSizeMiB int64
 	WarmUp      string
 	Network     NetworkMode
+	// Timeout is how long the VM may take to be ready. Zero: as of [StartOptions].
+	Timeout time.Duration
 	// Force makes another one even if there is one.
 	Force bool
 	// Progress is told how the building of a missing image goes on; it may be nil.

@@ -42,6 +42,7 @@ func onKVM(t *testing.T, backend string) {
 	if vm.Accelerator != vmm.KVM || vm.Backend != backend {
 		t.Fatalf("the VM runs on %s, by %s", vm.Accelerator, vm.Backend)
 	}
+	t.Run("usage", func(t *testing.T) { hasUsed(t, m, vm.ID) })
 	t.Run("copy", func(t *testing.T) {
 		dir := t.TempDir()
 		content := strings.Repeat("0123456789abcdef", 1<<16)
@@ -118,7 +119,7 @@ func onKVM(t *testing.T, backend string) {
 		}
 	})
 	t.Run("clone and pool", func(t *testing.T) {
-		if _, err := m.BuildTemplate(ctx, smolvm.TemplateOptions{MemoryMiB: 256}); err != nil {
+		if _, err := m.BuildTemplate(ctx, smolvm.TemplateOptions{MemoryMiB: 256, Timeout: kvmBootTimeout}); err != nil {
 			t.Fatal(err)
 		}
 		clone := mustRun(t, m, smolvm.VMConfig{ID: "clone", MemoryMiB: 256})

@@ -43,6 +43,7 @@ func TestLifecycle(t *testing.T) {
 	if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); !errors.Is(err, smolvm.ErrInvalidState) {
 		t.Errorf("second start: %v", err)
 	}
+	hasUsed(t, m, vm.ID)
 	for line, want := range map[string]string{
 		"hostname":                             "lively",
 		"echo $GREETING":                       "hello",

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -35,6 +36,8 @@ type task struct {
 type templateTask struct {
 	Kind   template.Kind   `json:"recipe"`
 	Config smolvm.VMConfig `json:"config"`
+	// Timeout is how long the VM may take to be ready. Zero: as long as others.
+	Timeout time.Duration `json:"timeout_ns,omitempty"`
 }
 
 // startTask starts a worker, which goes on when ctx is done. Lock, if not nil, is the worker's
@@ -108,7 +111,7 @@ func (t *task) run(ctx context.Context, known traits.List) (id string, err error
 	m.actor = fmt.Sprintf("task[%d]", os.Getpid())
 	switch {
 	case t.Template != nil:
-		id, err = m.templates.Build(ctx, t.Template.Kind, t.Template.Config)
+		id, err = m.templates.Build(ctx, t.Template.Kind, t.Template.Config, t.Template.Timeout)
 	case t.Pool != "":
 		err = m.pools.Fill(ctx, t.Pool)
 	default:

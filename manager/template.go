@@ -35,7 +35,7 @@ func (m *Manager) BuildTemplate(ctx context.Context, opts smolvm.TemplateOptions
 		m.templates.Drop(ctx, found.Name)
 	}
 	if err != nil || opts.Force {
-		id, err := m.runTask(ctx, task{Template: &templateTask{Kind: kind, Config: config}}, lock)
+		id, err := m.runTask(ctx, task{Template: &templateTask{Kind: kind, Config: config, Timeout: opts.Timeout}}, lock)
 		if err == nil {
 			found, _, err = m.templates.Open(id)
 		}

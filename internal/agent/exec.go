@@ -45,6 +45,11 @@ type running struct {
 // run sends a command to the guest. The caller waits for it.
 func (c *Client) run(ctx context.Context, command smolvm.Command) (*running, error) {
 	payload, words := execRequest(command).Pack()
+	return c.runOver(ctx, wire.ExecChannel, payload, words, command)
+}
+
+// runOver sends a command over a channel of a type, whose request was packed.
+func (c *Client) runOver(ctx context.Context, kind string, payload, words []byte, command smolvm.Command) (*running, error) {
 	r := &running{out: newOutputs(command), over: make(chan struct{}), copied: make(chan struct{})}
 	if len(words) > wire.MaxWords {
 		// As the agent says it of what the guest's kernel does not take.
@@ -52,7 +57,7 @@ func (c *Client) run(ctx context.Context, command smolvm.Command) (*running, err
 		r.refused = smolvm.ExitStatus{Code: exitNotRun}
 		return r, nil
 	}
-	call, err := c.open(ctx, wire.ExecChannel, payload)
+	call, err := c.open(ctx, kind, payload)
 	if err != nil {
 		return nil, err
 	}

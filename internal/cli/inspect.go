@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"context"
+
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
@@ -13,6 +15,8 @@ so that ` + "`smolvm inspect web | jq .state`" + ` works.`
 type inspected struct {
 	smolvm.VMInfo
 	SSH smolvm.SSHAccess `json:"ssh"`
+	// Usage is nil if the VM does not run.
+	Usage *smolvm.Usage `json:"usage,omitempty"`
 }
 
 func (a *app) inspectCommand() *cobra.Command {
@@ -25,17 +29,32 @@ func (a *app) inspectCommand() *cobra.Command {
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
 			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(id string) (inspected, error) {
-					vm, err := m.Get(cmd.Context(), id)
-					if err != nil {
-						return inspected{}, err
-					}
-					if !vm.Network.Mode.Forwards() { // there is no way for a client of its own
-						return inspected{VMInfo: vm}, nil
-					}
-					ssh, err := m.SSH(cmd.Context(), id, smolvm.SSHOptions{})
-					return inspected{vm, ssh}, err
+					return inspect(cmd.Context(), m, id)
 				}, func(vm inspected) error { return a.printJSON(vm) })
 			})
 		}),
 	}
+}
+
+// inspect returns all that is known of a VM.
+func inspect(ctx context.Context, m smolvm.Service, id string) (inspected, error) {
+	vm, err := m.Get(ctx, id)
+	if err != nil {
+		return inspected{}, err
+	}
+	all := inspected{VMInfo: vm}
+	if vm.State.Alive() {
+		usage, err := m.Usage(ctx, id)
+		switch {
+		case err == nil:
+			all.Usage = &usage
+		case ctx.Err() != nil:
+			return all, err
+		}
+		// Otherwise it has ended meanwhile, or its shim is of a version that does not measure.
+	}
+	if vm.Network.Mode.Forwards() { // else there is no way for a client of its own
+		all.SSH, err = m.SSH(ctx, id, smolvm.SSHOptions{})
+	}
+	return all, err
 }

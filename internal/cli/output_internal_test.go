@@ -37,7 +37,7 @@ var hostile = []string{
 }
 
 // own are the sequences by which tables and findings are painted and progress is drawn.
-var own = regexp.MustCompile(`\x1b\[(3[0-9]|0)m|\r\x1b\[K`)
+var own = regexp.MustCompile(`\x1b\[(3[0-9]|0)m|\r\x1b\[[JK]|\x1b\[[0-9]+A`)
 
 // Whatever is printed, by whatever way, a terminal shows it and does nothing else (S8).
 func TestPrintedTextIsHarmless(t *testing.T) {
@@ -79,6 +79,8 @@ func TestPrintedTextIsHarmless(t *testing.T) {
 		"progress": func(a *app, text string) error {
 			for _, p := range []*progress{newProgress(a.Stderr), {w: a.Stderr.raw, width: 60}} {
 				p.update(smolvm.Progress{Phase: "get " + text, Done: 1, Total: 2})
+				p.update(smolvm.Progress{Phase: "get all", Item: text, Done: 1, Total: 2})
+				p.update(smolvm.Progress{Phase: "get all", Item: text + "2", Done: 1, Total: 2})
 				p.finish()
 			}
 			return nil

@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"time"
+
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
@@ -33,7 +35,11 @@ func (a *app) startCommand() *cobra.Command {
 
 // startFlags adds the flags that say how to start a VM.
 func startFlags(cmd *cobra.Command, options *smolvm.StartOptions) {
-	cmd.Flags().DurationVar(&options.Timeout, "boot-timeout", 0,
-		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization, more where that is slow)")
+	bootTimeoutFlag(cmd, &options.Timeout)
 	cmd.Flags().BoolVar(&options.Cold, "cold", false, "boot instead of cloning, and make no template")
+}
+
+func bootTimeoutFlag(cmd *cobra.Command, timeout *time.Duration) {
+	cmd.Flags().DurationVar(timeout, "boot-timeout", 0,
+		"wait at most `DURATION` for the guest to be ready (default 30s; 2m without hardware virtualization, more where that is slow)")
 }

@@ -89,6 +89,7 @@ func warmUpFlag(cmd *cobra.Command, warmUp *string) {
 func (a *app) templateBuildCommand() *cobra.Command {
 	var kind kindFlags
 	var force bool
+	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:               "build [flags] [IMAGE]",
 		Short:             "Make a template now, and print its id",
@@ -98,9 +99,10 @@ func (a *app) templateBuildCommand() *cobra.Command {
 		ValidArgsFunction: first(a.imageNames()),
 	}
 	kind.register(cmd)
+	bootTimeoutFlag(cmd, &timeout)
 	cmd.Flags().BoolVar(&force, "force", false, "make another one even if there is one")
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		options := smolvm.TemplateOptions{VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp, Network: kind.network, Force: force}
+		options := smolvm.TemplateOptions{VCPUs: kind.vcpus, MemoryMiB: kind.memory, DiskSizeMiB: kind.disk, WarmUp: kind.warmUp, Network: kind.network, Timeout: timeout, Force: force}
 		if len(args) > 0 {
 			options.Image = args[0]
 		}

@@ -66,7 +66,7 @@ func tiers() [][]string {
 			"internal/snapshot", "internal/store", "internal/vmm",
 		},
 		// Rooms that need no shim.
-		{"internal/budget", "internal/catalog", "internal/identity", "internal/machine", "internal/secret", "internal/worker"},
+		{"internal/budget", "internal/catalog", "internal/identity", "internal/machine", "internal/secret", "internal/worker", "internal/workspace"},
 		{"internal/shim"},         // one running VM
 		{"internal/session"},      // one guest, in that process
 		{"internal/shim/process"}, // that process

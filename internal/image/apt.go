@@ -2,7 +2,6 @@ package image
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -11,18 +10,17 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"time"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/glob"
+	"github.com/smolvm/smolvm/internal/image/apt"
 )
 
-// apt fetches packages of the host's distribution into a directory. It needs no
-// privilege and changes nothing of the host: what apt writes goes below dir, and
-// apt itself checks the signatures.
-type apt struct {
+// hostPackages fetches packages of the host's distribution into a directory; see package apt.
+type hostPackages struct {
+	*apt.Client
+
 	dir     string
 	private bool // the host's package lists are of no use; there are lists in dir
 	// complaint is what apt had to say while it fetched those lists: it takes what
@@ -30,76 +28,28 @@ type apt struct {
 	complaint string
 }
 
-// killDelay is how long what apt has started may go on after it was killed.
-const killDelay = 5 * time.Second
-
-func newAPT(dir string) (*apt, error) {
-	for _, program := range []string{"apt-get", "apt-cache", "dpkg-deb"} {
-		if _, err := exec.LookPath(program); err != nil {
-			return nil, &smolvm.Error{Hint: "build an image from files with `smolvm image build --kernel … --rootfs …`",
-				Err: fmt.Errorf("the default image is made from packages of Debian or Ubuntu, and %s is not on this host", program)}
-		}
+func newHostPackages(dir string) (*hostPackages, error) {
+	client, err := apt.New(dir, "Dir::Cache="+filepath.Join(dir, "cache"))
+	if errors.Is(err, apt.ErrMissing) {
+		return nil, &smolvm.Error{Hint: "build an image from files with `smolvm image build --kernel … --rootfs …`",
+			Err: fmt.Errorf("the default image is made from packages of Debian or Ubuntu: %w", err)}
+	}
+	if err != nil {
+		return nil, err
 	}
 	for _, name := range []string{"lists/partial", "cache/archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
 			return nil, err
 		}
 	}
-	return &apt{dir: dir}, nil
-}
-
-func (a *apt) options() []string {
-	options := []string{
-		"-o", "Dir::Cache=" + filepath.Join(a.dir, "cache"),
-		"-o", "Debug::NoLocking=1",
-		// Root's apt would become a user that can't write to dir.
-		"-o", "APT::Sandbox::User=" + userName(),
-	}
-	if a.private {
-		options = append(options, "-o", "Dir::State::Lists="+filepath.Join(a.dir, "lists"), "-o", "Acquire::Languages=none")
-	}
-	return options
-}
-
-func userName() string {
-	if os.Getuid() == 0 {
-		return "root"
-	}
-	return ""
-}
-
-// command prepares a program of apt's.
-func (a *apt) command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, name, append(a.options(), args...)...)
-	cmd.Dir = a.dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	cmd.WaitDelay = killDelay
-	return cmd
-}
-
-// run runs a program of apt's and returns what it wrote and what it complained of.
-func (a *apt) run(ctx context.Context, name string, args ...string) (out, complaint string, err error) {
-	cmd := a.command(ctx, name, args...)
-	var outBuf, errBuf bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &outBuf, &errBuf
-	err = cmd.Run()
-	complaint = lastWords(errBuf.String())
-	if err != nil {
-		err = fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, complaint)
-	}
-	return outBuf.String(), complaint, err
-}
-
-// lastWords returns the end of a program's complaint, as one line.
-func lastWords(text string) string {
-	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' })
-	return strings.Join(lines[max(0, len(lines)-3):], "; ")
+	return &hostPackages{Client: client, dir: dir}, nil
 }
 
 // update fetches package lists of our own. Packages that were downloaded by the
 // host's lists go: there may be other versions now.
-func (a *apt) update(ctx context.Context) error {
+func (a *hostPackages) update(ctx context.Context) error {
 	a.private = true
+	a.Add("Dir::State::Lists="+filepath.Join(a.dir, "lists"), "Acquire::Languages=none")
 	old, err := glob.In(a.dir, "*.deb")
 	if err != nil {
 		return err
@@ -109,14 +59,14 @@ func (a *apt) update(ctx context.Context) error {
 			return err
 		}
 	}
-	_, complaint, err := a.run(ctx, "apt-get", "update")
-	a.complaint = complaint
+	_, complaint, err := a.Run(ctx, "apt-get", "update")
+	a.complaint = apt.LastWords(complaint)
 	return err
 }
 
 // dependencies lists the packages that one depends on. An unknown package has none.
-func (a *apt) dependencies(ctx context.Context, name string) []string {
-	out, _, err := a.run(ctx, "apt-cache", "depends", "--important", name)
+func (a *hostPackages) dependencies(ctx context.Context, name string) []string {
+	out, _, err := a.Run(ctx, "apt-cache", "depends", "--important", name)
 	if err != nil {
 		return nil
 	}
@@ -130,7 +80,7 @@ func (a *apt) dependencies(ctx context.Context, name string) []string {
 }
 
 // kernelPackages finds the packages that hold the newest kernel for VMs.
-func (a *apt) kernelPackages(ctx context.Context) ([]string, error) {
+func (a *hostPackages) kernelPackages(ctx context.Context) ([]string, error) {
 	// Debian's kernel for clouds, Ubuntu's for VMs, and what derivatives may have.
 	for _, meta := range []string{"linux-image-cloud-" + debArch(), "linux-image-virtual", "linux-image-" + debArch(), "linux-image-generic"} {
 		for _, image := range a.dependencies(ctx, meta) {
@@ -155,45 +105,15 @@ func (a *apt) kernelPackages(ctx context.Context) ([]string, error) {
 }
 
 // download fetches packages and returns their files. progress gets percents.
-func (a *apt) download(ctx context.Context, packages []string, progress func(percent float64)) ([]string, error) {
-	read, write, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = read.Close() }()
-	// apt reports to descriptor 3, the first extra file.
-	cmd := a.command(ctx, "apt-get", append([]string{"-o", "APT::Status-Fd=3", "download"}, packages...)...)
-	cmd.ExtraFiles = []*os.File{write}
-	var errs bytes.Buffer
-	cmd.Stderr = &errs
-	err = cmd.Start()
-	_ = write.Close()
-	if err != nil {
-		return nil, err
-	}
-	stop := context.AfterFunc(ctx, func() { _ = read.Close() })
-	readProgress(read, progress)
-	stop()
-	if err := cmd.Wait(); err != nil {
-		return nil, fmt.Errorf("download %s: %w: %s", strings.Join(packages, ", "), err, lastWords(errs.String()))
+func (a *hostPackages) download(ctx context.Context, packages []string, progress func(percent float64)) ([]string, error) {
+	if _, err := a.Fetch(ctx, progress, append([]string{"download"}, packages...)...); err != nil {
+		return nil, fmt.Errorf("download %s: %w", strings.Join(packages, ", "), err)
 	}
 	return a.packageFiles(packages)
 }
 
-// readProgress reads lines such as "dlstatus:n:percent:text" until apt is done.
-func readProgress(r io.Reader, progress func(percent float64)) {
-	lines := bufio.NewScanner(r)
-	for lines.Scan() {
-		if fields := strings.SplitN(lines.Text(), ":", 4); len(fields) == 4 && fields[0] == "dlstatus" {
-			if percent, err := strconv.ParseFloat(fields[2], 64); err == nil {
-				progress(percent)
-			}
-		}
-	}
-}
-
 // packageFiles finds what was downloaded.
-func (a *apt) packageFiles(packages []string) ([]string, error) {
+func (a *hostPackages) packageFiles(packages []string) ([]string, error) {
 	var files []string
 	for _, name := range packages {
 		found, err := glob.In(a.dir, name+"_*.deb")
@@ -220,7 +140,7 @@ func unpack(ctx context.Context, deb, dir string, want func(name string) bool) e
 	unpackErr := untar(out, dir, want)
 	_, _ = io.Copy(io.Discard, out)
 	if err := cmd.Wait(); err != nil {
-		return fmt.Errorf("unpack %s: %w: %s", filepath.Base(deb), err, lastWords(errs.String()))
+		return fmt.Errorf("unpack %s: %w: %s", filepath.Base(deb), err, apt.LastWords(errs.String()))
 	}
 	if unpackErr != nil {
 		return fmt.Errorf("unpack %s: %w", filepath.Base(deb), unpackErr)

@@ -229,7 +229,7 @@ func (b *builder) gather(ctx context.Context) (ingredients, error) {
 	if err := os.Mkdir(packages, 0o755); err != nil {
 		return found, err
 	}
-	manager, err := newAPT(packages)
+	manager, err := newHostPackages(packages)
 	if err != nil {
 		return found, err
 	}
@@ -248,7 +248,7 @@ func (b *builder) gather(ctx context.Context) (ingredients, error) {
 }
 
 // fetch downloads the packages of the ingredients that are missing.
-func (b *builder) fetch(ctx context.Context, manager *apt) ([]string, error) {
+func (b *builder) fetch(ctx context.Context, manager *hostPackages) ([]string, error) {
 	var packages []string
 	b.recipe.say("find packages", 0, 0)
 	if b.recipe.Kernel == "" {

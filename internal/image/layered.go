@@ -22,7 +22,7 @@ import (
 const layeredDir = "layered"
 
 // layeredVersion changes whenever the same layers make another root file system.
-const layeredVersion = 1
+const layeredVersion = 2
 
 // Layered says how to make an image of the layers of an OCI image.
 type Layered struct {

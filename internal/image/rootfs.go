@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/apt"
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
 )
 
@@ -246,7 +247,7 @@ func runTool(ctx context.Context, name string, args ...string) error {
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("%s: %w: %s", name, err, lastWords(errs.String()))
+		return fmt.Errorf("%s: %w: %s", name, err, apt.LastWords(errs.String()))
 	}
 	return nil
 }

@@ -98,6 +98,12 @@ type Claimer interface {
 	Claim(ctx context.Context, config Config, vm string) error
 }
 
+// Meter is a network that counts what passes over the guest's interface.
+type Meter interface {
+	// Usage returns what has passed since the network was made.
+	Usage() (smolvm.NetworkUsage, error)
+}
+
 // Link is the host's end of a guest's interface. One of its fields is set.
 type Link struct {
 	// Socket is the VMM's end of a pair of datagram sockets, each datagram one Ethernet

@@ -59,6 +59,20 @@ func CPUTime(pid int) (time.Duration, error) {
 	return time.Duration(ticks) * time.Second / clockTicks, nil
 }
 
+// Resident returns how much of a process is in memory, in bytes, with what it shares: the 2nd
+// field of /proc/<pid>/statm, in pages.
+func Resident(pid int) (int64, error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/statm")
+	if err != nil {
+		return 0, fmt.Errorf("memory of process %d: %w", pid, errGone)
+	}
+	var size, resident int64
+	if _, err := fmt.Sscan(string(text), &size, &resident); err != nil {
+		return 0, fmt.Errorf("memory of process %d: unexpected text %q", pid, text)
+	}
+	return resident * int64(os.Getpagesize()), nil
+}
+
 // clockTicks is the number of clock ticks in a second as the kernel tells them to
 // programs; it is the same on all architectures that Go knows. See sysconf(3).
 const clockTicks = 100

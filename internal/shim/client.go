@@ -8,6 +8,7 @@ import (
 	"net"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/stream"
@@ -59,6 +60,15 @@ func (c *Client) RemoveForward(ctx context.Context, forward Forward) error {
 func (c *Client) SetEgress(ctx context.Context, egress network.Egress) error {
 	_, err := c.call(ctx, Request{Op: OpSetEgress, Egress: &egress})
 	return err
+}
+
+// Usage asks what the VM has taken of the host.
+func (c *Client) Usage(ctx context.Context) (smolvm.Usage, error) {
+	answer, err := c.call(ctx, Request{Op: OpUsage})
+	if err != nil || answer.Usage == nil {
+		return smolvm.Usage{}, err
+	}
+	return *answer.Usage, nil
 }
 
 // Pause holds the guest's CPUs.

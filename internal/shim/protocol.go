@@ -3,6 +3,7 @@ package shim
 import (
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/network"
 )
@@ -32,6 +33,7 @@ const (
 	OpSave          = "save"
 	OpDial          = "dial"
 	OpSetEgress     = "set-egress"
+	OpUsage         = "usage"
 )
 
 // Request is what a client asks, as a line of JSON. Which fields count depends on Op.
@@ -52,6 +54,8 @@ type Response struct {
 	Forward Forward  `json:"forward,omitzero"`
 	Status  *Status  `json:"status,omitempty"`
 	Saved   Saved    `json:"saved,omitzero"`
+
+	Usage *smolvm.Usage `json:"usage,omitempty"`
 }
 
 // Status is what a shim says of its VM.

@@ -1,6 +1,7 @@
 package template
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -60,8 +61,8 @@ func (t *Templates) WhyNone(k Kind) error {
 }
 
 // Build makes the template of a kind from a VM of a configuration, in a worker, and returns
-// its id. The kind's lock is held.
-func (t *Templates) Build(ctx context.Context, k Kind, config smolvm.VMConfig) (id string, err error) {
+// its id. The kind's lock is held. The VM may take so long to be ready; zero: as long as others.
+func (t *Templates) Build(ctx context.Context, k Kind, config smolvm.VMConfig, timeout time.Duration) (id string, err error) {
 	began := time.Now()
 	if err := t.Budget.Check(); err != nil {
 		return "", err // the next start of its kind tries again
@@ -79,7 +80,7 @@ func (t *Templates) Build(ctx context.Context, k Kind, config smolvm.VMConfig) (
 	}
 	defer func() { err = errors.Join(err, draft.Discard()) }()
 	step.Reached(ctx, "template/draft")
-	if err := t.freeze(ctx, k, config, draft); err != nil {
+	if err := t.freeze(ctx, k, config, timeout, draft); err != nil {
 		return "", err
 	}
 	step.Reached(ctx, "template/frozen")
@@ -113,11 +114,12 @@ func (t *Templates) pruneOthers(ctx context.Context, spare string) error {
 }
 
 // freeze boots a VM of a kind, and saves it into a draft.
-func (t *Templates) freeze(ctx context.Context, k Kind, config smolvm.VMConfig, draft *snapshot.Draft) error {
+func (t *Templates) freeze(ctx context.Context, k Kind, config smolvm.VMConfig, timeout time.Duration, draft *snapshot.Draft) error {
 	spec, err := t.spec(ctx, k, config, draft)
 	if err != nil {
 		return err
 	}
+	spec.ReadyTimeout = cmp.Or(timeout, spec.ReadyTimeout)
 	program, err := t.Program()
 	if err != nil {
 		return err

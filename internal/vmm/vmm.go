@@ -288,6 +288,13 @@ type DiskLimiter interface {
 	SetDiskLimit(ctx context.Context, limit DiskLimit) error
 }
 
+// Meter is an Instance whose VMM counts what the guest does with its drives.
+type Meter interface {
+	// DiskUsage returns what the guest has read and written on all its drives since the VMM was
+	// started.
+	DiskUsage(ctx context.Context) (smolvm.DiskUsage, error)
+}
+
 // Pauser is an Instance whose guest can be paused. Calls wait for the end of a [Hold].
 type Pauser interface {
 	// Pause returns when the guest's CPUs have stopped. Pausing again does nothing.

@@ -23,6 +23,8 @@ import (
 const (
 	sftpCommand  = "sftp-server" // an SFTP server for a user other than root
 	serveCommand = "serve"       // the agent beside an init of the image's own
+	// workspaceCommand is one operation of a workspace; see workspaceMain.
+	workspaceCommand = "workspace"
 )
 
 // servePort is the number that the guest channel has in the agent beside an init.
@@ -35,6 +37,8 @@ func Main(version string, args []string) int {
 		return sftpMain()
 	case len(args) > 1 && args[1] == wire.NoopArgument:
 		return 0
+	case len(args) > 2 && args[1] == workspaceCommand:
+		return workspaceMain(args[2], args[3:])
 	case len(args) > 1 && args[1] == serveCommand:
 		a := &agent{version: version, first: true, reaper: newReaper(false), log: openLog()}
 		a.shutdown, a.takeOn = shutdownBesideInit, a.become
@@ -84,6 +88,8 @@ type agent struct {
 	server   *Server
 	timeline []wire.Step
 	loadLate func() error // waits until the late modules are loaded
+	// demanded are the modules that something in the guest may ask for.
+	demanded demandedModules
 	// vsockModules are those that the guest channel needs if it is vsock, in order.
 	vsockModules []wire.Module
 	shutdown     func(wire.Shutdown)
@@ -283,6 +289,10 @@ func (a *agent) loadModules(overVsock bool) error {
 			a.vsockModules = append(a.vsockModules, module)
 		case module.Use == wire.UseLate:
 			late = append(late, module)
+		case module.Use == wire.UseDemand:
+			if err := a.demanded.keep(module); err != nil {
+				return err
+			}
 		default:
 			if err := loadModule(module.Path); err != nil {
 				return err

@@ -25,7 +25,7 @@ func durationOf(t unix.Timespec) time.Duration { return time.Duration(t.Nano()) 
 // is all that the host is told then.
 func (a *agent) serve(host endpoint, fatal error) error {
 	a.server = newServer(a.reaper)
-	a.server.proved = a.rehearsal.wait
+	a.server.proved, a.server.modules = a.rehearsal.wait, &a.demanded
 	for {
 		channel, err := host.next()
 		if err != nil {

@@ -34,6 +34,8 @@ type Server struct {
 	// proved returns an error if the guest can't run programs, and may take as long as one
 	// runs. The host's channels wait for it. Nil: nothing has to be proved.
 	proved func() error
+	// modules are those of the kernel that can be asked for; nil: there are none.
+	modules *demandedModules
 
 	mu       sync.Mutex // guards the following
 	identity identity
@@ -233,6 +235,8 @@ func (l login) handle(channel ssh.NewChannel) {
 		l.exec(channel)
 	case wire.TreeChannel:
 		l.tree(channel)
+	case wire.WorkspaceChannel:
+		l.workspace(channel)
 	case "direct-tcpip":
 		var to struct {
 			Host       string

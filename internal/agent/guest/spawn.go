@@ -25,6 +25,9 @@ type job struct {
 	user account
 	tty  *wire.TTY
 
+	// namespaces are those that the command gets of its own: flags of clone(2).
+	namespaces uintptr
+
 	noStdin bool
 	// mortal: when its client goes away, all that the command has started ends with it,
 	// and not only its process group.
@@ -60,7 +63,7 @@ func (j *job) start(r *reaper) error {
 	attr := &syscall.ProcAttr{
 		Dir: j.dir,
 		Env: j.env,
-		Sys: &syscall.SysProcAttr{Setsid: true, Credential: j.user.credential()},
+		Sys: &syscall.SysProcAttr{Setsid: true, Credential: j.user.credential(), Cloneflags: j.namespaces},
 	}
 	theirs, err := j.connect(attr.Sys)
 	if err != nil {

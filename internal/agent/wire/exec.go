@@ -52,6 +52,13 @@ const (
 // Pack encodes a request. If its texts are too long for one packet, or are not all UTF-8,
 // which JSON can't carry, they are to be sent as the first of the channel's data.
 func (r ExecRequest) Pack() (request, words []byte) {
+	packed, words := r.Fold()
+	return encode(packed), words
+}
+
+// Fold returns a request that can be encoded, with the texts that it leaves out; see
+// [ExecRequest.Pack].
+func (r ExecRequest) Fold() (request ExecRequest, words []byte) {
 	texts := append(append([]string{r.User, r.Dir, ""}, r.Args...), r.Env...)
 	if r.TTY != nil {
 		texts[2] = r.TTY.Term
@@ -62,8 +69,8 @@ func (r ExecRequest) Pack() (request, words []byte) {
 		text = text && utf8.ValidString(word)
 	}
 	if text && size < maxOpenRequest {
-		if request = encode(r); len(request) <= maxOpenRequest {
-			return request, nil
+		if len(encode(r)) <= maxOpenRequest {
+			return r, nil
 		}
 	}
 	packed := ExecRequest{NoStdin: r.NoStdin, Words: &Words{len(r.Args), len(r.Env), size}}
@@ -74,7 +81,7 @@ func (r ExecRequest) Pack() (request, words []byte) {
 	for _, word := range texts {
 		words = append(append(words, word...), 0)
 	}
-	return encode(packed), words
+	return packed, words
 }
 
 func encode(r ExecRequest) []byte {

@@ -14,7 +14,7 @@ type Module struct {
 	// Use says when the module is needed: [UseBoot] before the root file system is
 	// mounted and the guest channel opened, [UseLate] not before the network is up,
 	// [UsePort] and [UseVsock] as UseBoot, but only where the guest channel is a
-	// virtio-serial port or vsock.
+	// virtio-serial port or vsock, [UseDemand] when something in the guest asks for it.
 	Use string `json:"use"`
 }
 
@@ -24,4 +24,6 @@ const (
 	UsePort  = "port"
 	UseVsock = "vsock"
 	UseLate  = "late"
+	// UseDemand is known to agents that come in the same initramfs.
+	UseDemand = "demand"
 )

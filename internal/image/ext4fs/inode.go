@@ -48,10 +48,12 @@ func (fs *fileSystem) writeInode(i *inode) error {
 	le.PutUint32(b[0x04:], uint32(i.size))
 	seconds := uint64(i.modified.Unix())
 	extra := uint32(seconds>>32+seconds>>31&1)&3 | uint32(i.modified.Nanosecond())<<2
-	for _, at := range []int{0x08, 0x0c, 0x10, 0x90} {
+	// But for the time of the last change of state (0x0c and 0x84), which stays the first one,
+	// 1970: any change in a guest makes it another, so that what it has changed can be found.
+	for _, at := range []int{0x08, 0x10, 0x90} {
 		le.PutUint32(b[at:], uint32(seconds))
 	}
-	for _, at := range []int{0x84, 0x88, 0x8c, 0x94} {
+	for _, at := range []int{0x88, 0x8c, 0x94} {
 		le.PutUint32(b[at:], extra)
 	}
 	le.PutUint16(b[0x18:], uint16(i.gid))

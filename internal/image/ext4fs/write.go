@@ -54,6 +54,10 @@ type Data struct {
 // Size returns its length in bytes.
 func (d Data) Size() int64 { return int64(d.size) }
 
+// Sized returns the content of a file of a size, in bytes, that is in no file system: for trees
+// that are only looked at.
+func Sized(size int64) Data { return Data{size: uint64(size)} }
+
 // maxName is the longest name of a file, in bytes.
 const maxName = 255
 

@@ -24,6 +24,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
+	"github.com/smolvm/smolvm/internal/image/readahead"
 )
 
 // Layer is a layer of an image.
@@ -105,6 +106,17 @@ func newBudget(limits Limits) budget {
 	return budget{entries: cmp.Or(limits.Entries, DefaultEntries), bytes: bytes, content: bytes}
 }
 
+// take takes an entry off the budget.
+func (b *budget) take(header *tar.Header) error {
+	if b.entries--; b.entries < 0 {
+		return fmt.Errorf("the layers have more files: %w", ErrLimit)
+	}
+	if b.content -= max(header.Size, 0); b.content < 0 {
+		return fmt.Errorf("the layers have files of more bytes: %w", ErrLimit)
+	}
+	return nil
+}
+
 // unpackLayer applies a layer, and returns the digest of its archive.
 func unpackLayer(ctx context.Context, t *tree, layer Layer, left *budget, progress func(int64)) (string, error) {
 	file, err := layer.Open()
@@ -118,8 +130,8 @@ func unpackLayer(ctx context.Context, t *tree, layer Layer, left *budget, progre
 	}
 	defer unpacked.Close()
 	// It is unpacked ahead, as that and what follows take about as long as each other.
-	ahead := newReadAhead(ctx, unpacked)
-	defer ahead.stop()
+	ahead := readahead.New(ctx, unpacked)
+	defer ahead.Stop()
 	summed := &summer{r: ahead, hash: sha256.New(), left: &left.bytes}
 	if err := t.apply(ctx, tar.NewReader(summed), left); err != nil {
 		return "", err

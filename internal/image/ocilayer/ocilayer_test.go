@@ -157,3 +157,59 @@ func sound(n *ext4fs.Node, above map[*ext4fs.Node]bool) error {
 	}
 	return nil
 }
+
+// What is accepted of a guest is within the limits, and no entry of it is refused later but for
+// what is below it.
+func FuzzCheck(f *testing.F) {
+	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeDir, Name: "a/"}, tar.Header{Typeflag: tar.TypeReg, Name: "a/.wh..wh..opq"}, tar.Header{Typeflag: tar.TypeReg, Name: "a/b"}))
+	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeSymlink, Name: "s", Linkname: ".."}, tar.Header{Typeflag: tar.TypeLink, Name: "l", Linkname: "s"}))
+	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeBlock, Name: "b", Devmajor: 8, PAXRecords: map[string]string{xattrRecord + "security.x": "1"}}))
+	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeReg, Name: strings.Repeat("n", 300)}))
+	f.Fuzz(func(t *testing.T, archive []byte) {
+		limits := Limits{Entries: 100, Bytes: 1 << 20}
+		if Check(t.Context(), bytes.NewReader(archive), limits) != nil {
+			return
+		}
+		to := newTree(nowhere{})
+		left := newBudget(limits)
+		err := to.apply(t.Context(), tar.NewReader(bytes.NewReader(archive)), &left)
+		if errors.Is(err, ErrLimit) {
+			t.Errorf("it was accepted: %v", err)
+		}
+		for r := tar.NewReader(bytes.NewReader(archive)); ; {
+			header, err := r.Next()
+			if err != nil {
+				return
+			}
+			if err := checkEntry(header); err != nil {
+				t.Errorf("it was accepted: %v", err)
+			}
+		}
+	})
+}
+
+// An archive that says of itself that it is within the limits, and is not, is refused.
+func TestCheckLimits(t *testing.T) {
+	files := layerOf(t, tar.Header{Typeflag: tar.TypeReg, Name: "a"}, tar.Header{Typeflag: tar.TypeReg, Name: "b"})
+	for name, test := range map[string]struct {
+		archive io.Reader
+		limits  Limits
+		want    error
+	}{
+		"within":        {bytes.NewReader(files), Limits{Entries: 2, Bytes: 1 << 20}, nil},
+		"many entries":  {bytes.NewReader(files), Limits{Entries: 1}, ErrLimit},
+		"long":          {bytes.NewReader(files), Limits{Bytes: 1000}, ErrLimit},
+		"endless tail":  {io.MultiReader(bytes.NewReader(files), zeros{}), Limits{Bytes: 1 << 20}, ErrLimit},
+		"cut":           {bytes.NewReader(files[:700]), Limits{}, io.ErrUnexpectedEOF},
+		"not an answer": {strings.NewReader(strings.Repeat("no archive", 100)), Limits{}, tar.ErrHeader},
+	} {
+		if err := Check(t.Context(), test.archive, test.limits); !errors.Is(err, test.want) {
+			t.Errorf("%s: %v, want %v", name, err, test.want)
+		}
+	}
+}
+
+// zeros is an endless reader.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }

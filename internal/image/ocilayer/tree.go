@@ -84,11 +84,8 @@ func (t *tree) apply(ctx context.Context, archive *tar.Reader, left *budget) err
 		if err != nil {
 			return err
 		}
-		if left.entries--; left.entries < 0 {
-			return fmt.Errorf("the layers have more files: %w", ErrLimit)
-		}
-		if left.content -= max(header.Size, 0); left.content < 0 {
-			return fmt.Errorf("the layers have files of more bytes: %w", ErrLimit)
+		if err := left.take(header); err != nil {
+			return err
 		}
 		if err := t.applyEntry(header, archive); err != nil {
 			return fmt.Errorf("%.300q: %w", header.Name, err)
@@ -335,7 +332,7 @@ func (t *tree) make(header *tar.Header, content io.Reader) (*ext4fs.Node, error)
 		return &ext4fs.Node{Mode: unix.S_IFREG, Data: data}, err
 	case tar.TypeSymlink:
 		if header.Linkname == "" {
-			return nil, errors.New("the symbolic link leads nowhere")
+			return nil, errNowhere
 		}
 		return &ext4fs.Node{Mode: unix.S_IFLNK | 0o777, Link: header.Linkname}, nil
 	case tar.TypeLink:
@@ -343,8 +340,8 @@ func (t *tree) make(header *tar.Header, content io.Reader) (*ext4fs.Node, error)
 	case tar.TypeFifo:
 		return &ext4fs.Node{Mode: unix.S_IFIFO}, nil
 	case tar.TypeChar, tar.TypeBlock:
-		if header.Devmajor < 0 || header.Devmajor > maxMajor || header.Devminor < 0 || header.Devminor > maxMinor {
-			return nil, fmt.Errorf("there is no device %d:%d", header.Devmajor, header.Devminor)
+		if err := checkDevice(header); err != nil {
+			return nil, err
 		}
 		kind := uint32(unix.S_IFCHR)
 		if header.Typeflag == tar.TypeBlock {
@@ -352,8 +349,21 @@ func (t *tree) make(header *tar.Header, content io.Reader) (*ext4fs.Node, error)
 		}
 		return &ext4fs.Node{Mode: kind, Device: unix.Mkdev(uint32(header.Devmajor), uint32(header.Devminor))}, nil
 	default:
-		return nil, fmt.Errorf("there is no file of type %q", header.Typeflag)
+		return nil, unknownType(header)
 	}
+}
+
+var errNowhere = errors.New("the symbolic link leads nowhere")
+
+func checkDevice(header *tar.Header) error {
+	if header.Devmajor < 0 || header.Devmajor > maxMajor || header.Devminor < 0 || header.Devminor > maxMinor {
+		return fmt.Errorf("there is no device %d:%d", header.Devmajor, header.Devminor)
+	}
+	return nil
+}
+
+func unknownType(header *tar.Header) error {
+	return fmt.Errorf("there is no file of type %q", header.Typeflag)
 }
 
 // linkTarget finds the file that a hard link is to: a symbolic link itself, if it is one.

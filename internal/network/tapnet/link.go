@@ -221,3 +221,24 @@ func findBridge(handle *netlink.Handle, name string) (netlink.Link, error) {
 func single(addr netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())}
 }
+
+// Usage implements [network.Meter]: what the interface has carried, as the kernel counts it, whose
+// side is the other one.
+func (n *Network) Usage() (smolvm.NetworkUsage, error) {
+	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return smolvm.NetworkUsage{}, fmt.Errorf("open netlink: %w", err)
+	}
+	defer handle.Close()
+	n.changing.Lock() // its name changes when it is claimed
+	defer n.changing.Unlock()
+	link, err := handle.LinkByName(n.config.TAP)
+	if err != nil {
+		return smolvm.NetworkUsage{}, fmt.Errorf("look at interface %s: %w", n.config.TAP, err)
+	}
+	counted := link.Attrs().Statistics
+	if counted == nil {
+		return smolvm.NetworkUsage{}, fmt.Errorf("interface %s: the kernel counts nothing", n.config.TAP)
+	}
+	return smolvm.NetworkUsage{Received: int64(counted.TxBytes), Sent: int64(counted.RxBytes)}, nil
+}

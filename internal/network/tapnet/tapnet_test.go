@@ -253,6 +253,9 @@ func TestForward(t *testing.T) {
 	}
 	conn, err := n.DialGuest(t.Context(), echoPort)
 	must(t, err)
+	if usage, err := n.Usage(); usage.Received == 0 || usage.Sent == 0 || err != nil {
+		t.Errorf("usage is %+v, %v", usage, err)
+	}
 	must(t, forward.Close())
 	if _, err := ask("tcp", "127.0.0.1", port, impatience); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("a forward that was closed: %v", err)

@@ -54,6 +54,8 @@ type endpoint struct {
 	pace  atomic.Pointer[pace]    // nil: there is no bound
 
 	dispatcher atomic.Pointer[stack.NetworkDispatcher]
+
+	received, sent atomic.Int64 // by the guest, in bytes
 }
 
 var _ stack.LinkEndpoint = (*endpoint)(nil)
@@ -66,6 +68,7 @@ func (e *endpoint) serve() {
 		if err != nil {
 			return
 		}
+		e.sent.Add(int64(n))
 		if p := e.pace.Load(); p != nil && p.fromGuest != nil {
 			p.wait(p.fromGuest, n)
 		}
@@ -99,7 +102,9 @@ func (e *endpoint) WritePackets(packets stack.PacketBufferList) (int, tcpip.Erro
 func (e *endpoint) write(packet *stack.PacketBuffer) {
 	frame := packet.ToView()
 	_ = e.conn.SetWriteDeadline(time.Now().Add(stallTime))
-	_, _ = e.conn.Write(frame.AsSlice())
+	if _, err := e.conn.Write(frame.AsSlice()); err == nil {
+		e.received.Add(int64(frame.Size()))
+	}
 	frame.Release()
 }
 

@@ -15,6 +15,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/network/intercept"
 	"github.com/smolvm/smolvm/internal/network/outbound"
@@ -104,6 +105,11 @@ func (n *Network) Claim(_ context.Context, config network.Config, _ string) erro
 	}
 	n.setRate(config.Rate)
 	return nil
+}
+
+// Usage implements [network.Meter].
+func (n *Network) Usage() (smolvm.NetworkUsage, error) {
+	return smolvm.NetworkUsage{Received: n.endpoint.received.Load(), Sent: n.endpoint.sent.Load()}, nil
 }
 
 // setRate bounds what passes between the guest and the stack. It is called once more when the

@@ -93,6 +93,9 @@ func TestForward(t *testing.T) {
 	if got.err != nil || got.sent != received || got.received != sent {
 		t.Errorf("what arrives is not what was sent (guest's error: %v)", got.err)
 	}
+	if usage, err := n.Usage(); usage.Received < transferSize || usage.Sent < transferSize || err != nil {
+		t.Errorf("usage is %+v, %v, after %d bytes each way", usage, err, transferSize)
+	}
 }
 
 // One direction is ended long before the other.

@@ -21,6 +21,9 @@ import (
 // at once, if it does at all.
 const dialTimeout = 30 * time.Second
 
+// usageTime bounds how long a VMM may take to tell what it has counted.
+const usageTime = 10 * time.Second
+
 // serveControl answers requests until the listener is closed.
 func (s *process) serveControl(listener net.Listener) {
 	stream.Accept(context.Background(), listener, func(conn net.Conn) { go s.answerRequest(conn) })
@@ -100,6 +103,12 @@ func (s *process) handle(ctx context.Context, asked shim.Request, answer *shim.R
 		return s.session.Pause(ctx)
 	case shim.OpResume:
 		return s.session.Resume(ctx)
+	case shim.OpUsage:
+		ctx, cancel := context.WithTimeout(ctx, usageTime)
+		defer cancel()
+		usage, err := s.session.Usage(ctx)
+		answer.Usage = &usage
+		return err
 	case shim.OpSave:
 		var err error
 		answer.Saved, err = s.session.Save(ctx, asked.Save)

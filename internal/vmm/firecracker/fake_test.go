@@ -153,7 +153,11 @@ func TestEnds(t *testing.T) {
 		"halt":   {vmm.ExitPowerOff, ""},
 		"reboot": {vmm.ExitReboot, ""},
 		"panic":  {vmm.ExitPanic, "told so"},
-		"crash":  {vmm.ExitCrashed, "its seccomp filter forbids): fake Firecracker smolvm-web-1; out of paper"},
+
+		"triple fault":                   {vmm.ExitReboot, "triple fault"},
+		"triple fault of later releases": {vmm.ExitReboot, "triple fault"},
+
+		"crash": {vmm.ExitCrashed, "its seccomp filter forbids): fake Firecracker smolvm-web-1; out of paper"},
 	} {
 		t.Run(order, func(t *testing.T) {
 			t.Parallel()

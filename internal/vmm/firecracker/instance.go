@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"time"
 
@@ -32,6 +33,7 @@ type instance struct {
 	// The guest's console, and Firecracker's own output.
 	console, log *ring.Piped
 	consoleEnd   *os.File // Firecracker's end of the console, until the guest runs
+	metrics      *metrics
 	ending       *ending
 
 	// running holds one while the guest is saved, paused or continued, and guards paused.
@@ -53,6 +55,7 @@ var (
 	_ vmm.Instance    = (*instance)(nil)
 	_ vmm.Consoler    = (*instance)(nil)
 	_ vmm.Limiter     = (*instance)(nil)
+	_ vmm.Meter       = (*instance)(nil)
 	_ vmm.DiskLimiter = (*instance)(nil)
 	_ vmm.Pauser      = (*instance)(nil)
 	_ vmm.Saver       = (*instance)(nil)
@@ -189,6 +192,9 @@ func (i *instance) release() error {
 			errs = append(errs, log.Close())
 		}
 	}
+	if i.metrics != nil {
+		errs = append(errs, i.metrics.close())
+	}
 	if i.limits != nil {
 		i.limits.Remove()
 	}
@@ -205,6 +211,10 @@ const (
 	wordLines = 5
 )
 
+// cpuShutDown is what Firecracker logs when a guest's CPU has shut down: an exception came while
+// the handler of another was looked for, and once more.
+const cpuShutDown = "Received KVM_EXIT_SHUTDOWN"
+
 func (i *instance) classify() vmm.Exit {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -214,6 +224,10 @@ func (i *instance) classify() vmm.Exit {
 		exit.Reason = vmm.ExitKilled
 	case i.halted:
 		exit.Reason = vmm.ExitPowerOff
+	case i.booted() && strings.Contains(i.log.Tail(lastWords), cpuShutDown):
+		// Releases of before 2026 end with success then, as after a reset; later ones don't. It is
+		// also how a kernel resets the machine that knows no other way.
+		exit.Reason, exit.Detail = vmm.ExitReboot, "its CPU shut down, by a triple fault"
 	case i.process.Success() && i.booted():
 		exit.Reason = vmm.ExitReboot
 		// With panic=1 a kernel resets the machine after a panic.

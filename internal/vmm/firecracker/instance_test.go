@@ -110,6 +110,31 @@ func TestDiskLimit(t *testing.T) {
 	}
 }
 
+// Firecracker's metrics count from the last time, and are added up.
+func TestDiskUsage(t *testing.T) {
+	t.Parallel()
+	r := newRoom(t)
+	meter := r.start(r.config(firecrackerfake.Behaviour{}, nil)).(vmm.Meter) //nolint:forcetypeassert // it is one
+	for n := int64(1); n <= 2; n++ {
+		want := smolvm.DiskUsage{Read: 4096 * n, Written: 512 * n, Reads: 2 * n, Writes: n}
+		if got, err := meter.DiskUsage(t.Context()); got != want || err != nil {
+			t.Errorf("usage is %+v, %v, want %+v", got, err, want)
+		}
+	}
+}
+
+// Metrics that never come are not waited for beyond the call's time.
+func TestDiskUsageNeverComes(t *testing.T) {
+	t.Parallel()
+	r := newRoom(t)
+	instance := r.start(r.config(firecrackerfake.Behaviour{Mute: true}, nil))
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if got, err := instance.(vmm.Meter).DiskUsage(ctx); !errors.Is(err, context.DeadlineExceeded) { //nolint:forcetypeassert // it is one
+		t.Errorf("usage is %+v, %v", got, err)
+	}
+}
+
 // A channel is opened when the guest listens, once at a time, and again.
 func TestChannel(t *testing.T) {
 	t.Parallel()

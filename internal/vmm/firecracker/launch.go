@@ -64,6 +64,9 @@ func (b *Backend) launch(ctx context.Context, binary string, cfg vmm.Config, sit
 		return nil, err
 	}
 	defer func() { _ = logEnd.Close() }()
+	if i.metrics, err = openMetrics(i.dir); err != nil {
+		return nil, err
+	}
 
 	cmd := exec.Command(binary, args(cfg, i.dir.jail != nil)...) //nolint:noctx // it outlives the call that starts it
 	if cmd.Dir, err = i.dir.path(); err != nil {
@@ -90,13 +93,14 @@ func (b *Backend) launch(ctx context.Context, binary string, cfg vmm.Config, sit
 	i.api = api.New(func(ctx context.Context) (net.Conn, error) { return i.dir.dial(ctx, nameAPI) })
 	i.console.Start(i.ending)
 	i.log.Start(nil)
+	go i.metrics.read()
 	go i.watch(site)
 	return i, nil
 }
 
 // args is Firecracker's command line, of which a jailer adds a part.
 func args(cfg vmm.Config, jailed bool) []string {
-	all := []string{"--api-sock", nameAPI, "--log-path", nameLog, "--level", "Info"}
+	all := []string{"--api-sock", nameAPI, "--log-path", nameLog, "--level", "Info", "--metrics-path", nameMetrics}
 	if !jailed {
 		all = append([]string{"--id", identifier(cfg.ID)}, all...)
 	}

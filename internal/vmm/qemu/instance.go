@@ -64,6 +64,7 @@ var (
 	_ vmm.Instance = (*instance)(nil)
 	_ vmm.Consoler = (*instance)(nil)
 	_ vmm.Limiter  = (*instance)(nil)
+	_ vmm.Meter    = (*instance)(nil)
 	_ vmm.Pauser   = (*instance)(nil)
 	_ vmm.Saver    = (*instance)(nil)
 	_ vmm.Halter   = (*instance)(nil)

@@ -269,11 +269,36 @@ func drives(k *kit) {
 	if _, code := g.try("printf 'written\\n' | dd of=/dev/vdb conv=notrunc,fsync 2>/dev/null"); code == "0" {
 		k.Error("the guest can write to a read-only drive")
 	}
+	k.checkUsage(g)
 	g.killed()
 	for i, want := range []string{"first\n", "second\n", "written\n"} {
 		if got := readFile(list[i].Path); !strings.HasPrefix(got, want) {
 			k.Errorf("the file of drive %d begins with %.10q, want %q", i, got, want)
 		}
+	}
+}
+
+// checkUsage checks that what a guest has read and written on its drives is counted, if its VMM
+// counts it.
+func (k *kit) checkUsage(g *guest) {
+	k.Helper()
+	meter, ok := g.Instance.(vmm.Meter)
+	if !ok {
+		return
+	}
+	used := func() smolvm.DiskUsage {
+		usage, err := meter.DiskUsage(k.Context())
+		if err != nil {
+			k.Fatal("usage of the drives: ", err)
+		}
+		return usage
+	}
+	before := used()
+	const block = 64 << 10
+	g.run("dd if=/dev/zero of=/dev/vdc bs=64k count=1 seek=2 conv=notrunc,fsync 2>/dev/null; dd if=/dev/vda bs=64k count=1 skip=12 of=/dev/null 2>/dev/null")
+	after := used()
+	if after.Written < before.Written+block || after.Read < before.Read+block || after.Writes <= before.Writes || after.Reads <= before.Reads {
+		k.Errorf("after 64 KiB were written, and as many read, the VMM's count has gone from %+v to %+v", before, after)
 	}
 }
 

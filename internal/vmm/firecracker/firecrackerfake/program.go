@@ -28,6 +28,8 @@ type Behaviour struct {
 	Deaf int `json:"deaf,omitempty"`
 	// Silent has it never make the socket of its API.
 	Silent bool `json:"silent,omitempty"`
+	// Mute has it never write its metrics.
+	Mute bool `json:"mute,omitempty"`
 	// Requests is a file to which each request is appended, as a line "CALL BODY", and
 	// "vsock connection" for each that the guest takes.
 	Requests string `json:"requests,omitempty"`
@@ -49,9 +51,13 @@ func Program(path string, b Behaviour) error {
 
 func quote(text string) string { return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'" }
 
+// Metrics is the line that the fake program writes each time that it is to: what the guest has
+// done since the last one.
+const Metrics = `{"utc_timestamp_ms": 1, "block": {"read_bytes": 4096, "read_count": 2, "write_bytes": 512, "write_count": 1}, "block_drive0": {"read_bytes": 4096}}`
+
 // Main is the fake program. Its arguments are a [Behaviour] and those of Firecracker. Its
 // guest listens on vsock when it runs, and obeys what it is told there, a line each: "halt",
-// "reboot", "panic" and "crash" end it, "print WORDS" prints to the console, anything else is
+// "reboot", "panic", "triple fault" and "crash" end it, "print WORDS" prints to the console, anything else is
 // sent back.
 func Main(args []string) int {
 	var b Behaviour
@@ -67,6 +73,10 @@ func Main(args []string) int {
 		return fail(err)
 	}
 	_, _ = fmt.Fprintln(log, "fake Firecracker", options["--id"])
+	metrics, err := os.OpenFile(options["--metrics-path"], os.O_RDWR, 0)
+	if err != nil {
+		return fail(err)
+	}
 	if b.Silent {
 		// The runtime ends a program in which nothing can ever go on, but for a signal.
 		terminated := make(chan os.Signal, 1)
@@ -77,6 +87,13 @@ func Main(args []string) int {
 	g := &guest{log: log, deaf: b.Deaf, ends: make(chan int)}
 	server := New(Options{
 		Version: b.Version, Call: b.Call, Fault: b.Fault, Start: g.start, Record: b.Requests,
+		Flush: func() error {
+			if b.Mute {
+				return nil
+			}
+			_, err := fmt.Fprintln(metrics, Metrics)
+			return err
+		},
 		Die: func() {
 			_, _ = fmt.Fprintln(log, "the fake dies")
 			g.end(1)
@@ -170,6 +187,13 @@ func (g *guest) serve(conn net.Conn) {
 		case line == "panic":
 			say("[    1.000000] Kernel panic - not syncing: told so\r")
 			g.end(0)
+		case line == "triple fault", line == "triple fault of later releases":
+			_, _ = fmt.Fprintln(g.log, "[fake:fc_vcpu 0] Received KVM_EXIT_SHUTDOWN signal")
+			status := 0
+			if line != "triple fault" {
+				status = 1 // they don't take it for a success
+			}
+			g.end(status)
 		case line == "crash":
 			_, _ = fmt.Fprintln(g.log, "out of paper")
 			const badSyscall = 148

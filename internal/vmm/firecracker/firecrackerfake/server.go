@@ -43,6 +43,8 @@ type Options struct {
 	Fault Fault
 	// Start is called when a guest is to be started, or restored from a state. Nil: nothing is.
 	Start func(from *Saved) error
+	// Flush writes the metrics. Nil: nothing does.
+	Flush func() error
 	// Die ends Firecracker. Nil: the connection is closed.
 	Die func()
 	// Record is a file to which each request is appended, a line each. Empty: none is.
@@ -225,11 +227,14 @@ func (s *Server) state() string {
 }
 
 func (s *Server) act(body []byte) error {
-	if !bytes.Contains(body, []byte("InstanceStart")) {
-		return nil
+	switch {
+	case bytes.Contains(body, []byte("InstanceStart")):
+		s.started = true
+		return s.start(nil)
+	case bytes.Contains(body, []byte("FlushMetrics")) && s.opts.Flush != nil:
+		return s.opts.Flush()
 	}
-	s.started = true
-	return s.start(nil)
+	return nil
 }
 
 func (s *Server) start(from *Saved) error {

@@ -1,4 +1,6 @@
-package ocilayer
+// Package readahead reads a stream in a goroutine of its own, so that what unpacks and what uses it
+// take turns on two CPUs.
+package readahead
 
 import (
 	"context"
@@ -11,8 +13,8 @@ const (
 	chunks    = 8
 )
 
-// readAhead is a reader of what a goroutine has read already.
-type readAhead struct {
+// Reader is a reader of what a goroutine has read already.
+type Reader struct {
 	ctx    context.Context // of the call that it is for
 	cancel context.CancelFunc
 	full   chan chunk
@@ -29,10 +31,11 @@ type chunk struct {
 	err    error
 }
 
-// newReadAhead begins to read. It ends with the reader, with the context, or by stop.
-func newReadAhead(ctx context.Context, r io.Reader) *readAhead {
+// New begins to read. It ends with the reader, with the context, or by Stop, which has to be called
+// before the reader may be closed.
+func New(ctx context.Context, r io.Reader) *Reader {
 	ctx, cancel := context.WithCancel(ctx)
-	a := &readAhead{ctx: ctx, cancel: cancel, full: make(chan chunk, chunks), free: make(chan []byte, chunks), done: make(chan struct{})}
+	a := &Reader{ctx: ctx, cancel: cancel, full: make(chan chunk, chunks), free: make(chan []byte, chunks), done: make(chan struct{})}
 	for range chunks {
 		a.free <- make([]byte, chunkSize)
 	}
@@ -40,7 +43,7 @@ func newReadAhead(ctx context.Context, r io.Reader) *readAhead {
 	return a
 }
 
-func (a *readAhead) run(r io.Reader) {
+func (a *Reader) run(r io.Reader) {
 	defer close(a.done)
 	for {
 		select {
@@ -60,13 +63,13 @@ func (a *readAhead) run(r io.Reader) {
 	}
 }
 
-// stop ends the goroutine, and waits for it.
-func (a *readAhead) stop() {
+// Stop ends the goroutine, and waits for it.
+func (a *Reader) Stop() {
 	a.cancel()
 	<-a.done
 }
 
-func (a *readAhead) Read(b []byte) (int, error) {
+func (a *Reader) Read(b []byte) (int, error) {
 	for len(a.rest) == 0 {
 		if a.now.err != nil {
 			return 0, a.now.err
