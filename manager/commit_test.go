@@ -2,6 +2,7 @@ package manager_test
 
 import (
 	"errors"
+	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -9,6 +10,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/workspace"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -105,11 +107,7 @@ func TestCommitImageRefused(t *testing.T) {
 			t.Errorf("as %q: %v", name, err)
 		}
 	}
-	// An agent of an earlier build, as in a snapshot, refuses what it does not know.
-	vm := mustRun(t, m, smolvm.VMConfig{ID: "earlier"})
-	if _, err := m.CommitImage(t.Context(), vm.ID, "app", smolvm.CommitOptions{}); err == nil || !strings.Contains(err.Error(), "earlier version of smolvm") {
-		t.Errorf("by an agent of an earlier build: %v", err)
-	}
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "paused"})
 	if _, err := m.Pause(t.Context(), vm.ID); err != nil {
 		t.Fatal(err)
 	}
@@ -120,3 +118,20 @@ func TestCommitImageRefused(t *testing.T) {
 		t.Errorf("there are %+v, %v", images, err)
 	}
 }
+
+// An agent of an earlier build, as in a snapshot, refuses what it does not know, and what to do is
+// said.
+func TestWorkspaceOfEarlierAgent(t *testing.T) {
+	t.Parallel()
+	w := openWorkspace(t, openFake(t), workspace.Options{})
+	for name, err := range map[string]error{
+		"a layer": w.Layer(t.Context(), io.Discard),
+		"a step":  second(w.Run(t.Context(), workspace.Command{Args: []string{"true"}})),
+	} {
+		if err == nil || !strings.Contains(err.Error(), "earlier version of smolvm") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func second(_ smolvm.ExitStatus, err error) error { return err }
