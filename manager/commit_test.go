@@ -1,11 +1,14 @@
 package manager_test
 
 import (
+	"archive/tar"
 	"errors"
 	"io"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/klauspost/compress/zstd"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/ociref"
@@ -39,6 +42,37 @@ func layersOf(t *testing.T, m *manager.Manager, name string) []ocistore.Layer {
 	return image.Layers
 }
 
+// checkCapable fails unless a layer has the file with its capability, and with the mode that it
+// was given.
+func checkCapable(t *testing.T, m *manager.Manager, layer ocistore.Layer) {
+	t.Helper()
+	file, err := m.OCI().OpenLayer(layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = file.Close() }()
+	unpacked, err := zstd.NewReader(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unpacked.Close()
+	for r := tar.NewReader(unpacked); ; {
+		header, err := r.Next()
+		if err != nil {
+			t.Fatalf("it is not in the layer: %v", err)
+		}
+		if header.Name != "opt/capable" {
+			continue
+		}
+		for name, value := range capable() {
+			if header.PAXRecords[name] != value || header.Mode != 0o700 {
+				t.Errorf("it is %+v", header)
+			}
+		}
+		return
+	}
+}
+
 // What was changed in a VM is in the image that is made of it, and nothing of the VM's own: of a
 // VM that runs, and of one that does not; of an image without layers, and of one with them.
 func TestCommitImage(t *testing.T) {
@@ -65,11 +99,23 @@ func TestCommitImage(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	second := mustRun(t, m, smolvm.VMConfig{ID: "second", Image: "app:1"})
+	// On a layer with what no program of the guest can make: a file with a capability.
+	ref, err := ociref.Parse("capable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	above, err := m.OCI().AddLayer(ctx, tarOf(t, &tar.Header{Typeflag: tar.TypeReg, Name: "opt/capable", Mode: 0o755, Size: 3, PAXRecords: capable()}))
+	if err == nil {
+		_, err = m.OCI().AddImage(ctx, ref, []byte(`{}`), append(layersOf(t, m, "app:1"), above))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := mustRun(t, m, smolvm.VMConfig{ID: "second", Image: "capable"})
 	if got := said(t, m, second.ID, look); got != want {
 		t.Errorf("the image has\n%s\nwant\n%s", got, want)
 	}
-	said(t, m, second.ID, `test ! -e /run/x; cat /tmp/x; ! grep -r secret-name /etc; echo more > /opt/more; rm /opt/text; echo text > /opt/text`)
+	said(t, m, second.ID, `test ! -e /run/x; cat /tmp/x; ! grep -r secret-name /etc; echo more > /opt/more; chmod 700 /opt/capable; rm /opt/text; echo text > /opt/text`)
 	if _, err := m.Stop(ctx, second.ID, smolvm.StopOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -80,9 +126,10 @@ func TestCommitImage(t *testing.T) {
 		t.Errorf("it is %s, %v", vm.State, err)
 	}
 	layers := layersOf(t, m, "app:2")
-	if len(layers) != 2 || layers[0] != layersOf(t, m, "app:1")[0] || layers[1].Size > 4<<10 {
-		t.Errorf("its layers are %+v", layers)
+	if len(layers) != 3 || layers[0] != layersOf(t, m, "app:1")[0] || layers[2].Size > 4<<10 {
+		t.Fatalf("its layers are %+v", layers)
 	}
+	checkCapable(t, m, layers[2])
 	if err := m.Delete(ctx, second.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
