@@ -130,6 +130,9 @@ type Images interface {
 	// PullImage fetches an OCI image from its registry, and makes it bootable. Layers that are
 	// there are not fetched again.
 	PullImage(ctx context.Context, ref string, opts PullOptions) (Image, error)
+	// BuildDockerfile builds an image from a Dockerfile. What was built before is used again,
+	// step by step. What is wrong with the Dockerfile is a [*DockerfileError].
+	BuildDockerfile(ctx context.Context, opts DockerfileOptions) (Image, error)
 	// Images lists the images, the oldest first.
 	Images(ctx context.Context) ([]Image, error)
 	// Image finds an image by name, digest, or the beginning of its digest.
