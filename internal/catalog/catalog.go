@@ -42,6 +42,7 @@ const minAbbreviation = 8
 func (c *Catalog) Find(ctx context.Context, text string) (smolvm.Image, error) {
 	found, err := c.Bootable.Get(ctx, text)
 	if err == nil {
+		found.Hides = c.hidden(found.Names)
 		return c.named(found)
 	}
 	if !errors.Is(err, smolvm.ErrImageNotFound) {
@@ -100,6 +101,21 @@ func unmade(oci ocistore.Image) smolvm.Image {
 		Names: []string{}, Arch: arch, Source: oci.Name, CreatedAt: oci.AddedAt,
 		OCI: &smolvm.OCIImage{Digest: oci.Digest, Reference: oci.Name},
 	}
+}
+
+// hidden returns the whole names of the OCI images that names of ours hide.
+func (c *Catalog) hidden(ours []string) []string {
+	var hidden []string
+	for _, name := range ours {
+		ref, err := ociref.Parse(name)
+		if err != nil {
+			continue
+		}
+		if _, err := c.OCI.Get(ref); !errors.Is(err, smolvm.ErrImageNotFound) {
+			hidden = append(hidden, ref.String())
+		}
+	}
+	return hidden
 }
 
 // named adds the names that lead to an image by its OCI image.
@@ -162,6 +178,7 @@ func (c *Catalog) List(ctx context.Context) ([]smolvm.Image, error) {
 	}
 	made := map[string]bool{}
 	for i := range images {
+		images[i].Hides = c.hidden(images[i].Names)
 		images[i] = c.withNames(images[i], names)
 		if oci := images[i].OCI; oci != nil {
 			made[oci.Digest] = true
