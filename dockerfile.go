@@ -23,6 +23,8 @@ type DockerfileOptions struct {
 	// Tags are names that the image gets, as docker has them: "app" is
 	// "docker.io/library/app:latest". None: it has a digest only, and `image prune` removes it.
 	Tags []string
+	// Export has the image be written too; the zero value does not.
+	Export ExportOptions
 	// Target is the stage that is built, by name or number. Empty: the last one.
 	Target string
 	// Args are the values of the Dockerfile's ARGs. SOURCE_DATE_EPOCH is the time of all that

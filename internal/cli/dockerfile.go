@@ -19,6 +19,7 @@ type dockerfileFlags struct {
 	egress  egressFlags
 	// file is the Dockerfile's path, or - for the standard input.
 	file, progress string
+	output         imageOutput
 	names          []string // of the flags
 }
 
@@ -35,6 +36,7 @@ func (f *dockerfileFlags) register(cmd *cobra.Command) {
 	flags.BoolVar(&options.Pull, "pull", false, "ask registries what the names of base images mean now")
 	flags.StringVar(&options.Platform, "platform", "", "`OS/ARCH` of the image: this host's, or it is refused")
 	flags.StringVar(&f.progress, "progress", "auto", "show the progress by `TYPE`: auto, or plain, with all that commands say")
+	flags.FuncP("output", "o", "write the image too: `type=oci,dest=PATH[,tar=false]`, an archive, or without tar a directory; - is stdout", f.output.parse)
 	flags.IntVar(&options.VM.VCPUs, "vcpus", 0, fmt.Sprintf("`N` virtual CPUs for RUN (default %d)", smolvm.DefaultVCPUs))
 	flags.FuncP("memory", "m", fmt.Sprintf("memory of `SIZE` for RUN: MiB, or as in 2G (default %d)", smolvm.DefaultMemoryMiB), func(text string) error {
 		size, err := parseMebibytes(text)
@@ -44,7 +46,7 @@ func (f *dockerfileFlags) register(cmd *cobra.Command) {
 	networkFlag(cmd, &options.VM.Network)
 	f.egress.register(cmd)
 	complete(cmd, "progress", words("auto", "plain"))
-	for _, name := range []string{"tag", "target", "build-arg", "label", "secret", "platform", "vcpus", "memory"} {
+	for _, name := range []string{"tag", "target", "build-arg", "label", "secret", "platform", "output", "vcpus", "memory"} {
 		complete(cmd, name, words())
 	}
 	for name := range flagNames(cmd) {
@@ -213,14 +215,86 @@ func (a *app) buildDockerfile(cmd *cobra.Command, f *dockerfileFlags, args []str
 		options.Progress = shown.update
 	}
 	return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+		file, err := f.output.open(a, &options.Export)
+		if err != nil {
+			return err
+		}
 		image, err := m.BuildDockerfile(cmd.Context(), options)
 		shown.finish()
-		if err != nil {
+		if err := f.output.close(file, err); err != nil {
 			a.showLines(options, err)
 			return err
 		}
+		if f.output.dest == "-" {
+			return nil // where the archive is
+		}
 		return a.printImage(image)
 	})
+}
+
+// imageOutput is where an image is written to that is built; the zero value is nowhere.
+type imageOutput struct {
+	dest  string
+	isDir bool
+}
+
+// parse reads type=oci,dest=PATH[,tar=false]. Archives are such that docker load reads them too.
+func (o *imageOutput) parse(text string) error {
+	*o = imageOutput{}
+	kind := ""
+	for field := range strings.SplitSeq(text, ",") {
+		switch name, value, _ := strings.Cut(field, "="); {
+		case name == "type":
+			kind = value
+		case name == "dest":
+			o.dest = value
+		case name == "tar" && (value == "true" || value == "false"):
+			o.isDir = value == "false"
+		default:
+			return fmt.Errorf("%q is none of type=oci, dest=PATH and tar=false", field)
+		}
+	}
+	switch {
+	case kind != "oci" && kind != "docker":
+		return fmt.Errorf("its type is %q, and can be oci or docker", kind)
+	case o.dest == "" || o.isDir && o.dest == "-":
+		return errors.New("it has no dest=PATH")
+	}
+	return nil
+}
+
+// open has the image be written. The file is nil if there is none.
+func (o *imageOutput) open(a *app, to *smolvm.ExportOptions) (*os.File, error) {
+	switch {
+	case o.dest == "":
+	case o.isDir:
+		to.Dir = o.dest
+	case o.dest == "-":
+		if _, isTerminal := terminal(a.Stdout); isTerminal {
+			return nil, usagef("an archive is not for a terminal; give a file, or a pipe")
+		}
+		to.Archive = a.Program.Stdout
+	default:
+		file, err := os.Create(o.dest)
+		if err != nil {
+			return nil, err
+		}
+		to.Archive = file
+		return file, nil
+	}
+	return nil, nil
+}
+
+// close closes the file, and removes one that is not whole.
+func (o *imageOutput) close(file *os.File, err error) error {
+	if file == nil {
+		return err
+	}
+	err = errors.Join(err, file.Close())
+	if info, statErr := os.Stat(o.dest); err != nil && statErr == nil && info.Mode().IsRegular() {
+		_ = os.Remove(o.dest)
+	}
+	return err
 }
 
 // showLines shows the lines of a Dockerfile that an error is about, as docker does.

@@ -91,11 +91,12 @@ func (b *Builder) Build(ctx context.Context, opts smolvm.DockerfileOptions) (smo
 		return smolvm.Image{}, err
 	}
 	step.Reached(ctx, "image build/built")
-	return b.store(ctx, result, tags)
+	return b.store(ctx, result, tags, opts.Export)
 }
 
-// store stores an image that was built, makes it bootable, and then gives it its names.
-func (b *Builder) store(ctx context.Context, result imagebuild.Result, tags []ociref.Ref) (smolvm.Image, error) {
+// store stores an image that was built, makes it bootable, and then gives it its names. It is
+// written where that is asked for.
+func (b *Builder) store(ctx context.Context, result imagebuild.Result, tags []ociref.Ref, export smolvm.ExportOptions) (smolvm.Image, error) {
 	oci, err := b.Catalog.OCI.AddImage(ctx, ociref.Ref{}, result.Config, result.Layers)
 	if err != nil {
 		return smolvm.Image{}, err
@@ -104,6 +105,12 @@ func (b *Builder) store(ctx context.Context, result imagebuild.Result, tags []oc
 		oci.Name = tags[0].String() // by which it is shown what it was made of
 	}
 	made, err := b.Catalog.Boot(ctx, oci, nil)
+	if err == nil && export.Archive != nil {
+		err = b.Catalog.OCI.Export(ctx, oci, export.Archive)
+	}
+	if err == nil && export.Dir != "" {
+		err = b.Catalog.OCI.ExportDir(ctx, oci, export.Dir)
+	}
 	if err != nil || len(tags) == 0 {
 		return made, err
 	}

@@ -125,10 +125,25 @@ func TestBuild(t *testing.T) {
 		t.Errorf("built again: %s, and before %s", again.Digest, made.Digest)
 	}
 	for _, from := range []string{"app", made.Digest, "localhost:5000/app:2"} {
-		child, err := b.Build(t.Context(), smolvm.DockerfileOptions{Context: dir, DockerfileText: []byte("FROM " + from + "\nCOPY --from=app /a /b\n")})
+		var archive bytes.Buffer
+		layout := filepath.Join(t.TempDir(), "layout")
+		child, err := b.Build(t.Context(), smolvm.DockerfileOptions{Context: dir, DockerfileText: []byte("FROM " + from + "\nCOPY --from=app /a /b\n"),
+			Export: smolvm.ExportOptions{Archive: &archive, Dir: layout}})
 		must(t, err)
 		if len(child.Names) > 0 || child.Config.Labels["l"] != "1" {
 			t.Errorf("built from %s: %+v", from, child)
+		}
+		// Elsewhere it is the same image.
+		other, err := ocistore.Open(t.TempDir(), ocistore.Limits{})
+		must(t, err)
+		name, err := ociref.Parse("exported")
+		must(t, err)
+		imported, err := other.Import(t.Context(), &archive, ocistore.ImportOptions{Name: name})
+		must(t, err)
+		again, err := other.ImportDir(t.Context(), layout, ocistore.ImportOptions{Name: name})
+		must(t, err)
+		if imported[0].Digest != child.OCI.Digest || again[0].Digest != child.OCI.Digest {
+			t.Errorf("exported %s and %s, built %s", imported[0].Digest, again[0].Digest, child.OCI.Digest)
 		}
 	}
 	if left, err := os.ReadDir(b.CacheDir); err != nil || len(left) > 0 {
