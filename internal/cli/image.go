@@ -73,16 +73,22 @@ func digestOf(image smolvm.Image) string {
 
 const imageBuildLong = `Build an image and print its digest. Without flags it is the default image: the
 distribution's kernel, fetched by the host's package manager, and a small busybox
-system. Packages and images that are there already are used again.`
+system. Packages and images that are there already are used again.
+
+debian, python, node and dev are images of the distribution's packages; they are built when
+they are first run, or by name here, and with --force of newer packages. --packages and
+--recipe make others, on hosts with Debian or Ubuntu: packages are fetched by the host's apt
+and keys, unpacked without running anything of theirs, and configured in a VM.`
 
 func (a *app) imageBuildCommand() *cobra.Command {
 	var options smolvm.BuildOptions
 	var quiet bool
 	cmd := &cobra.Command{
-		Use:               "build [flags] [NAME]",
-		Short:             "Build an image",
-		Long:              imageBuildLong,
-		Example:           "  smolvm image build\n  smolvm image build --rootfs alpine.ext4 alpine",
+		Use:   "build [flags] [NAME]",
+		Short: "Build an image",
+		Long:  imageBuildLong,
+		Example: "  smolvm image build\n  smolvm image build --rootfs alpine.ext4 alpine\n" +
+			"  smolvm image build --packages python3,ffmpeg --name media\n  smolvm image build --force dev",
 		Args:              needs(0, 1, "at most one name"),
 		ValidArgsFunction: first(a.imageNames()),
 	}
@@ -90,11 +96,17 @@ func (a *app) imageBuildCommand() *cobra.Command {
 	flags.StringVar(&options.Rootfs, "rootfs", "", "root file system: an ext4 image or a directory at `PATH`")
 	flags.StringVar(&options.Kernel, "kernel", "", "kernel in `FILE`, as ELF or bzImage")
 	flags.StringVar(&options.ModulesDir, "modules", "", "modules of --kernel in `DIR`, as under /lib/modules")
+	flags.StringSliceVar(&options.Packages, "packages", nil, "make it of the distribution's packages `NAME,...`")
+	flags.StringVar(&options.RecipeFile, "recipe", "", "make it of packages as the recipe in `FILE` says")
+	flags.StringVar(&options.Name, "name", "", "name the image `NAME`, as the argument does")
 	flags.BoolVar(&options.Force, "force", false, "build even if the same image is there")
 	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
 	complete(cmd, "modules", directories)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
+			if options.Name != "" && options.Name != args[0] {
+				return usagef("the image has two names: give it by --name, or as the argument")
+			}
 			options.Name = args[0]
 		}
 		if !quiet {
