@@ -218,6 +218,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		config.Drives[i].Format = smolvm.DiskFormat(found.Format)
 		files = append(files, broughtDisk{fmt.Sprintf("drives[%d].path", i), drive.Path, found.Format})
 	}
+	hint = cmp.Or(hint, m.checkMounts(*config, bad))
 	retained := m.retainedFormat(*config)
 	backend, err := m.backendFor(context.Background(), config.Backend, needsOf(files, retained))
 	switch {
