@@ -115,6 +115,10 @@ type PullOptions struct {
 type CommitOptions struct {
 	// Author and Message are kept with the image.
 	Author, Message string
+	// Changes are instructions of a Dockerfile that change the configuration, one each, such as
+	// `CMD ["serve"]`: CMD, ENTRYPOINT, ENV, EXPOSE, HEALTHCHECK, LABEL, ONBUILD, STOPSIGNAL, USER,
+	// VOLUME and WORKDIR.
+	Changes []string
 	// NoPause lets the VM's commands go on while it is read. By default they are held, so that
 	// the image has their files as they were at one moment.
 	NoPause bool

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -143,7 +144,7 @@ func (m *Manager) PruneImages(ctx context.Context) ([]smolvm.Image, error) {
 		return len(created) > 0, err
 	})
 	step.Reached(ctx, "image prune/removed")
-	return gone, errors.Join(err, m.catalog.Prune(ctx), m.dropTemplates(ctx))
+	return gone, errors.Join(err, m.catalog.Prune(ctx), os.RemoveAll(m.dir.BuildCaches()), m.dropTemplates(ctx))
 }
 
 // imageUsers says by digest what is based on an image, in words.
