@@ -44,6 +44,9 @@ func (l *layer) writeDatabase() error {
 			}
 		}
 		files["/info/"+p.instance()+".list"] = p.list()
+		if p.sums != nil {
+			files["/info/"+p.instance()+".md5sums"] = p.sums.String()
+		}
 	}
 	files["/status"] = status.String()
 	for _, name := range slices.Sorted(maps.Keys(files)) {

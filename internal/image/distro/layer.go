@@ -71,6 +71,9 @@ type installed struct {
 	paths     []string          // as the package has them, without a leading slash
 	gone      map[string]bool   // those that others have taken over, as they are in the layer
 	conffiles map[string]string // with their MD5 sums, which are empty until they are known
+	// sums are the MD5 sums of the other files, of a package that has no list of them: dpkg makes
+	// one then.
+	sums *strings.Builder
 }
 
 func (i *installed) name() string { return i.Control.Get("Package") }
@@ -166,6 +169,9 @@ func (l *layer) add(ctx context.Context, opened *deb.Package) error {
 	var err error
 	if p.conffiles, err = readConffiles(opened.Info["conffiles"]); err != nil {
 		return err
+	}
+	if opened.Info["md5sums"] == nil {
+		p.sums = &strings.Builder{}
 	}
 	l.packages = append(l.packages, p)
 	data, err := opened.Data()
@@ -369,7 +375,8 @@ func (l *layer) copyFile(p *installed, original string, out *tar.Header, content
 	if err := l.out.WriteHeader(out); err != nil {
 		return err
 	}
-	if _, ok := p.conffiles[original]; !ok {
+	_, isConffile := p.conffiles[original]
+	if !isConffile && p.sums == nil {
 		_, err := io.Copy(l.out, content)
 		return err
 	}
@@ -377,7 +384,12 @@ func (l *layer) copyFile(p *installed, original string, out *tar.Header, content
 	if _, err := io.Copy(io.MultiWriter(l.out, sum), content); err != nil {
 		return err
 	}
-	p.conffiles[original] = hex.EncodeToString(sum.Sum(nil))
+	text := hex.EncodeToString(sum.Sum(nil))
+	if isConffile {
+		p.conffiles[original] = text
+	} else {
+		p.sums.WriteString(text + "  " + strings.TrimPrefix(original, "/") + "\n")
+	}
 	return nil
 }
 

@@ -83,7 +83,9 @@ func TestWriteLayer(t *testing.T) {
 	for name, content := range map[string]string{
 		"etc/base.conf": "yes\n", "usr/bin/tool": "tool", "usr/lib64/ld.so": "elf", "etc/mine": "mine", "usr/share/doc/base/copyright": "(c)",
 		"var/lib/dpkg/info/base.preinst": "#!/bin/sh\n", "var/lib/dpkg/info/lib:amd64.postinst": "#!/bin/sh\n", "var/lib/dpkg/info/format": "1\n",
-		"var/lib/dpkg/triggers/File": "/usr/lib/x base\n/usr/lib/y lib:amd64\n", "var/lib/dpkg/triggers/ldconfig": "base/noawait\n",
+		// As dpkg makes it where a package has none, without files of configuration.
+		"var/lib/dpkg/info/lib:amd64.md5sums": "aab4b125bca447f96d4fe7920863a1ed  lib64/ld.so\n",
+		"var/lib/dpkg/triggers/File":          "/usr/lib/x base\n/usr/lib/y lib:amd64\n", "var/lib/dpkg/triggers/ldconfig": "base/noawait\n",
 		"var/lib/dpkg/info/lib:amd64.list": "/.\n/lib64\n/lib64/ld.so\n/tmp\n/usr/lib/tool\n/usr/bin/again\n",
 	} {
 		if e, ok := entries[name]; !ok || e.content != content {

@@ -2,17 +2,13 @@ package distro_test
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,76 +17,13 @@ import (
 	"github.com/smolvm/smolvm/internal/image/distro"
 )
 
-// mirror is a mirror of a distribution of the test's.
-type mirror struct {
-	url   string
-	files map[string][]byte
-	// changed is when the files were changed.
-	changed time.Time
-	// cut is how many answers with packages are cut off in their middle, and resumed how many
-	// requests went on where such an answer ended.
-	cut, resumed atomic.Int32
-}
-
-func (m *mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	content, ok := m.files[strings.TrimPrefix(r.URL.Path, "/")]
-	if !ok {
-		http.NotFound(w, r)
-		return
-	}
-	if strings.HasSuffix(r.URL.Path, ".deb") {
-		if r.Header.Get("Range") != "" {
-			m.resumed.Add(1)
-		} else if m.cut.Add(-1) >= 0 {
-			w.Header().Set("Content-Length", fmt.Sprint(len(content)))
-			_, _ = w.Write(content[:len(content)/2])
-			panic(http.ErrAbortHandler)
-		}
-	}
-	http.ServeContent(w, r, "", m.changed, bytes.NewReader(content))
-}
-
-// newMirror serves packages, and has the apt of this test use it instead of the host's mirrors.
-// What sources.list has before the URI is options.
-func newMirror(t *testing.T, options string, packages ...debtest.Package) *mirror {
+func newMirror(t *testing.T, options string, packages ...debtest.Package) *debtest.Mirror {
 	t.Helper()
-	if _, err := exec.LookPath("apt-get"); err != nil {
-		t.Skip("apt-get is not on this host")
-	}
-	m := &mirror{files: map[string][]byte{}, changed: time.Unix(1_600_000_000, 0)}
-	var list strings.Builder
+	var debs []debtest.Deb
 	for _, p := range packages {
-		content := p.Bytes(t)
-		name := "pool/" + p.Name + ".deb"
-		m.files[name] = content
-		control := p.Control
-		if control == "" {
-			control = debtest.Control(p.Name, "")
-		}
-		fmt.Fprintf(&list, "%sFilename: %s\nSize: %d\nSHA256: %x\n\n", control, name, len(content), sha256.Sum256(content))
+		debs = append(debs, p.Deb(t))
 	}
-	index := "main/binary-" + runtime.GOARCH + "/Packages"
-	m.files["dists/test/"+index] = []byte(list.String())
-	m.files["dists/test/Release"] = fmt.Appendf(nil, "Origin: Debian\nCodename: test\nSuite: test\nArchitectures: %s\nComponents: main\n"+
-		"Date: Sat, 01 Jan 2022 00:00:00 UTC\nSHA256:\n %x %d %s\n", runtime.GOARCH, sha256.Sum256([]byte(list.String())), list.Len(), index)
-	server := httptest.NewServer(m)
-	t.Cleanup(server.Close)
-	m.url = server.URL
-	configureAPT(t, fmt.Sprintf("deb %s %s test main\n", options, server.URL))
-	return m
-}
-
-// configureAPT has the apt of this test use other sources than the host's.
-func configureAPT(t *testing.T, sources string) {
-	t.Helper()
-	etc := t.TempDir()
-	config := fmt.Sprintf("Dir::Etc %q;\nAcquire::http::Proxy \"DIRECT\";\nAcquire::Retries::Delay \"false\";\nAcquire::Check-Date \"false\";\n", etc)
-	for name, text := range map[string]string{"apt.conf": config, "sources.list": sources} {
-		if err := os.WriteFile(filepath.Join(etc, name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Setenv("APT_CONFIG", filepath.Join(etc, "apt.conf"))
+	return debtest.NewMirror(t, options, debs...)
 }
 
 // distribution returns packages of a small one.
@@ -169,20 +102,20 @@ func TestSource(t *testing.T) {
 	recipe := distro.Recipe{Packages: []string{"app"}}
 	planned := plan(t, source, recipe)
 	missing, err := source.Missing(t.Context(), recipe)
-	if want := int64(5 * len(m.files["pool/app.deb"])); err != nil || missing < want/2 || missing > 2*want {
+	if want := int64(5 * len(m.Files["pool/app.deb"])); err != nil || missing < want/2 || missing > 2*want {
 		t.Errorf("%d bytes are missing (%v), want some %d", missing, err, want)
 	}
-	m.cut.Store(1)
+	m.Cut.Store(1)
 	files, err := source.Fetch(t.Context(), recipe, planned, func(float64) {})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if m.resumed.Load() == 0 {
+	if m.Resumed.Load() == 0 {
 		t.Error("what was cut off did not go on")
 	}
 	for i, p := range planned {
 		content, err := os.ReadFile(files[i])
-		if err != nil || !bytes.Equal(content, m.files["pool/"+p.Name+".deb"]) {
+		if err != nil || !bytes.Equal(content, m.Files["pool/"+p.Name+".deb"]) {
 			t.Errorf("package %s is not what the mirror has: %v", p.Name, err)
 		}
 	}
@@ -191,12 +124,12 @@ func TestSource(t *testing.T) {
 	}
 
 	mirrors, err := source.Mirrors(t.Context())
-	if want := "URIs: " + m.url + "/\nSuites: test\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"; err != nil || !strings.Contains(mirrors, want) {
+	if want := "URIs: " + m.URL + "/\nSuites: test\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"; err != nil || !strings.Contains(mirrors, want) {
 		t.Errorf("the guest's mirrors are %q (%v)", mirrors, err)
 	}
 
 	t.Run("lists of before", func(t *testing.T) {
-		m.files = nil
+		m.Files = nil
 		warning, err := source.Update(t.Context(), func(float64) {})
 		if err != nil || warning == "" {
 			t.Errorf("it warns of %q, %v", warning, err)
@@ -274,11 +207,11 @@ func TestUpdateRefusesBadSignature(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := newMirror(t, "[signed-by="+key+"]", distribution()...)
-	m.files["dists/test/InRelease"] = run(m.files["dists/test/Release"], "--clearsign")
+	m.Files["dists/test/InRelease"] = run(m.Files["dists/test/Release"], "--clearsign")
 	source := openSource(t)
 	update(t, source)
-	m.files["dists/test/InRelease"] = bytes.Replace(m.files["dists/test/InRelease"], []byte("Suite: test"), []byte("Suite: fest"), 1)
-	m.changed = m.changed.Add(time.Hour)
+	m.Files["dists/test/InRelease"] = bytes.Replace(m.Files["dists/test/InRelease"], []byte("Suite: test"), []byte("Suite: fest"), 1)
+	m.Changed = m.Changed.Add(time.Hour)
 	_, err = source.Update(t.Context(), func(float64) {})
 	if err == nil || !strings.Contains(err.Error(), "not signed by a key of this host") {
 		t.Errorf("the error is %v", err)
@@ -287,7 +220,7 @@ func TestUpdateRefusesBadSignature(t *testing.T) {
 
 func TestUpdateWithoutNetwork(t *testing.T) {
 	newMirror(t, "[trusted=yes]", distribution()...)
-	configureAPT(t, "deb [trusted=yes] http://127.0.0.1:1 test main\n")
+	debtest.ConfigureAPT(t, "deb [trusted=yes] http://127.0.0.1:1 test main\n")
 	_, err := openSource(t).Update(t.Context(), func(float64) {})
 	if err == nil || !strings.Contains(err.Error(), "fetch package lists") || !strings.Contains(err.Error(), "127.0.0.1") || hintOf(err) == "" {
 		t.Errorf("the error is %v, with the hint %q", err, hintOf(err))
@@ -301,8 +234,8 @@ func TestOwnReleaseIsPreferred(t *testing.T) {
 	newer.Control = strings.Replace(newer.Control, "Version: 1.0-1", "Version: 9.0-1", 1)
 	extra := debtest.Package{Name: "extra", Control: strings.ReplaceAll(debtest.Control("extra", "Priority: optional\n"), "amd64", runtime.GOARCH)}
 	other := newMirror(t, "[trusted=yes]", newer, extra)
-	other.files["dists/test/Release"] = bytes.Replace(other.files["dists/test/Release"], []byte("Origin: Debian"), []byte("Origin: Others"), 1)
-	configureAPT(t, fmt.Sprintf("deb [trusted=yes] %s test main\ndeb [trusted=yes] %s test main\n", own.url, other.url))
+	other.Files["dists/test/Release"] = bytes.Replace(other.Files["dists/test/Release"], []byte("Origin: Debian"), []byte("Origin: Others"), 1)
+	debtest.ConfigureAPT(t, fmt.Sprintf("deb [trusted=yes] %s test main\ndeb [trusted=yes] %s test main\n", own.URL, other.URL))
 	source := openSource(t)
 	update(t, source)
 	versions := map[string]string{}
@@ -312,7 +245,7 @@ func TestOwnReleaseIsPreferred(t *testing.T) {
 	if versions["rest"] != "1.0-1" || versions["extra"] != "1.0-1" {
 		t.Errorf("the versions are %v", versions)
 	}
-	if mirrors, err := source.Mirrors(t.Context()); err != nil || strings.Contains(mirrors, other.url) {
+	if mirrors, err := source.Mirrors(t.Context()); err != nil || strings.Contains(mirrors, other.URL) {
 		t.Errorf("the guest's mirrors are %q (%v)", mirrors, err)
 	}
 }

@@ -194,10 +194,11 @@ func (r *Resolver) passOn(query, said *dns.Msg) *dns.Msg {
 	reply := newReply(query, said.Rcode)
 	reply.Authoritative, reply.AuthenticatedData, reply.Truncated = said.Authoritative, said.AuthenticatedData, said.Truncated
 	reply.Answer, reply.Ns = said.Answer, said.Ns
+	theirs := said.IsEdns0() // before its place in the slice is cleared
 	extra := slices.DeleteFunc(said.Extra, func(record dns.RR) bool { return record.Header().Rrtype == dns.TypeOPT })
 	reply.Extra = append(extra, reply.Extra...)
-	if said := said.IsEdns0(); said != nil && options != nil {
-		for _, option := range said.Option {
+	if theirs != nil && options != nil {
+		for _, option := range theirs.Option {
 			if option.Option() == dns.EDNS0EDE { // why it failed
 				ours := reply.IsEdns0()
 				ours.Option = append(ours.Option, option)
