@@ -157,8 +157,8 @@ func TestNobodyPrintsPastTheOutputs(t *testing.T) {
 		"cli.go":           {"p.Stdout", "p.Stderr"}, // where outputs are made, and the shim
 		"dockerfile.go":    {"a.Program.Stdout"},     // an archive, never to a terminal
 		"exec.go":          {"a.Program.Stdout", "a.Program.Stderr"},
-		"logs.go":          {"a.Stdout.raw"},
 		"imagemove.go":     {"a.Program.Stdout"}, // an archive, never to a terminal
+		"logs.go":          {"a.Stdout.raw"},
 		"output.go":        {"o.raw"},
 		"progress.go":      {"o.raw"},
 		"terminal.go":      {"o.raw"},
