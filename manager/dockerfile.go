@@ -27,7 +27,12 @@ func (m *Manager) BuildDockerfile(ctx context.Context, opts smolvm.DockerfileOpt
 	if err := m.budget.Check(); err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image from a Dockerfile: %w", err)
 	}
-	builder := &dockerbuild.Builder{Catalog: m.catalog, Workspace: m.openWorkspace, Root: m.writeRoot, CacheDir: m.dir.BuildCaches()}
+	builder := &dockerbuild.Builder{
+		Catalog: m.catalog, Workspace: m.openWorkspace, Root: m.writeRoot, CacheDir: m.dir.BuildCaches(),
+		IsBuiltIn: m.packaged.IsBuiltIn, BuiltIn: func(ctx context.Context, name string) (smolvm.Image, error) {
+			return m.ensureImage(ctx, name, smolvm.PullMissing, nil)
+		},
+	}
 	built, err := builder.Build(ctx, opts)
 	if err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image: %w", err)

@@ -155,7 +155,7 @@ func TestNobodyPrintsPastTheOutputs(t *testing.T) {
 	allowed := map[string][]string{
 		"buildprogress.go": {"o.raw"},
 		"cli.go":           {"p.Stdout", "p.Stderr"}, // where outputs are made, and the shim
-		"dockerfile.go":    {"a.Program.Stdout"},
+		"dockerfile.go":    {"a.Program.Stdout"},     // an archive, never to a terminal
 		"exec.go":          {"a.Program.Stdout", "a.Program.Stderr"},
 		"imagemove.go":     {"a.Program.Stdout"}, // an archive, never to a terminal
 		"logs.go":          {"a.Stdout.raw"},

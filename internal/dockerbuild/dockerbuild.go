@@ -31,6 +31,10 @@ type Builder struct {
 	Workspace func(ctx context.Context, image smolvm.Image, opts workspace.Options) (*workspace.Workspace, error)
 	// Root writes the files of an image that has no layers, as the archive of one.
 	Root func(ctx context.Context, image smolvm.Image, w io.Writer) error
+	// IsBuiltIn reports whether a name is that of an image of packages, and BuiltIn returns that
+	// image, which is built if it is missing. Nil: there are none.
+	IsBuiltIn func(name string) bool
+	BuiltIn   func(ctx context.Context, name string) (smolvm.Image, error)
 	// CacheDir is where the content of cache mounts is kept, and that of files while they are
 	// copied.
 	CacheDir string
@@ -131,7 +135,7 @@ func (b *Builder) tags(ctx context.Context, texts []string) ([]ociref.Ref, error
 		if err != nil {
 			return nil, err
 		}
-		own := text == smolvm.DefaultImage
+		own := text == smolvm.DefaultImage || b.IsBuiltIn != nil && b.IsBuiltIn(text)
 		if !own {
 			_, err := b.Catalog.Bootable.Get(ctx, text)
 			own = err == nil

@@ -210,6 +210,25 @@ func diffIDs(t testing.TB, made v1.Image) []v1.Hash {
 	return config.RootFS.DiffIDs
 }
 
+// A built-in name means the image of packages, and not a registry's.
+func TestBuiltIn(t *testing.T) {
+	b := newBuilder(t)
+	layer, err := b.Catalog.OCI.AddLayer(t.Context(), bytes.NewReader(archiveOf(t, map[string]string{"file": "packages"})))
+	must(t, err)
+	oci, err := b.Catalog.OCI.AddImage(t.Context(), ociref.Builtin("python"), []byte(`{"config":{"Env":["FROM=packages"]}}`), []ocistore.Layer{layer})
+	must(t, err)
+	b.IsBuiltIn = func(name string) bool { return name == "python" }
+	b.BuiltIn = func(ctx context.Context, _ string) (smolvm.Image, error) { return b.Catalog.Boot(ctx, oci, nil) }
+	made, err := b.Build(t.Context(), smolvm.DockerfileOptions{DockerfileText: []byte("FROM python\nLABEL from=$FROM\n")})
+	must(t, err)
+	if made.Config.Labels["from"] != "packages" {
+		t.Errorf("built %+v", made.Config)
+	}
+	if _, err := b.Build(t.Context(), smolvm.DockerfileOptions{DockerfileText: []byte("FROM scratch"), Tags: []string{"python"}}); err == nil || !strings.Contains(err.Error(), "smolvm's own") {
+		t.Errorf("a built-in name as a tag: %v", err)
+	}
+}
+
 func TestRefused(t *testing.T) {
 	b := newBuilder(t)
 	dir := write(t, map[string]string{"Dockerfile": "FROM scratch\nCOPY a /\n", "a": "A", "dir/x": ""})

@@ -72,8 +72,14 @@ func (f *finder) Find(ctx context.Context, name string) (imagebuild.Image, error
 func (f *finder) find(ctx context.Context, name string) (*foundImage, error) {
 	catalog := f.builder.Catalog
 	own, err := catalog.Bootable.Get(ctx, name)
-	if name == smolvm.DefaultImage {
+	switch isBuiltIn := f.builder.IsBuiltIn; {
+	case name == smolvm.DefaultImage:
 		own, err = f.base(ctx)
+	case isBuiltIn != nil && isBuiltIn(name): // which hides a registry's, as in run
+		own, err = f.builder.BuiltIn(ctx, name)
+		if err != nil {
+			return nil, err
+		}
 	}
 	if err == nil && own.OCI == nil {
 		return f.ownImage(ctx, name, own)
