@@ -21,6 +21,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/image/registries"
 )
 
 // Catalog finds images in both stores.
@@ -248,7 +249,15 @@ func (c *Catalog) Pull(ctx context.Context, text string, opts smolvm.PullOptions
 	if err := checkPlatform(opts.Platform); err != nil {
 		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
-	pulled, err := c.OCI.Pull(ctx, ref, ocistore.PullOptions{Platform: opts.Platform, Progress: layerProgress("pull "+ref.Familiar(), opts.Progress)})
+	mirrors, err := registries.Load()
+	if err != nil {
+		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
+	}
+	sources, err := mirrors.Sources(ref)
+	if err != nil {
+		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
+	}
+	pulled, err := c.OCI.Pull(ctx, ref, ocistore.PullOptions{Sources: sources, Platform: opts.Platform, Progress: layerProgress("pull "+ref.Familiar(), opts.Progress)})
 	if err != nil {
 		return smolvm.Image{}, err
 	}

@@ -188,6 +188,20 @@ func TestNewBase(t *testing.T) {
 	}
 }
 
+// A registry's mirror is asked first, and the image keeps its name.
+func TestMirror(t *testing.T) {
+	c, ctx := newCatalog(t), t.Context()
+	host := newRegistry(t)
+	push(t, host+"/cache/owner/app:1", "content", v1.Config{})
+	file := filepath.Join(t.TempDir(), "registries.conf")
+	must(t, os.WriteFile(file, []byte("[[registry]]\nlocation = 'docker.io'\n[[registry.mirror]]\nlocation = '127.0.0.1:1'\n[[registry.mirror]]\nlocation = '"+host+"/cache'\n"), 0o600))
+	t.Setenv("CONTAINERS_REGISTRIES_CONF", file)
+	found, err := c.Ensure(ctx, "owner/app:1", "", nil)
+	if err != nil || !slices.Equal(found.Names, []string{"owner/app:1"}) || found.OCI.Reference != "docker.io/owner/app:1" {
+		t.Errorf("by the mirror it is %+v, %v", found, err)
+	}
+}
+
 // What can't be had is refused with what was tried.
 func TestRefused(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
