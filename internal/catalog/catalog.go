@@ -31,6 +31,12 @@ type Catalog struct {
 	// Base returns the image whose kernel and initramfs the others have, and makes it if it is
 	// missing or out of date.
 	Base func(ctx context.Context, progress func(smolvm.Progress)) (smolvm.Image, error)
+	// MaxBytes is how much OCI images that were pulled may take together, before those that
+	// were not used for longest are removed. Zero: as much as there is.
+	MaxBytes int64
+	// InUse returns an error that matches [smolvm.ErrImageInUse] if something is based on an
+	// image. It is needed with MaxBytes only.
+	InUse func(ctx context.Context, digest string) error
 }
 
 // minAbbreviation is the shortest beginning of a digest that stands for it, in hexadecimal
@@ -217,6 +223,9 @@ func (c *Catalog) Ensure(ctx context.Context, text string, policy smolvm.PullPol
 	oci, ociErr := c.findOCI(text)
 	switch {
 	case ociErr == nil:
+		if err := c.OCI.Use(oci); err != nil {
+			return smolvm.Image{}, err
+		}
 		return c.Boot(ctx, oci, progress)
 	case !errors.Is(ociErr, smolvm.ErrImageNotFound):
 		return smolvm.Image{}, ociErr
@@ -261,7 +270,11 @@ func (c *Catalog) Pull(ctx context.Context, text string, opts smolvm.PullOptions
 	if err != nil {
 		return smolvm.Image{}, err
 	}
-	return c.Boot(ctx, pulled, opts.Progress)
+	made, err := c.Boot(ctx, pulled, opts.Progress)
+	if err != nil {
+		return smolvm.Image{}, err
+	}
+	return made, c.trim(ctx, pulled.Digest)
 }
 
 // checkPlatform checks that guests of this host can run what is for a platform.

@@ -51,7 +51,7 @@ func (s *Store) pull(ctx context.Context, ref ociref.Ref, opts PullOptions) (Ima
 	for _, source := range sources {
 		image, err := s.pullFrom(ctx, source, opts.Access, want)
 		if err == nil {
-			image.Name = ref.String()
+			image.Name, image.Pulled = ref.String(), true
 			return image, s.name(ctx, image)
 		}
 		if len(sources) > 1 {
@@ -87,5 +87,5 @@ func (s *Store) pullFrom(ctx context.Context, ref ociref.Ref, access Access, wan
 
 // name has an image's name mean it.
 func (s *Store) name(ctx context.Context, image Image) error {
-	return s.writeName(ctx, nameRecord{Name: image.Name, Digest: image.Digest, Index: image.Index, AddedAt: image.AddedAt})
+	return s.writeName(ctx, nameRecord{Name: image.Name, Digest: image.Digest, Index: image.Index, AddedAt: image.AddedAt, Pulled: image.Pulled})
 }
