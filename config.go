@@ -158,6 +158,9 @@ type VMConfig struct {
 	// Drives are further disks; the guest sees them as /dev/vdb, /dev/vdc, ...
 	Drives []Drive `json:"drives,omitempty"`
 
+	// Mounts are directories of the host.
+	Mounts []Mount `json:"mounts,omitempty"`
+
 	// Network is how the VM is connected.
 	Network Network `json:"network,omitzero"`
 	// PortForwards are set up at every start. More can be added to a running VM.
@@ -390,6 +393,7 @@ func (c VMConfig) WithDefaults() VMConfig {
 		c.Drives[i].Path = absolute(c.Drives[i].Path)
 		c.Drives[i].Backing = withAbsolutePaths(c.Drives[i].Backing)
 	}
+	c.Mounts = mountsWithDefaults(c.Mounts)
 	c.PortForwards = slices.Clone(c.PortForwards)
 	for i := range c.PortForwards {
 		c.PortForwards[i] = c.PortForwards[i].WithDefaults()
@@ -477,6 +481,7 @@ func (c VMConfig) Validate() error {
 		"%g is out of range; use %g to %g, or 0 for no limit", c.CPULimit, MinCPULimit, float64(MaxCPULimit))
 	c.validateBoot(&v)
 	c.validateDisks(&v)
+	c.validateMounts(&v)
 	c.validateGuest(&v)
 	c.validateNetwork(&v)
 	c.validateSecrets(&v)

@@ -111,6 +111,17 @@ type PullOptions struct {
 	Progress func(Progress)
 }
 
+// CommitOptions are the options of [Images.CommitImage]. The zero value is useful.
+type CommitOptions struct {
+	// Author and Message are kept with the image.
+	Author, Message string
+	// NoPause lets the VM's commands go on while it is read. By default they are held, so that
+	// the image has their files as they were at one moment.
+	NoPause bool
+	// Progress is told how the image is made bootable; it may be nil.
+	Progress func(Progress)
+}
+
 // Progress is one step of a long operation.
 type Progress struct {
 	// Phase says what is being done, as in "download kernel".

@@ -141,6 +141,8 @@ type Images interface {
 	TagImage(ctx context.Context, ref, name string) (Image, error)
 	// ImageHistory returns the steps by which an image was made, the earliest first.
 	ImageHistory(ctx context.Context, ref string) ([]ImageStep, error)
+	// CommitImage makes an image of a VM, and has a name mean it; an empty one is none.
+	CommitImage(ctx context.Context, id, name string, opts CommitOptions) (Image, error)
 	// Images lists the images, the oldest first.
 	Images(ctx context.Context) ([]Image, error)
 	// Image finds an image by name, digest, or the beginning of its digest.

@@ -224,6 +224,7 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 	if _, err := ociconfig.ParseSignal(config.StopSignal); err != nil {
 		bad("stop_signal", err)
 	}
+	hint = cmp.Or(hint, m.checkMounts(*config, bad))
 	retained := m.retainedFormat(*config)
 	backend, err := m.backendFor(context.Background(), config.Backend, needsOf(files, retained))
 	switch {

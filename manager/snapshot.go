@@ -52,7 +52,7 @@ type snapshotMeta struct {
 
 // snapshotFormat is the highest number of what is kept with a snapshot that this program
 // knows; see package compat. Each snapshot has the lowest that it needs, see [snapshotMeta.needs].
-const snapshotFormat = withNetwork
+const snapshotFormat = withMounts
 
 // What a program must know of to restore a snapshot. Each number includes those before it.
 const (
@@ -66,11 +66,16 @@ const (
 	// withNetwork is that of one of a VM with another network than the usual one: a program from
 	// before would connect the guest by that.
 	withNetwork = 4
+	// withMounts is that of one of a VM with directories of the host: a program from before there
+	// were any would leave the guest with what is not connected to anything.
+	withMounts = 5
 )
 
 // needs returns the lowest number with which the snapshot is not taken for something else.
 func (meta snapshotMeta) needs() int {
 	switch {
+	case len(meta.Config.Mounts) > 0:
+		return withMounts
 	case meta.Config.Network != (smolvm.Network{}) && meta.Config.Network != smolvm.Network{Mode: smolvm.NetworkUser}:
 		return withNetwork
 	case meta.Config.Egress != nil:

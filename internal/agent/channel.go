@@ -187,22 +187,53 @@ func (l *Link) Ping(ctx context.Context) error {
 	return nil
 }
 
+// Mount has the guest mount a directory of the host. The connection carries the messages of FUSE.
+func (l *Link) Mount(ctx context.Context, order wire.Mount) (net.Conn, error) {
+	conn, err := l.open(ctx)
+	if err == nil {
+		err = bounded(ctx, func() error { return exchange(ctx, conn, wire.Control{Mount: &order}) })
+	}
+	if err == nil {
+		err = conn.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		if conn != nil {
+			_ = conn.Close()
+		}
+		return nil, fmt.Errorf("have the guest's agent mount %s: %w", order.Target, err)
+	}
+	return conn, nil
+}
+
+// MountsReady returns when all that the guest has mounted of the host can be used.
+func (l *Link) MountsReady(ctx context.Context) error {
+	if err := l.control(ctx, wire.Control{MountsReady: true}); err != nil {
+		return fmt.Errorf("use directories of the host in the guest: %w", err)
+	}
+	return nil
+}
+
 func (l *Link) control(ctx context.Context, request wire.Control) error {
 	conn, err := l.open(ctx)
 	if err != nil {
 		return err
 	}
-	result := make(chan error, 1)
-	go func() {
+	return bounded(ctx, func() error {
 		defer func() { _ = conn.Close() }()
-		result <- exchange(ctx, conn, request)
-	}()
+		return exchange(ctx, conn, request)
+	})
+}
+
+// bounded returns what do returns, or when ctx is done.
+func bounded(ctx context.Context, do func() error) error {
+	result := make(chan error, 1)
+	go func() { result <- do() }()
 	select {
-	case err = <-result:
+	case err := <-result:
+		return err
 	case <-ctx.Done():
-		err = context.Cause(ctx)
+		return context.Cause(ctx)
 	}
-	return err
 }
 
 // exchange sends a request and reads its answer. A write may take longer than ctx.

@@ -300,6 +300,32 @@ func layerProgress(phase string, progress func(smolvm.Progress)) func(ocistore.P
 	}
 }
 
+// layers returns the layers of an OCI image, to be unpacked.
+func (c *Catalog) layers(oci ocistore.Image) []ocilayer.Layer {
+	var layers []ocilayer.Layer
+	for _, layer := range oci.Layers {
+		layers = append(layers, ocilayer.Layer{
+			DiffID: layer.DiffID,
+			Open:   func() (io.ReadCloser, error) { return c.OCI.OpenLayer(layer) },
+		})
+	}
+	return layers
+}
+
+// Origin returns the OCI image that an image was made from, with its layers. The error matches
+// [smolvm.ErrImageNotFound] if it was made from none, or if no name leads to that any more.
+// Unless the store of OCI images is held it may be removed meanwhile.
+func (c *Catalog) Origin(made smolvm.Image) (ocistore.Image, []ocilayer.Layer, error) {
+	if made.OCI == nil {
+		return ocistore.Image{}, nil, fmt.Errorf("image %s is of no OCI image: %w", made.Digest, smolvm.ErrImageNotFound)
+	}
+	oci, err := c.findOCI(made.OCI.Digest)
+	if err != nil {
+		return ocistore.Image{}, nil, err
+	}
+	return oci, c.layers(oci), nil
+}
+
 // Boot makes an OCI image bootable, unless it is.
 func (c *Catalog) Boot(ctx context.Context, oci ocistore.Image, progress func(smolvm.Progress)) (smolvm.Image, error) {
 	made, err := c.boot(ctx, oci, progress)
@@ -340,11 +366,8 @@ func (c *Catalog) boot(ctx context.Context, oci ocistore.Image, progress func(sm
 	}
 	for _, layer := range oci.Layers {
 		recipe.Sizes = append(recipe.Sizes, layer.Size)
-		recipe.Layers = append(recipe.Layers, ocilayer.Layer{
-			DiffID: layer.DiffID,
-			Open:   func() (io.ReadCloser, error) { return c.OCI.OpenLayer(layer) },
-		})
 	}
+	recipe.Layers = c.layers(oci)
 	made, err := c.Bootable.EnsureLayered(ctx, recipe)
 	var wrong *ocilayer.DiffIDError
 	if errors.As(err, &wrong) {

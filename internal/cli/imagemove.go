@@ -111,7 +111,7 @@ func (a *app) imageExportCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "", "write to the file `PATH`, or to a directory, which ends with / or is there")
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		if _, isTerminal := terminal(a.Stdout); output == "" && isTerminal {
+		if _, isTerminal := terminal(a.Stdout); (output == "" || output == "-") && isTerminal {
 			return usagef("an archive is not for a terminal; use -o FILE, or a pipe")
 		}
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {

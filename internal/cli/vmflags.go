@@ -51,6 +51,11 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		config.Drives = append(config.Drives, drive)
 		return err
 	})
+	flags.FuncP("volume", "v", "give the guest a directory of the host: `DIR:TARGET[:ro|:rw]` (repeatable)", func(text string) error {
+		mount, err := parseMount(text)
+		config.Mounts = append(config.Mounts, mount)
+		return err
+	})
 	flags.FuncP("publish", "p", "forward a port: `[[ADDR:]HOSTPORT:]GUESTPORT[/PROTOCOL]`, or ranges of ports (repeatable)", func(text string) error {
 		forwards, err := parseForwards(text)
 		config.PortForwards = append(config.PortForwards, forwards...)

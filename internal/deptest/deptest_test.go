@@ -57,10 +57,10 @@ func tiers() [][]string {
 	return [][]string{
 		{"."}, // the contract
 		{ // ground: knows nothing of VMs
-			"internal/cgroup", "internal/compat", "internal/diskspace", "internal/errcode", "internal/flock", "internal/glob", "internal/proc",
+			"internal/cgroup", "internal/compat", "internal/diskspace", "internal/errcode", "internal/flock", "internal/fuserelay", "internal/glob", "internal/proc",
 			"internal/ring", "internal/size", "internal/step", "internal/stream", "internal/termsafe",
 		},
-		{"internal/datadir", "internal/disk", "internal/flowlog", "internal/namespace"}, // files, and programs in namespaces
+		{"internal/datadir", "internal/disk", "internal/flowlog", "internal/hostdir", "internal/namespace"}, // files, and programs in namespaces
 		{ // nouns
 			"internal/agent", "internal/backing", "internal/host", "internal/image", "internal/network",
 			"internal/snapshot", "internal/store", "internal/vmm",

@@ -27,6 +27,7 @@ func wanted() []wire.Module {
 		{Path: "vmw_vsock_virtio_transport", Use: wire.UseVsock},
 		{Path: "virtio_net", Use: wire.UseLate},
 		{Path: "virtio_rng", Use: wire.UseLate},
+		{Path: "fuse", Use: wire.UseDemand},
 		{Path: "overlay", Use: wire.UseDemand},
 	}
 }

@@ -300,6 +300,7 @@ func (s *Session) hello() wire.Hello {
 		hello.Network = &told
 	}
 	s.placeholders.addTo(&hello)
+	hello.Mounts = len(s.spec.Mounts)
 	return hello
 }
 

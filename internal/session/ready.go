@@ -121,6 +121,9 @@ func (s *Session) awaitReady(ctx context.Context) error {
 	case s.spec.Ready == smolvm.ReadyAgent:
 		err = errors.New("a VM without an agent can't become ready by it")
 	}
+	if err == nil {
+		err = s.mount(ctx)
+	}
 	if err == nil && s.spec.WarmUp != "" {
 		err = s.runInGuest(ctx, smolvm.Command{Args: []string{"sh", "-c", s.spec.WarmUp}})
 		s.step("warm-up")

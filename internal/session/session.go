@@ -52,6 +52,7 @@ type Session struct {
 	mtu     int                // of it, in bytes; zero: the guest's own
 	// placeholders is nil if the VM has no secrets.
 	placeholders *placeholders
+	mounts       mounts
 	instance     vmm.Instance // nil before the VMM is started
 	ran          bool         // the guest's CPUs have run
 	line         line         // to the guest's agent
@@ -280,6 +281,7 @@ func (s *Session) kill() {
 		s.log.Error("kill VMM", "error", err)
 	}
 	s.line.close()
+	s.mounts.close()
 }
 
 // Close ends the VM, if it runs, and its network.

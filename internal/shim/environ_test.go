@@ -4,6 +4,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/secret"
 )
@@ -26,9 +27,14 @@ func TestProtocolOfSecrets(t *testing.T) {
 	t.Parallel()
 	config := &network.Config{Egress: &network.Egress{}}
 	with, without := Spec{Network: config, Secrets: []secret.Secret{{}}}, Spec{Network: config}
-	if got := with.protocol(); got != OrderProtocol {
-		t.Errorf("an order with secrets is of protocol %d, want %d", got, OrderProtocol)
+	if got := with.protocol(); got != 5 {
+		t.Errorf("an order with secrets is of protocol %d, want 5", got)
 	}
+	with.Mounts = []smolvm.Mount{{}}
+	if got := with.protocol(); got != OrderProtocol {
+		t.Errorf("an order with mounts is of protocol %d, want %d", got, OrderProtocol)
+	}
+	with.Mounts = nil
 	if got := without.protocol(); got >= with.protocol() {
 		t.Errorf("an order without is of protocol %d", got)
 	}

@@ -18,8 +18,8 @@ const Protocol = 1
 // it was asked to. One with an egress policy has 3: a shim from before there were any would
 // let everything out. One for the user network with a rate has 4: a shim from before would not
 // keep it. One with secrets has 5: a shim from before there were any would give the guest no
-// placeholders.
-const OrderProtocol = 5
+// placeholders. One with mounts has 6: a shim from before there were any would leave them out.
+const OrderProtocol = 6
 
 // Operations of the control socket. A connection carries one request and one
 // response, a line of JSON each; after a successful dial it is the connection.

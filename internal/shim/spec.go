@@ -33,6 +33,8 @@ type Spec struct {
 	// Secrets are put into the guest's flows; see package intercept. They are never written
 	// down: orders and claims travel over pipes and sockets only.
 	Secrets []secret.Secret `json:"secrets,omitempty"`
+	// Mounts are directories of the host that the guest is to have. They need a Hello.
+	Mounts []smolvm.Mount `json:"mounts,omitempty"`
 	// Forwards are set up at the start. The launcher has bound their ports
 	// already; see [Launch].
 	Forwards []Forward `json:"forwards,omitempty"`
@@ -71,8 +73,10 @@ type Spec struct {
 // protocol returns the number that an order is sent with: its own, or the lowest with which
 // no shim misunderstands it.
 func (s Spec) protocol() int {
-	const withMode, withEgress, withRate, withSecrets = 2, 3, 4, 5
+	const withMode, withEgress, withRate, withSecrets, withMounts = 2, 3, 4, 5, 6
 	switch {
+	case len(s.Mounts) > 0:
+		return cmp.Or(s.Protocol, withMounts)
 	case len(s.Secrets) > 0:
 		return cmp.Or(s.Protocol, withSecrets)
 	case s.Network == nil:

@@ -15,6 +15,7 @@ import (
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/glob"
+	"github.com/smolvm/smolvm/internal/hostdir"
 	"github.com/smolvm/smolvm/internal/identity"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/network"
@@ -143,6 +144,9 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 			return shim.LaunchOptions{}, err
 		}
 	}
+	if err := r.checkMounts(runtimeDir); err != nil {
+		return shim.LaunchOptions{}, err
+	}
 	secrets, err := secret.Resolve(vm.Config.Secrets)
 	if err != nil {
 		return shim.LaunchOptions{}, err
@@ -154,6 +158,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		VMM:          runs,
 		Network:      attached,
 		Secrets:      secrets,
+		Mounts:       vm.Config.Mounts,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,
@@ -183,6 +188,19 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 	return shim.LaunchOptions{
 		Program: program, Spec: spec, LogPath: filepath.Join(dir, "shim.log"), Without: secret.Variables(vm.Config.Secrets),
 	}, nil
+}
+
+// checkMounts returns an error if a directory of the host can't be given to the guest any more.
+func (r *run) checkMounts(runtimeDir string) error {
+	for _, mount := range r.vm.Config.Mounts {
+		if err := hostdir.Check(mount.Source, r.Dir.Root(), filepath.Dir(runtimeDir)); err != nil {
+			return &smolvm.Error{
+				Hint: fmt.Sprintf("the VM has it as %s; put it back, or make an empty one with mkdir -p %s", mount.Target, mount.Source),
+				Err:  fmt.Errorf("mount at %s: %w", mount.Target, err),
+			}
+		}
+	}
+	return nil
 }
 
 // egressOf returns the egress policy of a VM; nil: it was given none.

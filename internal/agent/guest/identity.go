@@ -27,6 +27,7 @@ func (a *agent) become(hello wire.Hello) (identity wire.Identity, warnings []str
 	}
 	if !a.first && !hello.Continues {
 		a.rehearsal.begin(a.rehearse)
+		warn(a.mounts.drop())
 	}
 	adopted := make(chan error, 1)
 	go func() { adopted <- a.network.adopt(hello.Network) }()

@@ -5,6 +5,7 @@ package guest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -88,6 +89,8 @@ type agent struct {
 	server   *Server
 	timeline []wire.Step
 	loadLate func() error // waits until the late modules are loaded
+	// mounts are the directories of the host.
+	mounts hostMounts
 	// demanded are the modules that something in the guest may ask for.
 	demanded demandedModules
 	// vsockModules are those that the guest channel needs if it is vsock, in order.
@@ -211,7 +214,8 @@ func (a *agent) serveOn(file *os.File, kind string, fatal error) error {
 
 // handOver makes PID 1 the image's own init, and a child of it the agent.
 func (a *agent) handOver(init string, file *os.File, kind string) error {
-	if err := a.loadLate(); err != nil {
+	// The other agent has no modules.
+	if err := errors.Join(a.loadLate(), a.demanded.load("fuse"), a.demanded.load("overlay")); err != nil {
 		a.say(err.Error())
 	}
 	_, _, err := a.reaper.start(func() (int, error) {
@@ -300,13 +304,9 @@ func (a *agent) loadModules(overVsock bool) error {
 		}
 	}
 	// Opened now, as the file system that holds them is about to go.
-	files := make([]*os.File, 0, len(late))
-	for _, module := range late {
-		file, err := os.Open(module.Path)
-		if err != nil {
-			return err
-		}
-		files = append(files, file)
+	files, err := openModules(late)
+	if err != nil {
+		return err
 	}
 	loaded := make(chan struct{})
 	var firstErr error
@@ -323,6 +323,18 @@ func (a *agent) loadModules(overVsock bool) error {
 		return firstErr
 	}
 	return nil
+}
+
+func openModules(modules []wire.Module) ([]*os.File, error) {
+	files := make([]*os.File, 0, len(modules))
+	for _, module := range modules {
+		file, err := os.Open(module.Path)
+		if err != nil {
+			return files, err
+		}
+		files = append(files, file)
+	}
+	return files, nil
 }
 
 func loadModule(path string) error {

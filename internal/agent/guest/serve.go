@@ -26,6 +26,7 @@ func durationOf(t unix.Timespec) time.Duration { return time.Duration(t.Nano()) 
 func (a *agent) serve(host endpoint, fatal error) error {
 	a.server = newServer(a.reaper)
 	a.server.proved, a.server.modules = a.rehearsal.wait, &a.demanded
+	a.reaper.beforeFork, a.mounts.modules = a.mounts.beforeFork, &a.demanded
 	for {
 		channel, err := host.next()
 		if err != nil {
@@ -118,7 +119,11 @@ func (a *agent) serveStream(opened net.Conn) {
 	if wire.Read(conn, &control) != nil {
 		return
 	}
-	_ = wire.Write(opened, obey(control))
+	if control.Mount != nil {
+		a.mounts.serve(*control.Mount, conn)
+		return
+	}
+	_ = wire.Write(opened, a.obey(control))
 	if control.Shutdown != nil {
 		_ = opened.Close()
 		a.shutdown(*control.Shutdown)
@@ -126,9 +131,11 @@ func (a *agent) serveStream(opened net.Conn) {
 }
 
 // obey does what a control asks for, but for a shutdown, which comes after the answer.
-func obey(control wire.Control) wire.ControlAnswer {
+func (a *agent) obey(control wire.Control) wire.ControlAnswer {
 	var err error
 	switch {
+	case control.MountsReady:
+		err = a.mounts.ready()
 	case control.Sync:
 		unix.Sync()
 	case control.Clock != nil:

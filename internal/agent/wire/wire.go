@@ -69,14 +69,23 @@ const Protocol = 1
 
 // HelloProtocol is the highest number of a [Hello] that this build's agents know. Most have
 // [Protocol]. One with a network without a fixed address of IPv4 has 2: an agent from before
-// would end for want of that address.
-const HelloProtocol = 2
+// would end for want of that address. One with mounts has 3: an agent from before would leave
+// them out.
+const HelloProtocol = withMounts
+
+const (
+	withoutAddress = 2
+	withMounts     = 3
+)
 
 // Needs returns the number that a hello is sent with: the lowest with which no agent
 // misunderstands it.
 func (h Hello) Needs() int {
-	if n := h.Network; n != nil && !n.Address.IsValid() {
-		return HelloProtocol
+	switch n := h.Network; {
+	case h.Mounts > 0:
+		return withMounts
+	case n != nil && !n.Address.IsValid():
+		return withoutAddress
 	}
 	return Protocol
 }
@@ -130,6 +139,9 @@ type Hello struct {
 	Authority []byte `json:"authority,omitempty"`
 	// Network configures the guest's interface; nil leaves it alone.
 	Network *Network `json:"network,omitempty"`
+	// Mounts is how many [Mount] orders follow. Unless Continues is set, those of the hello
+	// before are gone.
+	Mounts int `json:"mounts,omitempty"`
 	// Continues says that the guest has run on since the last hello, and only its channel is
 	// another: it need not prove that it still runs programs, as one that was restored.
 	Continues bool `json:"continues,omitempty"`
@@ -214,6 +226,11 @@ type Control struct {
 	Shutdown *Shutdown `json:"shutdown,omitempty"`
 	// Ping is answered at once.
 	Ping bool `json:"ping,omitempty"`
+	// Mount mounts a directory of the host. It is answered when it is mounted; from then on the
+	// stream carries the messages of FUSE, requests to the host and answers to the guest.
+	Mount *Mount `json:"mount,omitempty"`
+	// MountsReady is answered when all that is mounted can be used.
+	MountsReady bool `json:"mounts_ready,omitempty"`
 }
 
 // Shutdown says how to shut down.
