@@ -130,6 +130,9 @@ type Images interface {
 	// PullImage fetches an OCI image from its registry, and makes it bootable. Layers that are
 	// there are not fetched again.
 	PullImage(ctx context.Context, ref string, opts PullOptions) (Image, error)
+	// BuildDockerfile builds an image from a Dockerfile. What was built before is used again,
+	// step by step. What is wrong with the Dockerfile is a [*DockerfileError].
+	BuildDockerfile(ctx context.Context, opts DockerfileOptions) (Image, error)
 	// ImportImage takes OCI images from an archive, a layout or a daemon of docker or podman,
 	// and makes them bootable.
 	ImportImage(ctx context.Context, opts ImportOptions) ([]Image, error)

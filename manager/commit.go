@@ -17,7 +17,7 @@ import (
 // its root file system, or one of all of it where the image has no layers here. What is mounted
 // in the guest and what smolvm itself writes there is left out, as are memory and processes. The
 // name is that of an OCI image, such as app or ghcr.io/owner/app:1; empty: it has none. The
-// configuration is that of the VM's image.
+// configuration is that of the VM's image, with the changes.
 //
 // Commands in a VM that runs are held meanwhile; one that does not run is started for it, and
 // stopped again. The error matches [smolvm.ErrInvalidState] if the VM is paused, and
@@ -29,8 +29,8 @@ func (m *Manager) CommitImage(ctx context.Context, id, name string, opts smolvm.
 		if ref, err = ociref.Parse(name); err != nil {
 			return smolvm.Image{}, err
 		}
-		if ref.Digest != "" {
-			return smolvm.Image{}, &smolvm.Error{Err: fmt.Errorf("commit VM %q as %s: an image's digest follows from what it holds", id, name), Hint: "give a name without a digest"}
+		if err := m.checkNewName(ctx, name, ref); err != nil {
+			return smolvm.Image{}, vmError("make an image of", id, err)
 		}
 	}
 	made, err := m.commit(ctx, id, ref, opts)
@@ -39,6 +39,18 @@ func (m *Manager) CommitImage(ctx context.Context, id, name string, opts smolvm.
 	}
 	m.note(ctx, id, "image-commit", began, made.OCI.Digest)
 	return made, nil
+}
+
+// checkNewName fails if a name can't be that of a new image.
+func (m *Manager) checkNewName(ctx context.Context, name string, ref ociref.Ref) error {
+	if ref.Pinned() {
+		return &smolvm.Error{Err: fmt.Errorf("%s names an image by its digest, which follows from what it holds", name), Hint: "give a name without a digest"}
+	}
+	_, err := m.images.Get(ctx, name)
+	if name == smolvm.DefaultImage || err == nil {
+		return &smolvm.Error{Err: fmt.Errorf("the name %q means an image of smolvm's own", name), Hint: "give another, or one with a tag, such as " + name + ":mine"}
+	}
+	return nil
 }
 
 func (m *Manager) commit(ctx context.Context, id string, ref ociref.Ref, opts smolvm.CommitOptions) (made smolvm.Image, err error) {
@@ -57,7 +69,7 @@ func (m *Manager) commit(ctx context.Context, id string, ref ociref.Ref, opts sm
 	defer release()
 	options := commit.Options{
 		Name: ref, Author: opts.Author, Message: opts.Message, Pause: !opts.NoPause,
-		Arch: runtime.GOARCH, Now: time.Now().UTC(),
+		Arch: runtime.GOARCH, Now: time.Now().UTC(), Change: commit.Changes(opts.Changes, runtime.GOARCH),
 	}
 	if vm.Config.UsesImage() {
 		image, err := m.images.Get(ctx, vm.Image)

@@ -120,7 +120,7 @@ func TestWorkspace(t *testing.T) {
 
 	t.Run("put", func(t *testing.T) {
 		archive := tarOf(t,
-			&tar.Header{Typeflag: tar.TypeReg, Name: "sub/f", Mode: 0o4755, Uid: 3, Gid: 4, Size: 3, ModTime: time.Unix(1e9, 0)},
+			&tar.Header{Typeflag: tar.TypeReg, Name: "sub/f", Mode: 0o4755, Uid: 3, Gid: 4, Size: 3, ModTime: time.Unix(1e9, 0), PAXRecords: capable()},
 			&tar.Header{Typeflag: tar.TypeReg, Name: "data/.wh.new"})
 		if err := w.Put(t.Context(), "/srv", archive); err != nil {
 			t.Fatal(err)
@@ -129,7 +129,7 @@ func TestWorkspace(t *testing.T) {
 			t.Errorf("it is %q", out)
 		}
 		check("put", "5 srv/ 755 0:0", "5 srv/data/ 755 0:0", "0 srv/data/.wh.new 644 0:0",
-			"5 srv/sub/ 755 0:0", "0 srv/sub/f 4755 3:4 = xxx")
+			"5 srv/sub/ 755 0:0", "0 srv/sub/f 4755 3:4 = xxx SCHILY.xattr.security.capability")
 	})
 	t.Run("discarded", func(t *testing.T) {
 		inWorkspace(t, w, "echo below > /srv/below")
@@ -150,6 +150,14 @@ func TestWorkspace(t *testing.T) {
 		if out != "1\n" {
 			t.Errorf("without a network there are %s interfaces", out)
 		}
+		// More than fits into the request, and bytes that are no text.
+		long := strings.Repeat("x", 100_000)
+		out = inWorkspace(t, w, `cat; echo ${#A} ${#B} "$C"`, func(c *workspace.Command) {
+			c.Stdin, c.Env = strings.NewReader("read\n"), []string{"A=" + long, "B=" + long, "C=\xff\xfe"}
+		})
+		if out != "read\n100000 100000 \xff\xfe\n" {
+			t.Errorf("it is told %.100q", out)
+		}
 		status, err := w.Run(t.Context(), workspace.Command{Args: []string{"no-such-command"}})
 		if err != nil || status.Code != 127 {
 			t.Errorf("a missing command: %s, %v", status, err)
@@ -162,7 +170,7 @@ func TestWorkspace(t *testing.T) {
 		if err := w.PutArea(t.Context(), "cache", false, tarOf(t)); err != nil {
 			t.Fatal(err)
 		}
-		out := inWorkspace(t, w, `cat /run/secrets/key; echo more > /root/.cache/deep/kept; ! echo x > /run/secrets/key; df -t tmpfs /scratch > /dev/null`, func(c *workspace.Command) {
+		out := inWorkspace(t, w, `cat /run/secrets/key; echo more > /root/.cache/deep/kept; ! (echo x > /run/secrets/key) 2> /dev/null; df -t tmpfs /scratch > /dev/null`, func(c *workspace.Command) {
 			c.Mounts = []workspace.Mount{
 				{Area: "secret", Source: "key", Target: "/run/secrets/key", ReadOnly: true},
 				{Area: "cache", Target: "/root/.cache/deep"}, {Target: "/scratch", Size: 1 << 20},
@@ -192,6 +200,11 @@ func TestWorkspace(t *testing.T) {
 	if len(reports) != 2 || reports[1].Method != smolvm.StartClone {
 		t.Errorf("the second workspace was started by %+v", reports)
 	}
+}
+
+// capable is what an archive says of a file that has a capability: cap_net_raw=ep.
+func capable() map[string]string {
+	return map[string]string{"SCHILY.xattr.security.capability": "\x01\x00\x00\x02\x00\x20\x00\x00" + strings.Repeat("\x00", 12)}
 }
 
 // tarOf returns an archive. All its files have x as content.

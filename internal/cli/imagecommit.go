@@ -21,16 +21,18 @@ func (a *app) imageCommitCommand() *cobra.Command {
 		Use:               "commit [flags] ID [NAME]",
 		Short:             "Make an image of a VM",
 		Long:              imageCommitLong,
-		Example:           "  smolvm image commit web app:1\n  smolvm image commit -m 'with nginx' web ghcr.io/owner/app",
+		Example:           "  smolvm image commit web app:1\n  smolvm image commit -m 'with nginx' -c 'CMD [\"nginx\"]' web ghcr.io/owner/app",
 		Args:              needs(1, 2, "the id of a VM, and the name that its image gets"),
 		ValidArgsFunction: first(a.vmIDs(smolvm.StateRunning, smolvm.StateStopped)),
 	}
 	flags := cmd.Flags()
 	flags.StringVarP(&options.Author, "author", "a", "", "`NAME` of who made it")
 	flags.StringVarP(&options.Message, "message", "m", "", "`TEXT` that says what it is")
+	flags.StringArrayVarP(&options.Changes, "change", "c", nil, "`INSTRUCTION` of a Dockerfile that changes the configuration, as in 'CMD [\"serve\"]'")
 	flags.BoolVar(&options.NoPause, "no-pause", false, "let the VM's commands go on meanwhile")
 	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
 	complete(cmd, "author", words())
+	complete(cmd, "change", words())
 	complete(cmd, "message", words())
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
 		if !quiet {

@@ -10,12 +10,13 @@ package dockerfile
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 
 	spec "github.com/moby/docker-image-spec/specs-go/v1"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/smolvm/smolvm"
 )
 
 // Config is the configuration of an image, as docker has it.
@@ -194,29 +195,11 @@ func (*Copy) op()  {}
 func (*Mkdir) op() {}
 
 // Error is what is wrong with a Dockerfile.
-type Error struct {
-	// File and Line are where. Line is counted from 1; zero: it is about the whole.
-	File string
-	Line int
-	Err  error
-}
-
-func (e *Error) Error() string {
-	if e.Line == 0 {
-		return fmt.Sprintf("%s: %v", e.File, e.Err)
-	}
-	return fmt.Sprintf("%s:%d: %v", e.File, e.Line, e.Err)
-}
-
-// Unwrap returns what is wrong there.
-func (e *Error) Unwrap() error { return e.Err }
-
-// ErrUnsupported reports an instruction that BuildKit knows, and that is refused.
-var ErrUnsupported = errors.New("not supported")
+type Error = smolvm.DockerfileError
 
 // refuse returns the error of what is not supported, with the reason or a way around.
 func refuse(what, why string) error {
-	return fmt.Errorf("%s is %w: %s", what, ErrUnsupported, why)
+	return fmt.Errorf("%s is %w: %s", what, smolvm.ErrUnsupported, why)
 }
 
 // stageName returns the name of a stage that has none.

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/smolvm/smolvm"
 )
 
 // bases are the images that the tests' Dockerfiles are based on.
@@ -346,7 +348,7 @@ func TestErrors(t *testing.T) {
 		{name: "health", text: "FROM plain\nHEALTHCHECK x", want: "Dockerfile:2: Unknown type"},
 		{name: "trigger", text: "FROM plain\nONBUILD FROM x", want: "Dockerfile:2: FROM isn't allowed as an ONBUILD trigger"},
 		{name: "trigger of a base", text: "FROM plain\nFROM bad-triggers", want: "Dockerfile:2: the base has ONBUILD"},
-		{name: "mount's type", text: "FROM plain\nRUN --mount=type=cash,target=/x y", want: "Dockerfile:2: RUN: unsupported mount type \"cash\" (did you mean cache?)"},
+		{name: "mount's type", text: "FROM plain\nRUN --mount=type=cach,target=/x y", want: "Dockerfile:2: RUN: unsupported mount type \"cach\" (did you mean cache?)"},
 		{name: "mount's target", text: "FROM plain\nRUN --mount=type=cache y", want: "Dockerfile:2: RUN: --mount=type=cache: it needs a target"},
 		{name: "mount over all", text: "FROM plain\nRUN --mount=type=bind,target=/ y", want: "Dockerfile:2: RUN: --mount=type=bind: its target can't be /"},
 		{name: "growth", text: "FROM plain\nENV a=" + long + "\nENV b=$a$a\nENV c=$b$b", want: "Dockerfile:4: …longer"},
@@ -381,7 +383,7 @@ func TestErrors(t *testing.T) {
 			if !errors.As(err, &at) {
 				t.Errorf("%T", err)
 			}
-			if strings.Contains(test.want, "is not supported") && !errors.Is(err, ErrUnsupported) {
+			if strings.Contains(test.want, "is not supported") && !errors.Is(err, smolvm.ErrUnsupported) {
 				t.Errorf("%v is no refusal", err)
 			}
 		})

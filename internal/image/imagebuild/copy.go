@@ -178,7 +178,7 @@ func (s *stage) checkDest(op *dockerfile.Copy, layer *newLayer, count int) error
 
 // unpack unpacks a file if it is an archive.
 func (s *stage) unpack(ctx context.Context, file item, layer *newLayer, dest string, how change) (*files.Spool, bool, error) {
-	isArchive, err := isArchive(file.open)
+	isArchive, err := files.IsArchive(file.open)
 	if err != nil || !isArchive {
 		return nil, false, err
 	}
@@ -187,7 +187,7 @@ func (s *stage) unpack(ctx context.Context, file item, layer *newLayer, dest str
 		return nil, false, err
 	}
 	tree := ocilayer.NewTree(spool, ocilayer.Limits{Entries: maxEntries, Bytes: maxBytes})
-	if err := tree.AddArchive(ctx, func() (io.ReadCloser, error) { return openArchive(file.open) }); err != nil {
+	if err := tree.AddArchive(ctx, func() (io.ReadCloser, error) { return files.OpenArchive(file.open) }); err != nil {
 		return spool, false, err
 	}
 	from := &selector{tree: files.Nodes{Root: tree.Root(), Spool: spool}, exclude: &files.Ignore{}}

@@ -120,8 +120,10 @@ type Options struct {
 	Arch string
 	// TempDir is where content is while it is copied.
 	TempDir string
-	// Progress is told how the build goes on; it may be nil.
+	// Progress is told how the build goes on; it may be nil. Its steps are counted from the
+	// one after Shown.
 	Progress func(smolvm.BuildEvent)
+	Shown    int
 }
 
 // Result is an image that was built.
@@ -154,7 +156,7 @@ func Build(ctx context.Context, plan *dockerfile.Plan, opts Options) (_ Result, 
 	if opts.Progress == nil {
 		opts.Progress = func(smolvm.BuildEvent) {}
 	}
-	b := &builder{opts: opts, stages: map[*dockerfile.Stage]*stage{}, trees: map[string]files.Nodes{}, single: len(plan.Stages) == 1}
+	b := &builder{opts: opts, stages: map[*dockerfile.Stage]*stage{}, trees: map[string]files.Nodes{}, shown: opts.Shown, single: len(plan.Stages) == 1}
 	defer func() {
 		for _, tree := range b.trees {
 			err = errors.Join(err, tree.Spool.Close())

@@ -229,9 +229,6 @@ func headerOf(name string, file files.File) *tar.Header {
 	switch file.Type() {
 	case unix.S_IFDIR:
 		header.Typeflag, header.Name = tar.TypeDir, name+"/"
-		if name == "" {
-			header.Name = "./"
-		}
 	case unix.S_IFLNK:
 		header.Typeflag = tar.TypeSymlink
 	case unix.S_IFIFO:

@@ -42,7 +42,7 @@ func (s *stage) run(ctx context.Context, op *dockerfile.Run, out io.Writer) (res
 		return result, err
 	}
 	if !status.Success() {
-		return result, fmt.Errorf("%q %s", strings.Join(op.Args, " "), status)
+		return result, fmt.Errorf("the command %q has failed: %s", strings.Join(op.Args, " "), status)
 	}
 	result, err = s.store(ctx, func(w io.Writer) error { return s.work.Layer(ctx, w) })
 	if err == nil && result.Layer.Digest != "" {
@@ -71,7 +71,7 @@ func (s *stage) open(ctx context.Context) error {
 
 // putLayer puts a layer into the workspace, and no part of it into the next.
 func (s *stage) putLayer(ctx context.Context, layer ocistore.Layer) error {
-	content, err := openArchive(func() (io.ReadCloser, error) { return s.opts.Store.OpenLayer(layer) })
+	content, err := files.OpenArchive(func() (io.ReadCloser, error) { return s.opts.Store.OpenLayer(layer) })
 	if err != nil {
 		return err
 	}
@@ -111,6 +111,14 @@ func (m *mounts) lock(ctx context.Context, mounts []dockerfile.Mount) error {
 	return nil
 }
 
+// inArea is the name of what is mounted in its area, whose root has an owner and a mode of its own.
+const inArea = "mount"
+
+// areaLayer returns a layer for an area.
+func (m *mounts) areaLayer() *newLayer {
+	return newLayerOver(files.Nodes{Root: emptyRoot()}, owner{}, m.fileTime())
+}
+
 // add adds a mount to the command.
 func (m *mounts) add(ctx context.Context, number int, mount dockerfile.Mount) error {
 	area := fmt.Sprintf("mount-%d", number)
@@ -125,6 +133,7 @@ func (m *mounts) add(ctx context.Context, number int, mount dockerfile.Mount) er
 			return err
 		}
 	case dockerfile.MountCache:
+		added.Source = inArea
 		if before, ok := m.caches[mount.ID]; ok {
 			added.Area = before // twice in one command
 			break
@@ -180,38 +189,35 @@ func (m *mounts) addSecret(ctx context.Context, area string, mount dockerfile.Mo
 	if mount.Target == "" {
 		return "", nil
 	}
-	layer := newLayerOver(files.Nodes{Root: emptyRoot()}, owner{}, m.fileTime())
+	layer := m.areaLayer()
 	file := files.File{Mode: unix.S_IFREG | mount.Mode, UID: mount.UID, GID: mount.GID, Size: int64(len(value)), ModTime: m.fileTime()}
-	if err := layer.put("secret", file, item{open: inMemory(value)}); err != nil {
+	if err := layer.put(inArea, file, item{open: inMemory(value)}); err != nil {
 		return "", err
 	}
-	return "secret", m.fill(ctx, area, true, func(w io.Writer) error { return layer.write(ctx, w) })
+	return inArea, m.fill(ctx, area, true, func(w io.Writer) error { return layer.write(ctx, w) })
 }
 
 // addBind puts what is mounted into an area, and returns its path there.
 func (m *mounts) addBind(ctx context.Context, area string, mount dockerfile.Mount) (string, error) {
-	layer := newLayerOver(files.Nodes{Root: emptyRoot()}, owner{}, m.fileTime())
+	layer := m.areaLayer()
 	for _, file := range mount.Files {
 		made := files.File{Mode: unix.S_IFREG | file.Mode, Size: int64(len(file.Content)), ModTime: m.fileTime()}
-		if err := layer.put(file.Name, made, item{open: inMemory([]byte(file.Content))}); err != nil {
+		if err := errors.Join(layer.makeDirs(inArea), layer.put(path.Join(inArea, file.Name), made, item{open: inMemory([]byte(file.Content))})); err != nil {
 			return "", err
 		}
 	}
-	source := ""
 	if len(mount.Files) == 0 {
 		one, err := m.mounted(ctx, mount)
 		if err != nil {
 			return "", err
 		}
-		const name = "source"
 		for _, item := range one.items {
-			if err := layer.put(path.Join(name, item.name), change{time: m.limitTime}.apply(item.file), item); err != nil {
+			if err := layer.put(path.Join(inArea, item.name), change{time: m.limitTime}.apply(item.file), item); err != nil {
 				return "", err
 			}
 		}
-		source = name
 	}
-	return source, m.fill(ctx, area, false, func(w io.Writer) error { return layer.write(ctx, w) })
+	return inArea, m.fill(ctx, area, false, func(w io.Writer) error { return layer.write(ctx, w) })
 }
 
 // mounted finds what a mount has.
@@ -245,14 +251,14 @@ func (m *mounts) addCache(ctx context.Context, area string, mount dockerfile.Mou
 			return err
 		})
 	}
-	layer := newLayerOver(files.Nodes{Root: emptyRoot()}, owner{}, m.fileTime())
-	layer.added[""] = placed{file: files.File{Mode: unix.S_IFDIR | mount.Mode, UID: mount.UID, GID: mount.GID, ModTime: m.fileTime()}}
+	layer := m.areaLayer()
+	layer.added[inArea] = placed{file: files.File{Mode: unix.S_IFDIR | mount.Mode, UID: mount.UID, GID: mount.GID, ModTime: m.fileTime()}}
 	if !mount.From.Scratch {
 		one, err := m.mounted(ctx, mount)
 		if err != nil {
 			return err
 		}
-		if err := layer.copyDir(one.items, "", change{time: m.limitTime}); err != nil {
+		if err := layer.copyDir(one.items, inArea, change{time: m.limitTime}); err != nil {
 			return err
 		}
 	}

@@ -6,26 +6,13 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path"
 	"slices"
 
-	"github.com/moby/patternmatcher"
-	"github.com/moby/patternmatcher/ignorefile"
 	"golang.org/x/sys/unix"
 )
 
-// IgnoreFile is the name of the file that says what is no part of a context.
-const IgnoreFile = ".dockerignore"
-
-// maxIgnoreSize is how long such a file may be, in bytes.
-const maxIgnoreSize = 1 << 20
-
-// Dir is a directory of the host, without what its .dockerignore excludes. All in it is root's.
-// It is a [Tree].
-type Dir struct {
-	root   *os.Root
-	ignore *Ignore
-}
+// Dir is a directory of the host. All in it is root's. It is a [Tree].
+type Dir struct{ root *os.Root }
 
 // OpenDir opens a directory. Nothing that is done with it leads out of it.
 func OpenDir(dir string) (*Dir, error) {
@@ -33,14 +20,11 @@ func OpenDir(dir string) (*Dir, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Dir{root: root, ignore: &Ignore{}}, nil
+	return &Dir{root}, nil
 }
 
 // Close closes the directory.
 func (d *Dir) Close() error { return d.root.Close() }
-
-// SetIgnore has what the patterns match be left out from now on.
-func (d *Dir) SetIgnore(ignore *Ignore) { d.ignore = ignore }
 
 // at returns a name as the os package has it.
 func at(name string) string {
@@ -52,13 +36,6 @@ func at(name string) string {
 
 // Lstat tells of a file.
 func (d *Dir) Lstat(name string) (File, error) {
-	if ignored, err := d.ignored(name); err != nil || ignored {
-		return File{}, errors.Join(err, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist})
-	}
-	return d.lstat(name)
-}
-
-func (d *Dir) lstat(name string) (File, error) {
 	info, err := d.root.Lstat(at(name))
 	if err != nil {
 		return File{}, err
@@ -101,59 +78,20 @@ func permissions(mode fs.FileMode) uint32 {
 	return bits
 }
 
-// ignored reports whether a file is left out, but not if something in it is not.
-func (d *Dir) ignored(name string) (bool, error) {
-	ignored, err := d.ignore.Matches(name)
-	if err != nil || !ignored {
-		return false, err
-	}
-	if !d.ignore.hasExceptions() {
-		return true, nil
-	}
-	info, err := d.root.Lstat(at(name))
-	if errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() {
-		return true, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	entries, err := d.entries(name)
-	if err != nil {
-		return false, err
-	}
-	for _, entry := range entries {
-		if ignored, err := d.ignored(path.Join(name, entry.Name())); err != nil || !ignored {
-			return false, err
-		}
-	}
-	return true, nil
-}
-
-func (d *Dir) entries(name string) ([]fs.DirEntry, error) {
+// Names returns the names in a directory. Sockets have none, as in docker.
+func (d *Dir) Names(name string) ([]string, error) {
 	file, err := d.root.Open(at(name))
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = file.Close() }()
-	return file.ReadDir(-1)
-}
-
-// Names returns the names in a directory. Sockets have none, as in docker.
-func (d *Dir) Names(name string) ([]string, error) {
-	entries, err := d.entries(name)
+	entries, err := file.ReadDir(-1)
 	if err != nil {
 		return nil, err
 	}
 	names := []string{}
 	for _, entry := range entries {
-		if entry.Type() == fs.ModeSocket {
-			continue
-		}
-		ignored, err := d.ignored(path.Join(name, entry.Name()))
-		if err != nil {
-			return nil, err
-		}
-		if !ignored {
+		if entry.Type() != fs.ModeSocket {
 			names = append(names, entry.Name())
 		}
 	}
@@ -161,7 +99,7 @@ func (d *Dir) Names(name string) ([]string, error) {
 	return names, nil
 }
 
-// Open opens a regular file, one that is left out too.
+// Open opens a regular file.
 func (d *Dir) Open(name string) (io.ReadCloser, error) {
 	// What was a file before may be a pipe now, which would wait for its writer.
 	file, err := d.root.OpenFile(at(name), os.O_RDONLY|unix.O_NONBLOCK, 0)
@@ -177,69 +115,3 @@ func (d *Dir) Open(name string) (io.ReadCloser, error) {
 	}
 	return file, nil
 }
-
-// ReadSmall reads a file of a tree that has no more than so many bytes. Links are followed.
-func ReadSmall(tree interface {
-	Open(name string) (io.ReadCloser, error)
-}, name string, most int64) ([]byte, error) {
-	file, err := tree.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = file.Close() }()
-	text, err := io.ReadAll(io.LimitReader(file, most+1))
-	if err == nil && int64(len(text)) > most {
-		err = fmt.Errorf("%q is longer than %d bytes", name, most)
-	}
-	return text, err
-}
-
-// Ignore is what is left out of a tree. The zero value leaves nothing out.
-type Ignore struct {
-	matcher *patternmatcher.PatternMatcher
-}
-
-// NewIgnore takes patterns as .dockerignore has them.
-func NewIgnore(patterns []string) (*Ignore, error) {
-	if len(patterns) == 0 {
-		return &Ignore{}, nil
-	}
-	matcher, err := patternmatcher.New(patterns)
-	return &Ignore{matcher}, err
-}
-
-// ReadIgnore reads a file of patterns. There may be none.
-func ReadIgnore(tree interface {
-	Open(name string) (io.ReadCloser, error)
-}, name string) (ignore *Ignore, there bool, err error) {
-	file, err := tree.Open(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return &Ignore{}, false, nil
-	}
-	if err != nil {
-		return nil, false, err
-	}
-	defer func() { _ = file.Close() }()
-	limited := &io.LimitedReader{R: file, N: maxIgnoreSize}
-	patterns, err := ignorefile.ReadAll(limited)
-	if err == nil && limited.N == 0 {
-		err = fmt.Errorf("it is longer than %d bytes", maxIgnoreSize)
-	}
-	if err == nil {
-		ignore, err = NewIgnore(patterns)
-	}
-	if err != nil {
-		return nil, true, fmt.Errorf("%s: %w", name, err)
-	}
-	return ignore, true, nil
-}
-
-// Matches reports whether a file is left out, by itself or with a directory that it is in.
-func (i *Ignore) Matches(name string) (bool, error) {
-	if i.matcher == nil || name == "" {
-		return false, nil
-	}
-	return i.matcher.MatchesOrParentMatches(name)
-}
-
-func (i *Ignore) hasExceptions() bool { return i.matcher != nil && i.matcher.Exclusions() }

@@ -1,4 +1,4 @@
-package imagebuild
+package files
 
 import (
 	"archive/tar"
@@ -47,8 +47,8 @@ func unpacked(r *bufio.Reader) (io.Reader, func(), error) {
 	return r, nothing, nil
 }
 
-// isArchive reports whether a file is an archive by tar: its first header can be read.
-func isArchive(open func() (io.ReadCloser, error)) (bool, error) {
+// IsArchive reports whether a file is an archive by tar: its first header can be read.
+func IsArchive(open func() (io.ReadCloser, error)) (bool, error) {
 	file, err := open()
 	if err != nil {
 		return false, err
@@ -77,8 +77,8 @@ func (f *failed) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// openArchive opens an archive, unpacked.
-func openArchive(open func() (io.ReadCloser, error)) (io.ReadCloser, error) {
+// OpenArchive opens an archive, unpacked.
+func OpenArchive(open func() (io.ReadCloser, error)) (io.ReadCloser, error) {
 	file, err := open()
 	if err != nil {
 		return nil, err
