@@ -40,6 +40,8 @@ const (
 	// DefaultBootArgs are the kernel arguments of a VM that is made from paths
 	// and names none.
 	DefaultBootArgs = "console=ttyS0 reboot=k panic=1 pci=off"
+	// InitAuto as a VM's Init stands for the init that its image says.
+	InitAuto = "auto"
 	// DefaultImage is used by a VM that names neither an image nor a kernel.
 	DefaultImage = "base"
 	// MaxDiskSizeMiB is 16 TiB, ext4's own limit with 4 KiB blocks.
@@ -190,6 +192,16 @@ type VMConfig struct {
 	// image's Cmd too, and one of a single empty text takes both away.
 	Entrypoint []string `json:"entrypoint,omitempty"`
 	Cmd        []string `json:"cmd,omitempty"`
+	// StopSignal is what processes get when the VM is shut down by a stop: a name or a number,
+	// as in "SIGQUIT". Empty: the image's, else SIGTERM, and SIGHUP for shells.
+	StopSignal string `json:"stop_signal,omitempty"`
+	// PublishAll forwards a free port of the host to each port that the image exposes and that
+	// PortForwards has not; see [Ports] for those that were chosen.
+	PublishAll bool `json:"publish_all,omitempty"`
+	// Init is the image's own init, an absolute path such as /sbin/init, which is run as the
+	// guest's first process, and beside it the agent. [InitAuto]: the image's Entrypoint or
+	// Cmd if that is an absolute path, else /sbin/init. Empty: the agent is the first process.
+	Init string `json:"init,omitempty"`
 	// Hostname of the guest. Empty: the VM's id, with '-' for each '_', which host
 	// names may not have.
 	Hostname string `json:"hostname,omitempty"`
@@ -583,6 +595,9 @@ func (c VMConfig) validateGuest(v *validator) {
 		v.check(!strings.ContainsRune(c.Env[key], 0), "env", "%s has a NUL in its value", key)
 		v.check(utf8.ValidString(c.Env[key]), "env", "the value of %s is not UTF-8, which a VM's configuration has to be; give it to each command instead", key)
 	}
+	v.check(c.Init == "" || c.Init == InitAuto || strings.HasPrefix(c.Init, "/") && !strings.ContainsFunc(c.Init, isBlank), "init",
+		"%q is no absolute path without blanks", c.Init)
+	v.check(!c.PublishAll || c.Network.Mode.Forwards(), "publish_all", "network mode %s has no port forwards", c.Network.Mode)
 	v.check(c.WorkingDir == "" || strings.HasPrefix(c.WorkingDir, "/"), "working_dir", "%q is no absolute path", c.WorkingDir)
 	for field, texts := range map[string][]string{"working_dir": {c.WorkingDir}, "user": {c.User}, "entrypoint": c.Entrypoint, "cmd": c.Cmd} {
 		for _, text := range texts {
@@ -590,8 +605,8 @@ func (c VMConfig) validateGuest(v *validator) {
 		}
 	}
 	if !c.UsesImage() {
-		v.check(c.WorkingDir == "" && c.User == "" && len(c.Entrypoint)+len(c.Cmd) == 0, "kernel_path",
-			"a VM with its own kernel has no agent: working_dir, user, entrypoint and cmd are for images")
+		v.check(c.WorkingDir == "" && c.User == "" && c.Init == "" && len(c.Entrypoint)+len(c.Cmd) == 0, "kernel_path",
+			"a VM with its own kernel has no agent: working_dir, user, entrypoint, cmd and init are for images")
 	}
 	// A host name that follows from a bad id is not a second mistake.
 	if c.Hostname != "" && c.Hostname != hostnameOf(c.ID) {

@@ -94,10 +94,13 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, opts sm
 
 // withImage fills in what a configuration leaves to its image.
 func withImage(config smolvm.VMConfig, image smolvm.Image) (smolvm.VMConfig, error) {
-	if image.Config == nil {
-		return config, nil
+	if image.Config != nil {
+		var err error
+		if config, err = ociconfig.Apply(config, *image.Config); err != nil {
+			return config, err
+		}
 	}
-	return ociconfig.Apply(config, *image.Config)
+	return ociconfig.ApplyInit(config, image.BootArgs), nil
 }
 
 // origin is what a VM is made of.
@@ -217,6 +220,9 @@ func (m *Manager) check(config *smolvm.VMConfig) (vmm.Traits, disk.Info, error) 
 		}
 		config.Drives[i].Format = smolvm.DiskFormat(found.Format)
 		files = append(files, broughtDisk{fmt.Sprintf("drives[%d].path", i), drive.Path, found.Format})
+	}
+	if _, err := ociconfig.ParseSignal(config.StopSignal); err != nil {
+		bad("stop_signal", err)
 	}
 	hint = cmp.Or(hint, m.checkMounts(*config, bad))
 	retained := m.retainedFormat(*config)

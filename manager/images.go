@@ -73,12 +73,8 @@ func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
 		return m.catalog.Forget(ctx, found)
 	}
 	err = m.images.Remove(ctx, found.Digest, func() error {
-		users, err := m.imageUsers(ctx)
-		if err != nil {
+		if err := m.imageInUse(ctx, found.Digest); err != nil {
 			return fmt.Errorf("remove image %q: %w", ref, err)
-		}
-		if by := users[found.Digest]; len(by) > 0 {
-			return fmt.Errorf("remove image %q: %w by %s; delete them first", ref, smolvm.ErrImageInUse, strings.Join(by, ", "))
 		}
 		return nil
 	})
@@ -87,6 +83,19 @@ func (m *Manager) RemoveImage(ctx context.Context, ref string) error {
 	}
 	step.Reached(ctx, "image rm/removed")
 	return errors.Join(m.catalog.Forget(ctx, found), m.dropTemplates(ctx))
+}
+
+// imageInUse returns an error that matches [smolvm.ErrImageInUse] if something is based on an
+// image.
+func (m *Manager) imageInUse(ctx context.Context, digest string) error {
+	users, err := m.imageUsers(ctx)
+	if err != nil {
+		return err
+	}
+	if by := users[digest]; len(by) > 0 {
+		return fmt.Errorf("%w by %s; delete them first", smolvm.ErrImageInUse, strings.Join(by, ", "))
+	}
+	return nil
 }
 
 // dropTemplates removes the templates of images that are gone, also those that a process left

@@ -99,6 +99,10 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
+	imageBytes, err := config.imageBytes()
+	if err != nil {
+		return nil, err
+	}
 	dir, err := datadir.Open(datadir.Options{Path: config.DataDir, Existing: config.Existing})
 	if err != nil {
 		return nil, err
@@ -146,7 +150,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, errors.Join(err, state.Close())
 	}
-	m.catalog = &catalog.Catalog{Bootable: images, OCI: oci, Base: m.baseImage}
+	m.catalog = &catalog.Catalog{Bootable: images, OCI: oci, Base: m.baseImage, MaxBytes: imageBytes, InUse: m.imageInUse}
 	m.packaged = m.newPackaged(m.catalog)
 	m.wire(templates)
 	return m, nil

@@ -2,13 +2,16 @@ package manager_test
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"log"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -21,6 +24,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/testenv"
+	"github.com/smolvm/smolvm/manager"
 )
 
 // newRegistry starts a registry on loopback, and returns its host.
@@ -78,6 +82,7 @@ func TestImageFromRegistry(t *testing.T) {
 	program := testenv.Build(t, "github.com/smolvm/smolvm/internal/testenv/sayargs")
 	push(t, ref, archiveOf(t, map[string][]byte{"sayargs": program}), v1.Config{
 		Entrypoint: []string{"/sayargs", "one"}, Cmd: []string{"two"}, Env: []string{"GREETING=hello", "PATH=/"}, User: "1000:50", WorkingDir: "/proc",
+		StopSignal: "SIGUSR1", ExposedPorts: map[string]struct{}{"80/tcp": {}}, Labels: map[string]string{"org.example.kind": "test"},
 	})
 	config := smolvm.VMConfig{Image: ref}
 	for name, test := range map[string]struct {
@@ -97,7 +102,11 @@ func TestImageFromRegistry(t *testing.T) {
 	// What is executed in it later has its user, directory and environment, and not its
 	// entrypoint.
 	awaitTemplates(t, m)
-	vm := mustRun(t, m, smolvm.VMConfig{ID: "clone", Image: ref})
+	vm := mustRun(t, m, smolvm.VMConfig{ID: "clone", Image: ref, PublishAll: true})
+	forwards, err := m.PortForwards(ctx, vm.ID)
+	if err != nil || len(forwards) != 1 || forwards[0].GuestPort != 80 || forwards[0].HostPort == 0 || vm.Config.Labels["org.example.kind"] != "test" {
+		t.Errorf("its forwards and labels are %v, %v, %v", forwards, err, vm.Config.Labels)
+	}
 	if vm.Start == nil || vm.Start.Method != smolvm.StartClone {
 		t.Errorf("it was started by %+v", vm.Start)
 	}
@@ -105,6 +114,7 @@ func TestImageFromRegistry(t *testing.T) {
 	if _, err := m.Exec(ctx, vm.ID, smolvm.Command{Args: []string{"sayargs"}, Stdout: &out}); err != nil || out.String() != `1000:50 /proc "hello" ["sayargs"]`+"\n" {
 		t.Errorf("executed it says %q, %v", out.String(), err)
 	}
+	stopBySignal(t, m, vm.ID)
 	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -113,5 +123,33 @@ func TestImageFromRegistry(t *testing.T) {
 	}
 	if _, err := m.Image(ctx, vm.Image); !errors.Is(err, smolvm.ErrImageNotFound) {
 		t.Errorf("the bootable image is there still: %v", err)
+	}
+}
+
+// stopBySignal stops a VM, and checks that its program gets the signal that the image asks for.
+func stopBySignal(t *testing.T, m *manager.Manager, id string) {
+	t.Helper()
+	output, to := io.Pipe()
+	process, err := m.StartProcess(t.Context(), id, smolvm.Command{Args: []string{"sayargs", "wait"}, User: "0", Stdout: to})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(output).ReadString('\n'); err != nil || line != "waiting\n" {
+		t.Fatalf("it says %q, %v", line, err)
+	}
+	if _, err := m.Stop(t.Context(), id, smolvm.StopOptions{Timeout: time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	_ = output.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_, _ = process.Wait(ctx)
+	logs, err := m.Logs(t.Context(), id, smolvm.LogOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(logs)
+	if err := errors.Join(err, logs.Close()); err != nil || !bytes.Contains(text, []byte("got signal: user defined signal 1")) {
+		t.Errorf("the console has %q, %v", text, err)
 	}
 }

@@ -1,11 +1,13 @@
 package manager
 
 import (
+	"fmt"
 	"os"
 	"runtime"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/budget"
+	"github.com/smolvm/smolvm/internal/size"
 	"github.com/smolvm/smolvm/internal/vmm/traits"
 )
 
@@ -54,6 +56,11 @@ type Config struct {
 	// with fewer, the same holds. Zero: $SMOLVM_DISK_RESERVE; else [DefaultDiskReserve], or
 	// a twentieth of a small file system. Negative: none.
 	DiskReserve int64
+	// ImageBytes is how many bytes OCI images that were pulled may take together: a pull
+	// removes those that were not used for longest, and that nothing is based on, until they
+	// do. Images that were built, imported or tagged here stay. Zero: $SMOLVM_IMAGE_BUDGET, a
+	// size such as 20G; else no limit.
+	ImageBytes int64
 	// MaxStarts is how many VMs of the data directory are started at once; further starts
 	// wait for their turn. A start that takes longer than others do gives its turn up.
 	// Zero: twice the number of CPUs.
@@ -84,6 +91,20 @@ func (c Config) templateBytes() int64 {
 		return c.Templates.MaxBytes
 	}
 	return smolvm.DefaultTemplateBytes
+}
+
+const imageBudgetEnv = "SMOLVM_IMAGE_BUDGET"
+
+func (c Config) imageBytes() (int64, error) {
+	text := os.Getenv(imageBudgetEnv)
+	if c.ImageBytes != 0 || text == "" {
+		return c.ImageBytes, nil
+	}
+	mebibytes, err := size.ParseMebibytes(text)
+	if err != nil {
+		return 0, fmt.Errorf("$%s: %w", imageBudgetEnv, err)
+	}
+	return mebibytes << 20, nil
 }
 
 func (c Config) maxStarts() int {

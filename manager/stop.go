@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/ociconfig"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -45,6 +46,7 @@ func (m *Manager) Stop(ctx context.Context, id string, opts smolvm.StopOptions) 
 		lock.unlock()
 		return m.info(vm), err
 	}
+	how.Signal, _ = ociconfig.ParseSignal(vm.Config.StopSignal) // it was checked
 	vm, err = m.endLocked(ctx, vm, how)
 	if err == nil && vm.Config.Ephemeral {
 		err = m.erase(ctx, vm)
@@ -197,7 +199,13 @@ var errShimHangs = errors.New("the VM's shim does not answer")
 // endProcesses ends the shim and the VMM of a living VM. The shim does that in an orderly
 // way, and writes it down; if it does not in time, both are killed.
 func (m *Manager) endProcesses(ctx context.Context, vm store.VM, how shim.Stop) error {
-	m.forgetClient(vm.ID)
+	if how.Grace > 0 {
+		// Commands that this process runs in the guest get the signal, and time to end:
+		// without their client they would be killed.
+		defer m.forgetClient(vm.ID)
+	} else {
+		m.forgetClient(vm.ID)
+	}
 	bounded, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	give := func() { cancel(errShimHangs) }

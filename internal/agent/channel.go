@@ -154,10 +154,10 @@ func (l *Link) explain(err error) error {
 // not that.
 func (l *Link) Fault() error { return errors.Join(l.guard.Err(), l.end.err()) }
 
-// Shutdown asks the guest to shut down, giving its processes so long to end. It
-// returns when the guest has agreed, before it is down.
-func (l *Link) Shutdown(ctx context.Context, grace time.Duration) error {
-	if err := l.control(ctx, wire.Control{Shutdown: &wire.Shutdown{Grace: grace}}); err != nil {
+// Shutdown asks the guest to shut down, giving its processes so long to end after a signal; zero
+// is the usual one. It returns when the guest has agreed, before it is down.
+func (l *Link) Shutdown(ctx context.Context, grace time.Duration, signal int) error {
+	if err := l.control(ctx, wire.Control{Shutdown: &wire.Shutdown{Grace: grace, Signal: signal}}); err != nil {
 		return fmt.Errorf("ask the guest's agent to shut down: %w", err)
 	}
 	return nil

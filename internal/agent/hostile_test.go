@@ -144,7 +144,7 @@ func TestCallsEndWithTheirContext(t *testing.T) {
 	link := handshake(t, func(*net.UnixConn) { <-block })
 	fill(t, link)
 	mustEnd(t, "open", func(ctx context.Context) error { _, err := link.Open(ctx); return err })
-	mustEnd(t, "shutdown", func(ctx context.Context) error { return link.Shutdown(ctx, time.Second) })
+	mustEnd(t, "shutdown", func(ctx context.Context) error { return link.Shutdown(ctx, time.Second, 0) })
 	mustEnd(t, "sync", link.Sync)
 	mustEnd(t, "clock", func(ctx context.Context) error { return link.SetClock(ctx, time.Now()) })
 	mustEnd(t, "ping", link.Ping)

@@ -21,6 +21,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/image/registries"
 )
 
 // Catalog finds images in both stores.
@@ -30,6 +31,12 @@ type Catalog struct {
 	// Base returns the image whose kernel and initramfs the others have, and makes it if it is
 	// missing or out of date.
 	Base func(ctx context.Context, progress func(smolvm.Progress)) (smolvm.Image, error)
+	// MaxBytes is how much OCI images that were pulled may take together, before those that
+	// were not used for longest are removed. Zero: as much as there is.
+	MaxBytes int64
+	// InUse returns an error that matches [smolvm.ErrImageInUse] if something is based on an
+	// image. It is needed with MaxBytes only.
+	InUse func(ctx context.Context, digest string) error
 }
 
 // minAbbreviation is the shortest beginning of a digest that stands for it, in hexadecimal
@@ -228,6 +235,9 @@ func (c *Catalog) Ensure(ctx context.Context, text string, policy smolvm.PullPol
 	oci, ociErr := c.findOCI(text)
 	switch {
 	case ociErr == nil:
+		if err := c.OCI.Use(oci); err != nil {
+			return smolvm.Image{}, err
+		}
 		return c.Boot(ctx, oci, progress)
 	case !errors.Is(ociErr, smolvm.ErrImageNotFound):
 		return smolvm.Image{}, ociErr
@@ -260,11 +270,23 @@ func (c *Catalog) Pull(ctx context.Context, text string, opts smolvm.PullOptions
 	if err := checkPlatform(opts.Platform); err != nil {
 		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
-	pulled, err := c.OCI.Pull(ctx, ref, ocistore.PullOptions{Platform: opts.Platform, Progress: layerProgress("pull "+ref.Familiar(), opts.Progress)})
+	mirrors, err := registries.Load()
+	if err != nil {
+		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
+	}
+	sources, err := mirrors.Sources(ref)
+	if err != nil {
+		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
+	}
+	pulled, err := c.OCI.Pull(ctx, ref, ocistore.PullOptions{Sources: sources, Platform: opts.Platform, Progress: layerProgress("pull "+ref.Familiar(), opts.Progress)})
 	if err != nil {
 		return smolvm.Image{}, err
 	}
-	return c.Boot(ctx, pulled, opts.Progress)
+	made, err := c.Boot(ctx, pulled, opts.Progress)
+	if err != nil {
+		return smolvm.Image{}, err
+	}
+	return made, c.trim(ctx, pulled.Digest)
 }
 
 // checkPlatform checks that guests of this host can run what is for a platform.

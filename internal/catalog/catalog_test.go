@@ -188,6 +188,20 @@ func TestNewBase(t *testing.T) {
 	}
 }
 
+// A registry's mirror is asked first, and the image keeps its name.
+func TestMirror(t *testing.T) {
+	c, ctx := newCatalog(t), t.Context()
+	host := newRegistry(t)
+	push(t, host+"/cache/owner/app:1", "content", v1.Config{})
+	file := filepath.Join(t.TempDir(), "registries.conf")
+	must(t, os.WriteFile(file, []byte("[[registry]]\nlocation = 'docker.io'\n[[registry.mirror]]\nlocation = '127.0.0.1:1'\n[[registry.mirror]]\nlocation = '"+host+"/cache'\n"), 0o600))
+	t.Setenv("CONTAINERS_REGISTRIES_CONF", file)
+	found, err := c.Ensure(ctx, "owner/app:1", "", nil)
+	if err != nil || !slices.Equal(found.Names, []string{"owner/app:1"}) || found.OCI.Reference != "docker.io/owner/app:1" {
+		t.Errorf("by the mirror it is %+v, %v", found, err)
+	}
+}
+
 // What can't be had is refused with what was tried.
 func TestRefused(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
@@ -256,6 +270,50 @@ func TestRemove(t *testing.T) {
 	}
 	if _, err := c.OCI.Document(oci.Digest); err == nil {
 		t.Error("its manifest is left")
+	}
+}
+
+// Of pulled images those that were not used for longest go, when there are too many.
+func TestTrim(t *testing.T) {
+	c, ctx := newCatalog(t), t.Context()
+	host := newRegistry(t)
+	names := map[string]string{}
+	used := ""
+	c.InUse = func(_ context.Context, digest string) error {
+		if digest == used {
+			return smolvm.ErrImageInUse
+		}
+		return nil
+	}
+	pull := func(name string) smolvm.Image {
+		t.Helper()
+		names[name] = host + "/" + name
+		push(t, names[name], name+strings.Repeat("x", 100_000), v1.Config{Labels: map[string]string{"n": name}})
+		made, err := c.Pull(ctx, names[name], smolvm.PullOptions{})
+		must(t, err)
+		return made
+	}
+	used = pull("used").Digest
+	pull("kept")
+	kept, err := ociref.Parse(names["kept"])
+	must(t, err)
+	oci, err := c.OCI.Get(kept)
+	must(t, err)
+	own, err := ociref.Parse("own:1")
+	must(t, err, c.OCI.Tag(ctx, oci, own))
+	pull("old")
+	pull("older")
+	// What is used is not the oldest any more.
+	_, err = c.Ensure(ctx, names["old"], "", nil)
+	must(t, err)
+	c.MaxBytes, err = c.usage(ctx)
+	must(t, err)
+	pull("new")
+	for name, want := range map[string]bool{"used": true, "kept": true, "old": true, "older": false, "new": true} {
+		found, err := c.Find(ctx, names[name])
+		if got := err == nil && found.Digest != ""; got != want {
+			t.Errorf("%s is there: %v (%v), want %v", name, got, err, want)
+		}
 	}
 }
 

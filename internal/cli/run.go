@@ -168,7 +168,7 @@ func (a *app) run(ctx context.Context, m smolvm.Service, config smolvm.VMConfig,
 // checkCommand checks that there is something to run in a VM: an OCI image may have no command of
 // its own, and need not have a shell either.
 func checkCommand(ctx context.Context, m smolvm.Service, vm smolvm.VMInfo, command []string) error {
-	if !vm.Config.UsesImage() || len(vm.Config.CommandLine(command...)) > 0 {
+	if !vm.Config.UsesImage() || vm.Config.Init != "" || len(vm.Config.CommandLine(command...)) > 0 {
 		return nil
 	}
 	image, err := m.Image(ctx, vm.Image)

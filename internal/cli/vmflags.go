@@ -69,6 +69,10 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.FuncP("label", "l", "attach a label to find the VM by: `NAME[=VALUE]` (repeatable)", func(text string) error {
 		return addLabel(&config.Labels, text)
 	})
+	flags.BoolVarP(&config.PublishAll, "publish-all", "P", false, "forward a free port to each port that the image exposes")
+	flags.StringVar(&config.Init, "init", "", "run the image's own init at `PATH` as the first process (default: what the image says, or /sbin/init)")
+	flags.Lookup("init").NoOptDefVal = smolvm.InitAuto
+	flags.StringVar(&config.StopSignal, "stop-signal", "", "`SIGNAL` for the VM's processes when it is stopped (default: the image's, else SIGTERM)")
 	flags.Func("entrypoint", "run `PROGRAM` in place of the image's entrypoint; empty for none", func(text string) error {
 		config.Entrypoint = []string{text}
 		return nil
@@ -99,6 +103,8 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 
 	complete(cmd, "pull", words(string(smolvm.PullMissing), string(smolvm.PullAlways), string(smolvm.PullNever)))
 	complete(cmd, "entrypoint", words())
+	complete(cmd, "init", words())
+	complete(cmd, "stop-signal", words())
 	complete(cmd, "ready", words(string(smolvm.ReadyAgent), string(smolvm.ReadySSH), string(smolvm.ReadyStarted)))
 	complete(cmd, "rootfs-format", words(string(smolvm.FormatRaw), string(smolvm.FormatQCOW2)))
 	complete(cmd, "disk-mode", words(string(smolvm.DiskIsolated), string(smolvm.DiskShared)))

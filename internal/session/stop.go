@@ -108,7 +108,7 @@ func (s *Session) askToShutDown(ctx context.Context, how shim.Stop) error {
 		asking, cancel := context.WithTimeout(ctx, how.Grace/2)
 		var link *agent.Link
 		if link, agentErr = s.agentLink(asking); agentErr == nil {
-			agentErr = link.Shutdown(asking, how.Grace/2)
+			agentErr = link.Shutdown(asking, how.Grace/2, how.Signal)
 		}
 		cancel()
 		if agentErr == nil {

@@ -36,7 +36,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 // Stop stops the VM within about the grace, and returns when it has ended. If ctx is done
 // first, the stop goes on.
 func (c *Client) Stop(ctx context.Context, how Stop) error {
-	_, err := c.call(ctx, Request{Op: OpStop, Grace: how.Grace, Patient: how.Patient})
+	_, err := c.call(ctx, Request{Op: OpStop, Grace: how.Grace, Patient: how.Patient, Signal: how.Signal})
 	return err
 }
 

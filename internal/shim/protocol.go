@@ -41,6 +41,7 @@ type Request struct {
 	Op      string        `json:"op"`
 	Grace   time.Duration `json:"grace_ns,omitempty"`
 	Patient bool          `json:"patient,omitempty"`
+	Signal  int           `json:"signal,omitempty"`
 	Forward Forward       `json:"forward,omitzero"`
 	Port    int           `json:"port,omitempty"`
 	Save    *Save         `json:"save,omitempty"`
@@ -97,6 +98,8 @@ type Stop struct {
 	// Patient gives the guest all of that time, even if it shows no sign of having
 	// been asked.
 	Patient bool
+	// Signal is what the guest's processes get. Zero: SIGTERM, and SIGHUP for shells.
+	Signal int
 }
 
 // Save says how to save a guest.

@@ -36,8 +36,13 @@ func (a *agent) powerOff(shutdown wire.Shutdown) { a.end(shutdown, unix.LINUX_RE
 
 // end ends all processes, writes out the disks, and powers off or resets.
 func (a *agent) end(shutdown wire.Shutdown, command int) {
-	// HUP for shells, which ignore TERM; CONT for those that are stopped.
-	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGHUP, unix.SIGCONT} {
+	// HUP for shells, which ignore TERM; CONT for those that are stopped. A program that
+	// wants another signal than TERM may do something else on these, and gets that one only.
+	signals := []unix.Signal{unix.SIGTERM, unix.SIGHUP, unix.SIGCONT}
+	if shutdown.Signal != 0 {
+		signals = []unix.Signal{unix.Signal(shutdown.Signal), unix.SIGCONT}
+	}
+	for _, sig := range signals {
 		_ = unix.Kill(-1, sig)
 	}
 	idle := make(chan struct{})

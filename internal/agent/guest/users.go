@@ -23,12 +23,46 @@ type account struct {
 // superuser is there even in an image without /etc/passwd.
 var superuser = account{name: "root", home: "/root", shell: "/bin/sh"}
 
+// Bounds of the files that accounts are in, and of a line there, in bytes: a group may have
+// thousands of members.
+const maxAccounts, maxAccount = 16 << 20, 1 << 20
+
+// accounts is a file that accounts are in.
+type accounts struct {
+	io.Reader
+	io.Closer
+}
+
+// openAccounts opens such a file. Images have them as they like: what is no file would be waited
+// for without end, and a file may have any length.
+func openAccounts(path string) (accounts, error) {
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return accounts{}, err
+	}
+	info, err := file.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no file", path)
+	}
+	if err != nil {
+		_ = file.Close()
+		return accounts{}, err
+	}
+	return accounts{io.LimitReader(file, maxAccounts), file}, nil
+}
+
+func scanLines(r io.Reader) *bufio.Scanner {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, maxAccount)
+	return lines
+}
+
 // findAccount looks a user up by name.
 func findAccount(name string) (account, error) {
 	if name == "" {
 		name = superuser.name
 	}
-	file, err := os.Open("/etc/passwd")
+	file, err := openAccounts("/etc/passwd")
 	if err == nil {
 		defer func() { _ = file.Close() }()
 		if found, ok := parsePasswd(file, name); ok {
@@ -67,7 +101,7 @@ func findUser(text string) (account, error) {
 		user.gid = uint32(gid)
 		return user, nil
 	}
-	file, err := os.Open("/etc/group")
+	file, err := openAccounts("/etc/group")
 	if err == nil {
 		defer func() { _ = file.Close() }()
 		var found bool
@@ -80,12 +114,12 @@ func findUser(text string) (account, error) {
 
 // findUID looks a user up by number; without a name if there is none.
 func findUID(uid uint32) account {
-	file, err := os.Open("/etc/passwd")
+	file, err := openAccounts("/etc/passwd")
 	if err != nil {
 		return account{}
 	}
 	defer func() { _ = file.Close() }()
-	lines := bufio.NewScanner(file)
+	lines := scanLines(file)
 	for lines.Scan() {
 		name, _, _ := strings.Cut(lines.Text(), ":")
 		if user, ok := parsePasswd(strings.NewReader(lines.Text()), name); ok && user.uid == uid {
@@ -97,7 +131,7 @@ func findUID(uid uint32) account {
 
 // parseGID finds the number of a group in the text of /etc/group.
 func parseGID(r io.Reader, name string) (uint32, bool) {
-	lines := bufio.NewScanner(r)
+	lines := scanLines(r)
 	for lines.Scan() {
 		fields := strings.Split(lines.Text(), ":")
 		if len(fields) != 4 || fields[0] != name {
@@ -113,7 +147,7 @@ func parseGID(r io.Reader, name string) (uint32, bool) {
 // parsePasswd finds a user in the text of /etc/passwd; see passwd(5). A line that
 // makes no sense is passed over.
 func parsePasswd(r io.Reader, name string) (account, bool) {
-	lines := bufio.NewScanner(r)
+	lines := scanLines(r)
 	for lines.Scan() {
 		fields := strings.Split(lines.Text(), ":")
 		if len(fields) != 7 || fields[0] != name {
@@ -139,7 +173,7 @@ func parsePasswd(r io.Reader, name string) (account, bool) {
 // parseGroups finds the supplementary groups of a user in the text of /etc/group.
 func parseGroups(r io.Reader, name string) []uint32 {
 	var gids []uint32
-	lines := bufio.NewScanner(r)
+	lines := scanLines(r)
 	for lines.Scan() {
 		fields := strings.Split(lines.Text(), ":")
 		if len(fields) != 4 {
@@ -161,7 +195,7 @@ func (a account) credential() *syscall.Credential {
 		return nil
 	}
 	credential := &syscall.Credential{Uid: a.uid, Gid: a.gid}
-	if file, err := os.Open("/etc/group"); err == nil && !a.onlyGroup {
+	if file, err := openAccounts("/etc/group"); err == nil && !a.onlyGroup {
 		credential.Groups = parseGroups(file, a.name)
 		_ = file.Close()
 	}

@@ -235,9 +235,12 @@ type Control struct {
 
 // Shutdown says how to shut down.
 type Shutdown struct {
-	// Grace is how long processes may take to end after SIGTERM before they get
+	// Grace is how long processes may take to end after the signal before they get
 	// SIGKILL.
 	Grace time.Duration `json:"grace_ns"`
+	// Signal is the number of the signal that they get. Zero: SIGTERM, and SIGHUP for
+	// shells. An init of the image's own is asked in the way it knows instead.
+	Signal int `json:"signal,omitempty"`
 }
 
 // ControlAnswer is the agent's reply to a [Control].

@@ -2,6 +2,7 @@ package ocistore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/smolvm/smolvm/internal/image/ociref"
@@ -11,6 +12,9 @@ import (
 type PullOptions struct {
 	// Platform is what the image is to be for, such as linux/arm64. Empty: this host's guests.
 	Platform string
+	// Sources are where it is fetched from: the first of them that has it. Empty: from the
+	// registry of its name.
+	Sources []ociref.Ref
 	// Access says how the registry is reached.
 	Access Access
 	// Progress is told how far each layer is, by several goroutines at once; it may be nil.
@@ -39,7 +43,30 @@ func (s *Store) pull(ctx context.Context, ref ociref.Ref, opts PullOptions) (Ima
 		return Image{}, err
 	}
 	defer release()
-	from, err := newRemote(ctx, ref, opts.Access)
+	sources := opts.Sources
+	if len(sources) == 0 {
+		sources = []ociref.Ref{ref}
+	}
+	var errs []error
+	for _, source := range sources {
+		image, err := s.pullFrom(ctx, source, opts.Access, want)
+		if err == nil {
+			image.Name, image.Pulled = ref.String(), true
+			return image, s.name(ctx, image)
+		}
+		if len(sources) > 1 {
+			err = fmt.Errorf("from %s: %w", source, err)
+		}
+		if errs = append(errs, err); ctx.Err() != nil {
+			break
+		}
+	}
+	return Image{}, errors.Join(errs...)
+}
+
+// pullFrom fetches an image from one place.
+func (s *Store) pullFrom(ctx context.Context, ref ociref.Ref, access Access, want request) (Image, error) {
+	from, err := newRemote(ctx, ref, access)
 	if err != nil {
 		return Image{}, err
 	}
@@ -55,11 +82,10 @@ func (s *Store) pull(ctx context.Context, ref ociref.Ref, opts PullOptions) (Ima
 	if err != nil {
 		return Image{}, from.explain(err)
 	}
-	image.Name = ref.String()
-	return image, s.name(ctx, image)
+	return image, nil
 }
 
 // name has an image's name mean it.
 func (s *Store) name(ctx context.Context, image Image) error {
-	return s.writeName(ctx, nameRecord{Name: image.Name, Digest: image.Digest, Index: image.Index, AddedAt: image.AddedAt})
+	return s.writeName(ctx, nameRecord{Name: image.Name, Digest: image.Digest, Index: image.Index, AddedAt: image.AddedAt, Pulled: image.Pulled})
 }

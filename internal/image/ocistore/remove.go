@@ -23,7 +23,7 @@ func (s *Store) Tag(ctx context.Context, image Image, ref ociref.Ref) error {
 	if _, err := s.readDocument(image.Digest); err != nil {
 		return fmt.Errorf("tag %s: %w", ref, err)
 	}
-	image.Name = ref.String()
+	image.Name, image.Pulled = ref.String(), false // a name that was given here is kept
 	return s.name(ctx, image)
 }
 

@@ -104,8 +104,11 @@ type Image struct {
 	Layers []Layer
 	// Size is the sum of its layers as they are stored, in bytes.
 	Size int64
-	// AddedAt is when the name began to mean it.
-	AddedAt time.Time
+	// AddedAt is when the name began to mean it, and UsedAt when it was used last; see
+	// [Store.Use].
+	AddedAt, UsedAt time.Time
+	// Pulled reports whether the name came from a registry, where it can be had again.
+	Pulled bool
 }
 
 // Layer is a layer of an image.
@@ -124,6 +127,10 @@ type nameRecord struct {
 	Digest  string    `json:"digest"`
 	Index   string    `json:"index,omitempty"`
 	AddedAt time.Time `json:"added_at"`
+	Pulled  bool      `json:"pulled,omitempty"`
+
+	// usedAt is when the file was changed last.
+	usedAt time.Time
 }
 
 func (s *Store) path(parts ...string) string {
@@ -213,6 +220,7 @@ func (s *Store) describe(record nameRecord) (Image, error) {
 		return Image{}, damaged(record, err)
 	}
 	image.Name, image.Index, image.AddedAt = record.Name, record.Index, record.AddedAt
+	image.UsedAt, image.Pulled = record.usedAt, record.Pulled
 	return image, nil
 }
 
@@ -315,6 +323,30 @@ func (s *Store) names() ([]nameRecord, error) {
 	return records, nil
 }
 
+// Use notes that an image is used now by its name.
+func (s *Store) Use(image Image) error {
+	now := time.Now()
+	if err := os.Chtimes(s.path(namesDir, nameFile(image.Name)), now, now); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("note the use of image %s: %w", image.Name, err)
+	}
+	return nil
+}
+
+// Usage returns how many bytes all blobs take.
+func (s *Store) Usage() (int64, error) {
+	entries, err := os.ReadDir(s.path("blobs", algorithm))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, fmt.Errorf("find out what OCI images take: %w", err)
+	}
+	var total int64
+	for _, entry := range entries {
+		if info, err := entry.Info(); err == nil {
+			total += info.Size()
+		}
+	}
+	return total, nil
+}
+
 // nameFile returns the name of the file of an image's name.
 func nameFile(name string) string { return strings.TrimPrefix(digestOf([]byte(name)), digestPrefix) }
 
@@ -331,6 +363,9 @@ func (s *Store) readRecord(file string) (nameRecord, error) {
 	text, err := os.ReadFile(s.path(namesDir, file))
 	if err != nil {
 		return record, err
+	}
+	if info, err := os.Stat(s.path(namesDir, file)); err == nil {
+		record.usedAt = info.ModTime()
 	}
 	if err := json.Unmarshal(text, &record); err != nil {
 		return record, fmt.Errorf("%s: %w", file, err)

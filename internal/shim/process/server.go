@@ -86,7 +86,7 @@ func (s *process) handle(ctx context.Context, asked shim.Request, answer *shim.R
 		answer.Status = s.status()
 		return nil
 	case shim.OpStop:
-		s.session.Stop(shim.Stop{Grace: asked.Grace, Patient: asked.Patient}, "it was stopped by request")
+		s.session.Stop(shim.Stop{Grace: asked.Grace, Patient: asked.Patient, Signal: asked.Signal}, "it was stopped by request")
 		return nil
 	case shim.OpAddForward:
 		var err error
