@@ -1,6 +1,9 @@
 package smolvm
 
-import "time"
+import (
+	"io"
+	"time"
+)
 
 // Image is an immutable set of kernel, initramfs, root file system and
 // defaults, kept by digest.
@@ -10,6 +13,9 @@ type Image struct {
 	Digest string `json:"digest"`
 	// Names point to the image; a newer build of a name takes it over.
 	Names []string `json:"names"`
+	// Hides are the names of OCI images that are here and that one of Names, as it is ours, keeps
+	// from being meant; their whole names, as they are here, reach them.
+	Hides []string `json:"hides,omitempty"`
 	// KernelPath, InitrdPath and RootfsPath are files in the image store.
 	KernelPath string `json:"kernel_path"`
 	InitrdPath string `json:"initrd_path"`
@@ -105,6 +111,21 @@ type PullOptions struct {
 	Progress func(Progress)
 }
 
+// CommitOptions are the options of [Images.CommitImage]. The zero value is useful.
+type CommitOptions struct {
+	// Author and Message are kept with the image.
+	Author, Message string
+	// Changes are instructions of a Dockerfile that change the configuration, one each, such as
+	// `CMD ["serve"]`: CMD, ENTRYPOINT, ENV, EXPOSE, HEALTHCHECK, LABEL, ONBUILD, STOPSIGNAL, USER,
+	// VOLUME and WORKDIR.
+	Changes []string
+	// NoPause lets the VM's commands go on while it is read. By default they are held, so that
+	// the image has their files as they were at one moment.
+	NoPause bool
+	// Progress is told how the image is made bootable; it may be nil.
+	Progress func(Progress)
+}
+
 // Progress is one step of a long operation.
 type Progress struct {
 	// Phase says what is being done, as in "download kernel".
@@ -131,4 +152,52 @@ type BuildOptions struct {
 	Force bool
 	// Progress is told how the building goes on; it may be nil.
 	Progress func(Progress)
+}
+
+// ImportOptions are the options of [Images.ImportImage]. Exactly one of Archive, Dir and Daemon
+// is given.
+type ImportOptions struct {
+	// Archive is read to its end: one of `docker save` or `podman save`, or an OCI layout as
+	// tar, packed by gzip or not.
+	Archive io.Reader
+	// Dir is an OCI layout, which is a directory.
+	Dir string
+	// Daemon takes the image Name from the daemon of docker or podman: at Socket, or if that
+	// is empty at the first of the usual sockets whose daemon has it.
+	Daemon bool
+	Socket string
+	// Name is the name that the image gets. Empty: those that it has in the archive or layout.
+	Name string
+	// Platform is what the image is to be for, as in [PullOptions].
+	Platform string
+	// Progress is told how the importing goes on; it may be nil.
+	Progress func(Progress)
+}
+
+// ExportOptions are the options of [Images.ExportImage]. Exactly one of the fields is given.
+type ExportOptions struct {
+	// Archive gets an archive that `docker load`, `podman load` and [Images.ImportImage] read:
+	// an OCI layout as tar, with docker's manifest.json in it.
+	Archive io.Writer
+	// Dir becomes an OCI layout: it is made, or is there and empty.
+	Dir string
+}
+
+// PushOptions are the options of [Images.PushImage].
+type PushOptions struct {
+	// Progress is told how the pushing goes on; it may be nil.
+	Progress func(Progress)
+}
+
+// ImageStep is one step by which an image was made.
+type ImageStep struct {
+	// CreatedAt is when, in UTC; the zero time if it is not known.
+	CreatedAt time.Time `json:"created_at,omitzero"`
+	// CreatedBy is the command, and Comment what was said of it, as the image has them.
+	CreatedBy string `json:"created_by,omitempty"`
+	Comment   string `json:"comment,omitempty"`
+	// Layer is the digest of the layer that it made; empty if it changed the configuration
+	// only. Size is the layer's as it is stored, in bytes.
+	Layer string `json:"layer,omitempty"`
+	Size  int64  `json:"size_bytes"`
 }

@@ -134,6 +134,22 @@ type Images interface {
 	// PullImage fetches an OCI image from its registry, and makes it bootable. Layers that are
 	// there are not fetched again.
 	PullImage(ctx context.Context, ref string, opts PullOptions) (Image, error)
+	// BuildDockerfile builds an image from a Dockerfile. What was built before is used again,
+	// step by step. What is wrong with the Dockerfile is a [*DockerfileError].
+	BuildDockerfile(ctx context.Context, opts DockerfileOptions) (Image, error)
+	// ImportImage takes OCI images from an archive, a layout or a daemon of docker or podman,
+	// and makes them bootable.
+	ImportImage(ctx context.Context, opts ImportOptions) ([]Image, error)
+	// ExportImage writes an OCI image.
+	ExportImage(ctx context.Context, ref string, opts ExportOptions) error
+	// PushImage sends an OCI image to the registry of its name.
+	PushImage(ctx context.Context, ref string, opts PushOptions) error
+	// TagImage has another name mean an OCI image too.
+	TagImage(ctx context.Context, ref, name string) (Image, error)
+	// ImageHistory returns the steps by which an image was made, the earliest first.
+	ImageHistory(ctx context.Context, ref string) ([]ImageStep, error)
+	// CommitImage makes an image of a VM, and has a name mean it; an empty one is none.
+	CommitImage(ctx context.Context, id, name string, opts CommitOptions) (Image, error)
 	// Images lists the images, the oldest first.
 	Images(ctx context.Context) ([]Image, error)
 	// Image finds an image by name, digest, or the beginning of its digest.

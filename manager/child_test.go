@@ -89,6 +89,10 @@ var childWork = map[string]func(ctx context.Context, m *manager.Manager, id stri
 		_, err := m.BuildImage(ctx, ownImage(m, name))
 		return err
 	},
+	"commit image": func(ctx context.Context, m *manager.Manager, id string) error {
+		_, err := m.CommitImage(ctx, id, "app", smolvm.CommitOptions{})
+		return err
+	},
 	"remove image": func(ctx context.Context, m *manager.Manager, name string) error { return m.RemoveImage(ctx, name) },
 	"prune images": func(ctx context.Context, m *manager.Manager, _ string) error {
 		_, err := m.PruneImages(ctx)

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/ocistore"
 	"github.com/smolvm/smolvm/internal/vmm"
 	"github.com/smolvm/smolvm/internal/workspace"
 )
@@ -18,3 +19,6 @@ func WithBackends(config Config, known ...vmm.Traits) Config {
 func (m *Manager) OpenWorkspace(ctx context.Context, image smolvm.Image, opts workspace.Options) (*workspace.Workspace, error) {
 	return m.openWorkspace(ctx, image, opts)
 }
+
+// OCI returns the store of OCI images.
+func (m *Manager) OCI() *ocistore.Store { return m.catalog.OCI }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -43,26 +44,6 @@ func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smo
 	}
 	m.note(ctx, "", "image-build", began, opts.Name+" "+built.Digest)
 	return built, nil
-}
-
-// PullImage fetches an OCI image from its registry, and makes it bootable: with the kernel of
-// the default image, which is built if it is missing. Layers that are there are not fetched
-// again, and one that was cut off goes on where it was.
-//
-// The error matches [smolvm.ErrImageNotFound] if the registry has no such image,
-// [smolvm.ErrUnsupported] if it is for another platform than this host's guests, and
-// [smolvm.ErrDiskBudget].
-func (m *Manager) PullImage(ctx context.Context, ref string, opts smolvm.PullOptions) (smolvm.Image, error) {
-	began := time.Now()
-	if err := m.budget.Check(); err != nil {
-		return smolvm.Image{}, fmt.Errorf("pull image %q: %w", ref, err)
-	}
-	pulled, err := m.catalog.Pull(ctx, ref, opts)
-	if err != nil {
-		return smolvm.Image{}, err
-	}
-	m.note(ctx, "", "image-pull", began, ref+" "+pulled.OCI.Digest)
-	return pulled, nil
 }
 
 // Images lists the images, the oldest first.
@@ -160,7 +141,7 @@ func (m *Manager) PruneImages(ctx context.Context) ([]smolvm.Image, error) {
 		return len(created) > 0, err
 	})
 	step.Reached(ctx, "image prune/removed")
-	return gone, errors.Join(err, m.catalog.Prune(ctx), m.dropTemplates(ctx))
+	return gone, errors.Join(err, m.catalog.Prune(ctx), os.RemoveAll(m.dir.BuildCaches()), m.dropTemplates(ctx))
 }
 
 // imageUsers says by digest what is based on an image, in words.

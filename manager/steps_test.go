@@ -154,6 +154,31 @@ func imagesAnew(t *testing.T, m *manager.Manager) {
 	}
 }
 
+// committedAnew makes an image of the VM anew, starts a VM of it, and removes all of it.
+func committedAnew(t *testing.T, m *manager.Manager) {
+	t.Helper()
+	ctx := t.Context()
+	if _, err := m.CommitImage(ctx, "vm", "app", smolvm.CommitOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	vm := mustRun(t, m, smolvm.VMConfig{Image: "app"})
+	sh(t, m, vm.ID, "true")
+	if err := m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}); err != nil {
+		t.Error(err)
+	}
+	awaitTemplates(t, m)
+	if err := m.RemoveImage(ctx, "app"); err != nil {
+		t.Error(err)
+	}
+	if _, err := m.PruneImages(ctx); err != nil {
+		t.Error(err)
+	}
+	left, err := filepath.Glob(filepath.Join(m.DataDir(), "oci", "*", "*", "*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %q, %v", left, err)
+	}
+}
+
 // verbs are the operations that change something.
 var verbs = map[string]verb{
 	"create": {work: "create", id: "vm"},
@@ -192,9 +217,11 @@ var verbs = map[string]verb{
 			t.Fatal(err)
 		}
 	}},
-	"policy set":  {work: "set policy", id: "vm", safe: []string{"vm"}, before: stepsVM, after: policyAnew},
-	"image build": {work: "build image", id: "mine", before: func(t *testing.T, m *manager.Manager) { ownFiles(t, m) }, after: imagesAnew},
-	"image rm":    {work: "remove image", id: "mine", templates: true, before: stepsImage, after: imagesAnew},
+	"policy set":            {work: "set policy", id: "vm", safe: []string{"vm"}, before: stepsVM, after: policyAnew},
+	"image build":           {work: "build image", id: "mine", before: func(t *testing.T, m *manager.Manager) { ownFiles(t, m) }, after: imagesAnew},
+	"image commit":          {work: "commit image", id: "vm", safe: []string{"vm"}, before: stepsVM, after: committedAnew},
+	"image commit, stopped": {work: "commit image", id: "vm", starts: []string{"vm"}, safe: []string{"vm"}, before: stepsStopped, after: committedAnew},
+	"image rm":              {work: "remove image", id: "mine", templates: true, before: stepsImage, after: imagesAnew},
 	"image prune": {disks: true, work: "prune images", templates: true, before: func(t *testing.T, m *manager.Manager) {
 		t.Helper()
 		stepsImage(t, m) // which is without a name when another one has that

@@ -120,7 +120,7 @@ func TestWorkspace(t *testing.T) {
 
 	t.Run("put", func(t *testing.T) {
 		archive := tarOf(t,
-			&tar.Header{Typeflag: tar.TypeReg, Name: "sub/f", Mode: 0o4755, Uid: 3, Gid: 4, Size: 3, ModTime: time.Unix(1e9, 0)},
+			&tar.Header{Typeflag: tar.TypeReg, Name: "sub/f", Mode: 0o4755, Uid: 3, Gid: 4, Size: 3, ModTime: time.Unix(1e9, 0), PAXRecords: capable()},
 			&tar.Header{Typeflag: tar.TypeReg, Name: "data/.wh.new"})
 		if err := w.Put(t.Context(), "/srv", archive); err != nil {
 			t.Fatal(err)
@@ -129,7 +129,7 @@ func TestWorkspace(t *testing.T) {
 			t.Errorf("it is %q", out)
 		}
 		check("put", "5 srv/ 755 0:0", "5 srv/data/ 755 0:0", "0 srv/data/.wh.new 644 0:0",
-			"5 srv/sub/ 755 0:0", "0 srv/sub/f 4755 3:4 = xxx")
+			"5 srv/sub/ 755 0:0", "0 srv/sub/f 4755 3:4 = xxx SCHILY.xattr.security.capability")
 	})
 	t.Run("discarded", func(t *testing.T) {
 		inWorkspace(t, w, "echo below > /srv/below")
@@ -192,6 +192,11 @@ func TestWorkspace(t *testing.T) {
 	if len(reports) != 2 || reports[1].Method != smolvm.StartClone {
 		t.Errorf("the second workspace was started by %+v", reports)
 	}
+}
+
+// capable is what an archive says of a file that has a capability: cap_net_raw=ep.
+func capable() map[string]string {
+	return map[string]string{"SCHILY.xattr.security.capability": "\x01\x00\x00\x02\x00\x20\x00\x00" + strings.Repeat("\x00", 12)}
 }
 
 // tarOf returns an archive. All its files have x as content.

@@ -42,6 +42,7 @@ const minAbbreviation = 8
 func (c *Catalog) Find(ctx context.Context, text string) (smolvm.Image, error) {
 	found, err := c.Bootable.Get(ctx, text)
 	if err == nil {
+		found.Hides = c.hidden(found.Names)
 		return c.named(found)
 	}
 	if !errors.Is(err, smolvm.ErrImageNotFound) {
@@ -100,6 +101,21 @@ func unmade(oci ocistore.Image) smolvm.Image {
 		Names: []string{}, Arch: arch, Source: oci.Name, CreatedAt: oci.AddedAt,
 		OCI: &smolvm.OCIImage{Digest: oci.Digest, Reference: oci.Name},
 	}
+}
+
+// hidden returns the whole names of the OCI images that names of ours hide.
+func (c *Catalog) hidden(ours []string) []string {
+	var hidden []string
+	for _, name := range ours {
+		ref, err := ociref.Parse(name)
+		if err != nil {
+			continue
+		}
+		if _, err := c.OCI.Get(ref); !errors.Is(err, smolvm.ErrImageNotFound) {
+			hidden = append(hidden, ref.String())
+		}
+	}
+	return hidden
 }
 
 // named adds the names that lead to an image by its OCI image.
@@ -162,6 +178,7 @@ func (c *Catalog) List(ctx context.Context) ([]smolvm.Image, error) {
 	}
 	made := map[string]bool{}
 	for i := range images {
+		images[i].Hides = c.hidden(images[i].Names)
 		images[i] = c.withNames(images[i], names)
 		if oci := images[i].OCI; oci != nil {
 			made[oci.Digest] = true
@@ -261,6 +278,32 @@ func layerProgress(phase string, progress func(smolvm.Progress)) func(ocistore.P
 	}
 }
 
+// layers returns the layers of an OCI image, to be unpacked.
+func (c *Catalog) layers(oci ocistore.Image) []ocilayer.Layer {
+	var layers []ocilayer.Layer
+	for _, layer := range oci.Layers {
+		layers = append(layers, ocilayer.Layer{
+			DiffID: layer.DiffID,
+			Open:   func() (io.ReadCloser, error) { return c.OCI.OpenLayer(layer) },
+		})
+	}
+	return layers
+}
+
+// Origin returns the OCI image that an image was made from, with its layers. The error matches
+// [smolvm.ErrImageNotFound] if it was made from none, or if no name leads to that any more.
+// Unless the store of OCI images is held it may be removed meanwhile.
+func (c *Catalog) Origin(made smolvm.Image) (ocistore.Image, []ocilayer.Layer, error) {
+	if made.OCI == nil {
+		return ocistore.Image{}, nil, fmt.Errorf("image %s is of no OCI image: %w", made.Digest, smolvm.ErrImageNotFound)
+	}
+	oci, err := c.findOCI(made.OCI.Digest)
+	if err != nil {
+		return ocistore.Image{}, nil, err
+	}
+	return oci, c.layers(oci), nil
+}
+
 // Boot makes an OCI image bootable, unless it is.
 func (c *Catalog) Boot(ctx context.Context, oci ocistore.Image, progress func(smolvm.Progress)) (smolvm.Image, error) {
 	made, err := c.boot(ctx, oci, progress)
@@ -301,11 +344,8 @@ func (c *Catalog) boot(ctx context.Context, oci ocistore.Image, progress func(sm
 	}
 	for _, layer := range oci.Layers {
 		recipe.Sizes = append(recipe.Sizes, layer.Size)
-		recipe.Layers = append(recipe.Layers, ocilayer.Layer{
-			DiffID: layer.DiffID,
-			Open:   func() (io.ReadCloser, error) { return c.OCI.OpenLayer(layer) },
-		})
 	}
+	recipe.Layers = c.layers(oci)
 	made, err := c.Bootable.EnsureLayered(ctx, recipe)
 	var wrong *ocilayer.DiffIDError
 	if errors.As(err, &wrong) {

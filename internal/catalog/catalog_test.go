@@ -225,6 +225,15 @@ func TestRemove(t *testing.T) {
 	oci, err := c.OCI.Get(first)
 	must(t, err)
 	must(t, c.OCI.Tag(ctx, oci, other))
+	hidden, err := ociref.Parse(smolvm.DefaultImage)
+	must(t, err, c.OCI.Tag(ctx, oci, hidden))
+	if base, err := c.Find(ctx, smolvm.DefaultImage); err != nil || base.OCI != nil || !slices.Equal(base.Hides, []string{"docker.io/library/base:latest"}) {
+		t.Errorf("the default image, whose name is another's too, is %+v, %v", base, err)
+	}
+	if found, err := c.Find(ctx, "docker.io/library/base"); err != nil || found.Digest != made.Digest {
+		t.Errorf("by its whole name the other one is %+v, %v", found, err)
+	}
+	must(t, c.OCI.Remove(ctx, hidden))
 	found, err := c.Find(ctx, "mine:2")
 	must(t, err)
 	if found.Digest != made.Digest || len(found.Names) != 2 {

@@ -69,12 +69,15 @@ func TestVM(t *testing.T) {
 	testenv.RequireQEMU(t)
 	agent, images := testenv.Agent(t), testenv.Images(t)
 	kernel := testenv.Kernel(t)
+	program := testenv.Build(t, "github.com/smolvm/smolvm/internal/testenv/sayargs")
 	initramfs := testenv.Initramfs(t, "echo console of the guest >/dev/ttyS0; poweroff -f\n")
 	testscript.Run(t, params("testdata/vm", func(env *testscript.Env) error {
 		if err := seal(env); err != nil {
 			return err
 		}
 		env.Setenv("KERNEL", kernel)
+		// Each script has an image of its own, as the store of images is shared.
+		env.Setenv("OCI", pushedProgram(t, filepath.Base(env.WorkDir), program))
 		env.Setenv("INITRAMFS", initramfs)
 		env.Defer(func() { checkEmpty(env) })
 		return seed(env, agent, images)

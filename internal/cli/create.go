@@ -53,6 +53,9 @@ func (a *app) createCommand() *cobra.Command {
 				return err
 			}
 			a.progress.finish()
+			if image != "" {
+				a.tellHidden(cmd.Context(), m, image)
+			}
 			return a.printVM(vm)
 		})
 	})

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/smolvm/smolvm"
 )
@@ -19,7 +20,8 @@ of registries have docker's names, such as python:3.12-slim or ghcr.io/owner/ima
 		Args: cobra.ArbitraryArgs,
 		RunE: a.requireSubcommand,
 	}
-	cmd.AddCommand(a.imageLsCommand(), a.imagePullCommand(), a.imageBuildCommand(), a.imageInspectCommand(),
+	cmd.AddCommand(a.imageLsCommand(), a.imagePullCommand(), a.imageBuildCommand(), a.imageCommitCommand(),
+		a.imageImportCommand(), a.imageExportCommand(), a.imagePushCommand(), a.imageTagCommand(), a.imageHistoryCommand(), a.imageInspectCommand(),
 		a.imageRmCommand(), a.imagePruneCommand())
 	return cmd
 }
@@ -73,17 +75,24 @@ func digestOf(image smolvm.Image) string {
 
 const imageBuildLong = `Build an image and print its digest. Without flags it is the default image: the
 distribution's kernel, fetched by the host's package manager, and a small busybox
-system. Packages and images that are there already are used again.`
+system. Packages and images that are there already are used again.
+
+With the path of a directory, which has a slash or is . or .., with - or with one of the
+flags for Dockerfiles, such as -t, it is built from a Dockerfile, as docker build does:
+COPY takes files from that directory, its context, and RUN runs in a VM. What was built
+before is used again, step by step. With - the context is an archive by tar on stdin, or
+that is a Dockerfile alone.`
 
 func (a *app) imageBuildCommand() *cobra.Command {
 	var options smolvm.BuildOptions
+	var dockerfile dockerfileFlags
 	var quiet bool
 	cmd := &cobra.Command{
-		Use:               "build [flags] [NAME]",
-		Short:             "Build an image",
+		Use:               "build [flags] [NAME | PATH | -]",
+		Short:             "Build an image, from a Dockerfile or from files of one's own",
 		Long:              imageBuildLong,
-		Example:           "  smolvm image build\n  smolvm image build --rootfs alpine.ext4 alpine",
-		Args:              needs(0, 1, "at most one name"),
+		Example:           "  smolvm image build\n  smolvm image build -t app .\n  smolvm image build --rootfs alpine.ext4 alpine",
+		Args:              needs(0, 1, "at most one name or path"),
 		ValidArgsFunction: first(a.imageNames()),
 	}
 	flags := cmd.Flags()
@@ -93,7 +102,18 @@ func (a *app) imageBuildCommand() *cobra.Command {
 	flags.BoolVar(&options.Force, "force", false, "build even if the same image is there")
 	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
 	complete(cmd, "modules", directories)
+	own := flagNames(cmd)
+	delete(own, "quiet")
+	dockerfile.register(cmd)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
+		if dockerfile.wanted(cmd, args) {
+			for name := range own {
+				if cmd.Flags().Changed(name) {
+					return usagef("--%s is not for Dockerfiles", name)
+				}
+			}
+			return a.buildDockerfile(cmd, &dockerfile, args, quiet)
+		}
 		if len(args) > 0 {
 			options.Name = args[0]
 		}
@@ -111,6 +131,13 @@ func (a *app) imageBuildCommand() *cobra.Command {
 		})
 	})
 	return cmd
+}
+
+// flagNames returns the names of the flags that a command has so far.
+func flagNames(cmd *cobra.Command) map[string]bool {
+	names := map[string]bool{}
+	cmd.Flags().VisitAll(func(flag *pflag.Flag) { names[flag.Name] = true })
+	return names
 }
 
 func (a *app) imageInspectCommand() *cobra.Command {

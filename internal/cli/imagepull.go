@@ -1,6 +1,10 @@
 package cli
 
 import (
+	"context"
+	"slices"
+	"strings"
+
 	"github.com/spf13/cobra"
 
 	"github.com/smolvm/smolvm"
@@ -12,6 +16,16 @@ are here are not fetched again, and one that was cut off goes on where it was.
 NAME is as docker has it: python is docker.io/library/python:latest. Credentials are those
 that docker login and podman login have stored. Registries on this host itself may speak
 plain http.`
+
+// tellHidden tells that a name means an image that was built here, and not the one of a registry
+// that is here too.
+func (a *app) tellHidden(ctx context.Context, m smolvm.Service, name string) {
+	found, err := m.Image(ctx, name)
+	if err != nil || !slices.Contains(found.Names, name) || len(found.Hides) == 0 {
+		return
+	}
+	a.errorf("smolvm: %s is the image that was built here; that of the registry is reached as %s", name, strings.Join(found.Hides, ", "))
+}
 
 func (a *app) imagePullCommand() *cobra.Command {
 	var options smolvm.PullOptions
@@ -38,6 +52,7 @@ func (a *app) imagePullCommand() *cobra.Command {
 				return err
 			}
 			a.progress.finish()
+			a.tellHidden(cmd.Context(), m, args[0])
 			return a.printImage(image)
 		})
 	})

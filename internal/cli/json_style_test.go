@@ -24,10 +24,12 @@ func noData() map[string]string {
 		group  = "it only has subcommands"
 		stream = "its output is that of a program or a file"
 		names  = "it prints the names that it was given"
+		quiet  = "it prints nothing"
 	)
 	return map[string]string{
 		"": group, "port": group, "policy": group, "snapshot": group, "image": group, "template": group, "pool": group,
 		"run": stream, "exec": stream, "shell": stream, "cp": stream, "logs": stream, "completion": stream,
+		"image push": quiet, "image tag": quiet, "image export": stream,
 		"rm": names, "port rm": names, "snapshot rm": names, "image rm": names, "template rm": names, "pool rm": names,
 	}
 }
@@ -99,7 +101,11 @@ func TestJSONStyle(t *testing.T) {
 	run("ls")
 	run("events")
 	run("image build")
-	run("image pull", pushed(t, "style"))
+	oci := pushed(t, "style")
+	run("image pull", oci)
+	run("image history", oci)
+	h.output("image", "export", "-o", filepath.Join(h.dir, "oci.tar"), oci)
+	run("image import", filepath.Join(h.dir, "oci.tar"))
 	run("image ls")
 	run("image inspect", "base")
 	h.output("rm", "web", "own")

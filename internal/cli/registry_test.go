@@ -27,21 +27,36 @@ import (
 // configuration has all that one can have; its only file holds the text.
 func pushed(t *testing.T, text string) string {
 	t.Helper()
+	return pushedImage(t, "file", []byte(text), v1.Config{
+		Entrypoint: []string{"/run"}, Cmd: []string{"it"}, Env: []string{"A_b=1"}, WorkingDir: "/srv", User: "1:2",
+		ExposedPorts: map[string]struct{}{"80/tcp": {}}, Volumes: map[string]struct{}{"/data": {}},
+		StopSignal: "SIGINT", Labels: map[string]string{"x/Y.z": "1"},
+		Healthcheck: &v1.HealthConfig{Test: []string{"CMD-SHELL", "true"}},
+	})
+}
+
+// pushedProgram pushes an image with one program, /say, which prints its arguments. The label
+// makes it another image than others of the same program.
+func pushedProgram(t *testing.T, label string, program []byte) string {
+	t.Helper()
+	return pushedImage(t, "say", program, v1.Config{
+		Entrypoint: []string{"/say"}, Cmd: []string{"by itself"}, Env: []string{"GREETING=hello"}, User: "7:8",
+		ExposedPorts: map[string]struct{}{"80/tcp": {}}, Labels: map[string]string{"test": label},
+	})
+}
+
+func pushedImage(t *testing.T, file string, content []byte, config v1.Config) string {
+	t.Helper()
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
-	err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "file", Mode: 0o644, Size: int64(len(text))})
-	_, writeErr := io.WriteString(w, text)
+	err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: file, Mode: 0o755, Size: int64(len(content))})
+	_, writeErr := w.Write(content)
 	if err := errors.Join(err, writeErr, w.Close()); err != nil {
 		t.Fatal(err)
 	}
 	made, err := mutate.AppendLayers(empty.Image, static.NewLayer(archive.Bytes(), types.DockerUncompressedLayer))
 	if err == nil {
-		made, err = mutate.Config(made, v1.Config{
-			Entrypoint: []string{"/run"}, Cmd: []string{"it"}, Env: []string{"A_b=1"}, WorkingDir: "/srv", User: "1:2",
-			ExposedPorts: map[string]struct{}{"80/tcp": {}}, Volumes: map[string]struct{}{"/data": {}},
-			StopSignal: "SIGINT", Labels: map[string]string{"x/Y.z": "1"},
-			Healthcheck: &v1.HealthConfig{Test: []string{"CMD-SHELL", "true"}},
-		})
+		made, err = mutate.Config(made, config)
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -84,6 +84,9 @@ func (a *app) runCommand() *cobra.Command {
 			return usagef("a VM with a kernel of its own has no agent to run %q; give an image instead of --kernel, or no command", command[0])
 		}
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
+			if image != "" {
+				a.tellHidden(cmd.Context(), m, image)
+			}
 			err := a.run(cmd.Context(), m, config, &flags, command)
 			if errors.Is(err, smolvm.ErrImageNotFound) && image != "" {
 				err = withHint(err, "to run %q in the default image, write `smolvm run -- %s`",

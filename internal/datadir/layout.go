@@ -29,6 +29,9 @@ func (l Layout) LayersLock() string { return l.path(layersName, ".lock") }
 // Images returns the directory of the image store.
 func (l Layout) Images() string { return l.path(imagesName) }
 
+// BuildCaches returns the directory of what builds of Dockerfiles keep in cache mounts.
+func (l Layout) BuildCaches() string { return l.path(cacheName, "build") }
+
 // OCI returns the directory of the store of OCI images.
 func (l Layout) OCI() string { return l.path(ociName) }
 

@@ -83,12 +83,12 @@ func TestOpenFails(t *testing.T) {
 	}
 }
 
-// archive returns one with a file of such a name and size.
-func archive(t *testing.T, name string, size int64) []byte {
+// archive returns one with a file of such a size.
+func archive(t *testing.T, size int64) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size}); err != nil {
+	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "a", Size: size}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.Write(make([]byte, size)); err != nil {
@@ -120,10 +120,10 @@ func TestHostileLayer(t *testing.T) {
 			}
 			return context.Cause(ctx)
 		}, ocilayer.ErrLimit},
-		"long file":  {func(_ context.Context, w io.Writer) error { _, err := w.Write(archive(t, "a", 2<<20)); return err }, ocilayer.ErrLimit},
-		"cut":        {func(_ context.Context, w io.Writer) error { _, err := w.Write(archive(t, "a", 1000)[:700]); return err }, io.ErrUnexpectedEOF},
+		"long file":  {func(_ context.Context, w io.Writer) error { _, err := w.Write(archive(t, 2<<20)); return err }, ocilayer.ErrLimit},
+		"cut":        {func(_ context.Context, w io.Writer) error { _, err := w.Write(archive(t, 1000)[:700]); return err }, io.ErrUnexpectedEOF},
 		"its error":  {func(context.Context, io.Writer) error { return broken }, broken},
-		"after half": {func(_ context.Context, w io.Writer) error { _, _ = w.Write(archive(t, "a", 1000)[:700]); return broken }, broken},
+		"after half": {func(_ context.Context, w io.Writer) error { _, _ = w.Write(archive(t, 1000)[:700]); return broken }, broken},
 		"silence": {func(ctx context.Context, _ io.Writer) error {
 			<-ctx.Done()
 			return context.Cause(ctx)
@@ -154,7 +154,7 @@ func TestHostileLayer(t *testing.T) {
 
 // A layer is passed on byte by byte.
 func TestLayerComesWhole(t *testing.T) {
-	want := archive(t, "a", 100_000)
+	want := archive(t, 100_000)
 	h := &host{layer: func(_ context.Context, w io.Writer) error { _, err := w.Write(want); return err }}
 	w := open(t, h, ocilayer.Limits{})
 	var got bytes.Buffer

@@ -117,6 +117,9 @@ func (b *Base) has(dir int, name, path string, stat *unix.Stat_t) bool {
 	return true
 }
 
+// isDir reports whether lower layers have a directory of a path.
+func (b *Base) isDir(path string) bool { return b.files[path].Mode&unix.S_IFMT == unix.S_IFDIR }
+
 // Untouched is the time of the last change of state, in seconds since 1970, that files have in a
 // root file system that was made of layers: none that a kernel sets.
 const Untouched = 0

@@ -122,6 +122,9 @@ func (w *writer) child(dir *os.File, path, name string) error {
 	if errors.Is(err, unix.ENOENT) {
 		return nil // it was removed since
 	}
+	if err == nil && w.isMounted(path, &stat) {
+		return nil
+	}
 	if err == nil {
 		err = w.entry(fd, path, name, &stat, skip)
 	}
@@ -130,6 +133,16 @@ func (w *writer) child(dir *os.File, path, name string) error {
 		return err
 	}
 	return &fileError{path, err}
+}
+
+// isMounted reports whether something is mounted on a file that is not to be seen: what is
+// there is another file, with another owner and mode. A directory that lower layers don't have is
+// written all the same, without what is in it, as it may be needed.
+func (w *writer) isMounted(path string, stat *unix.Stat_t) bool {
+	if stat.Dev == w.dev {
+		return false
+	}
+	return stat.Mode&unix.S_IFMT != unix.S_IFDIR || w.opts.Base != nil && w.opts.Base.isDir(path)
 }
 
 // fileError is the error of one file.

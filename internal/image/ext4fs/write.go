@@ -49,7 +49,15 @@ func (n *Node) IsDir() bool { return n.Mode&unix.S_IFMT == unix.S_IFDIR }
 type Data struct {
 	size    uint64
 	extents []extent
+	place   int64
 }
+
+// DataAt returns content that is not in a file system: who has it keeps it in a place of its own.
+// It is for trees that are read, and that no [Writer] is given.
+func DataAt(place, size int64) Data { return Data{size: uint64(size), place: place} }
+
+// Place returns the place that [DataAt] was given.
+func (d Data) Place() int64 { return d.place }
 
 // Size returns its length in bytes.
 func (d Data) Size() int64 { return int64(d.size) }

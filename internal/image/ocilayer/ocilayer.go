@@ -79,18 +79,52 @@ func Unpack(ctx context.Context, layers []Layer, to Content, limits Limits, prog
 	if progress == nil {
 		progress = func(int, int64) {}
 	}
-	left := newBudget(limits)
-	t := newTree(to)
+	t := NewTree(to, limits)
 	for i, layer := range layers {
-		got, err := unpackLayer(ctx, t, layer, &left, func(bytes int64) { progress(i, bytes) })
-		if err == nil && got != layer.DiffID {
-			err = &DiffIDError{Layer: i, Want: layer.DiffID, Got: got}
-		}
-		if err != nil {
+		if err := t.AddLayer(ctx, layer, func(bytes int64) { progress(i, bytes) }); err != nil {
 			return nil, fmt.Errorf("layer %d of %d: %w", i+1, len(layers), err)
 		}
 	}
-	return t.root, nil
+	return t.Root(), nil
+}
+
+// Tree is a tree to which layers are added, one by one. One to which something could not be
+// added is of no use.
+type Tree struct {
+	tree  *tree
+	left  budget
+	count int
+}
+
+// NewTree returns a tree that has a root only. The limits are for all that is added.
+func NewTree(to Content, limits Limits) *Tree {
+	return &Tree{tree: newTree(to), left: newBudget(limits)}
+}
+
+// Root returns the root of the tree, which changes with what is added.
+func (t *Tree) Root() *ext4fs.Node { return t.tree.root }
+
+// AddLayer adds a layer. Progress is told how many bytes of it, as it is stored, have been read;
+// it may be nil.
+func (t *Tree) AddLayer(ctx context.Context, layer Layer, progress func(bytes int64)) error {
+	if progress == nil {
+		progress = func(int64) {}
+	}
+	got, err := unpackLayer(ctx, t.tree, layer, &t.left, progress)
+	if err == nil && got != layer.DiffID {
+		err = &DiffIDError{Layer: t.count, Want: layer.DiffID, Got: got}
+	}
+	t.count++
+	return err
+}
+
+// AddArchive adds the files of an archive that is no layer, so that nothing in it hides a file.
+// It is packed by gzip or zstd, or not packed.
+func (t *Tree) AddArchive(ctx context.Context, open func() (io.ReadCloser, error)) error {
+	t.tree.plain = true
+	defer func() { t.tree.plain = false }()
+	_, err := unpackLayer(ctx, t.tree, Layer{Open: open}, &t.left, func(int64) {})
+	return err
 }
 
 // budget is what may still come.

@@ -53,6 +53,8 @@ type tree struct {
 	linked   map[edge]bool
 	// opaque are the directories that it has made opaque: as in containerd once is enough.
 	opaque map[*ext4fs.Node]bool
+	// plain reports that what is applied is no layer, and names of whiteouts are refused.
+	plain bool
 }
 
 // edge is a name in a directory.
@@ -112,6 +114,8 @@ func (t *tree) applyEntry(header *tar.Header, content io.Reader) error {
 		return nil
 	case len(base) > maxName:
 		return fmt.Errorf("the name is longer than %d bytes", maxName)
+	case t.plain && strings.HasPrefix(base, whiteout):
+		return errWhiteout
 	case base == opaque && t.opaque[dir]:
 		return nil
 	case base == opaque:
@@ -170,6 +174,8 @@ func (w *walker) up() {
 }
 
 var (
+	errWhiteout = errors.New("in an image a name that begins with .wh. hides another, and is that of no file")
+
 	errNoDir  = errors.New("a part of the path is no directory")
 	errLoop   = errors.New("the path leads through too many symbolic links")
 	errTooLow = fmt.Errorf("there are more than %d directories in each other", maxDepth)

@@ -187,15 +187,16 @@ func (l layoutDir) blob(ctx context.Context, s *Store, want v1.Descriptor, repor
 	})
 }
 
-// reporter tells how much of a file has been read.
+// reporter tells how much of a file has been read. It has no other methods of a file's, by
+// which it could be read unseen.
 type reporter struct {
-	*os.File
+	io.ReadCloser
 	report func(done int64)
 	done   *int64
 }
 
 func (r reporter) Read(b []byte) (int, error) {
-	n, err := r.File.Read(b)
+	n, err := r.ReadCloser.Read(b)
 	*r.done += int64(n)
 	r.report(*r.done)
 	return n, err

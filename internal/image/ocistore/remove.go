@@ -53,7 +53,7 @@ func (s *Store) Remove(ctx context.Context, ref ociref.Ref) error {
 	return err
 }
 
-// Prune removes blobs that no name leads to, and what pulls and imports that were cut off have
+// Prune removes blobs that no name leads to, what is kept for builds, and what pulls and imports that were cut off have
 // left. It waits for those that are under way. It returns how many bytes it has removed.
 func (s *Store) Prune(ctx context.Context) (removed int64, err error) {
 	if _, err := os.Stat(s.dir); errors.Is(err, fs.ErrNotExist) {
@@ -73,11 +73,17 @@ func (s *Store) Prune(ctx context.Context) (removed int64, err error) {
 // collect removes what no name leads to, and with that what was not finished if asked. The
 // store's lock is held.
 func (s *Store) collect(ctx context.Context, unfinished bool) (removed int64, err error) {
+	if unfinished {
+		if removed, err = removeAll(ctx, s.path(cacheDir), func(string) bool { return false }); err != nil {
+			return removed, err
+		}
+	}
 	used, err := s.used()
 	if err != nil {
 		return 0, err
 	}
-	removed, err = removeAll(ctx, s.path("blobs", algorithm), func(name string) bool { return used[digestPrefix+name] })
+	blobs, err := removeAll(ctx, s.path("blobs", algorithm), func(name string) bool { return used[digestPrefix+name] })
+	removed += blobs
 	if !unfinished {
 		return removed, err
 	}
@@ -114,7 +120,7 @@ func (s *Store) used() (map[string]bool, error) {
 			used[part.Digest.String()] = true
 		}
 	}
-	return used, nil
+	return used, s.useCached(used)
 }
 
 // removeAll removes the files and directories in a directory that are not kept.

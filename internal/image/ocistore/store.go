@@ -8,6 +8,7 @@
 //	partial/<64 hex digits>         what there is of a blob so far; locked by who fetches it
 //	names/<64 hex digits>           a name, by its hash, and the manifest that it means
 //	spool/                          files of archives that are being imported
+//	build/<64 hex digits>           the layer that a step of a build has led to, by its key
 //	store.lock                      shared by who adds blobs, exclusive while they are removed
 //
 // A blob appears by a rename, so it is there either whole or not at all. All that is read

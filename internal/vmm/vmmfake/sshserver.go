@@ -65,8 +65,10 @@ func (g *guest) serveChannel(channel ssh.NewChannel, env []string) {
 		g.tree(channel)
 	case "direct-tcpip":
 		g.forward(channel)
+	case wire.WorkspaceChannel:
+		g.workspace(channel)
 	default:
-		_ = channel.Reject(ssh.UnknownChannelType, "the agent has no channel of type "+channel.ChannelType())
+		rejectUnknown(channel)
 	}
 }
 

@@ -1,0 +1,186 @@
+package dockerbuild
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/dockerfile"
+	"github.com/smolvm/smolvm/internal/image/imagebuild"
+	"github.com/smolvm/smolvm/internal/image/ociref"
+	"github.com/smolvm/smolvm/internal/image/ocistore"
+)
+
+// finder finds the images of a Dockerfile, each once.
+type finder struct {
+	builder *Builder
+	pull    bool
+	found   map[string]*foundImage
+	// progress is told what takes long, and shown is how many steps it was told of.
+	progress func(smolvm.BuildEvent)
+	shown    int
+}
+
+// show shows that something begins that takes long. What it returns shows the end.
+func (f *finder) show(name string) (event smolvm.BuildEvent, done func(error)) {
+	f.shown++
+	event = smolvm.BuildEvent{Step: f.shown, Name: "[internal] " + name}
+	f.progress(event)
+	began := time.Now()
+	return event, func(err error) {
+		event := event
+		event.Done, event.Err, event.Duration = true, err, time.Since(began)
+		f.progress(event)
+	}
+}
+
+// foundImage is an image that was found.
+type foundImage struct {
+	imagebuild.Image
+	// oci is the OCI image; nil for one of smolvm's own, which is own.
+	oci *ocistore.Image
+	own smolvm.Image
+}
+
+// config returns the configuration of an image.
+func (f *finder) config(ctx context.Context, name string) (dockerfile.Config, error) {
+	found, err := f.Find(ctx, name)
+	if err != nil {
+		return dockerfile.Config{}, err
+	}
+	return imagebuild.Config(found.Config)
+}
+
+// Find implements [imagebuild.Images].
+func (f *finder) Find(ctx context.Context, name string) (imagebuild.Image, error) {
+	if found, ok := f.found[name]; ok {
+		return found.Image, nil
+	}
+	found, err := f.find(ctx, name)
+	if err != nil {
+		return imagebuild.Image{}, err
+	}
+	f.found[name] = found
+	return found.Image, nil
+}
+
+func (f *finder) find(ctx context.Context, name string) (*foundImage, error) {
+	catalog := f.builder.Catalog
+	own, err := catalog.Bootable.Get(ctx, name)
+	if name == smolvm.DefaultImage {
+		own, err = f.base(ctx)
+	}
+	if err == nil && own.OCI == nil {
+		return f.ownImage(ctx, name, own)
+	}
+	if err != nil && !errors.Is(err, smolvm.ErrImageNotFound) {
+		return nil, err
+	}
+	oci, err := f.findOCI(ctx, name, own.OCI)
+	if err != nil {
+		return nil, err
+	}
+	config, err := catalog.OCI.Document(oci.Config)
+	if err != nil {
+		return nil, err
+	}
+	return &foundImage{Image: imagebuild.Image{Config: config, Layers: oci.Layers}, oci: &oci}, nil
+}
+
+// findOCI finds an OCI image: the one that a bootable image was made of, or the one of that name,
+// which is pulled if it is missing.
+func (f *finder) findOCI(ctx context.Context, name string, made *smolvm.OCIImage) (ocistore.Image, error) {
+	store := f.builder.Catalog.OCI
+	if made != nil {
+		images, err := store.List()
+		for _, image := range images {
+			if image.Digest == made.Digest {
+				return image, nil
+			}
+		}
+		return ocistore.Image{}, cmp.Or(err, fmt.Errorf("%q: its layers are not here any more", name))
+	}
+	ref, err := ociref.Parse(name)
+	if err != nil {
+		return ocistore.Image{}, err
+	}
+	if !f.pull {
+		image, err := store.Get(ref)
+		if !errors.Is(err, smolvm.ErrImageNotFound) {
+			return image, err
+		}
+	}
+	return f.pullImage(ctx, ref)
+}
+
+// base finds the default image, and builds it if it is missing.
+func (f *finder) base(ctx context.Context) (smolvm.Image, error) {
+	var done func(error)
+	own, err := f.builder.Catalog.Base(ctx, func(smolvm.Progress) {
+		if done == nil { // it was not there
+			_, done = f.show("build " + smolvm.DefaultImage)
+		}
+	})
+	if done != nil {
+		done(err)
+	}
+	return own, err
+}
+
+// pullImage fetches an image from its registry.
+func (f *finder) pullImage(ctx context.Context, ref ociref.Ref) (ocistore.Image, error) {
+	event, done := f.show("pull " + ref.Familiar())
+	var mu sync.Mutex // several layers come at once
+	image, err := f.builder.Catalog.OCI.Pull(ctx, ref, ocistore.PullOptions{Progress: func(p ocistore.Progress) {
+		if p.Done < p.Total {
+			return
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		event := event
+		event.Output = fmt.Appendf(nil, "layer %d of %d, %d bytes\n", p.Number, p.Layers, p.Total)
+		f.progress(event)
+	}})
+	done(err)
+	return image, err
+}
+
+// ownImage has the files of an image of smolvm's own as a layer, which is made once.
+func (f *finder) ownImage(ctx context.Context, name string, own smolvm.Image) (*foundImage, error) {
+	store := f.builder.Catalog.OCI
+	result, ok, err := store.Cached(rootKey(own))
+	if err != nil || !ok {
+		_, done := f.show("take the files of " + name)
+		result, err = f.builder.takeRoot(ctx, own)
+		done(err)
+		if err != nil {
+			return nil, fmt.Errorf("take the files of image %q: %w", name, err)
+		}
+	}
+	config := fmt.Appendf(nil, `{"architecture":%q,"os":"linux","config":{},"history":[{"created":%q,"created_by":%q}],"rootfs":{"type":"layers"}}`,
+		own.Arch, own.CreatedAt.UTC().Format(time.RFC3339), own.Source)
+	return &foundImage{Image: imagebuild.Image{Config: config, Layers: []ocistore.Layer{result.Layer}}, own: own}, nil
+}
+
+// takeRoot stores the files of an image as a layer.
+func (b *Builder) takeRoot(ctx context.Context, own smolvm.Image) (ocistore.CachedLayer, error) {
+	from, to := io.Pipe()
+	taken := make(chan struct{})
+	go func() {
+		defer close(taken)
+		_ = to.CloseWithError(b.Root(ctx, own, to))
+	}()
+	layer, err := b.Catalog.OCI.AddLayer(ctx, from)
+	_ = from.CloseWithError(errors.New("the layer can't be stored"))
+	<-taken
+	if err != nil {
+		return ocistore.CachedLayer{}, err
+	}
+	result := ocistore.CachedLayer{Layer: layer, CreatedAt: own.CreatedAt}
+	return result, b.Catalog.OCI.SetCached(ctx, rootKey(own), result)
+}
