@@ -139,8 +139,15 @@ type Progress struct {
 
 // BuildOptions are the options of [Images.BuildImage].
 type BuildOptions struct {
-	// Name of the image. Empty: "base".
+	// Name of the image. Empty: "base", or the one that RecipeFile has. Of a built-in one, such
+	// as "dev", the image is built as it is when it is first used.
 	Name string
+	// Packages are packages of the host's distribution, Debian or Ubuntu, that the image is made
+	// of, with what they depend on. One may have a version: git=1:2.39.5-0.
+	Packages []string
+	// RecipeFile is the file of a recipe for such an image; docs/images.md has its keys.
+	// Packages are added to it.
+	RecipeFile string
 	// Kernel is a kernel as ELF or bzImage. Empty: the distribution's.
 	Kernel string
 	// ModulesDir is the kernel's tree of modules, as under /lib/modules. It

@@ -20,6 +20,9 @@ import (
 // processes that build the same image at once, one does the work.
 func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smolvm.Image, error) {
 	began := time.Now()
+	if len(opts.Packages) > 0 || opts.RecipeFile != "" || m.packaged.IsBuiltIn(opts.Name) && opts.Rootfs == "" && opts.Kernel == "" {
+		return m.buildPackaged(ctx, opts)
+	}
 	if opts.Name == "" {
 		opts.Name = smolvm.DefaultImage
 	}
@@ -197,8 +200,15 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 }
 
 // ensureImage finds the image of a new VM. The default one is built if it is missing, or made
-// for another agent than ours; an OCI image is pulled as the policy has it.
+// for another agent than ours; so is one of packages that has a built-in name; an OCI image is pulled as the policy has it.
 func (m *Manager) ensureImage(ctx context.Context, ref string, policy smolvm.PullPolicy, progress func(smolvm.Progress)) (smolvm.Image, error) {
+	if m.packaged.IsBuiltIn(ref) {
+		// One that was made of files, and given that name, wins.
+		if own, err := m.images.Get(ctx, ref); err == nil || !errors.Is(err, smolvm.ErrImageNotFound) {
+			return own, err
+		}
+		return m.packaged.Ensure(ctx, ref, policy, progress)
+	}
 	if ref != smolvm.DefaultImage {
 		return m.catalog.Ensure(ctx, ref, policy, progress)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/smolvm/smolvm/internal/budget"
 	"github.com/smolvm/smolvm/internal/catalog"
 	"github.com/smolvm/smolvm/internal/datadir"
+	"github.com/smolvm/smolvm/internal/distroimage"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
@@ -47,7 +48,9 @@ type Manager struct {
 	images *image.Store
 	// catalog finds images in their store and in that of OCI images.
 	catalog *catalog.Catalog
-	host    *host.Host
+	// packaged builds images of the distribution's packages.
+	packaged *distroimage.Images
+	host     *host.Host
 	// machines says what a VMM is to run for a VM.
 	machines *machine.Builder
 
@@ -144,6 +147,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 		return nil, errors.Join(err, state.Close())
 	}
 	m.catalog = &catalog.Catalog{Bootable: images, OCI: oci, Base: m.baseImage}
+	m.packaged = m.newPackaged(m.catalog)
 	m.wire(templates)
 	return m, nil
 }

@@ -26,7 +26,7 @@ func TestUsage(t *testing.T) {
 		t.Fatal(err)
 	}
 	usage, err := m.Usage(t.Context(), vm.ID)
-	if err != nil || usage.Memory == 0 || usage.Disk == nil || usage.Network == nil {
+	if err != nil || usage.Memory == 0 || usage.Disk != nil || usage.Network == nil { // the fake counts no reads
 		t.Errorf("usage is %+v, %v", usage, err)
 	}
 }

@@ -150,6 +150,14 @@ func TestWorkspace(t *testing.T) {
 		if out != "1\n" {
 			t.Errorf("without a network there are %s interfaces", out)
 		}
+		// More than fits into the request, and bytes that are no text.
+		long := strings.Repeat("x", 100_000)
+		out = inWorkspace(t, w, `cat; echo ${#A} ${#B} "$C"`, func(c *workspace.Command) {
+			c.Stdin, c.Env = strings.NewReader("read\n"), []string{"A=" + long, "B=" + long, "C=\xff\xfe"}
+		})
+		if out != "read\n100000 100000 \xff\xfe\n" {
+			t.Errorf("it is told %.100q", out)
+		}
 		status, err := w.Run(t.Context(), workspace.Command{Args: []string{"no-such-command"}})
 		if err != nil || status.Code != 127 {
 			t.Errorf("a missing command: %s, %v", status, err)
@@ -162,7 +170,7 @@ func TestWorkspace(t *testing.T) {
 		if err := w.PutArea(t.Context(), "cache", false, tarOf(t)); err != nil {
 			t.Fatal(err)
 		}
-		out := inWorkspace(t, w, `cat /run/secrets/key; echo more > /root/.cache/deep/kept; ! echo x > /run/secrets/key; df -t tmpfs /scratch > /dev/null`, func(c *workspace.Command) {
+		out := inWorkspace(t, w, `cat /run/secrets/key; echo more > /root/.cache/deep/kept; ! (echo x > /run/secrets/key) 2> /dev/null; df -t tmpfs /scratch > /dev/null`, func(c *workspace.Command) {
 			c.Mounts = []workspace.Mount{
 				{Area: "secret", Source: "key", Target: "/run/secrets/key", ReadOnly: true},
 				{Area: "cache", Target: "/root/.cache/deep"}, {Target: "/scratch", Size: 1 << 20},

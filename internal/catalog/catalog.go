@@ -68,8 +68,7 @@ func (c *Catalog) Find(ctx context.Context, text string) (smolvm.Image, error) {
 // findOCI finds an OCI image by its name, or by the digest of its manifest or the beginning of
 // that. The error matches [smolvm.ErrImageNotFound].
 func (c *Catalog) findOCI(text string) (ocistore.Image, error) {
-	ref, err := ociref.Parse(text)
-	if err == nil {
+	for _, ref := range meanings(text) {
 		found, err := c.OCI.Get(ref)
 		if !errors.Is(err, smolvm.ErrImageNotFound) {
 			return found, err
@@ -91,6 +90,19 @@ func (c *Catalog) findOCI(text string) (ocistore.Image, error) {
 		return ocistore.Image{}, fmt.Errorf("image %q: several digests begin so; give more of it", text)
 	}
 	return images[0], nil
+}
+
+// meanings returns the names of OCI images that a text may mean, the one that counts first: a
+// name of our own hides that of a registry.
+func meanings(text string) []ociref.Ref {
+	var refs []ociref.Ref
+	if text != "" && !strings.ContainsAny(text, "/:@") {
+		refs = append(refs, ociref.Builtin(text))
+	}
+	if ref, err := ociref.Parse(text); err == nil {
+		refs = append(refs, ref)
+	}
+	return refs
 }
 
 // unmade returns an OCI image that is not bootable.

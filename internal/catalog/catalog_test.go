@@ -258,3 +258,33 @@ func TestRemove(t *testing.T) {
 		t.Error("its manifest is left")
 	}
 }
+
+// A name of our own hides the registry's image of that name, which its whole name reaches.
+func TestBuiltinHides(t *testing.T) {
+	c, ctx := newCatalog(t), t.Context()
+	add := func(ref ociref.Ref, content string) ocistore.Image {
+		t.Helper()
+		layer, err := c.OCI.AddLayer(ctx, bytes.NewReader(archiveOf(t, "file", content)))
+		must(t, err)
+		added, err := c.OCI.AddImage(ctx, ref, []byte("{}"), []ocistore.Layer{layer})
+		must(t, err)
+		return added
+	}
+	registry, err := ociref.Parse("python")
+	must(t, err)
+	theirs := add(registry, "theirs")
+	if found, err := c.Find(ctx, "python"); err != nil || found.OCI.Digest != theirs.Digest {
+		t.Errorf("python is %+v, %v", found.OCI, err)
+	}
+	ours := add(ociref.Builtin("python"), "ours")
+	for name, want := range map[string]string{"python": ours.Digest, "python:latest": theirs.Digest, "docker.io/library/python": theirs.Digest} {
+		if found, err := c.Find(ctx, name); err != nil || found.OCI.Digest != want {
+			t.Errorf("%s is %+v, %v", name, found.OCI, err)
+		}
+	}
+	made, err := c.Boot(ctx, ours, nil)
+	must(t, err)
+	if !slices.Equal(made.Names, []string{"python"}) || strings.Contains(made.Source, "smolvm.invalid") {
+		t.Errorf("it is called %q, from %q", made.Names, made.Source)
+	}
+}

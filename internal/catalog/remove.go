@@ -23,28 +23,24 @@ func (c *Catalog) Untag(ctx context.Context, text string, found smolvm.Image) (d
 	if found.OCI == nil {
 		return false, nil
 	}
-	ref, err := ociref.Parse(text)
-	if err != nil {
-		return false, nil //nolint:nilerr // It was found by its digest.
-	}
 	if _, err := c.Bootable.Get(ctx, text); err == nil {
 		return false, nil // by its digest, or by a name of ours
 	}
-	oci, err := c.OCI.Get(ref)
-	if errors.Is(err, smolvm.ErrImageNotFound) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	names, err := c.ociNames()
-	if err != nil {
-		return false, err
-	}
-	if len(names[oci.Digest]) > 1 {
+	for _, ref := range meanings(text) {
+		oci, err := c.OCI.Get(ref)
+		if errors.Is(err, smolvm.ErrImageNotFound) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		names, err := c.ociNames()
+		if err != nil || len(names[oci.Digest]) < 2 {
+			return false, err
+		}
 		return true, c.OCI.Remove(ctx, ref)
 	}
-	return false, nil
+	return false, nil // it was found by its digest
 }
 
 // Forget removes the names of the OCI image that a removed image was made of, and what only they

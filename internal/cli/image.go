@@ -81,17 +81,23 @@ With the path of a directory, which has a slash or is . or .., with - or with on
 flags for Dockerfiles, such as -t, it is built from a Dockerfile, as docker build does:
 COPY takes files from that directory, its context, and RUN runs in a VM. What was built
 before is used again, step by step. With - the context is an archive by tar on stdin, or
-that is a Dockerfile alone.`
+that is a Dockerfile alone.
+
+debian, python, node and dev are images of the distribution's packages; they are built when
+they are first run, or by name here, and with --force of newer packages. --packages and
+--recipe make others, on hosts with Debian or Ubuntu: packages are fetched by the host's apt
+and keys, unpacked without running anything of theirs, and configured in a VM.`
 
 func (a *app) imageBuildCommand() *cobra.Command {
 	var options smolvm.BuildOptions
 	var dockerfile dockerfileFlags
 	var quiet bool
 	cmd := &cobra.Command{
-		Use:               "build [flags] [NAME | PATH | -]",
-		Short:             "Build an image, from a Dockerfile or from files of one's own",
-		Long:              imageBuildLong,
-		Example:           "  smolvm image build\n  smolvm image build -t app .\n  smolvm image build --rootfs alpine.ext4 alpine",
+		Use:   "build [flags] [NAME | PATH | -]",
+		Short: "Build an image, from a Dockerfile, from packages, or from files of one's own",
+		Long:  imageBuildLong,
+		Example: "  smolvm image build\n  smolvm image build -t app .\n  smolvm image build --rootfs alpine.ext4 alpine\n" +
+			"  smolvm image build --packages python3,ffmpeg --name media\n  smolvm image build --force dev",
 		Args:              needs(0, 1, "at most one name or path"),
 		ValidArgsFunction: first(a.imageNames()),
 	}
@@ -99,6 +105,9 @@ func (a *app) imageBuildCommand() *cobra.Command {
 	flags.StringVar(&options.Rootfs, "rootfs", "", "root file system: an ext4 image or a directory at `PATH`")
 	flags.StringVar(&options.Kernel, "kernel", "", "kernel in `FILE`, as ELF or bzImage")
 	flags.StringVar(&options.ModulesDir, "modules", "", "modules of --kernel in `DIR`, as under /lib/modules")
+	flags.StringSliceVar(&options.Packages, "packages", nil, "make it of the distribution's packages `NAME,...`")
+	flags.StringVar(&options.RecipeFile, "recipe", "", "make it of packages as the recipe in `FILE` says")
+	flags.StringVar(&options.Name, "name", "", "name the image `NAME`, as the argument does")
 	flags.BoolVar(&options.Force, "force", false, "build even if the same image is there")
 	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
 	complete(cmd, "modules", directories)
@@ -115,6 +124,9 @@ func (a *app) imageBuildCommand() *cobra.Command {
 			return a.buildDockerfile(cmd, &dockerfile, args, quiet)
 		}
 		if len(args) > 0 {
+			if options.Name != "" && options.Name != args[0] {
+				return usagef("the image has two names: give it by --name, or as the argument")
+			}
 			options.Name = args[0]
 		}
 		if !quiet {

@@ -68,6 +68,7 @@ func tiers() [][]string {
 		// Rooms that need no shim.
 		{"internal/budget", "internal/catalog", "internal/identity", "internal/machine", "internal/secret", "internal/worker", "internal/workspace"},
 		{"internal/dockerbuild"},  // images from Dockerfiles
+		{"internal/distroimage"},  // images of packages, which are configured in VMs
 		{"internal/shim"},         // one running VM
 		{"internal/session"},      // one guest, in that process
 		{"internal/shim/process"}, // that process

@@ -15,6 +15,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
+	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/step"
 )
 
@@ -198,6 +199,9 @@ func (s *Store) buildLayered(ctx context.Context, l Layered, work string) (strin
 func sourceOf(oci smolvm.OCIImage) string {
 	if oci.Reference == "" {
 		return "OCI image " + oci.Digest
+	}
+	if ref, err := ociref.Parse(oci.Reference); err == nil && ref.IsBuiltin() {
+		return "packages of the distribution"
 	}
 	return oci.Reference
 }

@@ -44,6 +44,9 @@ type Options struct {
 	// VM says what the VM is like: CPUs, memory, disk, network, egress policy, backend, as in
 	// [smolvm.VMConfig]. Its image is that of the workspace, and it is ephemeral.
 	VM smolvm.VMConfig
+	// Cold boots the VM from the beginning, and has no template made: for an image of which there
+	// will be no other workspace.
+	Cold bool
 	// Limits bound each layer. Zeros are the defaults of package ocilayer.
 	Limits ocilayer.Limits
 	// Started is told how the VM was started; it may be nil.
@@ -73,7 +76,7 @@ func Open(ctx context.Context, vms VMs, image smolvm.Image, opts Options) (*Work
 		return nil, fmt.Errorf("open a workspace of image %s: %w", image.Digest, err)
 	}
 	w := &Workspace{vms: vms, id: info.ID, limits: opts.Limits}
-	info, err = vms.Start(ctx, info.ID, smolvm.StartOptions{})
+	info, err = vms.Start(ctx, info.ID, smolvm.StartOptions{Cold: opts.Cold})
 	if err == nil {
 		w.guest, err = vms.Guest(ctx, info.ID)
 	}

@@ -161,7 +161,7 @@ var chosen = regexp.MustCompile(`^Inst ([^ :]+)(?::[^ ]+)? \(([^ ]+) .*\[([a-z0-
 func (s *Source) Plan(ctx context.Context, recipe Recipe) ([]Package, error) {
 	out, _, err := s.apt.Run(ctx, "apt-get", s.install(ctx, recipe, "--simulate")...)
 	if err != nil {
-		return nil, s.explain(err)
+		return nil, s.explain(ctx, err)
 	}
 	var plan []Package
 	for line := range strings.Lines(out) {
@@ -188,7 +188,7 @@ func (s *Source) install(ctx context.Context, recipe Recipe, how string) []strin
 func (s *Source) Missing(ctx context.Context, recipe Recipe) (int64, error) {
 	out, _, err := s.apt.Run(ctx, "apt-get", s.install(ctx, recipe, "--print-uris")...)
 	if err != nil {
-		return 0, s.explain(err)
+		return 0, s.explain(ctx, err)
 	}
 	var total int64
 	for line := range strings.Lines(out) {
@@ -208,10 +208,7 @@ func (s *Source) Missing(ctx context.Context, recipe Recipe) (int64, error) {
 // What was cut off goes on.
 func (s *Source) Fetch(ctx context.Context, recipe Recipe, plan []Package, progress func(percent float64)) ([]string, error) {
 	if _, err := s.apt.Fetch(ctx, progress, s.install(ctx, recipe, "--download-only")...); err != nil {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		return nil, s.explain(err)
+		return nil, s.explain(ctx, err)
 	}
 	var files []string
 	for _, p := range plan {
@@ -231,7 +228,10 @@ func (s *Source) Clean(ctx context.Context) error {
 }
 
 // explain words an error of apt's for a person.
-func (s *Source) explain(err error) error {
+func (s *Source) explain(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	var failed *apt.Error
 	if !errors.As(err, &failed) {
 		return err

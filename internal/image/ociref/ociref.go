@@ -39,6 +39,19 @@ type Ref struct {
 	Digest string
 }
 
+// builtinRegistry is the registry of images that are built here and have names of our own. No
+// host can have that name, so nothing is ever pulled from it.
+const builtinRegistry = "smolvm.invalid"
+
+// Builtin returns the name under which an image with a name of our own is kept. People write
+// only its own name.
+func Builtin(name string) Ref {
+	return Ref{Registry: builtinRegistry, Repository: name, Tag: "latest"}
+}
+
+// IsBuiltin reports whether the name is one of our own; see [Builtin].
+func (r Ref) IsBuiltin() bool { return r.Registry == builtinRegistry }
+
 // Parse reads a name. What it has not is what docker takes: the registry docker.io, the owner
 // library, the tag latest. Of a name with a tag and a digest, the digest decides.
 func Parse(text string) (Ref, error) {
@@ -103,12 +116,15 @@ func explain(text string, err error) error {
 // String returns the whole name: docker.io/library/python:latest.
 func (r Ref) String() string { return r.Registry + "/" + r.Repository + r.version() }
 
-// Familiar returns the shortest name that means the same: python.
+// Familiar returns the shortest name that means the same: python. That of a built-in one hides a
+// registry's.
 func (r Ref) Familiar() string {
 	text := r.Repository
-	if r.Registry == hub {
+	switch r.Registry {
+	case hub:
 		text = strings.TrimPrefix(text, official)
-	} else {
+	case builtinRegistry:
+	default:
 		text = r.Registry + "/" + text
 	}
 	if r.Digest == "" && r.Tag == name.DefaultTag {

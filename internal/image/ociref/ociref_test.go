@@ -124,3 +124,16 @@ func TestPin(t *testing.T) {
 		t.Error(server, err)
 	}
 }
+
+// A name of our own is written as it is, and is none of a registry that there is.
+func TestBuiltin(t *testing.T) {
+	t.Parallel()
+	ref := Builtin("python")
+	again, err := Parse(ref.String())
+	if err != nil || again != ref || !again.IsBuiltin() || ref.Familiar() != "python" {
+		t.Errorf("%s reads as %s (%v), and is written %s", ref, again, err, ref.Familiar())
+	}
+	if registry, err := Parse("python"); err != nil || registry == ref || registry.IsBuiltin() {
+		t.Errorf("the registry's is %s, %v", registry, err)
+	}
+}

@@ -96,7 +96,6 @@ type instance struct {
 var (
 	_ vmm.Consoler    = (*instance)(nil)
 	_ vmm.Limiter     = (*instance)(nil)
-	_ vmm.Meter       = (*instance)(nil)
 	_ vmm.DiskLimiter = (*instance)(nil)
 	_ vmm.Pauser      = (*instance)(nil)
 	_ vmm.Saver       = (*instance)(nil)
@@ -161,16 +160,6 @@ func (i *instance) Limits() smolvm.Limits {
 	}
 	limits.DiskBytesPerSecond, limits.DiskIOPS = i.diskLimit.BytesPerSecond, i.diskLimit.IOPS
 	return limits
-}
-
-// DiskUsage implements [vmm.Meter]. The guest has no drivers, and does nothing with its drives.
-func (i *instance) DiskUsage(context.Context) (smolvm.DiskUsage, error) {
-	select {
-	case <-i.done:
-		return smolvm.DiskUsage{}, errEnded
-	default:
-		return smolvm.DiskUsage{}, nil
-	}
 }
 
 // SetDiskLimit implements [vmm.DiskLimiter].
