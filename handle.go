@@ -137,3 +137,11 @@ func (v VM) Fork(ctx context.Context, opts ForkOptions) ([]VM, error) {
 	}
 	return children, nil
 }
+
+// Changes is [Files.Changes].
+func (v VM) Changes(ctx context.Context) ([]Change, error) { return v.Service.Changes(ctx, v.ID) }
+
+// Apply is [Files.Apply].
+func (v VM) Apply(ctx context.Context, opts ApplyOptions) ([]Change, error) {
+	return v.Service.Apply(ctx, v.ID, opts)
+}

@@ -1,11 +1,14 @@
 package smolvm
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"path"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 )
 
@@ -20,20 +23,37 @@ const (
 	MountReadWrite MountMode = "rw"
 	// MountReadOnly does not, which the host sees to.
 	MountReadOnly MountMode = "ro"
+	// MountOverlay lets the guest change what it sees of the directory, and keeps its changes apart,
+	// on the VM's disk: see [Changes]. A file that the guest has changed is no longer seen as it is
+	// on the host.
+	MountOverlay MountMode = "overlay"
 )
 
 // Mount is a directory of the host that a guest has as one of its own. What either side changes
 // the other sees: a file that was changed on the host is seen as it is now by the next open in
 // the guest. The guest can't leave the directory, and links in it are the guest's to follow.
-// Everything in it appears as owned by the guest's root, whose changes of owners are ignored; what
-// the guest makes is owned by the user who runs the VM.
+// Everything in it appears as owned by the user whose commands the guest runs, and changes of owners
+// are ignored, except in an overlay; what the guest makes is owned by the user who runs the VM.
 type Mount struct {
 	// Source is the directory of the host. It must be there.
 	Source string `json:"source"`
 	// Target is where it is in the guest, an absolute path. What is missing of it is made.
 	Target string `json:"target"`
-	// Mode is "rw" (the default) or "ro".
+	// Mode is "rw" (the default), "ro" or "overlay".
 	Mode MountMode `json:"mode"`
+	// Since is set by Create for an overlay, and by Apply: what has changed on the host after it is
+	// not what the guest's changes were made of.
+	Since time.Time `json:"since,omitzero"`
+}
+
+// OverlayName returns the name under which a guest keeps its changes of an overlay; empty for other
+// mounts.
+func (m Mount) OverlayName() string {
+	if m.Mode != MountOverlay {
+		return ""
+	}
+	sum := sha256.Sum256([]byte(m.Target))
+	return hex.EncodeToString(sum[:8])
 }
 
 // WithDefaults returns m with the mode filled in, and paths made absolute.
@@ -96,9 +116,9 @@ func (c VMConfig) validateMounts(v *validator) {
 		problem := m.targetProblem()
 		v.check(problem == "", field+".target", "%s", problem)
 		switch m.Mode {
-		case MountReadWrite, MountReadOnly:
+		case MountReadWrite, MountReadOnly, MountOverlay:
 		default:
-			v.add(field+".mode", "%q is not known; use rw or ro", m.Mode)
+			v.add(field+".mode", "%q is not known; use rw, ro or overlay", m.Mode)
 		}
 		for _, other := range c.Mounts[:i] {
 			v.check(other.Target != m.Target, field+".target", "%s is mounted twice", m.Target)

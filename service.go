@@ -74,6 +74,10 @@ type Files interface {
 	GetTree(ctx context.Context, id, path string, opts CopyOptions) (io.ReadCloser, error)
 	// Copy copies a file or a tree between the caller's host and a VM, or two VMs.
 	Copy(ctx context.Context, from, to CopyPath, opts CopyOptions) error
+	// Changes lists what a guest has changed in directories of the host that it has as overlays,
+	// and Apply brings it to the host.
+	Changes(ctx context.Context, id string) ([]Change, error)
+	Apply(ctx context.Context, id string, opts ApplyOptions) ([]Change, error)
 }
 
 // Ports forwards ports of the host to guests.

@@ -46,7 +46,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	task, args := run, os.Args[1:]
 	if len(args) > 0 {
-		if other := map[string]func(context.Context, []string) error{"soak": soak, "backends": backends}[args[0]]; other != nil {
+		if other := map[string]func(context.Context, []string) error{"soak": soak, "backends": backends, "mounts": mounts}[args[0]]; other != nil {
 			task, args = other, args[1:]
 		}
 	}

@@ -80,6 +80,11 @@ func (m *Manager) createNew(ctx context.Context, config smolvm.VMConfig, opts sm
 	if err := checkDiskSize(config, root); err != nil {
 		return smolvm.VMInfo{}, err
 	}
+	for i, mount := range config.Mounts {
+		if mount.Mode == smolvm.MountOverlay {
+			config.Mounts[i].Since = began.UTC()
+		}
+	}
 	checked := time.Since(began)
 	vm, phases, err := m.make(ctx, config, backend, origin{image: digest})
 	if err != nil {

@@ -31,6 +31,9 @@ func (m *Manager) reuse(ctx context.Context, config smolvm.VMConfig) (smolvm.VMI
 			config.PortForwards[i].HostPort = vm.Config.PortForwards[i].HostPort
 		}
 	}
+	for i := range min(len(config.Mounts), len(vm.Config.Mounts)) {
+		config.Mounts[i].Since = vm.Config.Mounts[i].Since
+	}
 	if fields := config.Differences(vm.Config); len(fields) > 0 {
 		return smolvm.VMInfo{}, fmt.Errorf("create %q: %w with another configuration: %s differ; choose another id, or delete it first",
 			config.ID, smolvm.ErrVMAlreadyExists, strings.Join(fields, ", "))

@@ -187,11 +187,16 @@ func (l *Link) Ping(ctx context.Context) error {
 	return nil
 }
 
-// Mount has the guest mount a directory of the host. The connection carries the messages of FUSE.
-func (l *Link) Mount(ctx context.Context, order wire.Mount) (net.Conn, error) {
+// Mount has the guest mount a directory of the host. The connection carries the messages of FUSE,
+// and all in the directory is to be owner's.
+func (l *Link) Mount(ctx context.Context, order wire.Mount) (_ net.Conn, owner wire.Owner, err error) {
 	conn, err := l.open(ctx)
 	if err == nil {
-		err = bounded(ctx, func() error { return exchange(ctx, conn, wire.Control{Mount: &order}) })
+		err = bounded(ctx, func() error {
+			answer, err := exchange(ctx, conn, wire.Control{Mount: &order})
+			owner = answer.Owner
+			return err
+		})
 	}
 	if err == nil {
 		err = conn.SetDeadline(time.Time{})
@@ -200,9 +205,9 @@ func (l *Link) Mount(ctx context.Context, order wire.Mount) (net.Conn, error) {
 		if conn != nil {
 			_ = conn.Close()
 		}
-		return nil, fmt.Errorf("have the guest's agent mount %s: %w", order.Target, err)
+		return nil, wire.Owner{}, fmt.Errorf("have the guest's agent mount %s: %w", order.Target, err)
 	}
-	return conn, nil
+	return conn, owner, nil
 }
 
 // MountsReady returns when all that the guest has mounted of the host can be used.
@@ -220,7 +225,8 @@ func (l *Link) control(ctx context.Context, request wire.Control) error {
 	}
 	return bounded(ctx, func() error {
 		defer func() { _ = conn.Close() }()
-		return exchange(ctx, conn, request)
+		_, err := exchange(ctx, conn, request)
+		return err
 	})
 }
 
@@ -237,17 +243,17 @@ func bounded(ctx context.Context, do func() error) error {
 }
 
 // exchange sends a request and reads its answer. A write may take longer than ctx.
-func exchange(ctx context.Context, conn net.Conn, request wire.Control) error {
+func exchange(ctx context.Context, conn net.Conn, request wire.Control) (wire.ControlAnswer, error) {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	if err := wire.Write(conn, request); err != nil {
-		return err
+		return wire.ControlAnswer{}, err
 	}
 	answer, err := wire.ReadControlAnswer(conn)
 	if err == nil && answer.Error != "" {
 		err = errors.New(answer.Error)
 	}
-	return err
+	return answer, err
 }
 
 // SetHeld tells the link whether the guest's CPUs are held, for then it is not given up

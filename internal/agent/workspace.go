@@ -39,6 +39,12 @@ func (c *Client) Root(ctx context.Context, list io.Reader, w io.Writer, request 
 	return c.operate(ctx, list, w, wire.WorkspaceRequest{Root: &request})
 }
 
+// Changes writes what the guest has changed in a directory of the host, in an overlay of that name,
+// to w, as the archive of a layer that the guest makes of it: the caller checks it.
+func (c *Client) Changes(ctx context.Context, w io.Writer, overlay string) error {
+	return c.operate(ctx, nil, w, wire.WorkspaceRequest{Overlay: overlay})
+}
+
 // maxReason bounds what a guest says of an operation that has failed, in bytes.
 const maxReason = 2 << 10
 

@@ -53,7 +53,7 @@ func (a *app) rootCommand() *cobra.Command {
 	addTo(root, groupVM, a.runCommand(), a.createCommand(), a.startCommand(), a.stopCommand(),
 		a.pauseCommand(), a.resizeCommand(), a.resumeCommand(), a.rmCommand(), a.lsCommand(), a.inspectCommand(), a.logsCommand(), a.portCommand(),
 		a.policyCommand(), a.flowsCommand(), a.snapshotCommand(), a.forkCommand())
-	addTo(root, groupUse, a.execCommand(), a.shellCommand(), a.cpCommand(), a.sshCommand())
+	addTo(root, groupUse, a.execCommand(), a.shellCommand(), a.cpCommand(), a.diffCommand(), a.applyCommand(), a.sshCommand())
 	addTo(root, groupImage, a.imageCommand(), a.templateCommand(), a.poolCommand())
 	addTo(root, groupHost, a.doctorCommand(), a.eventsCommand(), a.reconcileCommand(),
 		a.versionCommand(), a.completionCommand())

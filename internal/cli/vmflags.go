@@ -51,7 +51,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 		config.Drives = append(config.Drives, drive)
 		return err
 	})
-	flags.FuncP("volume", "v", "give the guest a directory of the host: `DIR:TARGET[:ro|:rw]` (repeatable)", func(text string) error {
+	flags.FuncP("volume", "v", "give the guest a directory of the host: `DIR:TARGET[:ro|:rw|:overlay]` (repeatable)", func(text string) error {
 		mount, err := parseMount(text)
 		config.Mounts = append(config.Mounts, mount)
 		return err

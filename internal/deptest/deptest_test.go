@@ -60,7 +60,7 @@ func tiers() [][]string {
 			"internal/cgroup", "internal/compat", "internal/diskspace", "internal/errcode", "internal/flock", "internal/fuserelay", "internal/glob", "internal/proc",
 			"internal/ring", "internal/size", "internal/step", "internal/stream", "internal/termsafe",
 		},
-		{"internal/datadir", "internal/disk", "internal/flowlog", "internal/hostdir", "internal/namespace"}, // files, and programs in namespaces
+		{"internal/changes", "internal/datadir", "internal/disk", "internal/flowlog", "internal/hostdir", "internal/namespace"}, // files, and programs in namespaces
 		{ // nouns
 			"internal/agent", "internal/backing", "internal/host", "internal/image", "internal/network",
 			"internal/snapshot", "internal/store", "internal/vmm",

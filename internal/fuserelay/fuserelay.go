@@ -73,9 +73,14 @@ func Mount(target string, opts Options) (*FS, error) {
 // Relay passes messages on until the connection ends or the file system is unmounted. It closes
 // neither. The error says which it was: [ErrUnmounted], or that of the connection.
 func (f *FS) Relay(conn io.ReadWriter) error {
+	// By a descriptor of its own, as each is written to by one at a time.
+	device, err := f.duplicate()
+	if err != nil {
+		return err
+	}
 	notices := make(chan []byte, maxNotices)
 	defer close(notices)
-	go f.notify(notices)
+	go notify(device, notices)
 	failed := make(chan error, 1)
 	go func() { failed <- f.requests(conn) }()
 	if err := f.answers(conn, notices); err != nil {
@@ -131,7 +136,11 @@ func (f *FS) answers(conn io.Reader, notices chan<- []byte) error {
 		unique, code := binary.NativeEndian.Uint64(buffer[8:]), binary.NativeEndian.Uint32(buffer[4:])
 		if unique == 0 && code == entryNotice {
 			// It waits for whoever uses the directory, who may wait for an answer of ours.
-			notices <- append([]byte(nil), buffer[:size]...)
+			// If too many wait already, the kernel asks again when what it was told is over.
+			select {
+			case notices <- append([]byte(nil), buffer[:size]...):
+			default:
+			}
 			continue
 		}
 		// One that is not wanted any more is refused with ENOENT; that is no fault.
@@ -142,11 +151,22 @@ func (f *FS) answers(conn io.Reader, notices chan<- []byte) error {
 	}
 }
 
-// notify tells the kernel of entries that have changed.
-func (f *FS) notify(notices <-chan []byte) {
-	for notice := range notices {
-		_, _ = f.device.Write(notice) // what it does not know needs no telling
+// duplicate returns another descriptor of the device.
+func (f *FS) duplicate() (fd int, err error) {
+	raw, err := f.device.SyscallConn()
+	if err != nil {
+		return -1, err
 	}
+	controlErr := raw.Control(func(device uintptr) { fd, err = unix.FcntlInt(device, unix.F_DUPFD_CLOEXEC, 0) })
+	return fd, errors.Join(controlErr, err)
+}
+
+// notify tells the kernel of entries that have changed. It closes the device.
+func notify(device int, notices <-chan []byte) {
+	for notice := range notices {
+		_, _ = unix.Write(device, notice) // what it does not know needs no telling
+	}
+	_ = unix.Close(device)
 }
 
 // ProbeName is the name of a file in the root of each file system that is in none of its lists: a

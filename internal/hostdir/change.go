@@ -87,7 +87,7 @@ func (d *Dir) remove(asked *request, flags int) (*answer, error) {
 		if err := retry(func() error { return unix.Unlinkat(dir, name, flags) }); err != nil {
 			return nil, err
 		}
-		d.nodes.removed(idOf(st), parent, name)
+		d.nodes.removed(st, parent, name)
 		return newAnswer(0), nil
 	})
 }
@@ -130,21 +130,28 @@ func (d *Dir) rename(_ context.Context, asked *request) (*answer, error) {
 	}); err != nil {
 		return nil, err
 	}
-	if replacedErr == nil {
-		d.nodes.removed(idOf(replaced), to, newName)
+	exchanged := flags&unix.RENAME_EXCHANGE != 0
+	if replacedErr == nil && !exchanged && idOf(replaced) != idOf(old) {
+		d.nodes.removed(replaced, to, newName)
 	}
 	d.nodes.moved(idOf(old), from, oldName, to, newName)
-	if flags&unix.RENAME_EXCHANGE != 0 && replacedErr == nil {
+	if exchanged && replacedErr == nil {
 		d.nodes.moved(idOf(replaced), to, newName, from, oldName)
 	}
 	return newAnswer(0), nil
 }
 
-// removed notes that a name of a file is gone.
-func (t *table) removed(file fileID, parent *node, name string) {
+// removed notes that a name of a file is gone. If it was the last one, the host may give the file's
+// number to another, which is to be another node: the guest's kernel knows that this one is dead.
+func (t *table) removed(st *unix.Stat_t, parent *node, name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if n := t.byFile[file]; n != nil {
-		n.unlink(parent, name)
+	n := t.byFile[idOf(st)]
+	if n == nil {
+		return
+	}
+	t.unlink(n, link{parent, name})
+	if st.Nlink <= 1 || n.kind == unix.S_IFDIR {
+		delete(t.byFile, n.file)
 	}
 }

@@ -139,6 +139,7 @@ func (d *Dir) entryIn(parent *node, dir int, name string) (*unix.Stat_t, error) 
 
 // entry answers with an entry of an open directory, which the guest knows from now on.
 func (d *Dir) entry(parent *node, dir int, name string) (*answer, error) {
+	d.watch(parent, dir)
 	st, err := d.entryIn(parent, dir, name)
 	if err != nil {
 		return nil, err
@@ -156,7 +157,7 @@ func (d *Dir) entry(parent *node, dir int, name string) (*answer, error) {
 func (d *Dir) putEntry(a *answer, n *node, st *unix.Stat_t) {
 	a.u64(n.id)
 	a.u64(0) // generation: numbers are never used again
-	v := d.validityOf(n)
+	v := d.validityOf(n, st)
 	a.seconds(v.entry, v.attr)
 	d.putAttr(a, st)
 }
@@ -176,7 +177,7 @@ func (d *Dir) putAttr(a *answer, st *unix.Stat_t) {
 	mode := st.Mode &^ (unix.S_ISUID | unix.S_ISGID)
 	for _, v := range []uint32{
 		uint32(st.Atim.Nsec), uint32(st.Mtim.Nsec), uint32(st.Ctim.Nsec),
-		mode, uint32(st.Nlink), d.opts.UID, d.opts.GID, 0, uint32(st.Blksize), 0,
+		mode, uint32(st.Nlink), d.uid, d.gid, 0, uint32(st.Blksize), 0,
 	} {
 		a.u32(v)
 	}
@@ -184,7 +185,7 @@ func (d *Dir) putAttr(a *answer, st *unix.Stat_t) {
 
 func (d *Dir) attr(n *node, st *unix.Stat_t) *answer {
 	a := newAnswer(16 + attrSize)
-	a.u64(uint64(d.validityOf(n).attr.Seconds()))
+	a.u64(uint64(d.validityOf(n, st).attr.Seconds()))
 	a.zero(8)
 	d.nodes.tell(n, st)
 	d.putAttr(a, st)

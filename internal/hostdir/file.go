@@ -52,11 +52,13 @@ func (d *Dir) open(_ context.Context, asked *request) (*answer, error) {
 	if n.kind != unix.S_IFREG {
 		return nil, unix.EPERM
 	}
-	var fd int
-	err = d.withNode(n, 0, func(path int) (err error) {
-		fd, err = d.reopen(path, flags)
-		return err
-	})
+	// By its name only: a file that has none any more may still be open.
+	path, err := d.openNode(n)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = unix.Close(path) }()
+	fd, err := d.reopen(path, flags)
 	if err != nil {
 		return nil, err
 	}
@@ -206,8 +208,12 @@ func (d *Dir) write(_ context.Context, asked *request) (*answer, error) {
 	if asked.body.short || offset < 0 {
 		return nil, unix.EINVAL
 	}
+	if err := d.take(int64(size)); err != nil {
+		return nil, err
+	}
 	done := 0
 	err := d.withHandle(asked, id, func(h *handle) error {
+		defer d.nodes.wrote(h.node)
 		for done < len(data) {
 			var n int
 			err := retry(func() (err error) {
@@ -232,6 +238,11 @@ func (d *Dir) write(_ context.Context, asked *request) (*answer, error) {
 
 func (d *Dir) fallocate(_ context.Context, asked *request) (*answer, error) {
 	id, offset, length, mode := asked.body.u64(), int64(asked.body.u64()), int64(asked.body.u64()), asked.body.u32()
+	if mode&unix.FALLOC_FL_PUNCH_HOLE == 0 {
+		if err := d.take(max(length, 0)); err != nil {
+			return nil, err
+		}
+	}
 	return nil, d.withHandle(asked, id, func(h *handle) error {
 		return retry(func() error { return unix.Fallocate(h.fd, mode, offset, length) })
 	})
@@ -260,6 +271,9 @@ func (d *Dir) copyFileRange(_ context.Context, asked *request) (*answer, error) 
 	from, fromOffset := asked.body.u64(), int64(asked.body.u64())
 	toNode, to, toOffset := asked.body.u64(), asked.body.u64(), int64(asked.body.u64())
 	length := min(asked.body.u64(), maxCopy)
+	if err := d.take(int64(length)); err != nil {
+		return nil, err
+	}
 	n, err := d.nodes.get(toNode)
 	if err != nil {
 		return nil, err

@@ -37,8 +37,6 @@ type Options struct {
 	ReadOnly bool
 	// NoXattr leaves out extended attributes, which spares the guest questions after them.
 	NoXattr bool
-	// UID and GID are the user and group of the guest that everything is owned by.
-	UID, GID uint32
 	// Log is told of what ends the serving. Nil: nobody is.
 	Log *slog.Logger
 }
@@ -55,7 +53,11 @@ type Dir struct {
 	opts Options
 	root int // a descriptor of the directory
 	file fileID
+	// uid and gid are the user and group of the guest that everything is owned by.
+	uid, gid uint32
 
+	room    room
+	watcher watcher
 	nodes   table
 	handles handles
 	memory  *semaphore.Weighted
@@ -92,9 +94,15 @@ func (d *Dir) prepare() error {
 		return fmt.Errorf("openat2: %w", err)
 	}
 	_ = unix.Close(fd)
+	d.nodes.dropped = d.unwatch
 	d.reset(st)
+	d.startWatching()
 	return nil
 }
+
+// SetOwner says which user and group of the guest everything is owned by: root without. It is called
+// before [Dir.Serve].
+func (d *Dir) SetOwner(uid, gid uint32) { d.uid, d.gid = uid, gid }
 
 // reset forgets all that a guest knew.
 func (d *Dir) reset(st *unix.Stat_t) {
@@ -104,6 +112,7 @@ func (d *Dir) reset(st *unix.Stat_t) {
 
 // Close closes the directory and all files in it that the guest has open. Nobody may serve it.
 func (d *Dir) Close() error {
+	d.stopWatching()
 	d.handles.closeAll()
 	return unix.Close(d.root)
 }

@@ -3,9 +3,12 @@ package hostdir_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -118,4 +121,85 @@ func TestPOSIX(t *testing.T) {
 			run(t, dir, test.check)
 		})
 	}
+}
+
+// What the host changes is what the next open sees, whatever the kernel was told before.
+func TestHostChanges(t *testing.T) {
+	dir := t.TempDir()
+	at := mountHere(t, dir, hostdir.Options{})
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(dir+"/"+name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(name string) string {
+		text, err := os.ReadFile(at + "/" + name)
+		if err != nil {
+			return err.(*os.PathError).Err.Error() //nolint:errorlint,forcetypeassert // as documented
+		}
+		return string(text)
+	}
+	if err := os.Mkdir(dir+"/d", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 20 {
+		text := strings.Repeat("x", i+1)
+		write("d/a", text)
+		if got := read("d/a"); got != text {
+			t.Fatalf("after a write it reads %q, want %q", got, text)
+		}
+		write("d/b", "other "+text)
+		if err := os.Rename(dir+"/d/b", dir+"/d/a"); err != nil {
+			t.Fatal(err)
+		}
+		if got := read("d/a"); got != "other "+text {
+			t.Fatalf("after a rename it reads %q", got)
+		}
+		// What is as long as before, too.
+		write("d/a", "OTHER "+text)
+		if got := read("d/a"); got != "OTHER "+text {
+			t.Fatalf("after a write of equal length it reads %q", got)
+		}
+		if err := os.Remove(dir + "/d/a"); err != nil {
+			t.Fatal(err)
+		}
+		if got := read("d/a"); got != unix.ENOENT.Error() {
+			t.Fatalf("after a removal it reads %q", got)
+		}
+	}
+	// Attributes and names are told of soon.
+	write("d/c", "c")
+	run(t, at, "ls -l d >/dev/null; stat d/c >/dev/null")
+	if err := errors.Join(os.Chmod(dir+"/d/c", 0o600), os.Rename(dir+"/d", dir+"/e")); err != nil {
+		t.Fatal(err)
+	}
+	run(t, at, "for i in $(seq 50); do test -e d || break; sleep 0.1; done; test ! -e d; test $(stat -c %a e/c) = 600")
+}
+
+// Both sides write at once, and neither gets in the other's way.
+func TestBothWrite(t *testing.T) {
+	dir := t.TempDir()
+	at := mountHere(t, dir, hostdir.Options{})
+	job := "i=0; while test $i -lt 100; do mkdir -p w/$1; echo $i >w/$1/f; mv w/$1/f w/$1/g; ls -l w >/dev/null 2>&1 || true; cat w/*/g >/dev/null 2>&1 || true; rm -r w/$1; i=$((i+1)); done"
+	errs := make(chan error, 4)
+	for i, place := range []string{at, dir, at, dir} {
+		go func() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, "sh", "-ec", job, "sh", strconv.Itoa(i))
+			cmd.Dir = place
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				err = fmt.Errorf("%w: %s", err, out)
+			}
+			errs <- err
+		}()
+	}
+	for range 4 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	run(t, at, "test -z \"$(ls w)\"")
 }

@@ -101,6 +101,9 @@ func (d *Dir) readdir(_ context.Context, asked *request) (*answer, error) {
 		if h.node.kind != unix.S_IFDIR {
 			return unix.ENOTDIR
 		}
+		if asked.op == opReaddirplus {
+			d.watch(h.node, h.fd)
+		}
 		h.reading.mu.Lock()
 		defer h.reading.mu.Unlock()
 		if offset == 0 {

@@ -1,6 +1,7 @@
 package hostdir
 
 import (
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -33,6 +34,8 @@ type node struct {
 	lookups uint64
 	links   []link // names under which it was found, the newest last
 	told    told
+	written time.Time // by the guest, the last time
+	watch   int       // of the directory's entries; zero: there is none
 }
 
 // link is a name of a node.
@@ -70,13 +73,21 @@ type table struct {
 	mu     sync.Mutex
 	nodes  map[uint64]*node
 	byFile map[fileID]*node
-	last   uint64
+	// byName has the links of all nodes, and watches the directories that are watched.
+	byName  map[link]*node
+	watches map[int]*node
+	last    uint64
+	dropped func(*node) // called for each node that is forgotten
 }
 
 func (t *table) reset(root *node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	for _, n := range t.watches {
+		t.dropped(n)
+	}
 	t.nodes, t.byFile = map[uint64]*node{rootID: root}, map[fileID]*node{root.file: root}
+	t.byName, t.watches = map[link]*node{}, map[int]*node{}
 	t.last = max(t.last, probeID)
 }
 
@@ -106,34 +117,38 @@ func (t *table) found(parent *node, name string, st *unix.Stat_t) (*node, error)
 		t.nodes[n.id], t.byFile[file] = n, n
 	}
 	n.lookups++
-	n.link(parent, name)
+	t.link(n, parent, name)
 	n.told = toldOf(st)
 	return n, nil
 }
 
 // link notes a name of a node. The table's lock is held.
-func (n *node) link(parent *node, name string) {
+func (t *table) link(n, parent *node, name string) {
 	if n.id == rootID {
 		return
 	}
+	is := link{parent, name}
+	if other := t.byName[is]; other != nil {
+		t.unlink(other, is)
+	}
+	most := maxLinks
 	if n.kind == unix.S_IFDIR {
-		n.links = append(n.links[:0], link{parent, name}) // it has one
-		return
+		most = 1
 	}
-	n.unlink(parent, name)
-	if len(n.links) >= maxLinks {
-		n.links = append(n.links[:0], n.links[1:]...)
+	for len(n.links) >= most {
+		t.unlink(n, n.links[0])
 	}
-	n.links = append(n.links, link{parent, name})
+	n.links = append(n.links, is)
+	t.byName[is] = n
 }
 
 // unlink forgets a name of a node. The table's lock is held.
-func (n *node) unlink(parent *node, name string) {
-	for i, l := range n.links {
-		if l.parent == parent && l.name == name {
-			n.links = append(n.links[:i], n.links[i+1:]...)
-			return
-		}
+func (t *table) unlink(n *node, is link) {
+	if i := slices.Index(n.links, is); i >= 0 {
+		n.links = slices.Delete(n.links, i, i+1)
+	}
+	if t.byName[is] == n {
+		delete(t.byName, is)
 	}
 }
 
@@ -142,8 +157,8 @@ func (t *table) moved(file fileID, from *node, oldName string, to *node, newName
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if n := t.byFile[file]; n != nil {
-		n.unlink(from, oldName)
-		n.link(to, newName)
+		t.unlink(n, link{from, oldName})
+		t.link(n, to, newName)
 	}
 }
 
@@ -168,6 +183,10 @@ func (t *table) forget(id, lookups uint64) {
 		return
 	}
 	delete(t.nodes, id)
+	for len(n.links) > 0 {
+		t.unlink(n, n.links[0])
+	}
+	t.dropped(n)
 	if t.byFile[n.file] == n {
 		delete(t.byFile, n.file)
 	}

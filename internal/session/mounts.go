@@ -51,6 +51,13 @@ func (s *Session) mount(ctx context.Context) error {
 		if err := s.mountOne(ctx, serving, link, n); err != nil {
 			return err
 		}
+		if s.spec.Mounts[n].Mode != smolvm.MountOverlay {
+			continue
+		}
+		// Others may be in the overlay, which is mounted then.
+		if err := link.MountsReady(ctx); err != nil {
+			return err
+		}
 	}
 	if err := link.MountsReady(ctx); err != nil {
 		return err
@@ -74,18 +81,22 @@ func mountOrder(all []smolvm.Mount) []int {
 // mountOne mounts one directory. It is served until serving is done.
 func (s *Session) mountOne(ctx, serving context.Context, link *agent.Link, number int) error {
 	mount := s.spec.Mounts[number]
-	readOnly := mount.Mode == smolvm.MountReadOnly
-	dir, err := hostdir.Open(mount.Source, hostdir.Options{ReadOnly: readOnly})
+	order := wire.Mount{
+		Number: number, Target: mount.Target, Source: mount.Source, User: s.spec.User,
+		ReadOnly: mount.Mode == smolvm.MountReadOnly, Overlay: mount.OverlayName(),
+	}
+	dir, err := hostdir.Open(mount.Source, hostdir.Options{
+		ReadOnly: mount.Mode != smolvm.MountReadWrite, NoXattr: order.Overlay != "",
+	})
 	if err != nil {
 		return fmt.Errorf("mount at %s: %w", mount.Target, err)
 	}
 	s.mounts.dirs = append(s.mounts.dirs, dir)
-	conn, err := link.Mount(ctx, wire.Mount{
-		Number: number, Target: mount.Target, Source: mount.Source, ReadOnly: readOnly,
-	})
+	conn, owner, err := link.Mount(ctx, order)
 	if err != nil {
 		return err
 	}
+	dir.SetOwner(owner.UID, owner.GID)
 	s.mounts.serving.Go(func() {
 		if err := dir.Serve(serving, conn); err != nil {
 			s.log.Warn("a directory of the host is not served any more", "mount", mount.Target, "error", err)

@@ -85,6 +85,10 @@ func (s *Session) Save(ctx context.Context, save *shim.Save) (result shim.Saved,
 	if !ok || save == nil {
 		return shim.Saved{}, fmt.Errorf("save a guest: %w by backend %s", smolvm.ErrUnsupported, s.spec.Backend)
 	}
+	if len(s.spec.Mounts) > 0 && s.resetsChannel() {
+		return shim.Saved{}, errors.Join(fmt.Errorf("save a guest with directories of the host: %w by backend %s, which resets the guest channel then: what the guest is asking for in them would be lost",
+			smolvm.ErrUnsupported, s.spec.Backend), removeOverlays(save.Drives))
+	}
 	s.saving.Lock()
 	defer s.saving.Unlock()
 	disks, err := s.openOverlays(ctx, save.Drives)

@@ -35,6 +35,8 @@ type Spec struct {
 	Secrets []secret.Secret `json:"secrets,omitempty"`
 	// Mounts are directories of the host that the guest is to have. They need a Hello.
 	Mounts []smolvm.Mount `json:"mounts,omitempty"`
+	// User is the user of the guest that all in them is owned by. Empty: root.
+	User string `json:"user,omitempty"`
 	// Forwards are set up at the start. The launcher has bound their ports
 	// already; see [Launch].
 	Forwards []Forward `json:"forwards,omitempty"`

@@ -159,6 +159,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		Network:      attached,
 		Secrets:      secrets,
 		Mounts:       vm.Config.Mounts,
+		User:         vm.Config.User,
 		Ready:        vm.Config.Ready,
 		ReadyTimeout: cmp.Or(r.plan.Options.Timeout, r.Machines.BootTimeout(ctx, accelerator)),
 		TTL:          vm.Config.TTL,

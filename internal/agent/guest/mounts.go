@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/agent/wire"
 	"github.com/smolvm/smolvm/internal/fuserelay"
@@ -27,6 +30,12 @@ type hostMounts struct {
 type hostMount struct {
 	number int
 	fs     *fuserelay.FS
+	owner  wire.Owner
+
+	// target and overlay are where its overlay is to be, and under which name its changes are kept;
+	// empty: it has none. Merged is a descriptor of the overlay's root once it is mounted.
+	target, overlay string
+	merged          int
 }
 
 // drop ends all mounts: what was restored is not connected to what the guest had mounted when it
@@ -37,6 +46,11 @@ func (m *hostMounts) drop() error {
 	var errs []error
 	for i := len(m.mounts) - 1; i >= 0; i-- { // the later ones may be in earlier ones
 		errs = append(errs, m.mounts[i].fs.Abort())
+	}
+	for _, mount := range m.mounts {
+		if mount.merged != 0 {
+			errs = append(errs, unix.Unmount(fmt.Sprintf("/proc/self/fd/%d", mount.merged), unix.MNT_DETACH), unix.Close(mount.merged))
+		}
 	}
 	m.mounts = nil
 	if err := errors.Join(errs...); err != nil {
@@ -53,7 +67,7 @@ func (m *hostMounts) serve(order wire.Mount, conn stream.Peeked) {
 		_ = wire.Write(conn, wire.ControlAnswer{Error: err.Error()})
 		return
 	}
-	if wire.Write(conn, wire.ControlAnswer{}) == nil {
+	if wire.Write(conn, wire.ControlAnswer{Owner: mount.owner}) == nil {
 		_ = mount.fs.Relay(conn)
 	}
 }
@@ -73,10 +87,27 @@ func (m *hostMounts) mount(order wire.Mount) (*hostMount, error) {
 	if err := m.modules.load("fuse"); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(order.Target, 0o755); err != nil {
-		return nil, err
+	mount := &hostMount{number: order.Number, overlay: order.Overlay, target: order.Target}
+	if order.User != "" {
+		user, err := findUser(order.User)
+		if err != nil {
+			return nil, err
+		}
+		mount.owner = wire.Owner{UID: user.uid, GID: user.gid}
 	}
-	fs, err := fuserelay.Mount(order.Target, fuserelay.Options{ReadOnly: order.ReadOnly, Source: order.Source})
+	at := order.Target
+	if order.Overlay != "" {
+		if !isName(order.Overlay) {
+			return nil, fmt.Errorf("%q is no name of an overlay", order.Overlay)
+		}
+		at = filepath.Join(lowersDir, order.Overlay)
+	}
+	for _, dir := range []string{order.Target, at} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	fs, err := fuserelay.Mount(at, fuserelay.Options{ReadOnly: order.ReadOnly, Source: order.Source})
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("the guest's kernel has no FUSE, by which directories of the host are mounted: %w", err)
 	}
@@ -86,7 +117,7 @@ func (m *hostMounts) mount(order wire.Mount) (*hostMount, error) {
 	if len(m.mounts) == 0 {
 		runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), minProcs))
 	}
-	mount := &hostMount{number: order.Number, fs: fs}
+	mount.fs = fs
 	m.mounts = append(m.mounts, mount)
 	return mount, nil
 }
@@ -100,8 +131,49 @@ func (m *hostMounts) ready() error {
 		if err := mount.fs.Probe(); err != nil {
 			return err
 		}
+		if mount.overlay != "" && mount.merged == 0 {
+			if err := m.overlay(mount); err != nil {
+				return fmt.Errorf("mount an overlay at %s: %w", mount.target, err)
+			}
+		}
 	}
 	return nil
+}
+
+const (
+	// overlaysDir has what the guest changes in directories of the host whose changes are kept apart,
+	// as the upper directories of overlays; lowersDir is where these directories are mounted.
+	overlaysDir = "/.smolvm-overlays"
+	lowersDir   = "/run/smolvm-lowers"
+)
+
+// overlay mounts the overlay of a directory of the host. As in workspaces, renames of directories
+// and changes of metadata are copies, so that the upper directory says all of them.
+func (m *hostMounts) overlay(mount *hostMount) error {
+	if err := m.modules.load("overlay"); err != nil {
+		return err
+	}
+	lower, dir := filepath.Join(lowersDir, mount.overlay), filepath.Join(overlaysDir, mount.overlay)
+	upper, work := filepath.Join(dir, upperName), filepath.Join(dir, workName)
+	for path, mode := range map[string]os.FileMode{overlaysDir: 0o700, work: 0o755, upper: 0o755} {
+		if err := os.MkdirAll(path, mode); err != nil {
+			return err
+		}
+	}
+	var stat unix.Stat_t
+	if err := unix.Stat(lower, &stat); err != nil {
+		return err
+	}
+	if err := errors.Join(unix.Chown(upper, int(stat.Uid), int(stat.Gid)), unix.Chmod(upper, stat.Mode&0o7777)); err != nil {
+		return err
+	}
+	data := "lowerdir=" + lower + ",upperdir=" + upper + ",workdir=" + work + ",index=off,metacopy=off,redirect_dir=off"
+	if err := unix.Mount("overlay", mount.target, "overlay", unix.MS_NOSUID|unix.MS_NODEV, data); err != nil {
+		return err
+	}
+	merged, err := unix.Open(mount.target, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	mount.merged = merged
+	return err
 }
 
 // minProcs is how many goroutines run at once at least while there are mounts. A fork holds one of

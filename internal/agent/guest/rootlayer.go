@@ -35,7 +35,7 @@ func skipOfRoot(path string) layertar.Skip {
 	switch path {
 	case "proc", "sys", "dev", "run":
 		return layertar.Content
-	case "lost+found", workspaceDir[1:], authorityFile:
+	case "lost+found", workspaceDir[1:], overlaysDir[1:], authorityFile:
 		return layertar.Whole
 	}
 	if slices.Contains(identityPaths(), path) || slices.Contains(sources(), path) {

@@ -56,6 +56,7 @@ func (a *agent) end(shutdown wire.Shutdown, command int) {
 		_ = unix.Kill(-1, unix.SIGKILL)
 	}
 	unix.Sync()
+	_ = a.mounts.drop()
 	// So that the file system is clean. It fails while something is still open for
 	// writing; the journal then does its work at the next mount.
 	_ = unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")

@@ -27,7 +27,7 @@ func (l login) workspace(newChannel ssh.NewChannel) {
 	if err == nil && l.user.uid != 0 {
 		err = errors.New("only root may use the guest as a workspace")
 	}
-	if err == nil && request.Root == nil {
+	if err == nil && request.Root == nil && request.Overlay == "" {
 		err = l.server.modules.load("overlay")
 	}
 	if err != nil {

@@ -63,8 +63,14 @@ func workspaceMain(text string, args []string) int {
 
 func (o workspaceOrder) run(args []string) error {
 	ctx := context.Background() // whoever gives it up kills the program
-	if o.Root != nil {
+	switch {
+	case o.Root != nil:
 		return o.sendRoot(ctx)
+	case o.Overlay != "":
+		if !isName(o.Overlay) {
+			return fmt.Errorf("%q is no name of an overlay", o.Overlay)
+		}
+		return layertar.Write(ctx, os.Stdout, filepath.Join(overlaysDir, o.Overlay, upperName), layertar.Options{Upper: true})
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("part from the mounts of others: %w", err)

@@ -10,6 +10,17 @@ type Mount struct {
 	Source string `json:"source"`
 	// ReadOnly mounts it so.
 	ReadOnly bool `json:"read_only,omitempty"`
+	// Overlay keeps what the guest changes apart, on its own disk, under this name: letters and
+	// digits. Empty: changes are the directory's.
+	Overlay string `json:"overlay,omitempty"`
+	// User is whom all in it is owned by: [ControlAnswer].Owner says who that is.
+	User string `json:"user,omitempty"`
 	// Again says that the guest has it mounted, and only its stream is another.
 	Again bool `json:"again,omitempty"`
+}
+
+// Owner is a user and a group of the guest.
+type Owner struct {
+	UID uint32 `json:"uid"`
+	GID uint32 `json:"gid"`
 }

@@ -245,6 +245,8 @@ type Shutdown struct {
 
 // ControlAnswer is the agent's reply to a [Control].
 type ControlAnswer struct {
+	// Owner is the user of a [Mount].
+	Owner Owner  `json:"owner,omitzero"`
 	Error string `json:"error,omitempty"`
 }
 

@@ -21,6 +21,9 @@ type WorkspaceRequest struct {
 	Put *PutRequest `json:"put,omitempty"`
 	// Root sends the guest's own root file system.
 	Root *RootRequest `json:"root,omitempty"`
+	// Overlay sends what has changed in a directory of the host whose changes are kept apart, under
+	// the name of [Mount].Overlay.
+	Overlay string `json:"overlay,omitempty"`
 }
 
 // StepRequest says how a step's command runs.
