@@ -26,6 +26,7 @@ const (
 	serveCommand = "serve"       // the agent beside an init of the image's own
 	// workspaceCommand is one operation of a workspace; see workspaceMain.
 	workspaceCommand = "workspace"
+	launchCommand    = "launch" // a program that becomes a command; see launch
 )
 
 // servePort is the number that the guest channel has in the agent beside an init.
@@ -38,6 +39,8 @@ func Main(version string, args []string) int {
 		return sftpMain()
 	case len(args) > 1 && args[1] == wire.NoopArgument:
 		return 0
+	case len(args) > 4 && args[1] == launchCommand:
+		return launchMain(args[2], args[3], args[4:])
 	case len(args) > 2 && args[1] == workspaceCommand:
 		return workspaceMain(args[2], args[3:])
 	case len(args) > 1 && args[1] == serveCommand:

@@ -3,11 +3,8 @@ package guest
 import (
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
-	"runtime"
-	"runtime/debug"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -114,9 +111,6 @@ func (m *hostMounts) mount(order wire.Mount) (*hostMount, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(m.mounts) == 0 {
-		runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), minProcs))
-	}
 	mount.fs = fs
 	m.mounts = append(m.mounts, mount)
 	return mount, nil
@@ -176,24 +170,9 @@ func (m *hostMounts) overlay(mount *hostMount) error {
 	return err
 }
 
-// minProcs is how many goroutines run at once at least while there are mounts. A fork holds one of
-// these places until its program is executed, and that program, or its directory, may be in a mount
-// that this process serves.
-const minProcs = 2
-
-// beforeFork prevents that a fork waits for this process, which waits for the fork: that no
-// garbage is collected meanwhile, for which all of Go's threads would have to stop. What it
-// returns is to be called after the fork.
-func (m *hostMounts) beforeFork() (after func()) {
+// any reports whether a directory of the host is mounted.
+func (m *hostMounts) any() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.mounts) == 0 {
-		return func() {}
-	}
-	limit := debug.SetMemoryLimit(math.MaxInt64) // waits for a collection under way
-	percent := debug.SetGCPercent(-1)
-	return func() {
-		debug.SetGCPercent(percent)
-		debug.SetMemoryLimit(limit)
-	}
+	return len(m.mounts) > 0
 }

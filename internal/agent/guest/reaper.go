@@ -14,9 +14,9 @@ import (
 type reaper struct {
 	all    bool // collect every child, not only those that were started here
 	groups cgroups
-	// beforeFork is called before each fork, and what it returns after it. Nil: there is nothing
-	// to do.
-	beforeFork func() (after func())
+	// servesFiles reports whether the kernel asks this process for files that commands may need to
+	// be started: see launch. Nil: it does not.
+	servesFiles func() bool
 
 	mu      sync.Mutex // held while forking, so that no status comes before its waiter
 	waiters map[int]chan<- unix.WaitStatus
@@ -41,9 +41,6 @@ func (r *reaper) start(fork func() (int, error)) (int, <-chan unix.WaitStatus, e
 	defer r.mu.Unlock()
 	runtime.LockOSThread()
 	resetTimerSlack()
-	if r.beforeFork != nil {
-		defer r.beforeFork()()
-	}
 	pid, err := fork()
 	runtime.UnlockOSThread()
 	if err != nil {

@@ -26,7 +26,7 @@ func durationOf(t unix.Timespec) time.Duration { return time.Duration(t.Nano()) 
 func (a *agent) serve(host endpoint, fatal error) error {
 	a.server = newServer(a.reaper)
 	a.server.proved, a.server.modules = a.rehearsal.wait, &a.demanded
-	a.reaper.beforeFork, a.mounts.modules = a.mounts.beforeFork, &a.demanded
+	a.reaper.servesFiles, a.mounts.modules = a.mounts.any, &a.demanded
 	for {
 		channel, err := host.next()
 		if err != nil {

@@ -73,7 +73,11 @@ func (j *job) start(r *reaper) error {
 		attr.Files = append(attr.Files, file.Fd())
 	}
 	j.groups, j.group = &r.groups, r.groups.take()
-	j.pid, j.status, err = r.start(func() (int, error) { return j.fork(path, argv, attr) })
+	if r.servesFiles != nil && r.servesFiles() {
+		err = j.launch(r, path, argv, attr)
+	} else {
+		j.pid, j.status, err = r.start(func() (int, error) { return j.fork(path, argv, attr) })
+	}
 	closeDistinct(theirs)
 	if err != nil {
 		j.over()

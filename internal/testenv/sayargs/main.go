@@ -12,7 +12,9 @@ import (
 // With the argument "wait" it waits for a signal, and tells on the console which one it got.
 func main() {
 	if len(os.Args) > 1 && os.Args[1] == "wait" {
-		wait()
+		if err := wait(); err != nil {
+			panic(err)
+		}
 		return
 	}
 	dir, err := os.Getwd()
@@ -22,16 +24,14 @@ func main() {
 	_, _ = fmt.Fprintf(os.Stdout, "%d:%d %s %q %q\n", os.Getuid(), os.Getgid(), dir, os.Getenv("GREETING"), os.Args)
 }
 
-func wait() {
+func wait() error {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGUSR1)
-	_, _ = fmt.Println("waiting")
+	_, _ = fmt.Fprintln(os.Stdout, "waiting")
 	text := fmt.Sprintf("got signal: %s\n", <-signals)
 	console, err := os.OpenFile("/dev/console", os.O_WRONLY, 0)
 	if err == nil {
 		_, err = console.WriteString(text)
 	}
-	if err != nil {
-		os.Exit(1)
-	}
+	return err
 }
