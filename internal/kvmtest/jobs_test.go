@@ -38,6 +38,7 @@ func jobs() []kvmtest.Job {
 		"leaves nothing open", "start fails", "bad network interface", "dies with its parent",
 	}
 	return append(engineJobs(firecracker, jailer), []kvmtest.Job{
+		{Package: "manager", What: "an image of layers by Firecracker", Flags: []string{"-run=^TestImageByFirecracker$"}, Needs: firecracker},
 		{
 			Package: "internal/vmm/qemu", What: "microvm",
 			Flags: conformance("microvm on KVM", "machine", "console", "clock", "channel", "drives", "network",
