@@ -43,7 +43,7 @@ type Mount struct {
 	Mode MountMode `json:"mode"`
 	// Since is set by Create for an overlay, and by Apply: what has changed on the host after it is
 	// not what the guest's changes were made of.
-	Since time.Time `json:"since,omitzero"`
+	Since time.Time `json:"seen_at,omitzero"`
 }
 
 // OverlayName returns the name under which a guest keeps its changes of an overlay; empty for other
