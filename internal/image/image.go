@@ -174,6 +174,7 @@ func (s *Store) describe(digest string) (smolvm.Image, error) {
 		return smolvm.Image{}, err
 	}
 	image.Names = append(image.Names, names[digest]...)
+	image.Size = usage(s.imageDir(digest))
 	return image, nil
 }
 

@@ -172,6 +172,9 @@ func TestListAndNames(t *testing.T) {
 	if size := images[1].Size; size == 0 || size > 8<<20 {
 		t.Errorf("size is %d", size)
 	}
+	if got, err := store.Get(t.Context(), "small"); err != nil || got.Size != images[1].Size {
+		t.Errorf("Get has size %d, %v, and List %d", got.Size, err, images[1].Size)
+	}
 }
 
 func TestRemove(t *testing.T) {
