@@ -27,7 +27,31 @@ type contender struct {
 	bench
 	name         string
 	colds, saved []time.Duration
+	phases       phases
 	memory       int // of the VMM beside the guest's, in bytes
+}
+
+// phases are the times of the parts of starts, by their names, in the order in which they come.
+type phases struct {
+	names []string
+	times map[string][]time.Duration
+}
+
+// add adds what a start reports.
+func (p *phases) add(kind string, vm smolvm.VMInfo) {
+	if vm.Start == nil {
+		return
+	}
+	if p.times == nil {
+		p.times = map[string][]time.Duration{}
+	}
+	for _, phase := range vm.Start.Timeline {
+		name := kind + phase.Name
+		if _, ok := p.times[name]; !ok {
+			p.names = append(p.names, name)
+		}
+		p.times[name] = append(p.times[name], phase.Duration)
+	}
 }
 
 // backends compares the backends that can run VMs on this host, by turns, and prints a table.
@@ -116,6 +140,7 @@ func (c *contender) round() error {
 		return err
 	}
 	c.colds = append(c.colds, booted.took)
+	c.phases.add("cold: ", booted.vm)
 	// What the VMM needs for itself is seen best where no page of the guest's is shared.
 	if c.memory, err = overhead(booted.vm.PID, booted.vm.Config.MemoryMiB); err != nil {
 		return err
@@ -128,6 +153,7 @@ func (c *contender) round() error {
 		return err
 	}
 	c.saved = append(c.saved, clone.took)
+	c.phases.add("clone: ", clone.vm)
 	_, err = c.remove(clone.vm)
 	return err
 }
@@ -183,5 +209,13 @@ func printBackends(w io.Writer, all []*contender) {
 	row("---", func(*contender) string { return "---" })
 	row("cold start → first command done", times(func(c *contender) []time.Duration { return c.colds }))
 	row("clone → first command done", times(func(c *contender) []time.Duration { return c.saved }))
+	for _, name := range base.phases.names {
+		row(name, func(c *contender) string {
+			if len(c.phases.times[name]) == 0 {
+				return ""
+			}
+			return ms(median(c.phases.times[name]))
+		})
+	}
 	row("memory of the VMM beside the guest's", func(c *contender) string { return megabytes(c.memory) })
 }

@@ -58,6 +58,7 @@ chgrp ` + kvmGroup + ` /dev/kvm /dev/vhost-vsock
 chmod 660 /dev/kvm /dev/vhost-vsock
 chmod 666 /dev/net/tun
 if [ -e /proc/sys/kernel/unprivileged_userns_clone ]; then echo 1 >/proc/sys/kernel/unprivileged_userns_clone; fi
+echo always >/sys/kernel/mm/transparent_hugepage/enabled
 ip link set lo up
 `
 
