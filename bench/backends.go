@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/manager"
 )
 
@@ -29,6 +30,7 @@ type contender struct {
 	colds, saved []time.Duration
 	phases       phases
 	memory       int // of the VMM beside the guest's, in bytes
+	requests     int // to the VMM's API, until the guest runs; 0: it has none, or logs none
 }
 
 // phases are the times of the parts of starts, by their names, in the order in which they come.
@@ -145,6 +147,9 @@ func (c *contender) round() error {
 	if c.memory, err = overhead(booted.vm.PID, booted.vm.Config.MemoryMiB); err != nil {
 		return err
 	}
+	if c.requests, err = requestsUntilStart(booted.vm); err != nil {
+		return err
+	}
 	if _, err := c.remove(booted.vm); err != nil {
 		return err
 	}
@@ -156,6 +161,25 @@ func (c *contender) round() error {
 	c.phases.add("clone: ", clone.vm)
 	_, err = c.remove(clone.vm)
 	return err
+}
+
+// requestsUntilStart counts the requests in a Firecracker's log, to the one by which the guest
+// was started, which is the only action until then.
+func requestsUntilStart(vm smolvm.VMInfo) (int, error) {
+	text, err := os.ReadFile(filepath.Join(filepath.Dir(vm.LogPath), machine.VMMLog))
+	if err != nil {
+		return 0, err
+	}
+	requests := 0
+	for line := range strings.Lines(string(text)) {
+		if strings.Contains(line, "The API server received a ") {
+			requests++
+		}
+		if strings.Contains(line, `"/actions"`) {
+			return requests, nil
+		}
+	}
+	return 0, nil
 }
 
 // overhead returns the memory of a VMM without the guest's, in bytes: the proportional share of
@@ -218,4 +242,10 @@ func printBackends(w io.Writer, all []*contender) {
 		})
 	}
 	row("memory of the VMM beside the guest's", func(c *contender) string { return megabytes(c.memory) })
+	row("requests to the VMM's API until the guest runs", func(c *contender) string {
+		if c.requests == 0 {
+			return ""
+		}
+		return strconv.Itoa(c.requests)
+	})
 }
