@@ -129,7 +129,7 @@ func TestSource(t *testing.T) {
 	}
 
 	t.Run("lists of before", func(t *testing.T) {
-		m.Files = nil
+		m.Edit(func() { m.Files = nil })
 		warning, err := source.Update(t.Context(), func(float64) {})
 		if err != nil || warning == "" {
 			t.Errorf("it warns of %q, %v", warning, err)
@@ -207,11 +207,14 @@ func TestUpdateRefusesBadSignature(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := newMirror(t, "[signed-by="+key+"]", distribution()...)
-	m.Files["dists/test/InRelease"] = run(m.Files["dists/test/Release"], "--clearsign")
+	signed := run(m.Files["dists/test/Release"], "--clearsign")
+	m.Edit(func() { m.Files["dists/test/InRelease"] = signed })
 	source := openSource(t)
 	update(t, source)
-	m.Files["dists/test/InRelease"] = bytes.Replace(m.Files["dists/test/InRelease"], []byte("Suite: test"), []byte("Suite: fest"), 1)
-	m.Changed = m.Changed.Add(time.Hour)
+	m.Edit(func() {
+		m.Files["dists/test/InRelease"] = bytes.Replace(signed, []byte("Suite: test"), []byte("Suite: fest"), 1)
+		m.Changed = m.Changed.Add(time.Hour)
+	})
 	_, err = source.Update(t.Context(), func(float64) {})
 	if err == nil || !strings.Contains(err.Error(), "not signed by a key of this host") {
 		t.Errorf("the error is %v", err)
@@ -234,7 +237,8 @@ func TestOwnReleaseIsPreferred(t *testing.T) {
 	newer.Control = strings.Replace(newer.Control, "Version: 1.0-1", "Version: 9.0-1", 1)
 	extra := debtest.Package{Name: "extra", Control: strings.ReplaceAll(debtest.Control("extra", "Priority: optional\n"), "amd64", runtime.GOARCH)}
 	other := newMirror(t, "[trusted=yes]", newer, extra)
-	other.Files["dists/test/Release"] = bytes.Replace(other.Files["dists/test/Release"], []byte("Origin: Debian"), []byte("Origin: Others"), 1)
+	changed := bytes.Replace(other.Files["dists/test/Release"], []byte("Origin: Debian"), []byte("Origin: Others"), 1)
+	other.Edit(func() { other.Files["dists/test/Release"] = changed })
 	debtest.ConfigureAPT(t, fmt.Sprintf("deb [trusted=yes] %s test main\ndeb [trusted=yes] %s test main\n", own.URL, other.URL))
 	source := openSource(t)
 	update(t, source)

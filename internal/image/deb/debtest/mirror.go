@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -19,17 +20,29 @@ import (
 // Mirror is a mirror of a distribution of the test's.
 type Mirror struct {
 	URL string
-	// Files are what it serves, by their path.
-	Files map[string][]byte
-	// Changed is when the files were changed.
+	// Files are what it serves, by their path, and Changed is when they were changed. They are
+	// changed by Edit, as they may be being served.
+	Files   map[string][]byte
 	Changed time.Time
 	// Cut is how many answers with packages are cut off in their middle, and Resumed how many
 	// requests went on where such an answer ended.
 	Cut, Resumed atomic.Int32
+
+	mu sync.Mutex // held while Files and Changed are changed, or read to be served
+}
+
+// Edit changes what it serves.
+func (m *Mirror) Edit(change func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	change()
 }
 
 func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	m.mu.Lock()
 	content, ok := m.Files[strings.TrimPrefix(r.URL.Path, "/")]
+	changed := m.Changed
+	m.mu.Unlock()
 	if !ok {
 		http.NotFound(w, r)
 		return
@@ -43,7 +56,7 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 	}
-	http.ServeContent(w, r, "", m.Changed, bytes.NewReader(content))
+	http.ServeContent(w, r, "", changed, bytes.NewReader(content))
 }
 
 // Deb is a package as a mirror has it.
