@@ -18,6 +18,9 @@ const stepMounts = "mounts"
 
 // mounts are the directories of the host that the guest has.
 type mounts struct {
+	// mu guards the following. It is held while they are closed, which more than one may do: who
+	// stops the VM, and its shim at its end.
+	mu      sync.Mutex
 	dirs    []*hostdir.Dir
 	serving sync.WaitGroup
 	cancel  context.CancelFunc
@@ -25,6 +28,8 @@ type mounts struct {
 
 // close ends the serving of all, and closes them. The guest has ended.
 func (m *mounts) close() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.cancel != nil {
 		m.cancel()
 	}
@@ -33,6 +38,27 @@ func (m *mounts) close() {
 		_ = dir.Close()
 	}
 	m.dirs, m.cancel = nil, nil
+}
+
+// begin has all that is served from now on end with the next close.
+func (m *mounts) begin(cancel context.CancelFunc) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.cancel = cancel
+}
+
+// add has a directory closed by the next close.
+func (m *mounts) add(dir *hostdir.Dir) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.dirs = append(m.dirs, dir)
+}
+
+// serve runs what serves a directory, for which the next close waits.
+func (m *mounts) serve(run func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.serving.Go(run)
 }
 
 // mount gives the guest its directories of the host.
@@ -46,7 +72,7 @@ func (s *Session) mount(ctx context.Context) error {
 		return err
 	}
 	serving, cancel := context.WithCancel(context.Background())
-	s.mounts.cancel = cancel
+	s.mounts.begin(cancel)
 	for _, n := range mountOrder(s.spec.Mounts) {
 		if err := s.mountOne(ctx, serving, link, n); err != nil {
 			return err
@@ -91,13 +117,13 @@ func (s *Session) mountOne(ctx, serving context.Context, link *agent.Link, numbe
 	if err != nil {
 		return fmt.Errorf("mount at %s: %w", mount.Target, err)
 	}
-	s.mounts.dirs = append(s.mounts.dirs, dir)
+	s.mounts.add(dir)
 	conn, owner, err := link.Mount(ctx, order)
 	if err != nil {
 		return err
 	}
 	dir.SetOwner(owner.UID, owner.GID)
-	s.mounts.serving.Go(func() {
+	s.mounts.serve(func() {
 		if err := dir.Serve(serving, conn); err != nil {
 			s.log.Warn("a directory of the host is not served any more", "mount", mount.Target, "error", err)
 		}
