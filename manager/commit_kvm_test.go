@@ -53,9 +53,9 @@ func TestImageByFirecracker(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	check(run("second", "app:1", smolvm.Mount{Source: dir, Target: "/work"}), smolvm.StartClone)
+	check(run("second", "app:1", smolvm.Mount{Source: dir, Target: "/project"}), smolvm.StartClone)
 	// And the clone has a directory of the host.
-	sh(t, m, "second", "cp /srv/page /work/copy && mv /work/copy /work/page")
+	sh(t, m, "second", "cp /srv/page /project/copy && mv /project/copy /project/page")
 	if got, err := os.ReadFile(filepath.Join(dir, "page")); err != nil || string(got) != "page\n" {
 		t.Errorf("in the directory of the host is %q, %v", got, err)
 	}

@@ -71,7 +71,7 @@ func TestJSONStyle(t *testing.T) {
 
 	// All that can be asked for.
 	run("create", "--name", "own", "--kernel", kernel, "--initrd", initrd, "--ttl", "90s", "-e", "A_b=1", "-l", "x/y.z=1", "-p", "8099/udp", "--disk-mode", "isolated")
-	run("create", "--name", "web", "--memory", "256M", "--ttl", "1h", "-v", t.TempDir()+":/work:overlay")
+	run("create", "--name", "web", "--memory", "256M", "--ttl", "1h", "-v", t.TempDir()+":/project:overlay")
 	run("start", "web")
 	run("port add", "web", "80")
 	run("policy set", "web", "--egress", "deny", "--allow", "example.com:443")
@@ -82,7 +82,7 @@ func TestJSONStyle(t *testing.T) {
 	run("port ls", "web")
 	run("ssh", "web")
 	run("inspect", "web", "own")
-	h.output("exec", "web", "--", "sh", "-c", "echo text > /work/new")
+	h.output("exec", "web", "--", "sh", "-c", "echo text > /project/new")
 	run("diff", "web")
 	run("apply", "web")
 	run("image commit", "web", "committed")

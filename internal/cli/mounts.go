@@ -17,12 +17,12 @@ func parseMount(text string) (smolvm.Mount, error) {
 	case len(parts) == 3 && parts[2] != "":
 		mount.Mode = smolvm.MountMode(parts[2])
 	default:
-		return mount, fmt.Errorf("invalid volume %q; use DIR:TARGET[:ro|:rw|:overlay], as in ./src:/work", text)
+		return mount, fmt.Errorf("invalid volume %q; use DIR:TARGET[:ro|:rw|:overlay], as in ./src:/project", text)
 	}
 	mount.Target = parts[1]
 	switch {
 	case mount.Source == "" || mount.Target == "":
-		return mount, fmt.Errorf("invalid volume %q; use DIR:TARGET[:ro|:rw|:overlay], as in ./src:/work", text)
+		return mount, fmt.Errorf("invalid volume %q; use DIR:TARGET[:ro|:rw|:overlay], as in ./src:/project", text)
 	case !strings.Contains(mount.Source, "/") && mount.Source != "." && mount.Source != "..":
 		return mount, fmt.Errorf("invalid volume %q: there are no named volumes; for the directory, write ./%s", text, text)
 	}
