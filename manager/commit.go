@@ -3,7 +3,6 @@ package manager
 import (
 	"context"
 	"errors"
-	"fmt"
 	"runtime"
 	"time"
 
@@ -26,10 +25,7 @@ func (m *Manager) CommitImage(ctx context.Context, id, name string, opts smolvm.
 	began := time.Now()
 	var ref ociref.Ref
 	if name != "" {
-		if ref, err = ociref.Parse(name); err != nil {
-			return smolvm.Image{}, err
-		}
-		if err := m.checkNewName(ctx, name, ref); err != nil {
+		if ref, err = m.catalog.NewName(ctx, name); err != nil {
 			return smolvm.Image{}, vmError("make an image of", id, err)
 		}
 	}
@@ -39,18 +35,6 @@ func (m *Manager) CommitImage(ctx context.Context, id, name string, opts smolvm.
 	}
 	m.note(ctx, id, "image-commit", began, made.OCI.Digest)
 	return made, nil
-}
-
-// checkNewName fails if a name can't be that of a new image.
-func (m *Manager) checkNewName(ctx context.Context, name string, ref ociref.Ref) error {
-	if ref.Pinned() {
-		return &smolvm.Error{Err: fmt.Errorf("%s names an image by its digest, which follows from what it holds", name), Hint: "give a name without a digest"}
-	}
-	_, err := m.images.Get(ctx, name)
-	if name == smolvm.DefaultImage || err == nil {
-		return &smolvm.Error{Err: fmt.Errorf("the name %q means an image of smolvm's own", name), Hint: "give another, or one with a tag, such as " + name + ":mine"}
-	}
-	return nil
 }
 
 func (m *Manager) commit(ctx context.Context, id string, ref ociref.Ref, opts smolvm.CommitOptions) (made smolvm.Image, err error) {

@@ -149,7 +149,7 @@ func TestCommitImageRefused(t *testing.T) {
 	if _, err := m.CommitImage(t.Context(), "none", "app", smolvm.CommitOptions{}); !errors.Is(err, smolvm.ErrVMNotFound) {
 		t.Errorf("of no VM: %v", err)
 	}
-	for _, name := range []string{"UPPER", "base", "app@sha256:" + strings.Repeat("a", 64), "a b"} {
+	for _, name := range []string{"UPPER", "base", "python", "app@sha256:" + strings.Repeat("a", 64), "a b"} {
 		if _, err := m.CommitImage(t.Context(), "none", name, smolvm.CommitOptions{}); err == nil || errors.Is(err, smolvm.ErrVMNotFound) {
 			t.Errorf("as %q: %v", name, err)
 		}

@@ -29,7 +29,7 @@ func (m *Manager) BuildDockerfile(ctx context.Context, opts smolvm.DockerfileOpt
 	}
 	builder := &dockerbuild.Builder{
 		Catalog: m.catalog, Workspace: m.openWorkspace, Root: m.writeRoot, CacheDir: m.dir.BuildCaches(),
-		IsBuiltIn: m.packaged.IsBuiltIn, BuiltIn: func(ctx context.Context, name string) (smolvm.Image, error) {
+		BuiltIn: func(ctx context.Context, name string) (smolvm.Image, error) {
 			return m.ensureImage(ctx, name, smolvm.PullMissing, nil)
 		},
 	}

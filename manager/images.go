@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/embedded"
 	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/image/distro"
 	"github.com/smolvm/smolvm/internal/step"
 )
 
@@ -20,7 +21,7 @@ import (
 // processes that build the same image at once, one does the work.
 func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smolvm.Image, error) {
 	began := time.Now()
-	if len(opts.Packages) > 0 || opts.RecipeFile != "" || m.packaged.IsBuiltIn(opts.Name) && opts.Rootfs == "" && opts.Kernel == "" {
+	if len(opts.Packages) > 0 || opts.RecipeFile != "" || distro.IsBuiltIn(opts.Name) && opts.Rootfs == "" && opts.Kernel == "" {
 		return m.buildPackaged(ctx, opts)
 	}
 	if opts.Name == "" {
@@ -211,7 +212,7 @@ func (m *Manager) imageUsers(ctx context.Context) (map[string][]string, error) {
 // ensureImage finds the image of a new VM. The default one is built if it is missing, or made
 // for another agent than ours; so is one of packages that has a built-in name; an OCI image is pulled as the policy has it.
 func (m *Manager) ensureImage(ctx context.Context, ref string, policy smolvm.PullPolicy, progress func(smolvm.Progress)) (smolvm.Image, error) {
-	if m.packaged.IsBuiltIn(ref) {
+	if distro.IsBuiltIn(ref) {
 		// One that was made of files, and given that name, wins.
 		if own, err := m.images.Get(ctx, ref); err == nil || !errors.Is(err, smolvm.ErrImageNotFound) {
 			return own, err

@@ -19,6 +19,7 @@ import (
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
+	"github.com/smolvm/smolvm/internal/image/distro"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -150,7 +151,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 	if err != nil {
 		return nil, errors.Join(err, state.Close())
 	}
-	m.catalog = &catalog.Catalog{Bootable: images, OCI: oci, Base: m.baseImage, MaxBytes: imageBytes, InUse: m.imageInUse}
+	m.catalog = &catalog.Catalog{Bootable: images, OCI: oci, Base: m.baseImage, IsBuiltIn: distro.IsBuiltIn, MaxBytes: imageBytes, InUse: m.imageInUse}
 	m.packaged = m.newPackaged(m.catalog)
 	m.wire(templates)
 	return m, nil

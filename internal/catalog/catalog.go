@@ -31,6 +31,9 @@ type Catalog struct {
 	// Base returns the image whose kernel and initramfs the others have, and makes it if it is
 	// missing or out of date.
 	Base func(ctx context.Context, progress func(smolvm.Progress)) (smolvm.Image, error)
+	// IsBuiltIn reports whether a name is that of an image that is built when it is first needed,
+	// beside the default one. Nil: there are none.
+	IsBuiltIn func(name string) bool
 	// MaxBytes is how much OCI images that were pulled may take together, before those that
 	// were not used for longest are removed. Zero: as much as there is.
 	MaxBytes int64
@@ -261,24 +264,54 @@ func notFound(text string, why error) error {
 	}
 }
 
+// NewName reads the name that an image is to get which is made here. One that means an image of
+// smolvm's own is refused, as it would never mean this one.
+func (c *Catalog) NewName(ctx context.Context, text string) (ociref.Ref, error) {
+	ref, err := ociref.Parse(text)
+	if err != nil {
+		return ociref.Ref{}, err
+	}
+	own := text == smolvm.DefaultImage || c.IsBuiltIn != nil && c.IsBuiltIn(text)
+	if !own {
+		_, err := c.Bootable.Get(ctx, text)
+		own = err == nil
+	}
+	switch {
+	case own:
+		return ociref.Ref{}, &smolvm.Error{
+			Err:  fmt.Errorf("the name %q means an image of smolvm's own", text),
+			Hint: "give the new image another, or one with a tag, such as " + text + ":mine",
+		}
+	case ref.Pinned():
+		return ociref.Ref{}, fmt.Errorf("name %q of an image: a new image has no digest yet", text)
+	}
+	return ref, nil
+}
+
+// Fetch fetches an OCI image from the mirrors of its registry, or from that; see package
+// registries.
+func (c *Catalog) Fetch(ctx context.Context, ref ociref.Ref, platform string, progress func(ocistore.Progress)) (ocistore.Image, error) {
+	mirrors, err := registries.Load()
+	if err != nil {
+		return ocistore.Image{}, fmt.Errorf("pull %s: %w", ref, err)
+	}
+	sources, err := mirrors.Sources(ref)
+	if err != nil {
+		return ocistore.Image{}, fmt.Errorf("pull %s: %w", ref, err)
+	}
+	return c.OCI.Pull(ctx, ref, ocistore.PullOptions{Sources: sources, Platform: platform, Progress: progress})
+}
+
 // Pull fetches an OCI image from its registry, and makes it bootable.
 func (c *Catalog) Pull(ctx context.Context, text string, opts smolvm.PullOptions) (smolvm.Image, error) {
 	ref, err := ociref.Parse(text)
 	if err != nil {
 		return smolvm.Image{}, err
 	}
-	if err := checkPlatform(opts.Platform); err != nil {
+	if err := CheckPlatform(opts.Platform); err != nil {
 		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
-	mirrors, err := registries.Load()
-	if err != nil {
-		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
-	}
-	sources, err := mirrors.Sources(ref)
-	if err != nil {
-		return smolvm.Image{}, fmt.Errorf("pull %s: %w", ref, err)
-	}
-	pulled, err := c.OCI.Pull(ctx, ref, ocistore.PullOptions{Sources: sources, Platform: opts.Platform, Progress: layerProgress("pull "+ref.Familiar(), opts.Progress)})
+	pulled, err := c.Fetch(ctx, ref, opts.Platform, layerProgress("pull "+ref.Familiar(), opts.Progress))
 	if err != nil {
 		return smolvm.Image{}, err
 	}
@@ -289,8 +322,8 @@ func (c *Catalog) Pull(ctx context.Context, text string, opts smolvm.PullOptions
 	return made, c.trim(ctx, pulled.Digest)
 }
 
-// checkPlatform checks that guests of this host can run what is for a platform.
-func checkPlatform(platform string) error {
+// CheckPlatform checks that guests of this host can run what is for a platform.
+func CheckPlatform(platform string) error {
 	system, arch, _ := strings.Cut(platform, "/")
 	arch, _, _ = strings.Cut(arch, "/")
 	if platform == "" || system == "linux" && arch == runtime.GOARCH {
@@ -348,7 +381,7 @@ func (c *Catalog) Boot(ctx context.Context, oci ocistore.Image, progress func(sm
 }
 
 func (c *Catalog) boot(ctx context.Context, oci ocistore.Image, progress func(smolvm.Progress)) (smolvm.Image, error) {
-	if err := checkPlatform(oci.Platform); err != nil {
+	if err := CheckPlatform(oci.Platform); err != nil {
 		return smolvm.Image{}, err
 	}
 	release, err := c.OCI.Hold(ctx)

@@ -35,7 +35,7 @@ func (c *Catalog) Import(ctx context.Context, opts smolvm.ImportOptions) ([]smol
 }
 
 func (c *Catalog) importImages(ctx context.Context, opts smolvm.ImportOptions) ([]ocistore.Image, error) {
-	if err := checkPlatform(opts.Platform); err != nil {
+	if err := CheckPlatform(opts.Platform); err != nil {
 		return nil, fmt.Errorf("import image: %w", err)
 	}
 	from := ocistore.ImportOptions{Platform: opts.Platform, Progress: layerProgress("import", opts.Progress)}

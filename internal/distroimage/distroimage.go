@@ -35,12 +35,6 @@ type Images struct {
 // memoryMiB is the memory of the VM that packages are configured in: dpkg's database is kept there.
 const memoryMiB = 1024
 
-// IsBuiltIn reports whether a name is built in.
-func (*Images) IsBuiltIn(name string) bool {
-	_, ok := distro.BuiltIn(name)
-	return ok
-}
-
 // Ensure returns the image of a built-in name, and builds it if it is missing, or of a recipe that
 // has changed since. With [smolvm.PullNever] nothing is fetched, and the error matches
 // [smolvm.ErrImageNotFound].

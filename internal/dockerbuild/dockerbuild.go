@@ -11,7 +11,6 @@ import (
 	"os"
 	"runtime"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -31,10 +30,9 @@ type Builder struct {
 	Workspace func(ctx context.Context, image smolvm.Image, opts workspace.Options) (*workspace.Workspace, error)
 	// Root writes the files of an image that has no layers, as the archive of one.
 	Root func(ctx context.Context, image smolvm.Image, w io.Writer) error
-	// IsBuiltIn reports whether a name is that of an image of packages, and BuiltIn returns that
-	// image, which is built if it is missing. Nil: there are none.
-	IsBuiltIn func(name string) bool
-	BuiltIn   func(ctx context.Context, name string) (smolvm.Image, error)
+	// BuiltIn returns the image of a name that is built in, as the catalog has it, and builds it if
+	// it is missing.
+	BuiltIn func(ctx context.Context, name string) (smolvm.Image, error)
 	// CacheDir is where the content of cache mounts is kept, and that of files while they are
 	// copied.
 	CacheDir string
@@ -47,7 +45,7 @@ func (b *Builder) Build(ctx context.Context, opts smolvm.DockerfileOptions) (smo
 	if err != nil {
 		return smolvm.Image{}, err
 	}
-	if err := checkPlatform(opts.Platform); err != nil {
+	if err := catalog.CheckPlatform(opts.Platform); err != nil {
 		return smolvm.Image{}, err
 	}
 	epoch, err := epochOf(opts.Args)
@@ -126,39 +124,17 @@ func (b *Builder) store(ctx context.Context, result imagebuild.Result, tags []oc
 	return b.Catalog.Find(ctx, made.Digest)
 }
 
-// tags reads the names that an image is to get. One that means an image of smolvm's own is
-// refused, as it would never mean this one.
+// tags reads the names that an image is to get.
 func (b *Builder) tags(ctx context.Context, texts []string) ([]ociref.Ref, error) {
 	var tags []ociref.Ref
 	for _, text := range texts {
-		tag, err := ociref.Parse(text)
+		tag, err := b.Catalog.NewName(ctx, text)
 		if err != nil {
 			return nil, err
-		}
-		own := text == smolvm.DefaultImage || b.IsBuiltIn != nil && b.IsBuiltIn(text)
-		if !own {
-			_, err := b.Catalog.Bootable.Get(ctx, text)
-			own = err == nil
-		}
-		switch {
-		case own:
-			return nil, &smolvm.Error{Err: fmt.Errorf("the name %q means an image of smolvm's own", text), Hint: "give the new image another, or one with a tag, such as " + text + ":mine"}
-		case tag.Pinned():
-			return nil, fmt.Errorf("name %q of an image: a new image has no digest yet", text)
 		}
 		tags = append(tags, tag)
 	}
 	return tags, nil
-}
-
-// checkPlatform checks that guests of this host can run what is for a platform.
-func checkPlatform(platform string) error {
-	system, arch, _ := strings.Cut(platform, "/")
-	arch, _, _ = strings.Cut(arch, "/")
-	if platform == "" || system == "linux" && arch == runtime.GOARCH {
-		return nil
-	}
-	return fmt.Errorf("platform %s: %w: guests on this host run linux/%s", platform, smolvm.ErrUnsupported, runtime.GOARCH)
 }
 
 // epochOf returns the time that SOURCE_DATE_EPOCH has; nil if it is not given.

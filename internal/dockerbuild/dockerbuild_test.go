@@ -35,6 +35,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/imagebuild/files"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/image/registries"
 	"github.com/smolvm/smolvm/internal/testenv"
 )
 
@@ -203,6 +204,28 @@ func TestPull(t *testing.T) {
 	}
 }
 
+// Base images come from where the configuration of registries has them, as those that are run do.
+func TestPullFromMirror(t *testing.T) {
+	b := newBuilder(t)
+	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
+	made, err := mutate.AppendLayers(empty.Image, static.NewLayer(archiveOf(t, map[string]string{"file": "mirrored"}), types.DockerUncompressedLayer))
+	must(t, err)
+	ref, err := name.ParseReference(host + "/cache/owner/one:1")
+	must(t, err)
+	must(t, remote.Write(ref, made))
+	file := filepath.Join(t.TempDir(), "registries.conf")
+	must(t, os.WriteFile(file, []byte("[[registry]]\nlocation = 'docker.io'\n[[registry.mirror]]\nlocation = '"+host+"/cache'\n[[registry]]\nlocation = 'blocked.example.com'\nblocked = true\n"), 0o600))
+	t.Setenv("CONTAINERS_REGISTRIES_CONF", file)
+	if _, err := b.Build(t.Context(), smolvm.DockerfileOptions{DockerfileText: []byte("FROM docker.io/owner/one:1\n")}); err != nil {
+		t.Errorf("from a mirror: %v", err)
+	}
+	if _, err := b.Build(t.Context(), smolvm.DockerfileOptions{DockerfileText: []byte("FROM blocked.example.com/one:1\n")}); !errors.Is(err, registries.ErrBlocked) {
+		t.Errorf("from a registry that is blocked: %v", err)
+	}
+}
+
 func diffIDs(t testing.TB, made v1.Image) []v1.Hash {
 	t.Helper()
 	config, err := made.ConfigFile()
@@ -217,7 +240,7 @@ func TestBuiltIn(t *testing.T) {
 	must(t, err)
 	oci, err := b.Catalog.OCI.AddImage(t.Context(), ociref.Builtin("python"), []byte(`{"config":{"Env":["FROM=packages"]}}`), []ocistore.Layer{layer})
 	must(t, err)
-	b.IsBuiltIn = func(name string) bool { return name == "python" }
+	b.Catalog.IsBuiltIn = func(name string) bool { return name == "python" }
 	b.BuiltIn = func(ctx context.Context, _ string) (smolvm.Image, error) { return b.Catalog.Boot(ctx, oci, nil) }
 	made, err := b.Build(t.Context(), smolvm.DockerfileOptions{DockerfileText: []byte("FROM python\nLABEL from=$FROM\n")})
 	must(t, err)

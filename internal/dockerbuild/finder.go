@@ -1,7 +1,6 @@
 package dockerbuild
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,7 +71,7 @@ func (f *finder) Find(ctx context.Context, name string) (imagebuild.Image, error
 func (f *finder) find(ctx context.Context, name string) (*foundImage, error) {
 	catalog := f.builder.Catalog
 	own, err := catalog.Bootable.Get(ctx, name)
-	switch isBuiltIn := f.builder.IsBuiltIn; {
+	switch isBuiltIn := catalog.IsBuiltIn; {
 	case name == smolvm.DefaultImage:
 		own, err = f.base(ctx)
 	case isBuiltIn != nil && isBuiltIn(name): // which hides a registry's, as in run
@@ -87,7 +86,7 @@ func (f *finder) find(ctx context.Context, name string) (*foundImage, error) {
 	if err != nil && !errors.Is(err, smolvm.ErrImageNotFound) {
 		return nil, err
 	}
-	oci, err := f.findOCI(ctx, name, own.OCI)
+	oci, err := f.findOCI(ctx, name, own)
 	if err != nil {
 		return nil, err
 	}
@@ -100,23 +99,20 @@ func (f *finder) find(ctx context.Context, name string) (*foundImage, error) {
 
 // findOCI finds an OCI image: the one that a bootable image was made of, or the one of that name,
 // which is pulled if it is missing.
-func (f *finder) findOCI(ctx context.Context, name string, made *smolvm.OCIImage) (ocistore.Image, error) {
-	store := f.builder.Catalog.OCI
-	if made != nil {
-		images, err := store.List()
-		for _, image := range images {
-			if image.Digest == made.Digest {
-				return image, nil
-			}
+func (f *finder) findOCI(ctx context.Context, name string, made smolvm.Image) (ocistore.Image, error) {
+	if made.OCI != nil {
+		oci, _, err := f.builder.Catalog.Origin(made)
+		if errors.Is(err, smolvm.ErrImageNotFound) {
+			err = fmt.Errorf("%q: its layers are not here any more", name)
 		}
-		return ocistore.Image{}, cmp.Or(err, fmt.Errorf("%q: its layers are not here any more", name))
+		return oci, err
 	}
 	ref, err := ociref.Parse(name)
 	if err != nil {
 		return ocistore.Image{}, err
 	}
 	if !f.pull {
-		image, err := store.Get(ref)
+		image, err := f.builder.Catalog.OCI.Get(ref)
 		if !errors.Is(err, smolvm.ErrImageNotFound) {
 			return image, err
 		}
@@ -142,7 +138,7 @@ func (f *finder) base(ctx context.Context) (smolvm.Image, error) {
 func (f *finder) pullImage(ctx context.Context, ref ociref.Ref) (ocistore.Image, error) {
 	event, done := f.show("pull " + ref.Familiar())
 	var mu sync.Mutex // several layers come at once
-	image, err := f.builder.Catalog.OCI.Pull(ctx, ref, ocistore.PullOptions{Progress: func(p ocistore.Progress) {
+	image, err := f.builder.Catalog.Fetch(ctx, ref, "", func(p ocistore.Progress) {
 		if p.Done < p.Total {
 			return
 		}
@@ -151,7 +147,7 @@ func (f *finder) pullImage(ctx context.Context, ref ociref.Ref) (ocistore.Image,
 		event := event
 		event.Output = fmt.Appendf(nil, "layer %d of %d, %d bytes\n", p.Number, p.Layers, p.Total)
 		f.progress(event)
-	}})
+	})
 	done(err)
 	return image, err
 }

@@ -57,9 +57,12 @@ const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 //go:embed recipes/*.yaml
 var recipeFiles embed.FS
 
+// IsBuiltIn reports whether a name is built in.
+func IsBuiltIn(name string) bool { return slices.Contains(Names(), name) }
+
 // BuiltIn returns the recipe that a built-in name means.
 func BuiltIn(name string) (Recipe, bool) {
-	if !slices.Contains(Names(), name) {
+	if !IsBuiltIn(name) {
 		return Recipe{}, false
 	}
 	text, err := recipeFiles.ReadFile("recipes/" + name + ".yaml")
