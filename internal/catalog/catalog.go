@@ -42,10 +42,6 @@ type Catalog struct {
 	InUse func(ctx context.Context, digest string) error
 }
 
-// minAbbreviation is the shortest beginning of a digest that stands for it, in hexadecimal
-// digits.
-const minAbbreviation = 8
-
 // Find finds an image by a name of our own, by its digest or the beginning of that, by the name
 // of an OCI image, or by the digest of its manifest. It makes nothing: of an OCI image that
 // is not bootable yet, Digest is empty. The error matches [smolvm.ErrImageNotFound].
@@ -85,7 +81,7 @@ func (c *Catalog) findOCI(text string) (ocistore.Image, error) {
 		}
 	}
 	beginning := strings.TrimPrefix(text, "sha256:")
-	if len(beginning) < minAbbreviation || strings.Trim(beginning, "0123456789abcdef") != "" {
+	if len(beginning) < image.MinAbbreviation || strings.Trim(beginning, "0123456789abcdef") != "" {
 		return ocistore.Image{}, fmt.Errorf("%q: %w", text, smolvm.ErrImageNotFound)
 	}
 	images, err := c.OCI.List()
@@ -145,14 +141,15 @@ func (c *Catalog) named(found smolvm.Image) (smolvm.Image, error) {
 	if found.OCI == nil {
 		return found, nil
 	}
-	names, err := c.ociNames()
+	names, err := c.OCI.Names()
 	if err != nil {
 		return smolvm.Image{}, err
 	}
 	return c.withNames(found, names), nil
 }
 
-// withNames adds the names of its OCI image to an image, unless another one has taken its place.
+// withNames adds the names of its OCI image to an image, given those of all, unless another one has
+// taken its place.
 func (c *Catalog) withNames(found smolvm.Image, names map[string][]string) smolvm.Image {
 	if found.OCI == nil {
 		return found
@@ -160,22 +157,17 @@ func (c *Catalog) withNames(found smolvm.Image, names map[string][]string) smolv
 	if now, err := c.Bootable.FindLayered(found.OCI.Digest); err == nil && now.Digest != found.Digest {
 		return found
 	}
-	found.Names = append(found.Names, names[found.OCI.Digest]...)
+	found.Names = append(found.Names, familiars(names[found.OCI.Digest])...)
 	return found
 }
 
-// ociNames returns the names of each OCI image, by the digest of its manifest, as people write
-// them.
-func (c *Catalog) ociNames() (map[string][]string, error) {
-	images, err := c.OCI.List()
-	if err != nil {
-		return nil, err
+// familiars returns names as people write them.
+func familiars(names []string) []string {
+	var short []string
+	for _, name := range names {
+		short = append(short, familiar(name))
 	}
-	names := map[string][]string{}
-	for _, oci := range images {
-		names[oci.Digest] = append(names[oci.Digest], familiar(oci.Name))
-	}
-	return names, nil
+	return short
 }
 
 // familiar returns the shortest form of a whole name.
@@ -194,11 +186,14 @@ func (c *Catalog) List(ctx context.Context) ([]smolvm.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	names, err := c.ociNames()
+	all, err := c.OCI.List()
 	if err != nil {
 		return nil, err
 	}
-	made := map[string]bool{}
+	names, made := map[string][]string{}, map[string]bool{}
+	for _, oci := range all {
+		names[oci.Digest] = append(names[oci.Digest], oci.Name)
+	}
 	for i := range images {
 		images[i].Hides = c.hidden(images[i].Names)
 		images[i] = c.withNames(images[i], names)
@@ -206,17 +201,13 @@ func (c *Catalog) List(ctx context.Context) ([]smolvm.Image, error) {
 			made[oci.Digest] = true
 		}
 	}
-	all, err := c.OCI.List()
-	if err != nil {
-		return nil, err
-	}
 	for _, oci := range all {
 		if made[oci.Digest] {
 			continue
 		}
 		made[oci.Digest] = true
 		one := unmade(oci)
-		one.Names, one.Size = names[oci.Digest], oci.Size
+		one.Names, one.Size = familiars(names[oci.Digest]), oci.Size
 		images = append(images, one)
 	}
 	slices.SortStableFunc(images, func(a, b smolvm.Image) int { return a.CreatedAt.Compare(b.CreatedAt) })

@@ -82,13 +82,18 @@ func (c *Catalog) fromDaemon(ctx context.Context, socket string, opts ocistore.I
 	return nil, errors.Join(errs...)
 }
 
-// requireOCI finds an OCI image. That an image is none is an error that matches
+// requireOCI finds an image that is one of the OCI's. That an image is none is an error that matches
 // [smolvm.ErrUnsupported].
 func (c *Catalog) requireOCI(ctx context.Context, text string) (ocistore.Image, error) {
 	found, err := c.Find(ctx, text)
 	if err != nil {
 		return ocistore.Image{}, err
 	}
+	return c.ociOf(text, found)
+}
+
+// ociOf returns the OCI image of an image that was found.
+func (c *Catalog) ociOf(text string, found smolvm.Image) (ocistore.Image, error) {
 	if found.OCI == nil {
 		return ocistore.Image{}, fmt.Errorf("image %q: %w: it was made of files or packages, and has no layers", text, smolvm.ErrUnsupported)
 	}
@@ -157,7 +162,7 @@ func (c *Catalog) History(ctx context.Context, text string) ([]smolvm.ImageStep,
 	if found.OCI == nil {
 		return []smolvm.ImageStep{{CreatedAt: found.CreatedAt, CreatedBy: found.Source}}, nil
 	}
-	oci, err := c.requireOCI(ctx, text)
+	oci, err := c.ociOf(text, found)
 	if err != nil {
 		return nil, err
 	}

@@ -34,7 +34,7 @@ func (c *Catalog) Untag(ctx context.Context, text string, found smolvm.Image) (d
 		if err != nil {
 			return false, err
 		}
-		names, err := c.ociNames()
+		names, err := c.OCI.Names()
 		if err != nil || len(names[oci.Digest]) < 2 {
 			return false, err
 		}
@@ -57,6 +57,12 @@ func (c *Catalog) Forget(ctx context.Context, removed smolvm.Image) error {
 		return err
 	}
 	images = slices.DeleteFunc(images, func(i ocistore.Image) bool { return i.Digest != removed.OCI.Digest })
+	return c.removeNames(ctx, images)
+}
+
+// removeNames removes names of OCI images, and what only they lead to. Those that are gone are a
+// success.
+func (c *Catalog) removeNames(ctx context.Context, images []ocistore.Image) error {
 	var errs []error
 	for _, oci := range images {
 		ref, err := ociref.Parse(oci.Name)

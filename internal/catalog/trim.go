@@ -9,7 +9,6 @@ import (
 	"syscall"
 
 	"github.com/smolvm/smolvm"
-	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
 )
 
@@ -114,14 +113,5 @@ func (c *Catalog) drop(ctx context.Context, g group) error {
 			return err
 		}
 	}
-	for _, one := range g.names {
-		ref, err := ociref.Parse(one.Name)
-		if err == nil {
-			err = c.OCI.Remove(ctx, ref)
-		}
-		if err != nil && !errors.Is(err, smolvm.ErrImageNotFound) {
-			return err
-		}
-	}
-	return nil
+	return c.removeNames(ctx, g.names)
 }

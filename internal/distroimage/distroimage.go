@@ -4,6 +4,7 @@
 package distroimage
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -78,10 +79,7 @@ func asked(opts smolvm.BuildOptions) (ociref.Ref, distro.Recipe, error) {
 	case len(opts.Packages) == 0 && isBuiltIn:
 		return ociref.Builtin(opts.Name), builtIn, nil
 	}
-	name := opts.Name
-	if name == "" {
-		name = recipe.Name
-	}
+	name := cmp.Or(opts.Name, recipe.Name)
 	if name == "" {
 		return ociref.Ref{}, recipe, &smolvm.Error{Hint: "give it one by --name", Err: errors.New("the image has no name")}
 	}

@@ -41,9 +41,10 @@ const (
 	kernelsDir   = "kernels"
 	metadataFile = "image.json"
 	buildPrefix  = ".build-"
-	// minAbbreviation is the shortest beginning of a digest that stands for it.
-	minAbbreviation = 8
 )
+
+// MinAbbreviation is the shortest beginning of a digest that stands for it, in hexadecimal digits.
+const MinAbbreviation = 8
 
 // isName reports whether an image may have a name.
 func isName(name string) bool {
@@ -121,7 +122,7 @@ func (s *Store) resolve(ctx context.Context, ref string) (string, error) {
 		return "", err
 	}
 	beginning := strings.TrimPrefix(ref, digestPrefix)
-	if len(beginning) < minAbbreviation {
+	if len(beginning) < MinAbbreviation {
 		return "", notFound(ref)
 	}
 	digests = slices.DeleteFunc(digests, func(digest string) bool {

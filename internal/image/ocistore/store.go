@@ -302,6 +302,23 @@ func (s *Store) List() ([]Image, error) {
 	return images, nil
 }
 
+// Names returns the names of all images by the digests of their manifests, in order. It does not look
+// into the images.
+func (s *Store) Names() (map[string][]string, error) {
+	records, err := s.names()
+	if err != nil {
+		return nil, err
+	}
+	names := map[string][]string{}
+	for _, record := range records {
+		names[record.Digest] = append(names[record.Digest], record.Name)
+	}
+	for _, of := range names {
+		slices.Sort(of)
+	}
+	return names, nil
+}
+
 func (s *Store) names() ([]nameRecord, error) {
 	entries, err := os.ReadDir(s.path(namesDir))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
