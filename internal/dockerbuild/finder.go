@@ -13,6 +13,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/imagebuild"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // finder finds the images of a Dockerfile, each once.
@@ -171,18 +172,14 @@ func (f *finder) ownImage(ctx context.Context, name string, own smolvm.Image) (*
 
 // takeRoot stores the files of an image as a layer.
 func (b *Builder) takeRoot(ctx context.Context, own smolvm.Image) (ocistore.CachedLayer, error) {
-	from, to := io.Pipe()
-	taken := make(chan struct{})
-	go func() {
-		defer close(taken)
-		_ = to.CloseWithError(b.Root(ctx, own, to))
-	}()
-	layer, err := b.Catalog.OCI.AddLayer(ctx, from)
-	_ = from.CloseWithError(errors.New("the layer can't be stored"))
-	<-taken
+	result := ocistore.CachedLayer{CreatedAt: own.CreatedAt}
+	write := func(ctx context.Context, w io.Writer) error { return b.Root(ctx, own, w) }
+	err := stream.Feed(ctx, write, func(r io.Reader) (err error) {
+		result.Layer, err = b.Catalog.OCI.AddLayer(ctx, r)
+		return err
+	})
 	if err != nil {
 		return ocistore.CachedLayer{}, err
 	}
-	result := ocistore.CachedLayer{Layer: layer, CreatedAt: own.CreatedAt}
 	return result, b.Catalog.OCI.SetCached(ctx, rootKey(own), result)
 }

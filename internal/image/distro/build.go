@@ -17,6 +17,7 @@ import (
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // KeyLabel is the label of an image that tells by which recipe it was made; see [Recipe.Key].
@@ -175,22 +176,21 @@ func (b Builder) steps(phase string, total int) func(done int) {
 // unpack stores the layer of packages as they are unpacked.
 func (b Builder) unpack(ctx context.Context, debs []string, files []File) (ocistore.Layer, []Unpacked, error) {
 	b.say("unpack packages", 0, 0)
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	read, write := io.Pipe()
 	var made []Unpacked
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		var err error
-		made, err = WriteLayer(ctx, write, debs, files, Limits{}, b.steps("unpack packages", len(debs)))
-		_ = write.CloseWithError(err)
-	}()
-	stored, err := b.Store.AddLayer(ctx, read)
-	cancel()
-	_ = read.CloseWithError(io.ErrClosedPipe)
-	<-done
+	stored, err := b.store(ctx, func(ctx context.Context, w io.Writer) (err error) {
+		made, err = WriteLayer(ctx, w, debs, files, Limits{}, b.steps("unpack packages", len(debs)))
+		return err
+	})
 	return stored, made, err
+}
+
+// store stores the layer whose archive write writes.
+func (b Builder) store(ctx context.Context, write func(ctx context.Context, w io.Writer) error) (stored ocistore.Layer, err error) {
+	err = stream.Feed(ctx, write, func(r io.Reader) (err error) {
+		stored, err = b.Store.AddLayer(ctx, r)
+		return err
+	})
+	return stored, err
 }
 
 // configure runs the maintainer scripts, and the recipe's lines, in a machine of the unpacked
@@ -219,7 +219,7 @@ func (b Builder) configure(ctx context.Context, bare smolvm.Image, recipe Recipe
 		}
 	}
 	b.say("store what has changed", 0, 0)
-	return b.changed(ctx, machine)
+	return b.store(ctx, machine.Layer)
 }
 
 func (b Builder) run(ctx context.Context, machine Machine, args []string, watch *output) error {
@@ -231,23 +231,6 @@ func (b Builder) run(ctx context.Context, machine Machine, args []string, watch 
 		return fmt.Errorf("it ended with %s: %s", status, watch.last())
 	}
 	return nil
-}
-
-// changed stores what a machine has changed.
-func (b Builder) changed(ctx context.Context, machine Machine) (ocistore.Layer, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	read, write := io.Pipe()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = write.CloseWithError(machine.Layer(ctx, write))
-	}()
-	stored, err := b.Store.AddLayer(ctx, read)
-	cancel()
-	_ = read.CloseWithError(io.ErrClosedPipe)
-	<-done
-	return stored, err
 }
 
 // config returns what an image says of its program, as the OCI's specification has it.

@@ -65,7 +65,7 @@ func (s *stage) storeLayer(ctx context.Context, layer *newLayer) (ocistore.Cache
 	if len(layer.added) == 0 {
 		return ocistore.CachedLayer{CreatedAt: s.now()}, nil
 	}
-	return s.store(ctx, func(w io.Writer) error { return layer.write(ctx, w) })
+	return s.store(ctx, layer.write)
 }
 
 // changeOf says how files are changed, and whose directories are that are made for them.

@@ -16,6 +16,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/dockerfile"
 	"github.com/smolvm/smolvm/internal/image/imagebuild/files"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // maxSecret is how long a secret may be, in bytes, as in docker.
@@ -44,7 +45,7 @@ func (s *stage) run(ctx context.Context, op *dockerfile.Run, out io.Writer) (res
 	if !status.Success() {
 		return result, fmt.Errorf("the command %q has failed: %s", strings.Join(op.Args, " "), status)
 	}
-	result, err = s.store(ctx, func(w io.Writer) error { return s.work.Layer(ctx, w) })
+	result, err = s.store(ctx, s.work.Layer)
 	if err == nil && result.Layer.Digest != "" {
 		s.workLayers = len(s.layers) + 1
 	}
@@ -150,21 +151,9 @@ func (m *mounts) add(ctx context.Context, number int, mount dockerfile.Mount) er
 }
 
 // fill puts the archive of a layer into an area.
-func (m *mounts) fill(ctx context.Context, area string, inMemory bool, write func(w io.Writer) error) error {
+func (m *mounts) fill(ctx context.Context, area string, inMemory bool, write func(ctx context.Context, w io.Writer) error) error {
 	m.areas = append(m.areas, area)
-	from, to := io.Pipe()
-	written := make(chan error, 1)
-	go func() {
-		err := write(to)
-		_ = to.CloseWithError(err)
-		written <- err
-	}()
-	err := m.work.PutArea(ctx, area, inMemory, from)
-	_ = from.CloseWithError(errors.New("it is not wanted any more"))
-	if writeErr := <-written; writeErr != nil && err == nil {
-		err = writeErr
-	}
-	return err
+	return stream.Feed(ctx, write, func(r io.Reader) error { return m.work.PutArea(ctx, area, inMemory, r) })
 }
 
 // addSecret puts a secret into memory, and returns its name there: empty if there is no file.
@@ -194,7 +183,7 @@ func (m *mounts) addSecret(ctx context.Context, area string, mount dockerfile.Mo
 	if err := layer.put(inArea, file, item{open: inMemory(value)}); err != nil {
 		return "", err
 	}
-	return inArea, m.fill(ctx, area, true, func(w io.Writer) error { return layer.write(ctx, w) })
+	return inArea, m.fill(ctx, area, true, layer.write)
 }
 
 // addBind puts what is mounted into an area, and returns its path there.
@@ -217,7 +206,7 @@ func (m *mounts) addBind(ctx context.Context, area string, mount dockerfile.Moun
 			}
 		}
 	}
-	return inArea, m.fill(ctx, area, false, func(w io.Writer) error { return layer.write(ctx, w) })
+	return inArea, m.fill(ctx, area, false, layer.write)
 }
 
 // mounted finds what a mount has.
@@ -246,7 +235,7 @@ func (m *mounts) addCache(ctx context.Context, area string, mount dockerfile.Mou
 	m.caches[mount.ID] = area
 	if kept != nil {
 		defer func() { _ = kept.Close() }()
-		return m.fill(ctx, area, false, func(w io.Writer) error {
+		return m.fill(ctx, area, false, func(_ context.Context, w io.Writer) error {
 			_, err := io.Copy(w, kept)
 			return err
 		})
@@ -262,7 +251,7 @@ func (m *mounts) addCache(ctx context.Context, area string, mount dockerfile.Mou
 			return err
 		}
 	}
-	return m.fill(ctx, area, false, func(w io.Writer) error { return layer.write(ctx, w) })
+	return m.fill(ctx, area, false, layer.write)
 }
 
 // drop keeps what is in caches, also when the command has failed, as in docker, and gives up all

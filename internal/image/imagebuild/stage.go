@@ -15,6 +15,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/imagebuild/files"
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/stream"
 )
 
 // historyComment is what BuildKit notes in the history of images, by which tools know the format.
@@ -188,24 +189,16 @@ func (s *stage) make(ctx context.Context, op dockerfile.Op, shown io.Writer) (oc
 }
 
 // store stores a layer, given what writes its archive. One that has nothing in it is none.
-func (s *stage) store(ctx context.Context, write func(w io.Writer) error) (ocistore.CachedLayer, error) {
-	from, to := io.Pipe()
-	written := make(chan error, 1)
-	go func() {
-		err := write(to)
-		_ = to.CloseWithError(err)
-		written <- err
-	}()
-	seen := &zeros{r: from}
-	layer, err := s.opts.Store.AddLayer(ctx, seen)
-	_ = from.CloseWithError(errors.New("the layer can't be stored"))
-	if writeErr := <-written; writeErr != nil && (err == nil || errors.Is(err, writeErr)) {
-		err = writeErr
-	}
+func (s *stage) store(ctx context.Context, write func(ctx context.Context, w io.Writer) error) (ocistore.CachedLayer, error) {
 	result := ocistore.CachedLayer{CreatedAt: s.now()}
-	if seen.other {
-		result.Layer = layer
-	}
+	err := stream.Feed(ctx, write, func(r io.Reader) error {
+		seen := &zeros{r: r}
+		layer, err := s.opts.Store.AddLayer(ctx, seen)
+		if seen.other {
+			result.Layer = layer
+		}
+		return err
+	})
 	return result, err
 }
 

@@ -6,7 +6,6 @@ package commit
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -19,6 +18,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/stream"
 	"github.com/smolvm/smolvm/internal/workspace"
 )
 
@@ -148,36 +148,23 @@ func set(names []string) map[string]struct{} {
 }
 
 // addRoot stores the layer of what differs.
-func addRoot(ctx context.Context, guest Guest, store Store, opts Options) (ocistore.Layer, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	list, listed := io.Pipe()
-	go func() {
-		var err error
-		if opts.Base != nil {
-			err = workspace.WriteBase(ctx, listed, opts.Layers, ocilayer.Limits{})
+func addRoot(ctx context.Context, guest Guest, store Store, opts Options) (layer ocistore.Layer, err error) {
+	list := func(ctx context.Context, w io.Writer) error {
+		if opts.Base == nil {
+			return nil
 		}
-		_ = listed.CloseWithError(err)
-	}()
-	archive, archived := io.Pipe()
-	stored := make(chan error, 1)
-	var layer ocistore.Layer
-	go func() {
-		var err error
-		layer, err = store.AddLayer(ctx, archive)
-		if err != nil {
-			cancel(err) // nobody reads any more
-		}
-		_ = archive.CloseWithError(errors.Join(err, io.ErrClosedPipe))
-		stored <- err
-	}()
-	err := workspace.Checked(ctx, archived, ocilayer.Limits{}, func(ctx context.Context, out io.Writer) error {
-		return guest.Root(ctx, list, out, wire.RootRequest{Pause: opts.Pause})
-	})
-	_ = list.CloseWithError(io.ErrClosedPipe)
-	_ = archived.CloseWithError(err)
-	if storeErr := <-stored; storeErr != nil && (err == nil || errors.Is(err, storeErr) || errors.Is(err, io.ErrClosedPipe)) {
-		err = storeErr
+		return workspace.WriteBase(ctx, w, opts.Layers, ocilayer.Limits{})
 	}
+	archive := func(ctx context.Context, w io.Writer) error {
+		return stream.Feed(ctx, list, func(list io.Reader) error {
+			return workspace.Checked(ctx, w, ocilayer.Limits{}, func(ctx context.Context, out io.Writer) error {
+				return guest.Root(ctx, list, out, wire.RootRequest{Pause: opts.Pause})
+			})
+		})
+	}
+	err = stream.Feed(ctx, archive, func(r io.Reader) (err error) {
+		layer, err = store.AddLayer(ctx, r)
+		return err
+	})
 	return layer, err
 }
