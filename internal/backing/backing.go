@@ -65,14 +65,10 @@ type File = disk.File
 // Lock waits for the lock that is held while a disk gets a base or loses it. It is for
 // short: the disks of all VMs wait for it.
 func (d *Disks) Lock(ctx context.Context) (unlock func(), err error) {
-	file, err := os.OpenFile(d.dir.LayersLock(), os.O_CREATE|os.O_RDWR, 0o600)
-	if err == nil {
-		err = flock.Lock(ctx, file)
-	}
-	if err != nil {
+	if unlock, err = flock.At(ctx, d.dir.LayersLock()); err != nil {
 		return nil, fmt.Errorf("lock disks: %w", err)
 	}
-	return func() { _ = file.Close() }, nil
+	return unlock, nil
 }
 
 // Disk is a disk to be made from another: an overlay of it, or, if its name says that it is

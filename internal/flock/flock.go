@@ -25,6 +25,18 @@ const firstWait, lastWait = 200 * time.Microsecond, 20 * time.Millisecond
 // certain order; see [Queue].
 func Lock(ctx context.Context, file *os.File) error { return lock(ctx, file, unix.LOCK_EX) }
 
+// At waits like [Lock] for the lock of the file at path, which is made if it is missing.
+func At(ctx context.Context, path string) (unlock func(), err error) {
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := Lock(ctx, file); err != nil {
+		return nil, err
+	}
+	return func() { _ = file.Close() }, nil
+}
+
 // LockShared is [Lock], but for those who don't mind each other: it waits only for who holds
 // the lock alone, and who wants that waits for all of them.
 func LockShared(ctx context.Context, file *os.File) error { return lock(ctx, file, unix.LOCK_SH) }

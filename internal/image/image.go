@@ -437,8 +437,10 @@ func (s *Store) removeLeftovers() error {
 	return errors.Join(errs...)
 }
 
+func (s *Store) lockPath() string { return filepath.Join(s.dir, "build.lock") }
+
 func (s *Store) openLock() (*os.File, error) {
-	return os.OpenFile(filepath.Join(s.dir, "build.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	return os.OpenFile(s.lockPath(), os.O_CREATE|os.O_RDWR, 0o600)
 }
 
 // lockBuilds waits for the store's lock, which the kernel frees when its holder dies.
@@ -446,12 +448,8 @@ func (s *Store) lockBuilds(ctx context.Context) (unlock func(), err error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("lock image store: %w", err)
 	}
-	file, err := s.openLock()
-	if err != nil {
-		return nil, fmt.Errorf("lock image store: %w", err)
-	}
-	if err := flock.Lock(ctx, file); err != nil {
+	if unlock, err = flock.At(ctx, s.lockPath()); err != nil {
 		return nil, fmt.Errorf("wait for another build: %w", err)
 	}
-	return func() { _ = file.Close() }, nil
+	return unlock, nil
 }

@@ -70,14 +70,10 @@ func (b Builder) Lock(ctx context.Context) (unlock func(), err error) {
 	if err := os.MkdirAll(b.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	file, err := os.OpenFile(filepath.Join(b.Dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := flock.Lock(ctx, file); err != nil {
+	if unlock, err = flock.At(ctx, filepath.Join(b.Dir, "lock")); err != nil {
 		return nil, fmt.Errorf("wait for another build: %w", err)
 	}
-	return func() { _ = file.Close() }, nil
+	return unlock, nil
 }
 
 // Build builds a recipe's image and gives it the name. The lock is held; see [Builder.Lock].

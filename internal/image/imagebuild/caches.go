@@ -55,12 +55,8 @@ func (d CacheDir) LockCache(ctx context.Context, id string) (unlock func(), err 
 	if err := os.MkdirAll(string(d), 0o700); err != nil {
 		return nil, err
 	}
-	file, err := os.OpenFile(d.path(id, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
+	if unlock, err = flock.At(ctx, d.path(id, ".lock")); err != nil {
+		return nil, fmt.Errorf("wait for cache %q: %w", id, err)
 	}
-	if err := flock.Lock(ctx, file); err != nil {
-		return nil, errors.Join(fmt.Errorf("wait for cache %q: %w", id, err), file.Close())
-	}
-	return func() { _ = file.Close() }, nil
+	return unlock, nil
 }
