@@ -53,15 +53,35 @@ func (s *Store) Build(ctx context.Context, recipe Recipe) (smolvm.Image, error) 
 	if err := recipe.validate(); err != nil {
 		return smolvm.Image{}, err
 	}
+	current := func() (smolvm.Image, bool) {
+		if recipe.Force {
+			return smolvm.Image{}, false
+		}
+		return s.current(recipe)
+	}
+	return s.buildOnce(ctx, current, func(work string) (string, error) {
+		b := builder{recipe: recipe, work: work, out: filepath.Join(work, "image")}
+		meta, err := b.build(ctx)
+		if err != nil {
+			return "", err
+		}
+		if err := s.publish(ctx, b, meta); err != nil {
+			return "", fmt.Errorf("publish image: %w", err)
+		}
+		return meta.Digest, nil
+	})
+}
+
+// buildOnce builds an image in a directory that is removed then, unless it is current when no other
+// process builds. Build returns the digest of the image, which has appeared.
+func (s *Store) buildOnce(ctx context.Context, current func() (smolvm.Image, bool), build func(work string) (digest string, err error)) (smolvm.Image, error) {
 	unlock, err := s.lockBuilds(ctx)
 	if err != nil {
 		return smolvm.Image{}, err
 	}
 	defer unlock()
-	if !recipe.Force {
-		if image, ok := s.current(recipe); ok {
-			return image, nil
-		}
+	if image, ok := current(); ok {
+		return image, nil
 	}
 	if err := s.removeLeftovers(); err != nil {
 		return smolvm.Image{}, err
@@ -71,18 +91,14 @@ func (s *Store) Build(ctx context.Context, recipe Recipe) (smolvm.Image, error) 
 		return smolvm.Image{}, err
 	}
 	defer func() { _ = os.RemoveAll(work) }()
-	b := builder{recipe: recipe, work: work, out: filepath.Join(work, "image")}
-	meta, err := b.build(ctx)
+	digest, err := build(work)
 	if err != nil {
 		if ctx.Err() != nil { // rather than how a program died of it
 			err = fmt.Errorf("build was interrupted: %w", context.Cause(ctx))
 		}
 		return smolvm.Image{}, err
 	}
-	if err := s.publish(ctx, b, meta); err != nil {
-		return smolvm.Image{}, fmt.Errorf("publish image: %w", err)
-	}
-	return s.describe(meta.Digest)
+	return s.describe(digest)
 }
 
 // publish makes a finished image appear, and its name point to it.

@@ -63,30 +63,8 @@ func (s *Store) EnsureLayered(ctx context.Context, l Layered) (smolvm.Image, err
 	if found, ok := s.currentLayered(l); ok {
 		return found, nil
 	}
-	unlock, err := s.lockBuilds(ctx)
-	if err != nil {
-		return smolvm.Image{}, err
-	}
-	defer unlock()
-	if found, ok := s.currentLayered(l); ok {
-		return found, nil
-	}
-	if err := s.removeLeftovers(); err != nil {
-		return smolvm.Image{}, err
-	}
-	work, err := os.MkdirTemp(s.dir, buildPrefix+"*")
-	if err != nil {
-		return smolvm.Image{}, err
-	}
-	defer func() { _ = os.RemoveAll(work) }()
-	digest, err := s.buildLayered(ctx, l, work)
-	if err != nil {
-		if ctx.Err() != nil {
-			err = fmt.Errorf("making the image was interrupted: %w", context.Cause(ctx))
-		}
-		return smolvm.Image{}, err
-	}
-	return s.describe(digest)
+	return s.buildOnce(ctx, func() (smolvm.Image, bool) { return s.currentLayered(l) },
+		func(work string) (string, error) { return s.buildLayered(ctx, l, work) })
 }
 
 // FindLayered finds the image that was made of an OCI image last, whatever it was made with.
@@ -142,7 +120,11 @@ func (s *Store) forgetLayered(digest string) error {
 	if err == nil && meta.OCI != nil {
 		record, err := s.readLayered(meta.OCI.Digest)
 		if err == nil && record.Digest == digest {
-			return os.Remove(filepath.Join(s.dir, layeredDir, strings.TrimPrefix(meta.OCI.Digest, digestPrefix)))
+			path, err := s.layeredPath(meta.OCI.Digest)
+			if err != nil {
+				return err
+			}
+			return os.Remove(path)
 		}
 	}
 	return nil
