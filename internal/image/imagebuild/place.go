@@ -17,7 +17,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/smolvm/smolvm/internal/image/ext4fs"
 	"github.com/smolvm/smolvm/internal/image/imagebuild/files"
 )
 
@@ -255,6 +254,3 @@ func headerOf(name string, file files.File) *tar.Header {
 func inMemory(content []byte) func() (io.ReadCloser, error) {
 	return func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(content)), nil }
 }
-
-// emptyRoot returns the root of a tree that has nothing.
-func emptyRoot() *ext4fs.Node { return &ext4fs.Node{Mode: dirMode} }
