@@ -12,7 +12,6 @@ package layertar
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 
@@ -32,28 +31,6 @@ const xattrRecord = "SCHILY.xattr."
 
 // maxXattr bounds an extended attribute, in bytes: the kernel's limit.
 const maxXattr = 64 << 10
-
-// retry repeats a system call that a signal interrupts.
-func retry(call func() error) error {
-	for {
-		if err := call(); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
-// openDir opens a directory of a directory, and follows no link.
-func openDir(dir int, name string) (*os.File, error) {
-	var fd int
-	err := retry(func() (err error) {
-		fd, err = unix.Openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), name), nil
-}
 
 // pathOf returns a path to what a directory has under a name. It is the same file whatever
 // is renamed, and shorter than the kernel's limit however deep the directory is.

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // The extended attributes by which an overlay file system marks a directory that hides all
@@ -117,8 +119,7 @@ func (w *writer) child(dir *os.File, path, name string) error {
 		return nil
 	}
 	fd := int(dir.Fd())
-	var stat unix.Stat_t
-	err := retry(func() error { return unix.Fstatat(fd, name, &stat, unix.AT_SYMLINK_NOFOLLOW) })
+	stat, err := dirfd.Lstat(fd, name)
 	if errors.Is(err, unix.ENOENT) {
 		return nil // it was removed since
 	}
@@ -223,7 +224,7 @@ func (w *writer) header(dir int, path, name string, stat *unix.Stat_t) (*tar.Hea
 	case unix.S_IFDIR:
 		header.Typeflag, header.Name = tar.TypeDir, path+"/"
 	case unix.S_IFLNK:
-		target, err := readLink(dir, name)
+		target, err := dirfd.ReadLink(dir, name)
 		if err != nil {
 			return nil, err
 		}
@@ -294,7 +295,7 @@ func (w *writer) subdir(dir int, name string, header *tar.Header, stat *unix.Sta
 			}
 		}
 	}
-	inner, err := openDir(dir, name)
+	inner, err := dirfd.OpenDir(dir, name)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
@@ -307,18 +308,13 @@ func (w *writer) subdir(dir int, name string, header *tar.Header, stat *unix.Sta
 
 // file writes a regular file. One that changes meanwhile is written in the size that it had.
 func (w *writer) file(dir int, path, name string, header *tar.Header) error {
-	var fd int
-	err := retry(func() (err error) {
-		fd, err = unix.Openat(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-		return err
-	})
+	file, err := dirfd.Open(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	file := os.NewFile(uintptr(fd), name)
 	defer func() { _ = file.Close() }()
 	if w.opts.Replace != nil && header.Size <= MaxReplaced {
 		read := func() ([]byte, error) { return io.ReadAll(io.LimitReader(file, MaxReplaced)) }
@@ -356,17 +352,4 @@ type zeros struct{}
 func (zeros) Read(p []byte) (int, error) {
 	clear(p)
 	return len(p), nil
-}
-
-func readLink(dir int, name string) (string, error) {
-	buf := make([]byte, unix.PathMax)
-	var n int
-	err := retry(func() (err error) {
-		n, err = unix.Readlinkat(dir, name, buf)
-		return err
-	})
-	if err != nil {
-		return "", err
-	}
-	return string(buf[:n]), nil
 }
