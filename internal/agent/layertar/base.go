@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/dirfd"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // Base is what is in the layers below the one that is written: only what differs from it is
@@ -133,7 +134,7 @@ func (b *Base) missing(dir string, there []string) []string {
 	}
 	var gone []string
 	for _, name := range b.names[path.Clean(dir)] {
-		if _, found := slices.BinarySearch(there, name); !found && !strings.HasPrefix(name, Whiteout) {
+		if _, found := slices.BinarySearch(there, name); !found && !strings.HasPrefix(name, ocitar.Whiteout) {
 			gone = append(gone, name)
 		}
 	}

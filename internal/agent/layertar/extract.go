@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/dirfd"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // extractor unpacks an archive into a directory.
@@ -104,10 +105,10 @@ func (e *extractor) entry(header *tar.Header, content io.Reader) error {
 	}
 	defer func() { _ = dir.Close() }()
 	switch {
-	case base == Opaque:
+	case base == ocitar.Opaque:
 		return clearDir(dir)
-	case strings.HasPrefix(base, Whiteout):
-		return removeAll(dir, strings.TrimPrefix(base, Whiteout))
+	case strings.HasPrefix(base, ocitar.Whiteout):
+		return removeAll(dir, strings.TrimPrefix(base, ocitar.Whiteout))
 	}
 	made, err := e.make(dir, base, header, content)
 	if made == nil || err != nil {
@@ -191,7 +192,7 @@ func setAttributes(dir int, name string, header *tar.Header) error {
 		}
 	}
 	for record, value := range header.PAXRecords {
-		attribute, ok := strings.CutPrefix(record, xattrRecord)
+		attribute, ok := strings.CutPrefix(record, ocitar.XattrRecord)
 		if !ok || !kept(attribute) {
 			continue
 		}

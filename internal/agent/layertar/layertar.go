@@ -2,8 +2,8 @@
 // unpacks such archives. It runs in guests.
 //
 // Of a directory that is the upper one of an overlay file system, an archive has what a layer
-// has: a whiteout ([Whiteout]) for what is hidden, and an entry ([Opaque]) in a directory that
-// hides all that is below it. See the image specification's layer.md.
+// has: whiteouts for what is hidden, and opaque entries in directories that hide all that is below
+// them; see package ocitar.
 //
 // Times are cut to seconds, as docker has them: files without more are most of a layer, and
 // each would need another header.
@@ -17,17 +17,6 @@ import (
 
 	"golang.org/x/sys/unix"
 )
-
-// Names that stand for what is not there any more.
-const (
-	// Whiteout begins the name of an entry that hides what has the rest of its name.
-	Whiteout = ".wh."
-	// Opaque is the name of an entry whose directory shows nothing of lower layers.
-	Opaque = ".wh..wh..opq"
-)
-
-// xattrRecord is what the name of an extended attribute begins with in an archive.
-const xattrRecord = "SCHILY.xattr."
 
 // maxXattr bounds an extended attribute, in bytes: the kernel's limit.
 const maxXattr = 64 << 10

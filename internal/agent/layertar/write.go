@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/dirfd"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // The extended attributes by which an overlay file system marks a directory that hides all
@@ -97,7 +98,7 @@ func (w *writer) dir(dir *os.File, path string) error {
 		if w.skip(path+name) == Whole {
 			continue
 		}
-		if err := w.whiteout(path + Whiteout + name); err != nil {
+		if err := w.whiteout(path + ocitar.Whiteout + name); err != nil {
 			return err
 		}
 	}
@@ -161,10 +162,10 @@ func (w *writer) entry(dir int, path, name string, stat *unix.Stat_t, skip Skip)
 		return err
 	}
 	if hidden {
-		return w.whiteout(path[:len(path)-len(name)] + Whiteout + name)
+		return w.whiteout(path[:len(path)-len(name)] + ocitar.Whiteout + name)
 	}
-	if strings.HasPrefix(name, Whiteout) {
-		return fmt.Errorf("an image can't hold a file whose name begins with %s: there it would hide another; remove or rename it", Whiteout)
+	if strings.HasPrefix(name, ocitar.Whiteout) {
+		return fmt.Errorf("an image can't hold a file whose name begins with %s: there it would hide another; remove or rename it", ocitar.Whiteout)
 	}
 	header, err := w.header(dir, path, name, stat)
 	if header == nil || err != nil {
@@ -269,7 +270,7 @@ func addXattrs(header *tar.Header, dir int, name string) error {
 		if header.PAXRecords == nil {
 			header.PAXRecords = map[string]string{}
 		}
-		header.PAXRecords[xattrRecord+attribute] = value
+		header.PAXRecords[ocitar.XattrRecord+attribute] = value
 	}
 	return nil
 }
@@ -290,7 +291,7 @@ func (w *writer) subdir(dir int, name string, header *tar.Header, stat *unix.Sta
 			return err
 		}
 		if opaque {
-			if err := w.whiteout(header.Name + Opaque); err != nil {
+			if err := w.whiteout(header.Name + ocitar.Opaque); err != nil {
 				return err
 			}
 		}

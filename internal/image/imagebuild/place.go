@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/image/imagebuild/files"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // dirMode is the mode of directories that are made for what is copied.
@@ -95,7 +96,7 @@ func (l *newLayer) makeDirs(name string) error {
 
 // put puts a file in its place. No part of the name is a link, and its directory is there.
 func (l *newLayer) put(name string, file files.File, from item) error {
-	if base := path.Base(name); strings.HasPrefix(base, ".wh.") {
+	if base := path.Base(name); strings.HasPrefix(base, ocitar.Whiteout) {
 		return fmt.Errorf("%q can't be in an image: a name that begins with .wh. hides another", "/"+name)
 	}
 	there, err := l.Lstat(name)
