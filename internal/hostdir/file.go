@@ -210,7 +210,7 @@ func (d *Dir) write(_ context.Context, asked *request) (*answer, error) {
 	if asked.body.short || offset < 0 {
 		return nil, unix.EINVAL
 	}
-	if err := d.take(int64(size)); err != nil {
+	if err := d.room.Take(d.root, int64(size)); err != nil {
 		return nil, err
 	}
 	done := 0
@@ -241,7 +241,7 @@ func (d *Dir) write(_ context.Context, asked *request) (*answer, error) {
 func (d *Dir) fallocate(_ context.Context, asked *request) (*answer, error) {
 	id, offset, length, mode := asked.body.u64(), int64(asked.body.u64()), int64(asked.body.u64()), asked.body.u32()
 	if mode&unix.FALLOC_FL_PUNCH_HOLE == 0 {
-		if err := d.take(max(length, 0)); err != nil {
+		if err := d.room.Take(d.root, max(length, 0)); err != nil {
 			return nil, err
 		}
 	}
@@ -273,7 +273,7 @@ func (d *Dir) copyFileRange(_ context.Context, asked *request) (*answer, error) 
 	from, fromOffset := asked.body.u64(), int64(asked.body.u64())
 	toNode, to, toOffset := asked.body.u64(), asked.body.u64(), int64(asked.body.u64())
 	length := min(asked.body.u64(), maxCopy)
-	if err := d.take(int64(length)); err != nil {
+	if err := d.room.Take(d.root, int64(length)); err != nil {
 		return nil, err
 	}
 	n, err := d.nodes.get(toNode)
