@@ -401,8 +401,7 @@ func (c *Catalog) boot(ctx context.Context, oci ocistore.Image, progress func(sm
 	}
 	recipe.Layers = c.layers(oci)
 	made, err := c.Bootable.EnsureLayered(ctx, recipe)
-	var wrong *ocilayer.DiffIDError
-	if errors.As(err, &wrong) {
+	if wrong, ok := errors.AsType[*ocilayer.DiffIDError](err); ok {
 		// So that the next pull fetches it again.
 		err = errors.Join(err, c.OCI.Discard(oci.Layers[wrong.Layer].Digest))
 		err = &smolvm.Error{Err: err, Hint: "pull the image again"}

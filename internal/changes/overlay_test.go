@@ -91,7 +91,7 @@ func TestCheckConflicts(t *testing.T) {
 	t.Parallel()
 	dir, root := host(t)
 	var entries []entry
-	for _, name := range strings.Split("1234567", "") {
+	for name := range strings.SplitSeq("1234567", "") {
 		if err := root.WriteFile(name, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -205,8 +206,7 @@ func (a *app) imageHistoryCommand() *cobra.Command {
 				}
 				now := time.Now()
 				t := &table{titles: []string{"LAYER", "AGE", "SIZE", "CREATED BY"}, shrinks: []int{3}}
-				for i := len(steps) - 1; i >= 0; i-- {
-					step := steps[i]
+				for _, step := range slices.Backward(steps) {
 					since := ""
 					if !step.CreatedAt.IsZero() {
 						since = age(step.CreatedAt, now)

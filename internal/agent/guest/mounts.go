@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -41,8 +42,8 @@ func (m *hostMounts) drop() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var errs []error
-	for i := len(m.mounts) - 1; i >= 0; i-- { // the later ones may be in earlier ones
-		errs = append(errs, m.mounts[i].fs.Abort())
+	for _, mount := range slices.Backward(m.mounts) { // the later ones may be in earlier ones
+		errs = append(errs, mount.fs.Abort())
 	}
 	for _, mount := range m.mounts {
 		if mount.merged != 0 {

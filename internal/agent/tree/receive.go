@@ -151,8 +151,7 @@ func isFinal(err error) bool {
 // plain returns the text of an error without the name of the file, which the message has
 // already.
 func plain(err error) string {
-	var inner *fs.PathError
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*fs.PathError](err); ok {
 		return inner.Err.Error()
 	}
 	return err.Error()
@@ -339,8 +338,7 @@ func (r *receiver) rootFile(entry Entry) error {
 
 // withoutPath returns an error without the name of a file that the system's error has.
 func withoutPath(err error) error {
-	var inner *fs.PathError
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*fs.PathError](err); ok {
 		return inner.Err
 	}
 	return err
@@ -370,8 +368,7 @@ func (r *receiver) file(entry Entry) error {
 	}
 	// The sender tells of its own failure.
 	_, err = out.receive(r.in)
-	var lost *writeError
-	if errors.As(err, &lost) {
+	if lost, ok := errors.AsType[*writeError](err); ok {
 		if err := r.failed(entry.Name, lost.err); err != nil {
 			return err
 		}

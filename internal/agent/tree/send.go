@@ -225,8 +225,7 @@ func (s *sender) file(fd int, path, name string) error {
 // left notes that something could not be sent. That it is not there any more is no
 // failure: the tree is then as it is without it.
 func (s *sender) left(path string, err error) {
-	var inner *fs.PathError
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*fs.PathError](err); ok {
 		err = inner.Err
 	}
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) {
@@ -238,8 +237,7 @@ func (s *sender) left(path string, err error) {
 
 // fail ends a file that can't be read to its end.
 func (s *sender) fail(path string, err error) error {
-	var inner *fs.PathError
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*fs.PathError](err); ok {
 		err = inner.Err
 	}
 	s.left(path, err)

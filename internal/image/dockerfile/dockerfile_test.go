@@ -380,8 +380,7 @@ func TestErrors(t *testing.T) {
 			if text := err.Error(); !strings.HasPrefix(text, begin) || !strings.Contains(text, part) {
 				t.Errorf("error %.300q, want %q", text, test.want)
 			}
-			var at *Error
-			if !errors.As(err, &at) {
+			if _, ok := errors.AsType[*Error](err); !ok {
 				t.Errorf("%T", err)
 			}
 			if strings.Contains(test.want, "is not supported") && !errors.Is(err, smolvm.ErrUnsupported) {
