@@ -394,11 +394,7 @@ func (c *Catalog) boot(ctx context.Context, oci ocistore.Image, progress func(sm
 	}
 	recipe := image.Layered{
 		OCI: smolvm.OCIImage{Digest: oci.Digest, Reference: oci.Name}, Config: config.Public(), Base: base.Digest,
-	}
-	if progress != nil {
-		recipe.Progress = func(p image.Progress) {
-			progress(smolvm.Progress{Phase: p.Phase, Done: p.Done, Total: p.Total})
-		}
+		Progress: progress,
 	}
 	for _, layer := range oci.Layers {
 		recipe.Sizes = append(recipe.Sizes, layer.Size)

@@ -4,6 +4,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 const (
@@ -28,7 +30,7 @@ func (d *Dir) take(size int64) error {
 		return nil
 	}
 	var fs unix.Statfs_t
-	if err := retry(func() error { return unix.Fstatfs(d.root, &fs) }); err != nil {
+	if err := dirfd.Retry(func() error { return unix.Fstatfs(d.root, &fs) }); err != nil {
 		return err
 	}
 	if free := fs.Bavail * uint64(fs.Bsize); free < reserve || uint64(size) > free-reserve {

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // Receive reads a stream and puts the tree in its place, with modes and times. What
@@ -229,7 +231,7 @@ func (r *receiver) leave() error {
 	var err error
 	if l.made {
 		for _, setErr := range []error{
-			setTime(r.dir.fd, ".", l.entry.ModTime),
+			dirfd.SetTime(r.dir.fd, ".", l.entry.ModTime),
 			r.dir.chmod(l.entry.Permissions(r.target.Untrusted)),
 		} {
 			if !isUnsupported(setErr) {
