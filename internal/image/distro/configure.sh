@@ -13,10 +13,6 @@ shift
 cd /
 umask 022
 
-# An emulator translates a program once for each address that it runs at. With one address for
-# all of a program's processes they start in a third of the time.
-[ ! -w /proc/sys/kernel/randomize_va_space ] || echo 0 >/proc/sys/kernel/randomize_va_space
-
 # Of dpkg's database each change is written out to the disk, which nobody needs here.
 mkdir -p /run/configure
 mount -t tmpfs -o mode=755 tmpfs /run/configure

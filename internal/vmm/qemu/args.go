@@ -149,7 +149,12 @@ func cpuArg(machine string, cfg vmm.Config) string {
 // bootArgs is the kernel's command line: what was asked for, without what keeps a
 // guest from booting on this machine, and with what it needs.
 //
-// Under emulation that is no_timer_check: the kernel counts timer interrupts for a
+// Under emulation that is norandmaps: code is translated once for each address that it runs
+// at, so a shared library at another address in each process is translated by each process.
+// Programs of a distribution start in a third of the time without. An argument
+// sysctl.kernel.randomize_va_space=2 has them at random addresses again.
+//
+// And it is no_timer_check: the kernel counts timer interrupts for a
 // moment, and panics if an emulated CPU on a busy host has missed them. It is not
 // tsc=reliable, tempting as a clock is that can be read without leaving the emulated
 // CPU: of some hundred boots with it, one ended with both CPUs in an endless run of
@@ -164,8 +169,11 @@ func bootArgs(cfg vmm.Config, machine string) string {
 		}
 		words = append(words, word)
 	}
-	if cfg.Accelerator == vmm.TCG && machine != machineVirt {
-		words = append(words, "no_timer_check")
+	if cfg.Accelerator == vmm.TCG {
+		words = append(words, "norandmaps")
+		if machine != machineVirt {
+			words = append(words, "no_timer_check")
+		}
 	}
 	return strings.Join(words, " ")
 }

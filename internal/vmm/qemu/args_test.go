@@ -126,7 +126,7 @@ func TestArgs(t *testing.T) {
 		"q35 needs PCI": {
 			machine: machineQ35,
 			edit:    func(c *vmm.Config) { c.BootArgs = "console=ttyS0 pci=off root=/dev/vda" },
-			want:    []string{"-append console=ttyS0 root=/dev/vda no_timer_check"},
+			want:    []string{"-append console=ttyS0 root=/dev/vda norandmaps no_timer_check"},
 			not:     []string{"pci=off"},
 		},
 	}
