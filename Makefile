@@ -1,5 +1,5 @@
 # The targets of the README. Each works on a fresh checkout.
-.PHONY: help quickstart build test test-kvm compat race cover test-deps lint vuln fuzz bench bench-net soak release-check clean
+.PHONY: help quickstart build test test-kvm test-kernel compat race cover test-deps lint vuln fuzz bench bench-net bench-kernel soak release-check clean
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -22,6 +22,7 @@ help:
 	@echo 'make build       build bin/smolvm and bin/smolvm-agent'
 	@echo 'make test        run all tests, on real VMs, and on KVM'
 	@echo 'make test-kvm    run its part that needs KVM, in a VM where this host has none'
+	@echo 'make test-kernel build a kernel for guests, and boot it'
 	@echo 'make compat      run VMs of the previous build by this one, and the other way round'
 	@echo 'make race        run the tests that need no VM under the race detector'
 	@echo 'make cover       the same, and how much of the engine they run, which has a least'
@@ -30,6 +31,7 @@ help:
 	@echo 'make fuzz        run every fuzz target, FUZZTIME (10s) each'
 	@echo 'make bench       measure against bare QEMU, as ratios within one run'
 	@echo 'make bench-net   measure networks against slirp4netns and a bare TAP interface'
+	@echo 'make bench-kernel  measure a kernel built for guests against the distribution’s'
 	@echo 'make soak        save and restore busy VMs for half an hour, and check what comes of it'
 	@echo 'make release-check  build the release twice, and compare the bytes'
 	@echo 'make clean       remove what was built'
@@ -63,6 +65,11 @@ KVMTEST ?= all
 test-kvm: export SMOLVM_TEST_KVM = $(value KVMTEST)
 test-kvm: test-deps
 	$(GO) test -count=1 -v -timeout 80m -run '^TestBed$$' ./internal/kvmtest
+
+# What smolvm image kernel builds, for a quarter of an hour of a processor the first time, and whether
+# guests can do with it what Docker and smolvm need. No part of make test.
+test-kernel: test-deps
+	SMOLVM_TEST_KERNEL=1 $(GO) test -count=1 -v -timeout 90m -run '^TestKernelOfOurs' ./manager
 
 # Part of make test. A shallow clone lacks the commit of the previous build; it is fetched
 # from where the clone came from, if that can be reached.
@@ -120,6 +127,10 @@ ROUNDS ?= 5
 
 bench-net:
 	SMOLVM_BENCH_NETWORK=$(ROUNDS) $(GO) test ./bench -run TestNetwork -count=1 -v -timeout=30m
+
+# Builds the kernel in the user's data directory, unless it is there.
+bench-kernel: build test-deps
+	$(GO) run ./bench kernels -kernel "$$(bin/smolvm image kernel --no-use)" $(BENCH)
 
 # SOAK is its flags: see bench/soak.go.
 soak: build test-deps

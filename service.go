@@ -152,6 +152,12 @@ type Images interface {
 	TagImage(ctx context.Context, ref, name string) (Image, error)
 	// ImageHistory returns the steps by which an image was made, the earliest first.
 	ImageHistory(ctx context.Context, ref string) ([]ImageStep, error)
+	// BuildKernel builds a kernel for guests of the distribution's source, unless there is one of
+	// the same source, configuration and compiler, and has images boot with it: the default one, and
+	// those that are made of OCI images and packages. Its security updates are its user's to build.
+	BuildKernel(ctx context.Context, opts KernelOptions) (Kernel, error)
+	// ResetKernel has images boot with the distribution's kernel again.
+	ResetKernel(ctx context.Context) error
 	// CommitImage makes an image of a VM, and has a name mean it; an empty one is none.
 	CommitImage(ctx context.Context, id, name string, opts CommitOptions) (Image, error)
 	// Images lists the images, the oldest first.

@@ -9,7 +9,10 @@
 //
 //	make soak
 //
-// With the argument backends it compares the backends of a host, as scripts/bench-kvm.sh does.
+// With the argument backends it compares the backends of a host, as scripts/bench-kvm.sh does, and
+// with kernels a kernel that was built for guests with the distribution's:
+//
+//	make bench-kernel
 package main
 
 import (
@@ -46,7 +49,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	task, args := run, os.Args[1:]
 	if len(args) > 0 {
-		if other := map[string]func(context.Context, []string) error{"soak": soak, "backends": backends, "mounts": mounts}[args[0]]; other != nil {
+		if other := map[string]func(context.Context, []string) error{"soak": soak, "backends": backends, "mounts": mounts, "kernels": kernels}[args[0]]; other != nil {
 			task, args = other, args[1:]
 		}
 	}
@@ -66,6 +69,8 @@ type bench struct {
 	rows [][3]string
 	// program is the path of the smolvm program.
 	program string
+	// image is what VMs boot. Empty: the default one.
+	image string
 
 	coldStart, clone time.Duration // medians
 }
@@ -264,7 +269,7 @@ func (b *bench) cold() error {
 }
 
 func (b *bench) start() (smolvm.VMInfo, error) {
-	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{}, smolvm.CreateOptions{})
+	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{Image: b.image}, smolvm.CreateOptions{})
 	if err != nil {
 		return vm, err
 	}

@@ -32,7 +32,7 @@ type starting struct {
 // begin creates and starts a VM, and runs its first command.
 func (b *bench) begin(opts smolvm.StartOptions, method smolvm.StartMethod) (starting, error) {
 	began := time.Now()
-	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{}, smolvm.CreateOptions{})
+	vm, err := b.m.Create(b.ctx, smolvm.VMConfig{Image: b.image}, smolvm.CreateOptions{})
 	if err != nil {
 		return starting{}, err
 	}

@@ -34,10 +34,19 @@ func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smo
 	if err := m.budget.Check(); err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
 	}
+	kernelName := ""
+	if opts.Kernel == "" && opts.ModulesDir == "" {
+		used, _, err := m.kernels.Used()
+		if err != nil {
+			return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
+		}
+		opts.Kernel, kernelName = used.Path, used.Name
+	}
 	built, err := m.images.Build(ctx, image.Recipe{
 		Name:       opts.Name,
 		Agent:      agentPath,
 		Kernel:     opts.Kernel,
+		KernelName: kernelName,
 		ModulesDir: opts.ModulesDir,
 		Rootfs:     opts.Rootfs,
 		Force:      opts.Force,
@@ -154,7 +163,7 @@ func (m *Manager) PruneImages(ctx context.Context) ([]smolvm.Image, error) {
 		return len(created) > 0, err
 	})
 	step.Reached(ctx, "image prune/removed")
-	return gone, errors.Join(err, m.catalog.Prune(ctx), os.RemoveAll(m.dir.BuildCaches()), m.dropTemplates(ctx))
+	return gone, errors.Join(err, m.catalog.Prune(ctx), os.RemoveAll(m.dir.BuildCaches()), m.kernels.Prune(), m.dropTemplates(ctx))
 }
 
 // imageUsers says by digest what is based on an image, in words.
@@ -236,7 +245,13 @@ func (m *Manager) baseImage(ctx context.Context, progress func(smolvm.Progress))
 		}
 		return smolvm.Image{}, err
 	}
-	return m.images.Ensure(ctx, image.Recipe{Name: ref, Agent: agentPath, Progress: progress})
+	kernel, _, err := m.kernels.Used()
+	if err != nil {
+		return smolvm.Image{}, err
+	}
+	return m.images.Ensure(ctx, image.Recipe{
+		Name: ref, Agent: agentPath, Kernel: kernel.Path, KernelName: kernel.Name, Progress: progress,
+	})
 }
 
 // agentPath finds the agent program.

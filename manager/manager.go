@@ -20,6 +20,7 @@ import (
 	"github.com/smolvm/smolvm/internal/host"
 	"github.com/smolvm/smolvm/internal/image"
 	"github.com/smolvm/smolvm/internal/image/distro"
+	"github.com/smolvm/smolvm/internal/image/kernelbuild"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
@@ -51,7 +52,9 @@ type Manager struct {
 	catalog *catalog.Catalog
 	// packaged builds images of the distribution's packages.
 	packaged *distroimage.Images
-	host     *host.Host
+	// kernels builds kernels for guests.
+	kernels *kernelbuild.Store
+	host    *host.Host
 	// machines says what a VMM is to run for a VM.
 	machines *machine.Builder
 
@@ -153,6 +156,7 @@ func open(ctx context.Context, config Config) (*Manager, error) {
 	}
 	m.catalog = &catalog.Catalog{Bootable: images, OCI: oci, Base: m.baseImage, IsBuiltIn: distro.IsBuiltIn, MaxBytes: imageBytes, InUse: m.imageInUse}
 	m.packaged = m.newPackaged(m.catalog)
+	m.kernels = &kernelbuild.Store{Dir: m.dir.Kernels(), Open: m.openPackages}
 	m.wire(templates)
 	return m, nil
 }

@@ -20,7 +20,7 @@ of registries have docker's names, such as python:3.12-slim or ghcr.io/owner/ima
 		Args: cobra.ArbitraryArgs,
 		RunE: a.requireSubcommand,
 	}
-	cmd.AddCommand(a.imageLsCommand(), a.imagePullCommand(), a.imageBuildCommand(), a.imageCommitCommand(),
+	cmd.AddCommand(a.imageLsCommand(), a.imagePullCommand(), a.imageBuildCommand(), a.imageKernelCommand(), a.imageCommitCommand(),
 		a.imageImportCommand(), a.imageExportCommand(), a.imagePushCommand(), a.imageTagCommand(), a.imageHistoryCommand(), a.imageInspectCommand(),
 		a.imageRmCommand(), a.imagePruneCommand())
 	return cmd

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/imagetest"
 )
 
@@ -29,7 +30,8 @@ func noData() map[string]string {
 	return map[string]string{
 		"": group, "port": group, "policy": group, "snapshot": group, "image": group, "template": group, "pool": group,
 		"run": stream, "exec": stream, "shell": stream, "cp": stream, "logs": stream, "completion": stream,
-		"image push": quiet, "image tag": quiet, "image export": stream,
+		"image kernel": "it builds for a quarter of an hour; what it prints is checked as it is",
+		"image push":   quiet, "image tag": quiet, "image export": stream,
 		"rm": names, "port rm": names, "snapshot rm": names, "image rm": names, "template rm": names, "pool rm": names,
 	}
 }
@@ -115,6 +117,11 @@ func TestJSONStyle(t *testing.T) {
 	h.output("rm", "web", "own")
 	h.output("image", "rm", "committed")
 	removePulled(t, h)
+	built, err := json.Marshal(smolvm.Kernel{Name: "linux-source-6.1 6.1.1-1 smolvm-123456789abc", CreatedAt: time.Now().UTC()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	style.stream("image kernel", string(built))
 	style.done()
 
 	// Whatever command there is has been run, or has a reason.

@@ -94,7 +94,7 @@ func (a *app) requireSubcommand(cmd *cobra.Command, args []string) error {
 func (a *app) does(run func(cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		a.ran = true
-		a.makes = slices.Contains([]string{"create", "run", "build", "set", "doctor"}, cmd.Name())
+		a.makes = slices.Contains([]string{"create", "run", "build", "kernel", "pull", "import", "set", "doctor"}, cmd.Name())
 		return run(cmd, args)
 	}
 }

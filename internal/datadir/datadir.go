@@ -6,6 +6,7 @@
 //	disks/            the VMs' own disks, retained ones too
 //	layers/           disks that other disks are based on
 //	images/           images by digest
+//	kernels/          kernels that were built for guests
 //	oci/              OCI images: layers, manifests and names
 //	templates/        saved VMs, by kind
 //	snapshots/        saved VMs, by name
@@ -34,6 +35,7 @@ const (
 	disksName     = "disks"
 	layersName    = "layers"
 	imagesName    = "images"
+	kernelsName   = "kernels"
 	ociName       = "oci"
 	templatesName = "templates"
 	snapshotsName = "snapshots"

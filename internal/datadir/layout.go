@@ -29,6 +29,9 @@ func (l Layout) LayersLock() string { return l.path(layersName, ".lock") }
 // Images returns the directory of the image store.
 func (l Layout) Images() string { return l.path(imagesName) }
 
+// Kernels returns the directory of the kernels that were built for guests.
+func (l Layout) Kernels() string { return l.path(kernelsName) }
+
 // BuildCaches returns the directory of what builds of Dockerfiles keep in cache mounts.
 func (l Layout) BuildCaches() string { return l.path(cacheName, "build") }
 

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -233,7 +234,7 @@ type ingredients struct {
 // gather finds the ingredients, fetching those that the recipe does not name.
 func (b *builder) gather(ctx context.Context) (ingredients, error) {
 	found := ingredients{kernel: b.recipe.Kernel, modules: b.recipe.ModulesDir, rootfs: b.recipe.Rootfs}
-	for _, path := range []string{found.kernel, found.rootfs} {
+	for _, path := range []string{cmp.Or(b.recipe.KernelName, found.kernel), found.rootfs} {
 		if path != "" {
 			b.source = append(b.source, path)
 		}

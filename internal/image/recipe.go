@@ -29,6 +29,9 @@ type Recipe struct {
 	// Kernel is a kernel file, with its modules in ModulesDir. Empty: from the
 	// distribution's packages.
 	Kernel, ModulesDir string
+	// KernelName stands for Kernel where it is said what an image was made of, and changes with what
+	// is in it: an image stays as it is when the file is elsewhere. Empty: its path, size and time.
+	KernelName string
 	// Rootfs is a disk image with a file system, or a directory. Empty: busybox,
 	// from the distribution's packages.
 	Rootfs string
@@ -84,6 +87,10 @@ func (r Recipe) key(agentHash string) (string, error) {
 	var files [3]string
 	for i, path := range []string{r.Kernel, r.ModulesDir, r.Rootfs} {
 		if path == "" {
+			continue
+		}
+		if i == 0 && r.KernelName != "" {
+			files[i] = r.KernelName
 			continue
 		}
 		var err error

@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// Child is a process that was started by [Start]. It is killed by the kernel when
-// this process dies.
+// Child is a process that was started by [Start]. It gets a signal of the kernel's when
+// this process dies, which kills it by default.
 type Child struct {
 	pid  int
 	done chan struct{}
@@ -32,7 +32,8 @@ type Child struct {
 	proc   *os.Process
 }
 
-// Start starts cmd. Its SysProcAttr may be set; the parent-death signal is added.
+// Start starts cmd. Its SysProcAttr may be set; the parent-death signal is added, SIGKILL if it
+// has none.
 //
 // The kernel sends that signal when the *thread* that forked the child ends, which
 // in Go may be at any time. So the goroutine that forks keeps its thread to itself
@@ -49,7 +50,9 @@ func StartIn(cmd *exec.Cmd, within func(fork func() error) error) (*Child, error
 	if cmd.SysProcAttr != nil {
 		*attr = *cmd.SysProcAttr
 	}
-	attr.Pdeathsig = syscall.SIGKILL
+	if attr.Pdeathsig == 0 {
+		attr.Pdeathsig = syscall.SIGKILL
+	}
 	cmd.SysProcAttr = attr
 
 	child := &Child{done: make(chan struct{})}
