@@ -152,7 +152,11 @@ func TestSuite(t *testing.T) {
 			}
 		})
 	}
-	for project, want := range map[string]string{"python": "3 passed", "node": "# pass 1\n"} {
+	dockerfiles := map[string]string{"python": "3 passed"}
+	if os.Getenv(devEnv) != "" { // npm takes long to start where there is no KVM
+		dockerfiles["node"] = "# pass 1\n"
+	}
+	for project, want := range dockerfiles {
 		t.Run("Dockerfile of "+project, func(t *testing.T) {
 			before := packages.fetched.Load()
 			if got := byDockerfile(t, m, image, project, packages); !strings.Contains(got, want) {
