@@ -1,5 +1,5 @@
 # The targets of the README. Each works on a fresh checkout.
-.PHONY: help quickstart build test test-kvm test-kernel compat race cover test-deps lint vuln fuzz bench bench-net bench-kernel soak release-check clean
+.PHONY: help quickstart build test test-dev test-kernel test-kvm compat race cover test-deps lint vuln fuzz bench bench-net bench-kernel soak release-check clean
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -23,6 +23,7 @@ help:
 	@echo 'make test        run all tests, on real VMs, and on KVM'
 	@echo 'make test-kvm    run its part that needs KVM, in a VM where this host has none'
 	@echo 'make test-kernel build a kernel for guests, and boot it'
+	@echo 'make test-dev    run the tests of a Python and a Node project in VMs of the image dev'
 	@echo 'make compat      run VMs of the previous build by this one, and the other way round'
 	@echo 'make race        run the tests that need no VM under the race detector'
 	@echo 'make cover       the same, and how much of the engine they run, which has a least'
@@ -70,6 +71,10 @@ test-kvm: test-deps
 # guests can do with it what Docker and smolvm need. No part of make test.
 test-kernel: test-deps
 	SMOLVM_TEST_KERNEL=1 $(GO) test -count=1 -v -timeout 90m -run '^TestKernelOfOurs' ./manager
+
+# What make test does in a small image of packages, in the image dev, which takes minutes to build.
+test-dev: test-deps
+	SMOLVM_TEST_DEV=1 $(GO) test -count=1 -v -timeout 40m ./examples/suite
 
 # Part of make test. A shallow clone lacks the commit of the previous build; it is fetched
 # from where the clone came from, if that can be reached.

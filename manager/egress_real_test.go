@@ -12,29 +12,14 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
-
-// hostsAddress returns an address of the host's, and not of loopback.
-func hostsAddress(t *testing.T) netip.Addr {
-	t.Helper()
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, candidate := range addrs {
-		if prefix, err := netip.ParsePrefix(candidate.String()); err == nil && prefix.Addr().Is4() && prefix.Addr().IsGlobalUnicast() {
-			return prefix.Addr()
-		}
-	}
-	t.Skip("the host has no address but that of loopback")
-	return netip.Addr{}
-}
 
 // serveWelcome serves who connects to an address of the host's, with a word and nothing else, and
 // returns where.
 func serveWelcome(t *testing.T) netip.AddrPort {
 	t.Helper()
-	listener, err := net.Listen("tcp4", netip.AddrPortFrom(hostsAddress(t), 0).String())
+	listener, err := net.Listen("tcp4", netip.AddrPortFrom(testenv.HostAddress(t), 0).String())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -60,7 +60,7 @@ func newSecretServer(t *testing.T, token, authorityFile string) *secretServer {
 	if err := os.WriteFile(authorityFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	listener, err := net.Listen("tcp4", netip.AddrPortFrom(hostsAddress(t), 0).String())
+	listener, err := net.Listen("tcp4", netip.AddrPortFrom(testenv.HostAddress(t), 0).String())
 	if err != nil {
 		t.Fatal(err)
 	}
