@@ -168,6 +168,9 @@ type Images interface {
 	RemoveImage(ctx context.Context, ref string) error
 	// PruneImages removes the images that nothing uses and that have no name.
 	PruneImages(ctx context.Context) ([]Image, error)
+	// PruneCaches removes what builds of images of packages have fetched and kept for the next one,
+	// unless one is under way, and returns how many bytes that freed.
+	PruneCaches(ctx context.Context) (int64, error)
 }
 
 // Templates keeps saved VMs that others are cloned from. They make themselves; see

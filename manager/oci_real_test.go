@@ -18,8 +18,8 @@ import (
 	"github.com/smolvm/smolvm/manager"
 )
 
-// An image needs nothing but its program: no shell, no C library, no directory. What it says of
-// the program is obeyed in a VM that boots as in one that is a clone.
+// An image needs nothing but its program: no shell, no C library, no directory, not even the one that
+// its program is run in. What it says of the program is obeyed in a VM that boots as in one that is a clone.
 func TestImageFromRegistry(t *testing.T) {
 	t.Parallel()
 	m := openFast(t)
@@ -27,7 +27,7 @@ func TestImageFromRegistry(t *testing.T) {
 	ref := registrytest.New(t).Host + "/scratch"
 	program := testenv.Build(t, "github.com/smolvm/smolvm/internal/testenv/sayargs")
 	registrytest.Push(t, ref, map[string]string{"sayargs": string(program)}, v1.Config{
-		Entrypoint: []string{"/sayargs", "one"}, Cmd: []string{"two"}, Env: []string{"GREETING=hello", "PATH=/"}, User: "1000:50", WorkingDir: "/proc",
+		Entrypoint: []string{"/sayargs", "one"}, Cmd: []string{"two"}, Env: []string{"GREETING=hello", "PATH=/"}, User: "1000:50", WorkingDir: "/not/there",
 		StopSignal: "SIGUSR1", ExposedPorts: map[string]struct{}{"80/tcp": {}}, Labels: map[string]string{"org.example.kind": "test"},
 	})
 	config := smolvm.VMConfig{Image: ref}
@@ -36,8 +36,8 @@ func TestImageFromRegistry(t *testing.T) {
 		command smolvm.Command
 		want    string
 	}{
-		"as it is":   {config, smolvm.Command{}, `1000:50 /proc "hello" ["/sayargs" "one" "two"]`},
-		"arguments":  {config, smolvm.Command{Args: []string{"three"}}, `1000:50 /proc "hello" ["/sayargs" "one" "three"]`},
+		"as it is":   {config, smolvm.Command{}, `1000:50 /not/there "hello" ["/sayargs" "one" "two"]`},
+		"arguments":  {config, smolvm.Command{Args: []string{"three"}}, `1000:50 /not/there "hello" ["/sayargs" "one" "three"]`},
 		"overridden": {smolvm.VMConfig{Image: ref, Entrypoint: []string{"sayargs"}, User: "7", WorkingDir: "/", Env: map[string]string{"GREETING": "bye"}}, smolvm.Command{}, `7:0 / "bye" ["sayargs"]`},
 	} {
 		result, err := m.Run(ctx, test.config, test.command)
@@ -57,7 +57,7 @@ func TestImageFromRegistry(t *testing.T) {
 		t.Errorf("it was started by %+v", vm.Start)
 	}
 	var out bytes.Buffer
-	if _, err := m.Exec(ctx, vm.ID, smolvm.Command{Args: []string{"sayargs"}, Stdout: &out}); err != nil || out.String() != `1000:50 /proc "hello" ["sayargs"]`+"\n" {
+	if _, err := m.Exec(ctx, vm.ID, smolvm.Command{Args: []string{"sayargs"}, Stdout: &out}); err != nil || out.String() != `1000:50 /not/there "hello" ["sayargs"]`+"\n" {
 		t.Errorf("executed it says %q, %v", out.String(), err)
 	}
 	stopBySignal(t, m, vm.ID)

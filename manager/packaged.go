@@ -19,6 +19,17 @@ func (m *Manager) newPackaged(all *catalog.Catalog) *distroimage.Images {
 	}
 }
 
+// PruneCaches removes what builds of images of packages have fetched and kept for the next one,
+// unless one is under way, and returns how many bytes that freed.
+func (m *Manager) PruneCaches(ctx context.Context) (int64, error) {
+	began := time.Now()
+	freed, err := m.packaged.Prune()
+	if freed > 0 {
+		m.note(ctx, "", "cache-prune", began, fmt.Sprintf("%d bytes", freed))
+	}
+	return freed, err
+}
+
 // buildPackaged builds an image of packages.
 func (m *Manager) buildPackaged(ctx context.Context, opts smolvm.BuildOptions) (smolvm.Image, error) {
 	began := time.Now()

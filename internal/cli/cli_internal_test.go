@@ -314,3 +314,15 @@ func TestFormats(t *testing.T) {
 		}
 	}
 }
+
+func TestBoots(t *testing.T) {
+	for want, config := range map[string]smolvm.VMConfig{
+		"python:3":     {Image: "python:3"},
+		"0123456789ab": {Image: "sha256:" + strings.Repeat("0123456789abcdef", 4)},
+		"vmlinux":      {KernelPath: "/boot/vmlinux"},
+	} {
+		if got := boots(config); got != want {
+			t.Errorf("it boots %q, want %q", got, want)
+		}
+	}
+}

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"fmt"
 	"strings"
 	"time"
 
@@ -184,13 +185,19 @@ func (a *app) imageRmCommand() *cobra.Command {
 
 func (a *app) imagePruneCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:               "prune",
-		Short:             "Remove all images that no VM uses and that have no name",
+		Use:   "prune",
+		Short: "Remove all images that no VM uses and that have no name",
+		Long: `Remove all images that no VM uses and that have no name, the cache of Dockerfiles' steps,
+and the distribution's packages that were kept for the next build.`,
 		Args:              needs(0, 0, "no arguments"),
 		ValidArgsFunction: words(),
 		RunE: a.does(func(cmd *cobra.Command, _ []string) error {
 			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				images, err := m.PruneImages(cmd.Context())
+				if err != nil {
+					return err
+				}
+				caches, err := m.PruneCaches(cmd.Context())
 				if err != nil {
 					return err
 				}
@@ -204,7 +211,11 @@ func (a *app) imagePruneCommand() *cobra.Command {
 						return err
 					}
 				}
-				a.errorf("smolvm: removed %d images, %s", len(images), byteSize(freed))
+				text := fmt.Sprintf("smolvm: removed %d images, %s", len(images), byteSize(freed))
+				if caches > 0 {
+					text += fmt.Sprintf(", and packages that were kept for the next build, %s", byteSize(caches))
+				}
+				a.errorf("%s", text)
 				return nil
 			})
 		}),

@@ -140,6 +140,9 @@ func vmStateCell(vm smolvm.VMInfo) cell {
 // boots returns what a VM boots, in one word.
 func boots(config smolvm.VMConfig) string {
 	if config.UsesImage() {
+		if strings.HasPrefix(config.Image, "sha256:") {
+			return shortDigest(config.Image) // as docker shows an image without a name
+		}
 		return config.Image
 	}
 	return filepath.Base(config.KernelPath)

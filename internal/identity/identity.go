@@ -24,8 +24,10 @@ type Guest struct {
 	// AuthorizedKeys are lines that [ParseAuthorizedKey] accepts, of who may log in.
 	AuthorizedKeys []string
 	// Env are variables of every command that is run in the guest.
-	Env     map[string]string
-	Network *wire.Network
+	Env map[string]string
+	// WorkingDir is the directory of commands that name none, which is made if it is missing.
+	WorkingDir string
+	Network    *wire.Network
 }
 
 // Hello returns what the guest is told of itself. Whoever has the client key may log in too.
@@ -48,6 +50,7 @@ func (g Guest) Hello(client ssh.PublicKey) (*wire.Hello, error) {
 		HostKey:        host,
 		AuthorizedKeys: authorized,
 		Env:            g.Env,
+		WorkingDir:     g.WorkingDir,
 		Network:        g.Network,
 	}, nil
 }

@@ -183,6 +183,7 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 			HostKey:        vm.HostKey,
 			AuthorizedKeys: vm.Config.AuthorizedKeys,
 			Env:            vm.Config.Env,
+			WorkingDir:     vm.Config.WorkingDir,
 			Network:        identity.NetworkOf(at),
 		}.Hello(client.PublicKey())
 		if err != nil {

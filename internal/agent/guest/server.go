@@ -48,6 +48,7 @@ type identity struct {
 	trusted *ssh.ServerConfig // does not
 	hostKey ssh.PublicKey
 	env     []string
+	workDir string // made when a command is to be run in it
 }
 
 // NewServer returns a server that refuses everybody until it has an identity.
@@ -91,7 +92,7 @@ func (s *Server) SetIdentity(hello wire.Hello) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.identity = identity{config: config, trusted: trusted, hostKey: signer.PublicKey(), env: env}
+	s.identity = identity{config: config, trusted: trusted, hostKey: signer.PublicKey(), env: env, workDir: hello.WorkingDir}
 	return nil
 }
 
@@ -165,7 +166,7 @@ func (s *Server) servePlain(conn stream.Peeked, identity identity) {
 		refuse(channel, err)
 		return
 	}
-	login{server: s, user: user, env: identity.env}.handle(channel)
+	login{server: s, user: user, env: identity.env, workDir: identity.workDir}.handle(channel)
 }
 
 // fingerprint returns the fingerprint of the host key; empty if there is no key yet.
@@ -199,7 +200,7 @@ func (s *Server) serve(conn net.Conn, identity identity, config *ssh.ServerConfi
 	if err != nil {
 		return
 	}
-	login := login{server: s, user: user, env: identity.env}
+	login := login{server: s, user: user, env: identity.env, workDir: identity.workDir}
 	for channel := range channels {
 		go login.handle(channel)
 	}
@@ -220,6 +221,8 @@ type login struct {
 	server *Server
 	user   account
 	env    []string
+	// workDir is made when a command is to be run in it.
+	workDir string
 }
 
 func (l login) handle(channel ssh.NewChannel) {

@@ -215,3 +215,48 @@ func TestLookPath(t *testing.T) {
 		}
 	}
 }
+
+// A working directory that is missing is made in the root, whatever links are on its way.
+func TestMakeWorkingDir(t *testing.T) {
+	outside := t.TempDir()
+	for name, test := range map[string]struct {
+		dir  string
+		made string // in the root; empty: nothing
+		ok   bool
+	}{
+		"missing":                {"/a/b/c", "a/b/c", true},
+		"there":                  {"/there", "there", true},
+		"partly there":           {"/there/more", "there/more", true},
+		"a link in the root":     {"/link/more", "there/more", true},
+		"a link out of the root": {"/out/more", "", false},
+		"a link to above":        {"/above/more", "more", true},
+		"a link to nowhere":      {"/nowhere/more", "", false},
+		"a file on its way":      {"/file/more", "", true}, // the command's start says it
+		"dots":                   {"/../../d/./e", "d/e", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := t.TempDir()
+			links := map[string]string{"link": "there", "out": outside, "above": "../../..", "nowhere": "no/such"}
+			for name, to := range links {
+				if err := os.Symlink(to, filepath.Join(root, name)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := errors.Join(os.Mkdir(filepath.Join(root, "there"), 0o700), os.WriteFile(filepath.Join(root, "file"), nil, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			if err := makeWorkingDir(root, test.dir); (err == nil) != test.ok {
+				t.Errorf("it ends with %v", err)
+			}
+			if test.made != "" {
+				info, err := os.Stat(filepath.Join(root, test.made))
+				if err != nil || !info.IsDir() || test.made != "there" && info.Mode().Perm() != 0o755 {
+					t.Errorf("the directory is %v (%v)", info, err)
+				}
+			}
+			if left, err := os.ReadDir(outside); err != nil || len(left) > 0 {
+				t.Errorf("outside of the root is %v (%v)", left, err)
+			}
+		})
+	}
+}

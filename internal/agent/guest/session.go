@@ -3,10 +3,12 @@ package guest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 
 	"github.com/pkg/sftp"
@@ -36,6 +38,9 @@ func (l login) exec(newChannel ssh.NewChannel) {
 	var user account
 	if err = request.Unpack(channel); err == nil {
 		user, err = l.commandUser(request)
+	}
+	if err == nil && request.Dir != "" && request.Dir == l.workDir {
+		err = makeWorkingDir("/", request.Dir)
 	}
 	if err != nil {
 		go ssh.DiscardRequests(requests)
@@ -77,6 +82,20 @@ func workingDir(asked string, user account) string {
 		return user.home
 	}
 	return "/"
+}
+
+// makeWorkingDir makes the directory that the VM's configuration has for commands, and those above
+// it, as far as they are missing: root's, with mode 0755, as docker does. Links lead to places in
+// the root; what is made is never made through a link that leads nowhere.
+func makeWorkingDir(root, dir string) error {
+	if _, err := os.Stat(filepath.Join(root, dir)); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return nil // what is wrong with it the start of the command says
+	}
+	made, err := makeDirIn(root, dir)
+	if err != nil {
+		return fmt.Errorf("make the working directory %s: %w", dir, err)
+	}
+	return made.Close()
 }
 
 // environment returns the variables of a command of the user. Of two with the same name the

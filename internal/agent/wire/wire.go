@@ -134,6 +134,9 @@ type Hello struct {
 	Seed []byte `json:"seed"`
 	// Env is added to the environment of every command.
 	Env map[string]string `json:"env,omitempty"`
+	// WorkingDir is a directory that is made, with those above it, when a command is to be run
+	// in it and it is missing. Empty: none. An agent that does not know of it makes none.
+	WorkingDir string `json:"working_dir,omitempty"`
 	// Authority is the certificate, as PEM, of an authority that the guest's programs are to
 	// trust. It takes the place of the one before. Empty: there is none.
 	Authority []byte `json:"authority,omitempty"`

@@ -65,12 +65,15 @@ func (b Builder) say(phase string, done, total int64) {
 	}
 }
 
+// LockName is the name of the file in a [Builder]'s directory that is locked while an image is built.
+const LockName = "lock"
+
 // Lock waits until no other process builds in the directory. The caller unlocks.
 func (b Builder) Lock(ctx context.Context) (unlock func(), err error) {
 	if err := os.MkdirAll(b.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	if unlock, err = flock.At(ctx, filepath.Join(b.Dir, "lock")); err != nil {
+	if unlock, err = flock.At(ctx, filepath.Join(b.Dir, LockName)); err != nil {
 		return nil, fmt.Errorf("wait for another build: %w", err)
 	}
 	return unlock, nil
