@@ -17,6 +17,7 @@ type vmFlags struct {
 	config  smolvm.VMConfig
 	egress  egressFlags
 	secrets secretFlags
+	health  healthFlags
 	pull    smolvm.PullPolicy
 	quiet   bool
 }
@@ -65,6 +66,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&config.Init, "init", "", "run the image's own init at `PATH` as the first process (default: what the image says, or /sbin/init)")
 	flags.Lookup("init").NoOptDefVal = smolvm.InitAuto
 	flags.StringVar(&config.StopSignal, "stop-signal", "", "`SIGNAL` for the VM's processes when it is stopped (default: the image's, else SIGTERM)")
+	f.health.register(cmd)
 	flags.Func("entrypoint", "run `PROGRAM` in place of the image's entrypoint; empty for none", func(text string) error {
 		config.Entrypoint = []string{text}
 		return nil
@@ -184,6 +186,10 @@ func (f *vmFlags) resolve(a *app, image string) (config smolvm.VMConfig, err err
 	if config.Secrets, err = f.secrets.all(); err != nil {
 		return config, err
 	}
+	if config.Healthcheck, err = f.health.check(); err != nil {
+		return config, err
+	}
+	config.NoHealthcheck = f.health.none
 	config.Image = image
 	config.Backend = a.backend
 	if !f.quiet {
