@@ -12,11 +12,11 @@ const (
 	ChangeDeleted ChangeKind = "deleted"
 )
 
-// Change is a file or directory that is not in a guest as it is on the host. What is below an added
-// or deleted directory is told of for added ones only.
+// Change is a file or directory that is not in a guest as it is on the host. What is in an added
+// directory is a change of its own, and what is in a deleted one is not.
 type Change struct {
 	Kind ChangeKind `json:"kind"`
-	// Path is that in the guest.
+	// Path is the path in the guest.
 	Path string `json:"path"`
 }
 

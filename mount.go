@@ -21,7 +21,7 @@ type MountMode string
 const (
 	// MountReadWrite lets the guest change the directory. It is the default.
 	MountReadWrite MountMode = "rw"
-	// MountReadOnly does not, which the host sees to.
+	// MountReadOnly keeps the guest from changing the directory: the host refuses it.
 	MountReadOnly MountMode = "ro"
 	// MountOverlay lets the guest change what it sees of the directory, and keeps its changes apart,
 	// on the VM's disk: see [Changes]. A file that the guest has changed is no longer seen as it is
@@ -41,8 +41,8 @@ type Mount struct {
 	Target string `json:"target"`
 	// Mode is "rw" (the default), "ro" or "overlay".
 	Mode MountMode `json:"mode"`
-	// Since is set by Create for an overlay, and by Apply: what has changed on the host after it is
-	// not what the guest's changes were made of.
+	// Since is when the guest's changes of an overlay began: Create sets it, and Apply anew. Files that
+	// have changed on the host since then are not those that the guest has changed.
 	Since time.Time `json:"seen_at,omitzero"`
 }
 

@@ -255,8 +255,8 @@ func notFound(text string, why error) error {
 	}
 }
 
-// NewName reads the name that an image is to get which is made here. One that means an image of
-// smolvm's own is refused, as it would never mean this one.
+// NewName reads the name of an image that is to be made here. A name that means an image of smolvm's
+// own is refused, as it would never mean the new one.
 func (c *Catalog) NewName(ctx context.Context, text string) (ociref.Ref, error) {
 	ref, err := ociref.Parse(text)
 	if err != nil {

@@ -82,8 +82,8 @@ func (c *Catalog) fromDaemon(ctx context.Context, socket string, opts ocistore.I
 	return nil, errors.Join(errs...)
 }
 
-// requireOCI finds an image that is one of the OCI's. That an image is none is an error that matches
-// [smolvm.ErrUnsupported].
+// requireOCI finds an OCI image. The error matches [smolvm.ErrUnsupported] if it is an image without
+// layers.
 func (c *Catalog) requireOCI(ctx context.Context, text string) (ocistore.Image, error) {
 	found, err := c.Find(ctx, text)
 	if err != nil {

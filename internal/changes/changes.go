@@ -54,8 +54,8 @@ type Plan struct {
 type Options struct {
 	// Since is the time after which changes on the host are conflicts.
 	Since time.Time
-	// Ignore are directories, as paths in the one that is compared, that don't count as added: others
-	// are mounted there.
+	// Ignore are paths of directories, in the one that is compared, which don't count as added, as
+	// others are mounted there.
 	Ignore []string
 }
 

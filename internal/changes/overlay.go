@@ -29,7 +29,8 @@ type Source struct {
 	Mounts []smolvm.Mount
 	// Send has the guest write its changes as an archive.
 	Send func(ctx context.Context, w io.Writer) error
-	// TempDir is a directory for the archive, which may have Limit bytes.
+	// TempDir is the directory in which the archive is kept, in a file without a name, and Limit how
+	// long it may be, in bytes.
 	TempDir string
 	Limit   int64
 }
@@ -69,7 +70,7 @@ func (o *Overlay) fill(ctx context.Context, from Source) error {
 	return err
 }
 
-// Close forgets the changes.
+// Close gives up the archive and the directory.
 func (o *Overlay) Close() {
 	_ = o.root.Close()
 	_ = o.spool.Close()

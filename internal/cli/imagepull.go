@@ -17,8 +17,8 @@ NAME is as docker has it: python is docker.io/library/python:latest. Credentials
 that docker login and podman login have stored. Registries on this host itself may speak
 plain http.`
 
-// tellHidden tells that a name means an image that was built here, and not the one of a registry
-// that is here too.
+// tellHidden warns the user if a name means an image that was built here, and not the one of a
+// registry that is here too.
 func (a *app) tellHidden(ctx context.Context, m smolvm.Service, name string) {
 	found, err := m.Image(ctx, name)
 	if err != nil || !slices.Contains(found.Names, name) || len(found.Hides) == 0 {

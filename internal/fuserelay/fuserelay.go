@@ -136,7 +136,8 @@ func (f *FS) answers(conn io.Reader, notices chan<- []byte) error {
 		unique, code := binary.NativeEndian.Uint64(buffer[8:]), binary.NativeEndian.Uint32(buffer[4:])
 		if unique == 0 && code == entryNotice {
 			// It waits for whoever uses the directory, who may wait for an answer of ours.
-			// If too many wait already, the kernel asks again when what it was told is over.
+			// If too many wait already, it is dropped: the kernel asks again when the
+			// time is over for which an answer is valid.
 			select {
 			case notices <- append([]byte(nil), buffer[:size]...):
 			default:

@@ -94,7 +94,8 @@ func (d *Dir) withNode(n *node, handle uint64, do func(fd int) error) error {
 	return do(h.fd)
 }
 
-// kernelFS are file systems that are no files of anybody's, and by which processes are steered.
+// kernelFS are the file systems in which the kernel shows and controls its own state, and has no
+// files of users.
 var kernelFS = map[int64]bool{
 	unix.PROC_SUPER_MAGIC: true, unix.SYSFS_MAGIC: true, unix.SECURITYFS_MAGIC: true, unix.DEBUGFS_MAGIC: true,
 	unix.TRACEFS_MAGIC: true, unix.CGROUP_SUPER_MAGIC: true, unix.CGROUP2_SUPER_MAGIC: true, unix.BPF_FS_MAGIC: true,

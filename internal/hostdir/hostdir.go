@@ -102,7 +102,7 @@ func (d *Dir) prepare() error {
 	return nil
 }
 
-// SetOwner says which user and group of the guest everything is owned by: root without. It is called
+// SetOwner sets the user and group of the guest who own everything, by default root. It is called
 // before [Dir.Serve].
 func (d *Dir) SetOwner(uid, gid uint32) { d.uid, d.gid = uid, gid }
 

@@ -40,7 +40,7 @@ func (m *mounts) close() {
 	m.dirs, m.cancel = nil, nil
 }
 
-// begin has all that is served from now on end with the next close.
+// begin makes the next close end all that is served from now on.
 func (m *mounts) begin(cancel context.CancelFunc) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

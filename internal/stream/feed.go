@@ -9,9 +9,9 @@ import (
 // errFed is what a writer gets when nobody reads any more.
 var errFed = errors.New("nobody reads it any more")
 
-// Feed has read read what write writes, in a goroutine of its own. It returns when both have ended:
-// with the error of write, if there is one that read has not ended with another before. The context
-// of write is done when read has failed.
+// Feed connects write, which runs in a goroutine of its own, to read by a pipe, and returns when both
+// have ended: with the error of write, unless read failed before with one of its own. The context of
+// write is done when read has failed.
 func Feed(ctx context.Context, write func(ctx context.Context, w io.Writer) error, read func(r io.Reader) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -100,8 +100,8 @@ func (k *Known) parse(text string) error {
 
 // has reports whether a file is in lower layers as it is now. A file that was ever changed
 // since it was written to its image has another time of its last change of state than
-// [Untouched], whatever its other times say. Of one that was moved with its directory that
-// time stays: so all else is compared.
+// [Untouched], whatever its other times say. That time stays for a file that is moved with
+// its directory, so all else is compared too.
 func (b *Base) has(dir int, name, path string, stat *unix.Stat_t) bool {
 	known, ok := b.files[path]
 	if !ok || stat.Ctim.Sec != Untouched || known.Mode != stat.Mode || known.UID != stat.Uid || known.GID != stat.Gid ||
@@ -124,7 +124,7 @@ func (b *Base) has(dir int, name, path string, stat *unix.Stat_t) bool {
 func (b *Base) isDir(path string) bool { return b.files[path].Mode&unix.S_IFMT == unix.S_IFDIR }
 
 // Untouched is the time of the last change of state, in seconds since 1970, that files have in a
-// root file system that was made of layers: none that a kernel sets.
+// root file system that was made of layers. No kernel sets it, as its clock is later.
 const Untouched = 0
 
 // missing returns what is in a directory in lower layers, and not there any more.

@@ -27,9 +27,9 @@ func pathOf(dir int, name string) string {
 	return "/proc/self/fd/" + strconv.Itoa(dir) + "/" + name
 }
 
-// kept reports whether an extended attribute is part of an image. Those of overlays are how
-// they keep their books; others that begin with "trusted." nothing of an image may rely on, as
-// containerd drops them.
+// kept reports whether an extended attribute is part of an image. In some an
+// overlay keeps its own state. Nothing of an image may rely on others that begin with "trusted.",
+// as containerd drops them.
 func kept(name string) bool {
 	return !strings.HasPrefix(name, "trusted.") && !strings.HasPrefix(name, "user.overlay.") &&
 		name != "security.selinux" && name != "security.ima" && name != "security.evm"

@@ -25,11 +25,11 @@ var (
 	whiteoutMarks = []string{"trusted.overlay.whiteout", "user.overlay.whiteout"}
 )
 
-// Options say what [Write] writes.
+// Options are the options of [Write].
 type Options struct {
-	// Upper says that the directory is the upper one of an overlay file system.
+	// Upper is set if the directory is the upper one of an overlay file system.
 	Upper bool
-	// Base is what lower layers have; nil: there are none, or Upper says what differs.
+	// Base is what lower layers have; nil: there are none, or the directory is an upper one, which has only what differs.
 	Base *Base
 	// Replace returns another content for a file, by its path and by what it holds; nil if it
 	// has none. Only files of at most [MaxReplaced] bytes are asked for. It may be nil.
@@ -137,8 +137,8 @@ func (w *writer) child(dir *os.File, path, name string) error {
 	return &fileError{path, err}
 }
 
-// isMounted reports whether something is mounted on a file that is not to be seen: what is
-// there is another file, with another owner and mode. A directory that lower layers don't have is
+// isMounted reports whether a file is left out because something is mounted on it, which hides the
+// file, and has an owner and a mode of its own. A directory that lower layers don't have is
 // written all the same, without what is in it, as it may be needed.
 func (w *writer) isMounted(path string, stat *unix.Stat_t) bool {
 	if stat.Dev == w.dev {

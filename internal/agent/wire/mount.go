@@ -11,11 +11,11 @@ type Mount struct {
 	// ReadOnly mounts it so.
 	ReadOnly bool `json:"read_only,omitempty"`
 	// Overlay keeps what the guest changes apart, on its own disk, under this name: letters and
-	// digits. Empty: changes are the directory's.
+	// digits. Empty: the guest changes the directory itself.
 	Overlay string `json:"overlay,omitempty"`
-	// User is whom all in it is owned by: [ControlAnswer].Owner says who that is.
+	// User is the owner of all files in it: [ControlAnswer].Owner has the numbers.
 	User string `json:"user,omitempty"`
-	// Again says that the guest has it mounted, and only its stream is another.
+	// Again is set if the guest has it mounted already, and gets another stream for it.
 	Again bool `json:"again,omitempty"`
 }
 

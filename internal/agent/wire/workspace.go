@@ -62,7 +62,7 @@ type PutRequest struct {
 	// Area is the name, of a-z, 0-9 and hyphens, of an area beside the root file system, which
 	// is made if it is not there. Empty: the root file system.
 	Area string `json:"area,omitempty"`
-	// Memory says that the area is in memory, and never on a disk.
+	// Memory keeps the area in memory, and never on a disk.
 	Memory bool `json:"memory,omitempty"`
 	// Drop removes the area instead.
 	Drop bool `json:"drop,omitempty"`

@@ -149,7 +149,7 @@ func (b Builder) fetch(ctx context.Context, recipe Recipe) ([]string, []File, er
 	return debs, imageFiles(b.Release, sources), nil
 }
 
-// instead says what to use on a host without packages of Debian or Ubuntu.
+// instead adds the image to use instead to [ErrNoPackages], and returns other errors as they are.
 func instead(err error, recipe Recipe) error {
 	if !errors.Is(err, ErrNoPackages) {
 		return err
@@ -161,7 +161,7 @@ func instead(err error, recipe Recipe) error {
 	return &smolvm.Error{Hint: fmt.Sprintf("use an OCI image, such as `smolvm run %s`", image), Err: err}
 }
 
-// steps tells of progress in tenths, as each is a line where there is no terminal.
+// steps reports progress in tenths, as each report is a line where there is no terminal.
 func (b Builder) steps(phase string, total int) func(done int) {
 	last := 0
 	return func(done int) {

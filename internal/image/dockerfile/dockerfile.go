@@ -172,8 +172,8 @@ type Copy struct {
 	Files []File
 	// Dest is an absolute path. If it ends with a slash, it is a directory.
 	Dest string
-	// Owner is whose they are, as USER has it. Empty: root's if they are of the context, and
-	// else those of From.
+	// Owner is the user, in the form of USER, who owns the copies. Empty: root for files of the
+	// context, and for others the owner that they have in From.
 	Owner string
 	// Mode changes their permissions: an octal number, or as chmod has it. Empty: as they are.
 	Mode string
@@ -186,7 +186,7 @@ type Copy struct {
 // Mkdir is a directory that is made if it is not there, with those above it.
 type Mkdir struct {
 	Path string
-	// Owner is whose what is made is, as USER has it. Empty: root's.
+	// Owner is the user, in the form of USER, who owns what is made. Empty: root.
 	Owner string
 }
 

@@ -77,7 +77,7 @@ func New(ctx context.Context, text []byte, opts Options) (*Plan, error) {
 	return &p.plan, nil
 }
 
-// errorAt says where something is wrong.
+// errorAt returns an error with the place where something is wrong.
 func (p *planner) errorAt(line int, err error) error {
 	var at *Error
 	if err == nil || errors.As(err, &at) {
@@ -86,7 +86,7 @@ func (p *planner) errorAt(line int, err error) error {
 	return &Error{File: p.opts.Name, Line: line, Err: err}
 }
 
-// explain says where the parser found something wrong.
+// explain returns an error of the parser with the place where it found something wrong.
 func (p *planner) explain(err error) error {
 	line := 0
 	if at := (*parser.LocationError)(nil); errors.As(err, &at) {

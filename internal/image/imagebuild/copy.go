@@ -68,7 +68,7 @@ func (s *stage) storeLayer(ctx context.Context, layer *newLayer) (ocistore.Cache
 	return s.store(ctx, layer.write)
 }
 
-// changeOf says how files are changed, and whose directories are that are made for them.
+// changeOf returns how files are changed, and who owns the directories that are made for them.
 func (s *stage) changeOf(op *dockerfile.Copy, below files.Tree) (change, owner, error) {
 	how := change{time: s.limitTime}
 	if op.Owner != "" {

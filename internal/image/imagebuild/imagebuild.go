@@ -135,8 +135,8 @@ type Result struct {
 	Cached bool
 }
 
-// emptyTime is the time of what no file has one for, without an epoch: the same for every build,
-// and late enough for archives of zip, which know none before 1980.
+// emptyTime is the time of what is made without a time of its own, if there is no epoch. It is the
+// same for every build, and late enough for archives of zip, which know no time before 1980.
 var emptyTime = time.Date(1980, 1, 2, 0, 0, 0, 0, time.UTC)
 
 // builder builds.
@@ -177,7 +177,7 @@ func Build(ctx context.Context, plan *dockerfile.Plan, opts Options) (_ Result, 
 	return Result{Config: config, Layers: target.layers, Cached: b.made == 0}, nil
 }
 
-// errorAt says to which line of the Dockerfile an error belongs.
+// errorAt returns an error with the line of the Dockerfile that it belongs to.
 func (b *builder) errorAt(line int, err error) error {
 	var at *dockerfile.Error
 	if err == nil || errors.As(err, &at) {

@@ -14,7 +14,7 @@ import (
 // maxAccounts is how long a guest's /etc/passwd and /etc/group may be, in bytes.
 const maxAccounts = 4 << 20
 
-// owner is who has a file.
+// owner is the user and the group who own a file.
 type owner struct{ uid, gid uint32 }
 
 // ownerOf finds out who USER[:GROUP] is, by the accounts of an image. A user's number alone is the

@@ -113,7 +113,7 @@ func (l *newLayer) put(name string, file files.File, from item) error {
 	return nil
 }
 
-// change says how files are changed that are copied.
+// change is how files are changed when they are copied.
 type change struct {
 	owner *owner
 	mode  func(mode uint32) uint32 // nil: as it is
@@ -158,8 +158,8 @@ func (l *newLayer) copySelection(one selection, dest string, how change) error {
 	return l.copyDir(one.items, actual, how)
 }
 
-// copyDir copies what is in a directory. That which it is copied to keeps its owner and mode, and
-// those in it that are there already get the source's.
+// copyDir copies what is in a directory. The destination itself keeps its owner and mode if it is
+// there; directories in it get those of the source, also if they are there.
 func (l *newLayer) copyDir(items []item, dest string, how change) error {
 	if err := l.makeDirs(dest); err != nil {
 		return err

@@ -52,8 +52,8 @@ func (s *stage) run(ctx context.Context, op *dockerfile.Run, out io.Writer) (res
 	return result, err
 }
 
-// open has a workspace with all layers so far: a new one, or the one that is there, into which
-// those are put that it has not.
+// open makes sure that there is a workspace with all layers so far: it opens one, or puts the layers
+// that are missing into the one that there is.
 func (s *stage) open(ctx context.Context) error {
 	if s.work == nil {
 		work, err := s.opts.Workspaces.Open(ctx, s.layers)

@@ -30,7 +30,7 @@ type stage struct {
 	history []ocispec.History
 	// inherited is how much of the history is of the image that it is based on.
 	inherited int
-	// count of total steps that are shown are done.
+	// total is how many steps are shown, and count how many of them are done.
 	count, total int
 
 	// selected is what the copy that is being done copies, once its content was read.

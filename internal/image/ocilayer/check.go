@@ -11,8 +11,8 @@ import (
 )
 
 // Check reads the archive of a layer, which is not packed, to its end, and returns the first
-// error that [Unpack] would find in an entry by itself. Whether a hard link has something to
-// lead to, what is below tells.
+// error that [Unpack] would find in an entry by itself. It does not find
+// a hard link that leads to nothing, as that depends on the layers below.
 func Check(ctx context.Context, r io.Reader, limits Limits) error {
 	left := newBudget(limits)
 	summed := &summer{r: r, hash: sha256.New(), left: &left.bytes}

@@ -20,7 +20,7 @@ const cacheDir = "build"
 type CachedLayer struct {
 	// Layer is the layer that the step has made; the zero value if it has changed nothing.
 	Layer Layer `json:"layer"`
-	// CreatedAt is when.
+	// CreatedAt is the time at which it was made.
 	CreatedAt time.Time `json:"created_at"`
 }
 

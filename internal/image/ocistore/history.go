@@ -10,7 +10,7 @@ import (
 
 // Step is one step by which an image was made, as its configuration tells.
 type Step struct {
-	// CreatedAt is when; the zero time if it is not known.
+	// CreatedAt is the time of the step; zero if it is not known.
 	CreatedAt time.Time
 	// CreatedBy is the command, and Comment what was said of it.
 	CreatedBy, Comment string

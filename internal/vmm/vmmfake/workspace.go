@@ -13,8 +13,8 @@ import (
 // committed is the file that the layer of a guest has, with what the guest was told of its image.
 const committed = "committed"
 
-// workspace sends the guest's root file system: one file. All else that a workspace does it knows
-// as little as an agent of an earlier build.
+// workspace sends the guest's root file system, which has one file. It refuses the other operations
+// of workspaces, as an agent of an earlier build does.
 func (g *guest) workspace(newChannel ssh.NewChannel) {
 	var request wire.WorkspaceRequest
 	if json.Unmarshal(newChannel.ExtraData(), &request) != nil || request.Root == nil {
