@@ -26,6 +26,7 @@ const (
 	CodeNotRestored      Code = "not-restored"
 	CodeInvalidState     Code = "invalid-state"
 	CodeBootTimeout      Code = "boot-timeout"
+	CodeUnhealthy        Code = "unhealthy"
 	CodeUnsupported      Code = "unsupported"
 	CodePortInUse        Code = "port-in-use"
 	CodeNoRoom           Code = "no-room"
@@ -71,6 +72,7 @@ func codes() []codeOf {
 		{CodeNotRestored, ErrNotRestored},
 		{CodeInvalidState, ErrInvalidState},
 		{CodeBootTimeout, ErrBootTimeout},
+		{CodeUnhealthy, ErrUnhealthy},
 		{CodeUnsupported, ErrUnsupported},
 		{CodePortInUse, ErrPortInUse},
 		{CodeNoRoom, ErrDiskBudget},

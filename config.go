@@ -195,6 +195,12 @@ type VMConfig struct {
 	// StopSignal is what processes get when the VM is shut down by a stop: a name or a number,
 	// as in "SIGQUIT". Empty: the image's, else SIGTERM, and SIGHUP for shells.
 	StopSignal string `json:"stop_signal,omitempty"`
+	// Healthcheck is how to find out whether what runs in the VM works; see [VMInfo].Health. What
+	// is empty or zero in it is the image's, else 30 s for Interval and Timeout, none for
+	// StartPeriod, 5 s for StartInterval, and 3 for Retries. Nil: the image's, if it has one.
+	Healthcheck *Healthcheck `json:"healthcheck,omitempty"`
+	// NoHealthcheck makes no checks, whatever the image says.
+	NoHealthcheck bool `json:"no_healthcheck,omitempty"`
 	// PublishAll forwards a free port of the host to each port that the image exposes and that
 	// PortForwards has not; see [Ports] for those that were chosen.
 	PublishAll bool `json:"publish_all,omitempty"`
@@ -404,6 +410,11 @@ func (c VMConfig) WithDefaults() VMConfig {
 	c.Env = maps.Clone(c.Env)
 	c.Entrypoint, c.Cmd = slices.Clone(c.Entrypoint), slices.Clone(c.Cmd)
 	c.Labels = maps.Clone(c.Labels)
+	if c.Healthcheck != nil {
+		check := *c.Healthcheck
+		check.Command = slices.Clone(check.Command)
+		c.Healthcheck = &check
+	}
 	return c
 }
 
@@ -485,6 +496,7 @@ func (c VMConfig) Validate() error {
 	c.validateGuest(&v)
 	c.validateNetwork(&v)
 	c.validateSecrets(&v)
+	c.validateHealth(&v)
 	for i, f := range c.PortForwards {
 		field := fmt.Sprintf("port_forwards[%d]", i)
 		v.fields = append(v.fields, f.problems(field)...)

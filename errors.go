@@ -41,6 +41,8 @@ var (
 	ErrInvalidState = errors.New("invalid VM state")
 	// ErrBootTimeout reports that the guest was not ready in the time given.
 	ErrBootTimeout = errors.New("boot timed out")
+	// ErrUnhealthy reports that what runs in the VM does not work, by the checks of its health.
+	ErrUnhealthy = errors.New("it is unhealthy")
 	// ErrUnsupported reports that this VM or backend can't do what was asked:
 	// for example Exec in a guest that runs no agent.
 	ErrUnsupported = errors.New("not supported")

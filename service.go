@@ -50,6 +50,10 @@ type VMs interface {
 	// Wait returns when a VM is in one of some states, or, if none is named, when it does
 	// not run. The error matches [ErrVMNotFound] if the VM is deleted meanwhile.
 	Wait(ctx context.Context, id string, states ...VMState) (VMInfo, error)
+	// WaitHealthy returns when the checks of a VM's health have found that it works. The error
+	// matches [ErrUnhealthy] if they find that it does not, and [ErrInvalidState] if it does not
+	// run or has no check.
+	WaitHealthy(ctx context.Context, id string) (VMInfo, error)
 	// Logs reads the guest's serial console.
 	Logs(ctx context.Context, id string, opts LogOptions) (io.ReadCloser, error)
 }

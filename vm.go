@@ -56,6 +56,8 @@ type VMInfo struct {
 	// Cause says why the VM stopped, failed, could not be started, or was paused by its
 	// VMM, in words; empty while it runs, unless its agent can't be reached any more.
 	Cause string `json:"cause,omitempty"`
+	// Health is what the checks of its health have found; nil if none are made, or it does not run.
+	Health *Health `json:"health,omitempty"`
 	// Start says how the VM was last started; nil in lists, and before its first start.
 	Start *StartReport `json:"start,omitempty"`
 	// Timeline is what the creation that returned this spent its time on; nil in all else.

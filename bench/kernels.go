@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -42,21 +41,18 @@ func kernels(ctx context.Context, args []string) error {
 	if *kernel == "" {
 		return errors.New("no kernel to compare: give it by -kernel")
 	}
-	program, err := filepath.Abs("bin/smolvm")
-	if err != nil {
-		return err
-	}
-	m, dir, closeAll, err := open(ctx, withProgram(program), "")
+	opened, closeAll, err := openBench(ctx, "")
 	if err != nil {
 		return err
 	}
 	defer closeAll()
-	if _, err := m.BuildImage(ctx, smolvm.BuildOptions{Name: "small", Kernel: *kernel}); err != nil {
+	if _, err := opened.m.BuildImage(ctx, smolvm.BuildOptions{Name: "small", Kernel: *kernel}); err != nil {
 		return err
 	}
 	var both []*booting
 	for _, image := range []string{smolvm.DefaultImage, "small"} {
-		b := &booting{bench: bench{ctx: ctx, m: m, dir: dir, image: image}, times: map[string][]time.Duration{}}
+		b := &booting{bench: opened, times: map[string][]time.Duration{}}
+		b.image = image
 		if err := b.prepare(); err != nil {
 			return fmt.Errorf("%s: %w", image, err)
 		}

@@ -69,6 +69,8 @@ type bench struct {
 	rows [][3]string
 	// image is what VMs boot. Empty: the default one.
 	image string
+	// program is the path of the smolvm program.
+	program string
 
 	coldStart, clone time.Duration // medians
 }
@@ -80,16 +82,11 @@ func run(ctx context.Context, args []string) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	program, err := filepath.Abs("bin/smolvm")
-	if err != nil {
-		return err
-	}
-	m, dir, closeAll, err := open(ctx, withProgram(program), "")
+	b, closeAll, err := openBench(ctx, "")
 	if err != nil {
 		return err
 	}
 	defer closeAll()
-	b := &bench{ctx: ctx, m: m, dir: dir}
 	for _, part := range []struct {
 		name    string
 		measure func() error
@@ -101,7 +98,7 @@ func run(ctx context.Context, args []string) error {
 		{"pool", b.pool},
 		{"forks", b.forks},
 		{"together", b.together},
-		{"command", b.command(program)},
+		{"command", b.command},
 		{"list", b.list},
 	} {
 		if *only != "" && !slices.Contains(strings.Split(*only, ","), part.name) {
@@ -119,9 +116,14 @@ func run(ctx context.Context, args []string) error {
 	return nil
 }
 
-// withProgram is the configuration of a Manager whose shims are the smolvm program.
-func withProgram(program string) manager.Config {
-	return manager.Config{ShimCommand: []string{program, "smolvm-shim"}, AgentPath: agentPath()}
+// openBench opens a Manager, as open does, whose shims are the smolvm program.
+func openBench(ctx context.Context, images string) (_ bench, closeAll func(), err error) {
+	program, err := filepath.Abs("bin/smolvm")
+	if err != nil {
+		return bench{}, nil, err
+	}
+	m, dir, closeAll, err := open(ctx, manager.Config{ShimCommand: []string{program, "smolvm-shim"}, AgentPath: agentPath()}, images)
+	return bench{ctx: ctx, m: m, dir: dir, program: program}, closeAll, err
 }
 
 // open opens a Manager on a directory of its own, which closeAll removes. The images are those
@@ -351,17 +353,15 @@ func memoryOf(pid int, names ...string) (sum int, err error) {
 }
 
 // command measures the CLI as a whole process.
-func (b *bench) command(program string) func() error {
-	return func() error {
-		times, err := repeat(quickRun/4, func() error {
-			return exec.CommandContext(b.ctx, program, "--data-dir", b.m.DataDir(), "ls").Run()
-		})
-		if err != nil {
-			return err
-		}
-		b.row("`smolvm ls`, whole process, median", ms(median(times)), "25 ms")
-		return nil
+func (b *bench) command() error {
+	times, err := repeat(quickRun/4, func() error {
+		return exec.CommandContext(b.ctx, b.program, "--data-dir", b.m.DataDir(), "ls").Run()
+	})
+	if err != nil {
+		return err
 	}
+	b.row("`smolvm ls`, whole process, median", ms(median(times)), "25 ms")
+	return nil
 }
 
 // list measures List with many VMs; they have no disks, to be made sooner.

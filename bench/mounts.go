@@ -36,27 +36,23 @@ func mounts(ctx context.Context, args []string) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	program, err := filepath.Abs("bin/smolvm")
-	if err != nil {
-		return err
-	}
-	m, dir, closeAll, err := open(ctx, withProgram(program), *images)
+	common, closeAll, err := openBench(ctx, *images)
 	if err != nil {
 		return err
 	}
 	defer closeAll()
-	b := &mountBench{bench: bench{ctx: ctx, m: m, dir: dir}, times: map[string][]time.Duration{}}
-	shared := filepath.Join(dir, "shared")
+	b := &mountBench{bench: common, times: map[string][]time.Duration{}}
+	shared := filepath.Join(b.dir, "shared")
 	if err := makeTrees(ctx, shared, *files, *megabytes); err != nil {
 		return err
 	}
-	created, err := m.Create(ctx, smolvm.VMConfig{
+	created, err := b.m.Create(ctx, smolvm.VMConfig{
 		DiskSizeMiB: max(8<<10, int64(*megabytes)*4), MemoryMiB: 1024,
 		Mounts: []smolvm.Mount{{Source: shared, Target: "/mounted"}},
 	}, smolvm.CreateOptions{})
 	if err == nil {
 		b.vm = created.ID
-		_, err = m.Start(ctx, b.vm, smolvm.StartOptions{})
+		_, err = b.m.Start(ctx, b.vm, smolvm.StartOptions{})
 	}
 	if err == nil {
 		err = b.bringGit()

@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"runtime"
 	"strconv"
@@ -60,16 +59,12 @@ func soak(ctx context.Context, args []string) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	program, err := filepath.Abs("bin/smolvm")
-	if err != nil {
-		return err
-	}
-	m, dir, closeAll, err := open(ctx, withProgram(program), "")
+	common, closeAll, err := openBench(ctx, "")
 	if err != nil {
 		return err
 	}
 	defer closeAll()
-	s := &soaking{bench: bench{ctx: ctx, m: m, dir: dir}}
+	s := &soaking{bench: common}
 	states, known := map[string][]bool{"idle": {false}, "loaded": {true}, "both": {false, true}}[*hosts]
 	if !known {
 		return fmt.Errorf("-host is %q; it can be idle, loaded or both", *hosts)

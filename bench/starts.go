@@ -63,8 +63,8 @@ func (b *bench) starts() error {
 		return err
 	}
 	var cold, clones, deletes []time.Duration
-	phases := map[string][]time.Duration{}
-	var order []string
+	var execs, rests []time.Duration
+	var parts phases
 	for range startRuns {
 		booted, err := b.begin(smolvm.StartOptions{Cold: true}, smolvm.StartBoot)
 		if err != nil {
@@ -79,16 +79,13 @@ func (b *bench) starts() error {
 			return err
 		}
 		clones = append(clones, clone.took)
+		parts.add("", clone.vm)
 		rest := clone.took
 		for _, phase := range clone.vm.Start.Timeline {
-			if len(phases[phase.Name]) == 0 {
-				order = append(order, phase.Name)
-			}
-			phases[phase.Name] = append(phases[phase.Name], phase.Duration)
 			rest -= phase.Duration
 		}
-		phases[firstExec] = append(phases[firstExec], clone.exec)
-		phases[others] = append(phases[others], rest-clone.exec)
+		execs = append(execs, clone.exec)
+		rests = append(rests, rest-clone.exec)
 		took, err := b.remove(clone.vm)
 		if err != nil {
 			return err
@@ -99,9 +96,12 @@ func (b *bench) starts() error {
 	b.row("cold start → first exec done", both(cold), "")
 	b.row("clone → first exec done", both(clones), "")
 	b.row("ratio of the two, by medians", ratio(b.clone, b.coldStart), "0.10 ×")
-	for _, name := range append(order, others, firstExec) {
-		b.row("of a clone: "+name+", median", ms(median(phases[name])), "")
+	part := func(name string, times []time.Duration) { b.row("of a clone: "+name+", median", ms(median(times)), "") }
+	for _, name := range parts.names {
+		part(name, parts.times[name])
 	}
+	part(others, rests)
+	part(firstExec, execs)
 	b.row("`Delete` of a running clone", both(deletes), "100 ms")
 	return b.cloneMemory()
 }

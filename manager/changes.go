@@ -2,15 +2,9 @@ package manager
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path"
-	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/changes"
@@ -26,8 +20,9 @@ func (m *Manager) Changes(ctx context.Context, id string) ([]smolvm.Change, erro
 		return nil, err
 	}
 	found := []smolvm.Change{}
-	err = m.eachOverlay(ctx, vm, "list the changes of", func(o *overlay) error {
-		found = append(found, o.changes()...)
+	err = m.eachOverlay(ctx, vm, "list the changes of", func(_ int, o *changes.Overlay) error {
+		found = append(found, o.Changes()...)
+		o.Close()
 		return nil
 	})
 	return found, err
@@ -43,74 +38,40 @@ func (m *Manager) Apply(ctx context.Context, id string, opts smolvm.ApplyOptions
 	}
 	defer lock.unlock()
 	applied := []smolvm.Change{}
-	var all []*overlay
-	err = m.eachOverlay(ctx, vm, "apply the changes of", func(o *overlay) error {
-		if conflicts := o.plan.Conflicts; len(conflicts) > 0 && !opts.Force {
-			return conflictError(o.mount, conflicts)
-		}
-		o.kept = true
-		all = append(all, o)
-		return nil
-	})
+	type numbered struct {
+		mount int
+		*changes.Overlay
+	}
+	var all []numbered
 	defer func() {
 		for _, o := range all {
-			o.close()
+			o.Close()
 		}
 	}()
+	// All are looked at before the first is applied.
+	err = m.eachOverlay(ctx, vm, "apply the changes of", func(mount int, o *changes.Overlay) error {
+		all = append(all, numbered{mount, o})
+		if opts.Force {
+			return nil
+		}
+		return o.CheckConflicts()
+	})
 	if err != nil {
 		return nil, err
 	}
 	for _, o := range all {
-		if err := changes.Apply(ctx, o.archive, o.root, o.plan); err != nil {
-			return applied, fmt.Errorf("apply the changes of VM %q at %s: %w", id, o.mount.Target, err)
+		if err := o.Apply(ctx); err != nil {
+			return applied, fmt.Errorf("apply the changes of VM %q at %s: %w", id, vm.Config.Mounts[o.mount].Target, err)
 		}
-		applied = append(applied, o.changes()...)
-		vm.Config.Mounts[o.number].Since = time.Now().UTC()
+		applied = append(applied, o.Changes()...)
+		vm.Config.Mounts[o.mount].Since = time.Now().UTC()
 	}
 	return applied, m.store.SetConfig(ctx, vm)
 }
 
-// conflictError says what has changed on the host.
-func conflictError(mount smolvm.Mount, conflicts []string) error {
-	const shown = 5
-	list := strings.Join(conflicts[:min(len(conflicts), shown)], ", ")
-	if more := len(conflicts) - shown; more > 0 {
-		list += fmt.Sprintf(" and %d more", more)
-	}
-	return &smolvm.Error{
-		Hint: "compare them first; `smolvm apply --force` takes the guest's",
-		Err:  fmt.Errorf("%s: both the guest and the host have changed %s", mount.Source, list),
-	}
-}
-
-// overlay is what a guest has changed in one directory of the host.
-type overlay struct {
-	number  int
-	mount   smolvm.Mount
-	root    *os.Root
-	spool   *os.File
-	archive changes.Archive
-	plan    *changes.Plan
-	kept    bool // closed by somebody else
-}
-
-func (o *overlay) close() {
-	_ = o.root.Close()
-	_ = o.spool.Close()
-}
-
-// changes returns the changes, with their paths in the guest.
-func (o *overlay) changes() []smolvm.Change {
-	all := make([]smolvm.Change, 0, len(o.plan.Changes))
-	for _, change := range o.plan.Changes {
-		change.Path = path.Join(o.mount.Target, change.Path)
-		all = append(all, change)
-	}
-	return all
-}
-
-// eachOverlay finds out what a guest has changed in each of its overlays.
-func (m *Manager) eachOverlay(ctx context.Context, vm store.VM, purpose string, do func(*overlay) error) error {
+// eachOverlay finds out what a guest has changed in each of its overlays, which do closes. It gets the
+// number of the mount.
+func (m *Manager) eachOverlay(ctx context.Context, vm store.VM, purpose string, do func(mount int, o *changes.Overlay) error) error {
 	client, err := m.client(ctx, vm.ID, purpose)
 	if err != nil {
 		return err
@@ -121,13 +82,14 @@ func (m *Manager) eachOverlay(ctx context.Context, vm store.VM, purpose string, 
 			continue
 		}
 		none = false
-		o := &overlay{number: number, mount: mount}
-		err := m.fetchOverlay(ctx, vm, o, func(w io.Writer) error { return client.Changes(ctx, w, mount.OverlayName()) })
+		const usualDisk = 8 << 30
+		o, err := changes.Fetch(ctx, changes.Source{
+			Mount: mount, Mounts: vm.Config.Mounts,
+			Send:    func(ctx context.Context, w io.Writer) error { return client.Changes(ctx, w, mount.OverlayName()) },
+			TempDir: m.dir.Root(), Limit: max(vm.Config.DiskSizeMiB<<20, usualDisk) * 2,
+		})
 		if err == nil {
-			err = do(o)
-		}
-		if o.root != nil && !o.kept {
-			o.close()
+			err = do(number, o)
 		}
 		if err != nil {
 			return fmt.Errorf("%s VM %q at %s: %w", purpose, vm.ID, mount.Target, err)
@@ -140,69 +102,4 @@ func (m *Manager) eachOverlay(ctx context.Context, vm store.VM, purpose string, 
 		}
 	}
 	return nil
-}
-
-// fetchOverlay gets the archive of an overlay, and compares it with the host's directory.
-func (m *Manager) fetchOverlay(ctx context.Context, vm store.VM, o *overlay, send func(io.Writer) error) error {
-	root, err := os.OpenRoot(o.mount.Source)
-	if err != nil {
-		return err
-	}
-	spool, err := os.CreateTemp(m.dir.Root(), ".changes-")
-	if err != nil {
-		return errors.Join(err, root.Close())
-	}
-	o.root, o.spool = root, spool
-	if err := os.Remove(spool.Name()); err != nil { // it ends with this process
-		return err
-	}
-	const usualDisk = 8 << 30
-	bound := &boundedFile{file: spool, left: max(vm.Config.DiskSizeMiB<<20, usualDisk) * 2}
-	if err := send(bound); err != nil {
-		return err
-	}
-	if o.archive.Size, err = spool.Seek(0, io.SeekCurrent); err != nil {
-		return err
-	}
-	o.archive.File = spool
-	o.plan, err = changes.Scan(ctx, o.archive, root, changes.Options{Since: o.mount.Since, Ignore: mountedIn(vm.Config.Mounts, o.mount)})
-	return err
-}
-
-// mountedIn returns where others are mounted in a mount, as paths in it.
-func mountedIn(all []smolvm.Mount, in smolvm.Mount) []string {
-	var paths []string
-	for _, mount := range all {
-		if below, ok := strings.CutPrefix(mount.Target, in.Target+"/"); ok {
-			paths = append(paths, below)
-		}
-	}
-	return paths
-}
-
-// boundedFile writes what a guest sends to a file, as long as there is room on the disk, and not
-// more than the guest's disk holds.
-type boundedFile struct {
-	file    *os.File
-	left    int64
-	checked int64 // bytes that may be written until the disk is looked at again
-}
-
-// Write implements [io.Writer].
-func (b *boundedFile) Write(p []byte) (int, error) {
-	const interval, reserve = 16 << 20, 256 << 20
-	if b.left -= int64(len(p)); b.left < 0 {
-		return 0, errors.New("the guest sends more than its disk holds")
-	}
-	if b.checked -= int64(len(p)); b.checked < 0 {
-		var fs unix.Statfs_t
-		if err := unix.Fstatfs(int(b.file.Fd()), &fs); err != nil {
-			return 0, err
-		}
-		if int64(fs.Bavail)*fs.Bsize < reserve {
-			return 0, fmt.Errorf("keep what the guest sends: %w", unix.ENOSPC)
-		}
-		b.checked = interval
-	}
-	return b.file.Write(p)
 }

@@ -105,7 +105,8 @@ func withImage(config smolvm.VMConfig, image smolvm.Image) (smolvm.VMConfig, err
 			return config, err
 		}
 	}
-	return ociconfig.ApplyInit(config, image.BootArgs), nil
+	config, err := ociconfig.ApplyHealth(config, image.Config)
+	return ociconfig.ApplyInit(config, image.BootArgs), err
 }
 
 // origin is what a VM is made of.

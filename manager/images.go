@@ -50,7 +50,7 @@ func (m *Manager) BuildImage(ctx context.Context, opts smolvm.BuildOptions) (smo
 		ModulesDir: opts.ModulesDir,
 		Rootfs:     opts.Rootfs,
 		Force:      opts.Force,
-		Progress:   imageProgress(opts.Progress),
+		Progress:   opts.Progress,
 	})
 	if err != nil {
 		return smolvm.Image{}, fmt.Errorf("build image %q: %w", opts.Name, err)
@@ -250,16 +250,8 @@ func (m *Manager) baseImage(ctx context.Context, progress func(smolvm.Progress))
 		return smolvm.Image{}, err
 	}
 	return m.images.Ensure(ctx, image.Recipe{
-		Name: ref, Agent: agentPath, Kernel: kernel.Path, KernelName: kernel.Name, Progress: imageProgress(progress),
+		Name: ref, Agent: agentPath, Kernel: kernel.Path, KernelName: kernel.Name, Progress: progress,
 	})
-}
-
-// imageProgress returns what the building of an image reports to; nil for nil.
-func imageProgress(progress func(smolvm.Progress)) func(image.Progress) {
-	if progress == nil {
-		return nil
-	}
-	return func(p image.Progress) { progress(smolvm.Progress{Phase: p.Phase, Done: p.Done, Total: p.Total}) }
 }
 
 // agentPath finds the agent program.

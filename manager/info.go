@@ -21,7 +21,7 @@ func (m *Manager) Get(ctx context.Context, id string) (smolvm.VMInfo, error) {
 	if err != nil {
 		return smolvm.VMInfo{}, err
 	}
-	info := m.info(vm)
+	info := m.withHealth(ctx, m.info(vm), vm)
 	if vm.Run != "" {
 		if info.Start, err = m.store.Report(ctx, id); err != nil {
 			return smolvm.VMInfo{}, err
@@ -48,7 +48,7 @@ func (m *Manager) List(ctx context.Context, opts smolvm.ListOptions) ([]smolvm.V
 			return nil, fmt.Errorf("list VMs: %w", err)
 		}
 		if selects(opts, vm) {
-			infos = append(infos, m.info(vm))
+			infos = append(infos, m.withHealth(ctx, m.info(vm), vm))
 		}
 	}
 	return infos, nil

@@ -1,76 +1,22 @@
 package manager_test
 
 import (
-	"archive/tar"
 	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"io"
-	"log"
-	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/registrytest"
 	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
-
-// newRegistry starts a registry on loopback, and returns its host.
-func newRegistry(t testing.TB) string {
-	t.Helper()
-	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
-	t.Cleanup(server.Close)
-	return strings.TrimPrefix(server.URL, "http://")
-}
-
-// archiveOf returns a layer's archive with those files, as programs.
-func archiveOf(t testing.TB, files map[string][]byte) []byte {
-	t.Helper()
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
-	for file, content := range files {
-		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: file, Mode: 0o755, Size: int64(len(content))})
-		_, writeErr := w.Write(content)
-		if err := errors.Join(err, writeErr); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return archive.Bytes()
-}
-
-// push pushes an image of one layer to a registry.
-func push(t testing.TB, ref string, archive []byte, config v1.Config) {
-	t.Helper()
-	made, err := mutate.AppendLayers(empty.Image, static.NewLayer(archive, types.DockerUncompressedLayer))
-	if err == nil {
-		made, err = mutate.Config(made, config)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	tag, err := name.NewTag(ref)
-	if err == nil {
-		err = remote.Write(tag, made, remote.WithContext(t.Context()))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-}
 
 // An image needs nothing but its program: no shell, no C library, no directory. What it says of
 // the program is obeyed in a VM that boots as in one that is a clone.
@@ -78,9 +24,9 @@ func TestImageFromRegistry(t *testing.T) {
 	t.Parallel()
 	m := openFast(t)
 	ctx := t.Context()
-	ref := newRegistry(t) + "/scratch"
+	ref := registrytest.New(t).Host + "/scratch"
 	program := testenv.Build(t, "github.com/smolvm/smolvm/internal/testenv/sayargs")
-	push(t, ref, archiveOf(t, map[string][]byte{"sayargs": program}), v1.Config{
+	registrytest.Push(t, ref, map[string]string{"sayargs": string(program)}, v1.Config{
 		Entrypoint: []string{"/sayargs", "one"}, Cmd: []string{"two"}, Env: []string{"GREETING=hello", "PATH=/"}, User: "1000:50", WorkingDir: "/proc",
 		StopSignal: "SIGUSR1", ExposedPorts: map[string]struct{}{"80/tcp": {}}, Labels: map[string]string{"org.example.kind": "test"},
 	})

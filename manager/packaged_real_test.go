@@ -90,14 +90,14 @@ func withDependencies(t *testing.T, all map[string]debtest.Deb, names ...string)
 func TestImageOfPackages(t *testing.T) {
 	m := openReal(t)
 	all := essentialDebs(t)
-	base := withDependencies(t, all, "base-files", "base-passwd", "coreutils", "dash", "diffutils", "dpkg", "libc-bin", "mawk", "mount", "sed", "grep", "usr-is-merged")
+	base := withDependencies(t, all, "base-files", "base-passwd", "coreutils", "dash", "diffutils", "dpkg", "findutils", "libc-bin", "mawk", "mount", "sed", "grep", "usr-is-merged")
 	of := func(p debtest.Package) debtest.Deb {
 		p.Control = strings.ReplaceAll(p.Control, "amd64", runtime.GOARCH)
 		return p.Deb(t)
 	}
 	script := func(text string) string { return "#!/bin/sh\nset -e\n" + text + "\n" }
 	told := of(debtest.Package{
-		Name: "told", Control: debtest.Control("told", "Priority: optional\nDepends: library\n"),
+		Name: "told", Control: debtest.Control("told", "Priority: optional\nDepends: library, ca-certificates\n"),
 		Info: map[string]string{
 			"preinst": script(`echo "preinst $1 $DPKG_MAINTSCRIPT_PACKAGE" >> /var/lib/told`), "conffiles": "/etc/told.conf\n",
 			"postinst": script(`[ "$1" = configure ] || { echo "postinst $*" >> /var/lib/told; exit 0; }
@@ -111,8 +111,21 @@ func TestImageOfPackages(t *testing.T) {
 		Info:    map[string]string{"postinst": script("echo ready > /var/lib/library")},
 		Entries: []debtest.Entry{debtest.Dir("./"), debtest.Dir("./usr/share/man/man1"), debtest.File("./usr/share/man/man1/library.1", "x")},
 	})
+	// Certificates are collected by its script, again only if there is something new.
+	collect := debtest.File("./usr/sbin/update-ca-certificates", script("echo collected $* >> /var/lib/collected"))
+	collect.Mode = 0o755
+	certificates := of(debtest.Package{
+		Name: "ca-certificates", Control: debtest.Control("ca-certificates", "Priority: optional\nDepends: findutils\n"),
+		Info: map[string]string{"postinst": script(`update-ca-certificates --hooksdir ""; update-ca-certificates
+			touch /etc/ca-certificates.conf; update-ca-certificates; update-ca-certificates`)},
+		Entries: []debtest.Entry{
+			debtest.Dir("./"), debtest.File("./etc/ca-certificates.conf", ""), debtest.Dir("./etc/ca-certificates/update.d"),
+			debtest.Dir("./usr/share/ca-certificates"), debtest.Dir("./usr/local/share/ca-certificates"),
+			collect,
+		},
+	})
 	apt := of(debtest.Package{Name: "apt", Control: debtest.Control("apt", "Priority: important\n"), Entries: []debtest.Entry{debtest.Dir("./")}})
-	debtest.NewMirror(t, "[trusted=yes]", append(base, told, library, apt)...)
+	debtest.NewMirror(t, "[trusted=yes]", append(base, told, library, certificates, apt)...)
 
 	recipe := filepath.Join(t.TempDir(), "mine.yaml")
 	err := os.WriteFile(recipe, []byte("name: told\npackages: [told]\nuser: games\nworkdir: /etc\nenv: {A: b}\nsetup: ['chmod 755 /bin/told', 'echo set up >> /var/lib/told']\n"), 0o600)
@@ -136,9 +149,9 @@ func TestImageOfPackages(t *testing.T) {
 	}
 	result, err := m.Run(t.Context(), smolvm.VMConfig{Image: "told"}, smolvm.Command{Args: []string{"sh", "-ec",
 		`told; pwd; id -un; echo $A; dpkg --audit; dpkg-query -W -f '${binary:Package} ${db:Status-Status}\n' told library; stat -c %U told.conf
-		ls /usr/share/man/man1/library* 2>/dev/null || test -d /usr/share/man/man1; readlink /bin; grep -c exclude /etc/dpkg/dpkg.cfg.d/smolvm; ls /run/dpkg 2>&1 | grep -c cannot`}})
+		ls /usr/share/man/man1/library* 2>/dev/null || test -d /usr/share/man/man1; readlink /bin; grep -c exclude /etc/dpkg/dpkg.cfg.d/smolvm; ls /run/configure 2>&1 | grep -c cannot; cat /var/lib/collected`}})
 	want := "preinst install told\npostinst configure settings 0 ready\npostinst triggered told\nset up\n" +
-		"/etc\ngames\nb\nlibrary:" + runtime.GOARCH + " installed\ntold installed\ngames\nusr/bin\n7\n1\n"
+		"/etc\ngames\nb\nlibrary:" + runtime.GOARCH + " installed\ntold installed\ngames\nusr/bin\n7\n1\ncollected --hooksdir\ncollected\n"
 	if err != nil || string(result.Stdout) != want {
 		t.Errorf("it says %q (%q, %v), want %q", result.Stdout, result.Stderr, err, want)
 	}

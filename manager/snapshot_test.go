@@ -139,7 +139,7 @@ func TestFork(t *testing.T) {
 		if got := sh(t, m, vm.ID, "sleep 2; cat /run/count"); got == before || before == "0" {
 			t.Errorf("in VM %s the count is %s, then %s", vm.ID, before, got)
 		}
-		for _, line := range strings.Split(sh(t, m, vm.ID, identityOf), "\n") {
+		for line := range strings.SplitSeq(sh(t, m, vm.ID, identityOf), "\n") {
 			if other := seen[line]; other != "" {
 				t.Errorf("VMs %s and %s have %q in common", vm.ID, other, line)
 			}
@@ -386,7 +386,7 @@ func pool(t *testing.T, k kind) {
 	seen := map[string]string{}
 	for _, vm := range vms {
 		hasCorrectClock(t, m, vm.ID)
-		for _, line := range strings.Split(sh(t, m, vm.ID, identityOf), "\n") {
+		for line := range strings.SplitSeq(sh(t, m, vm.ID, identityOf), "\n") {
 			if other := seen[line]; other != "" {
 				t.Errorf("VMs %s and %s have %q in common", vm.ID, other, line)
 			}

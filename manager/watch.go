@@ -14,6 +14,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/proc"
+	"github.com/smolvm/smolvm/internal/store"
 )
 
 // Watch yields events as they happen, of all processes that use the data directory, until
@@ -83,28 +84,32 @@ func (m *Manager) Wait(ctx context.Context, id string, states ...smolvm.VMState)
 		if slices.Contains(states, vm.State) {
 			return m.info(vm), nil
 		}
-		err = changes.waitBeside(ctx, func(ctx context.Context) error {
-			switch {
-			case !vm.State.Alive():
-				<-ctx.Done()
-				return context.Cause(ctx)
-			case vm.Run == gone:
-				// Somebody else holds the VM's lock, and is to write down how it ended.
-				ctx, cancel := context.WithTimeout(ctx, settleTime)
-				defer cancel()
-				<-ctx.Done()
-				return nil
-			}
-			// A shim that is killed writes nothing down.
-			err := proc.Wait(ctx, vm.ShimPID, vm.ShimStart)
-			if err == nil {
-				gone = vm.Run
-			}
-			return err
-		})
-		if err != nil {
+		if err := changes.waitBeside(ctx, awaitShim(vm, &gone)); err != nil {
 			return smolvm.VMInfo{}, vmError("wait for", id, err)
 		}
+	}
+}
+
+// awaitShim returns what waits, beside the database, for the end of a VM's shim: one that is killed
+// writes nothing down. Gone is the run whose shim has been seen to end.
+func awaitShim(vm store.VM, gone *string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		switch {
+		case !vm.State.Alive():
+			<-ctx.Done()
+			return context.Cause(ctx)
+		case vm.Run == *gone:
+			// Somebody else holds the VM's lock, and is to write down how it ended.
+			ctx, cancel := context.WithTimeout(ctx, settleTime)
+			defer cancel()
+			<-ctx.Done()
+			return nil
+		}
+		err := proc.Wait(ctx, vm.ShimPID, vm.ShimStart)
+		if err == nil {
+			*gone = vm.Run
+		}
+		return err
 	}
 }
 

@@ -394,19 +394,14 @@ func (c *Catalog) boot(ctx context.Context, oci ocistore.Image, progress func(sm
 	}
 	recipe := image.Layered{
 		OCI: smolvm.OCIImage{Digest: oci.Digest, Reference: oci.Name}, Config: config.Public(), Base: base.Digest,
-	}
-	if progress != nil {
-		recipe.Progress = func(p image.Progress) {
-			progress(smolvm.Progress{Phase: p.Phase, Done: p.Done, Total: p.Total})
-		}
+		Progress: progress,
 	}
 	for _, layer := range oci.Layers {
 		recipe.Sizes = append(recipe.Sizes, layer.Size)
 	}
 	recipe.Layers = c.layers(oci)
 	made, err := c.Bootable.EnsureLayered(ctx, recipe)
-	var wrong *ocilayer.DiffIDError
-	if errors.As(err, &wrong) {
+	if wrong, ok := errors.AsType[*ocilayer.DiffIDError](err); ok {
 		// So that the next pull fetches it again.
 		err = errors.Join(err, c.OCI.Discard(oci.Layers[wrong.Layer].Digest))
 		err = &smolvm.Error{Err: err, Hint: "pull the image again"}

@@ -1,13 +1,9 @@
 package catalog
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
-	"io"
-	"log"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,19 +12,13 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
+	"github.com/smolvm/smolvm/internal/image/registrytest"
 	"github.com/smolvm/smolvm/internal/testenv"
 )
 
@@ -64,43 +54,12 @@ func newCatalog(t testing.TB) *Catalog {
 	}}
 }
 
-// newRegistry starts a registry on loopback, and returns its host.
-func newRegistry(t testing.TB) string {
-	t.Helper()
-	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
-	t.Cleanup(server.Close)
-	return strings.TrimPrefix(server.URL, "http://")
-}
-
-// archiveOf returns a layer's archive with one file.
-func archiveOf(t testing.TB, file, content string) []byte {
-	t.Helper()
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
-	must(t, w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: file, Mode: 0o755, Size: int64(len(content))}))
-	_, err := io.WriteString(w, content)
-	must(t, err, w.Close())
-	return archive.Bytes()
-}
-
-// push pushes an image of one file to a registry.
-func push(t testing.TB, ref, content string, config v1.Config) {
-	t.Helper()
-	made, err := mutate.AppendLayers(empty.Image, static.NewLayer(archiveOf(t, "file", content), types.DockerUncompressedLayer))
-	must(t, err)
-	made, err = mutate.Config(made, config)
-	must(t, err)
-	tag, err := name.NewTag(ref)
-	must(t, err)
-	must(t, remote.Write(tag, made, remote.WithContext(t.Context())))
-}
-
 // An image is pulled when it is missing, shares the files of the default image, and says what
 // its configuration does.
 func TestEnsure(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
-	ref := newRegistry(t) + "/app:1"
-	push(t, ref, "first", v1.Config{Cmd: []string{"run"}, Env: []string{"A=b"}, ExposedPorts: map[string]struct{}{"80/tcp": {}}})
+	ref := registrytest.New(t).Host + "/app:1"
+	registrytest.Push(t, ref, map[string]string{"file": "first"}, v1.Config{Cmd: []string{"run"}, Env: []string{"A=b"}, ExposedPorts: map[string]struct{}{"80/tcp": {}}})
 	if _, err := c.Ensure(ctx, ref, smolvm.PullNever, nil); !errors.Is(err, smolvm.ErrImageNotFound) {
 		t.Errorf("it is there without being pulled: %v", err)
 	}
@@ -141,7 +100,7 @@ func TestEnsure(t *testing.T) {
 		}
 	}
 	// The name means another image now.
-	push(t, ref, "second", v1.Config{})
+	registrytest.Push(t, ref, map[string]string{"file": "second"}, v1.Config{})
 	if found, err := c.Ensure(ctx, ref, smolvm.PullMissing, nil); err != nil || found.Digest != first.Digest {
 		t.Errorf("without being pulled again it is %s, %v", found.Digest, err)
 	}
@@ -160,8 +119,8 @@ func TestEnsure(t *testing.T) {
 // An image is made anew for another agent, with the root file system that it has.
 func TestNewBase(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
-	ref := newRegistry(t) + "/app"
-	push(t, ref, "content", v1.Config{})
+	ref := registrytest.New(t).Host + "/app"
+	registrytest.Push(t, ref, map[string]string{"file": "content"}, v1.Config{})
 	first, err := c.Ensure(ctx, ref, "", nil)
 	must(t, err)
 	recipe := testenv.FakeRecipe(t, t.TempDir())
@@ -191,8 +150,8 @@ func TestNewBase(t *testing.T) {
 // A registry's mirror is asked first, and the image keeps its name.
 func TestMirror(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
-	host := newRegistry(t)
-	push(t, host+"/cache/owner/app:1", "content", v1.Config{})
+	host := registrytest.New(t).Host
+	registrytest.Push(t, host+"/cache/owner/app:1", map[string]string{"file": "content"}, v1.Config{})
 	file := filepath.Join(t.TempDir(), "registries.conf")
 	must(t, os.WriteFile(file, []byte("[[registry]]\nlocation = 'docker.io'\n[[registry.mirror]]\nlocation = '127.0.0.1:1'\n[[registry.mirror]]\nlocation = '"+host+"/cache'\n"), 0o600))
 	t.Setenv("CONTAINERS_REGISTRIES_CONF", file)
@@ -205,7 +164,7 @@ func TestMirror(t *testing.T) {
 // What can't be had is refused with what was tried.
 func TestRefused(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
-	host := newRegistry(t)
+	host := registrytest.New(t).Host
 	for _, test := range []struct {
 		text string
 		is   error
@@ -228,8 +187,8 @@ func TestRefused(t *testing.T) {
 // Names go one by one, and with the last what only it led to.
 func TestRemove(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
-	ref := newRegistry(t) + "/app:1"
-	push(t, ref, "content", v1.Config{})
+	ref := registrytest.New(t).Host + "/app:1"
+	registrytest.Push(t, ref, map[string]string{"file": "content"}, v1.Config{})
 	made, err := c.Ensure(ctx, ref, "", nil)
 	must(t, err)
 	first, err := ociref.Parse(ref)
@@ -276,7 +235,7 @@ func TestRemove(t *testing.T) {
 // Of pulled images those that were not used for longest go, when there are too many.
 func TestTrim(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
-	host := newRegistry(t)
+	host := registrytest.New(t).Host
 	names := map[string]string{}
 	used := ""
 	c.InUse = func(_ context.Context, digest string) error {
@@ -288,7 +247,7 @@ func TestTrim(t *testing.T) {
 	pull := func(name string) smolvm.Image {
 		t.Helper()
 		names[name] = host + "/" + name
-		push(t, names[name], name+strings.Repeat("x", 100_000), v1.Config{Labels: map[string]string{"n": name}})
+		registrytest.Push(t, names[name], map[string]string{"file": name + strings.Repeat("x", 100_000)}, v1.Config{Labels: map[string]string{"n": name}})
 		made, err := c.Pull(ctx, names[name], smolvm.PullOptions{})
 		must(t, err)
 		return made
@@ -322,7 +281,7 @@ func TestBuiltinHides(t *testing.T) {
 	c, ctx := newCatalog(t), t.Context()
 	add := func(ref ociref.Ref, content string) ocistore.Image {
 		t.Helper()
-		layer, err := c.OCI.AddLayer(ctx, bytes.NewReader(archiveOf(t, "file", content)))
+		layer, err := c.OCI.AddLayer(ctx, bytes.NewReader(registrytest.Archive(t, map[string]string{"file": content})))
 		must(t, err)
 		added, err := c.OCI.AddImage(ctx, ref, []byte("{}"), []ocistore.Layer{layer})
 		must(t, err)

@@ -3,6 +3,7 @@ package cgroup
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -111,9 +112,7 @@ func group2(dir, has, enabled, procs string) map[string]string {
 func merge(all ...map[string]string) map[string]string {
 	merged := map[string]string{}
 	for _, files := range all {
-		for name, text := range files {
-			merged[name] = text
-		}
+		maps.Copy(merged, files)
 	}
 	return merged
 }

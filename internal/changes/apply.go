@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // tempPrefix begins the names of files that are not whole yet.
@@ -38,7 +39,7 @@ func Apply(ctx context.Context, archive Archive, root *os.Root, plan *Plan) erro
 		if kind := plan.kinds[name]; kind != smolvm.ChangeAdded && kind != smolvm.ChangeChanged {
 			return nil
 		}
-		if strings.HasPrefix(path.Base(name), whiteout) {
+		if strings.HasPrefix(path.Base(name), ocitar.Whiteout) {
 			return nil
 		}
 		if err := bring(root, name, header, content); err != nil {

@@ -20,14 +20,10 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 const (
-	// whiteout begins the name of an entry that says that the rest of its name is deleted, and opaque
-	// is an entry whose directory shows nothing of the host's; see the image specification's layer.md.
-	whiteout = ".wh."
-	opaque   = ".wh..wh..opq"
-
 	// maxEntries bounds how many files an archive may have, and maxPath a path in it, in bytes.
 	maxEntries = 2 << 20
 	maxPath    = 4095
@@ -154,11 +150,11 @@ func validBytes(name string) bool {
 func (s *scan) entry(name string, header *tar.Header, content io.Reader) error {
 	dir, base := path.Split(name)
 	within := s.replaced[path.Clean(dir)]
-	deleted, isWhiteout := strings.CutPrefix(base, whiteout)
+	deleted, isWhiteout := strings.CutPrefix(base, ocitar.Whiteout)
 	switch {
 	case isWhiteout && within:
 		return nil // nothing of the host's is there
-	case base == opaque:
+	case base == ocitar.Opaque:
 		s.opaque = append(s.opaque, path.Clean(dir))
 		return nil
 	case isWhiteout && !validBytes(deleted):

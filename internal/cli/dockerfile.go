@@ -37,16 +37,11 @@ func (f *dockerfileFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&options.Platform, "platform", "", "`OS/ARCH` of the image: this host's, or it is refused")
 	flags.StringVar(&f.progress, "progress", "auto", "show the progress by `TYPE`: auto, or plain, with all that commands say")
 	flags.FuncP("output", "o", "write the image too: `type=oci,dest=PATH[,tar=false]`, an archive, or without tar a directory; - is stdout", f.output.parse)
-	flags.IntVar(&options.VM.VCPUs, "vcpus", 0, fmt.Sprintf("`N` virtual CPUs for RUN (default %d)", smolvm.DefaultVCPUs))
-	flags.FuncP("memory", "m", fmt.Sprintf("memory of `SIZE` for RUN: MiB, or as in 2G (default %d)", smolvm.DefaultMemoryMiB), func(text string) error {
-		size, err := parseMebibytes(text)
-		options.VM.MemoryMiB = int(size)
-		return err
-	})
+	machineFlags(cmd, &options.VM.VCPUs, &options.VM.MemoryMiB, " for RUN")
 	networkFlag(cmd, &options.VM.Network)
 	f.egress.register(cmd)
 	complete(cmd, "progress", words("auto", "plain"))
-	for _, name := range []string{"tag", "target", "build-arg", "label", "secret", "platform", "output", "vcpus", "memory"} {
+	for _, name := range []string{"tag", "target", "build-arg", "label", "secret", "platform", "output"} {
 		complete(cmd, name, words())
 	}
 	for name := range flagNames(cmd) {
@@ -221,7 +216,7 @@ func (a *app) buildDockerfile(cmd *cobra.Command, f *dockerfileFlags, args []str
 		}
 		image, err := m.BuildDockerfile(cmd.Context(), options)
 		shown.finish()
-		if err := f.output.close(file, err); err != nil {
+		if err := closeWritten(file, err); err != nil {
 			a.showLines(options, err)
 			return err
 		}
@@ -283,18 +278,6 @@ func (o *imageOutput) open(a *app, to *smolvm.ExportOptions) (*os.File, error) {
 		return file, nil
 	}
 	return nil, nil
-}
-
-// close closes the file, and removes one that is not whole.
-func (o *imageOutput) close(file *os.File, err error) error {
-	if file == nil {
-		return err
-	}
-	err = errors.Join(err, file.Close())
-	if info, statErr := os.Stat(o.dest); err != nil && statErr == nil && info.Mode().IsRegular() {
-		_ = os.Remove(o.dest)
-	}
-	return err
 }
 
 // showLines shows the lines of a Dockerfile that an error is about, as docker does.

@@ -109,7 +109,7 @@ func (a *app) imageBuildCommand() *cobra.Command {
 	flags.StringVar(&options.RecipeFile, "recipe", "", "make it of packages as the recipe in `FILE` says")
 	flags.StringVar(&options.Name, "name", "", "name the image `NAME`, as the argument does")
 	flags.BoolVar(&options.Force, "force", false, "build even if the same image is there")
-	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
+	quietFlag(cmd, &quiet)
 	complete(cmd, "modules", directories)
 	own := flagNames(cmd)
 	delete(own, "quiet")
@@ -129,10 +129,7 @@ func (a *app) imageBuildCommand() *cobra.Command {
 			}
 			options.Name = args[0]
 		}
-		if !quiet {
-			a.progress = newProgress(a.Stderr)
-			options.Progress = a.progress.report()
-		}
+		options.Progress = a.showProgress(quiet)
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			image, err := m.BuildImage(cmd.Context(), options)
 			if err != nil {

@@ -30,15 +30,12 @@ func (a *app) imageCommitCommand() *cobra.Command {
 	flags.StringVarP(&options.Message, "message", "m", "", "`TEXT` that says what it is")
 	flags.StringArrayVarP(&options.Changes, "change", "c", nil, "`INSTRUCTION` of a Dockerfile that changes the configuration, as in 'CMD [\"serve\"]'")
 	flags.BoolVar(&options.NoPause, "no-pause", false, "let the VM's commands go on meanwhile")
-	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
+	quietFlag(cmd, &quiet)
 	complete(cmd, "author", words())
 	complete(cmd, "change", words())
 	complete(cmd, "message", words())
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		if !quiet {
-			a.progress = newProgress(a.Stderr)
-			options.Progress = a.progress.report()
-		}
+		options.Progress = a.showProgress(quiet)
 		name := ""
 		if len(args) > 1 {
 			name = args[1]

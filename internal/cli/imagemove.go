@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,7 +36,7 @@ func (a *app) imageImportCommand() *cobra.Command {
 	flags.BoolVar(&options.Daemon, "daemon", false, "take the image that the argument names from docker or podman")
 	flags.StringVar(&options.Socket, "socket", "", "socket of --daemon at `PATH` (default: the first of the usual ones that has the image)")
 	flags.StringVar(&options.Platform, "platform", "", "`OS/ARCH` that the image is for (default: this host's)")
-	flags.BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
+	quietFlag(cmd, &quiet)
 	complete(cmd, "name", words())
 	complete(cmd, "platform", words())
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
@@ -44,10 +45,7 @@ func (a *app) imageImportCommand() *cobra.Command {
 			return err
 		}
 		defer release()
-		if !quiet {
-			a.progress = newProgress(a.Stderr)
-			options.Progress = a.progress.report()
-		}
+		options.Progress = a.showProgress(quiet)
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			images, err := m.ImportImage(cmd.Context(), options)
 			if err != nil {
@@ -121,8 +119,7 @@ func (a *app) imageExportCommand() *cobra.Command {
 	return cmd
 }
 
-// exportTo writes an image to a file, to a directory, or if neither is named to w. A file that
-// could not be written whole is removed.
+// exportTo writes an image to a file, to a directory, or if neither is named to w.
 func exportTo(ctx context.Context, m smolvm.Service, ref, output string, w io.Writer) error {
 	if output == "" || output == "-" {
 		return m.ExportImage(ctx, ref, smolvm.ExportOptions{Archive: w})
@@ -137,9 +134,18 @@ func exportTo(ctx context.Context, m smolvm.Service, ref, output string, w io.Wr
 	if err != nil {
 		return err
 	}
-	err = errors.Join(m.ExportImage(ctx, ref, smolvm.ExportOptions{Archive: file}), file.Close())
-	if info, statErr := os.Stat(output); err != nil && statErr == nil && info.Mode().IsRegular() {
-		_ = os.Remove(output)
+	return closeWritten(file, m.ExportImage(ctx, ref, smolvm.ExportOptions{Archive: file}))
+}
+
+// closeWritten closes a file that was written, and removes it if it is not whole. It returns the error
+// of the writing, or of the closing. The file may be nil.
+func closeWritten(file *os.File, err error) error {
+	if file == nil {
+		return err
+	}
+	err = errors.Join(err, file.Close())
+	if info, statErr := os.Stat(file.Name()); err != nil && statErr == nil && info.Mode().IsRegular() {
+		_ = os.Remove(file.Name())
 	}
 	return err
 }
@@ -154,12 +160,9 @@ func (a *app) imagePushCommand() *cobra.Command {
 		Args:              needs(1, 1, "the name of an image"),
 		ValidArgsFunction: first(a.imageNames()),
 	}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
+	quietFlag(cmd, &quiet)
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		if !quiet {
-			a.progress = newProgress(a.Stderr)
-			options.Progress = a.progress.report()
-		}
+		options.Progress = a.showProgress(quiet)
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			if err := m.PushImage(cmd.Context(), args[0], options); err != nil {
 				return err
@@ -203,8 +206,7 @@ func (a *app) imageHistoryCommand() *cobra.Command {
 				}
 				now := time.Now()
 				t := &table{titles: []string{"LAYER", "AGE", "SIZE", "CREATED BY"}, shrinks: []int{3}}
-				for i := len(steps) - 1; i >= 0; i-- {
-					step := steps[i]
+				for _, step := range slices.Backward(steps) {
 					since := ""
 					if !step.CreatedAt.IsZero() {
 						since = age(step.CreatedAt, now)

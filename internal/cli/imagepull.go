@@ -39,13 +39,10 @@ func (a *app) imagePullCommand() *cobra.Command {
 		ValidArgsFunction: words(),
 	}
 	cmd.Flags().StringVar(&options.Platform, "platform", "", "`OS/ARCH` that the image is for, as in linux/arm64 (default: this host's)")
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "don't show progress")
+	quietFlag(cmd, &quiet)
 	complete(cmd, "platform", words())
 	cmd.RunE = a.does(func(cmd *cobra.Command, args []string) error {
-		if !quiet {
-			a.progress = newProgress(a.Stderr)
-			options.Progress = a.progress.report()
-		}
+		options.Progress = a.showProgress(quiet)
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			image, err := m.PullImage(cmd.Context(), args[0], options)
 			if err != nil {

@@ -118,12 +118,16 @@ func vmTable(vms []smolvm.VMInfo, now time.Time) *table {
 }
 
 // vmStateCell returns the cell with a VM's state; that of a paused VM tells who has paused
-// it, or why, and that of one that runs if its agent can't be reached.
+// it, or why, and that of one that runs if its agent can't be reached, else what is known of its health.
 func vmStateCell(vm smolvm.VMInfo) cell {
 	c := stateCell(vm.State)
 	switch {
 	case vm.State == smolvm.StateRunning && vm.Cause != "":
 		c.text += " (unreachable)"
+	case vm.State == smolvm.StateRunning && vm.Health != nil && vm.Health.Status == smolvm.HealthStarting:
+		c.text += " (health: starting)"
+	case vm.State == smolvm.StateRunning && vm.Health != nil:
+		c.text += " (" + string(vm.Health.Status) + ")"
 	case vm.State != smolvm.StatePaused:
 	case vm.Cause == "":
 		c.text += " (by user)"

@@ -42,8 +42,7 @@ func (a *app) poolSetCommand() *cobra.Command {
 		if len(args) > 1 {
 			options.Image = args[1]
 		}
-		a.progress = newProgress(a.Stderr)
-		options.Progress = a.progress.report()
+		options.Progress = a.showProgress(false)
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			pool, err := m.SetPool(cmd.Context(), options)
 			a.progress.finish()

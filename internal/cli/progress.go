@@ -9,6 +9,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/spf13/cobra"
+
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/termsafe"
 )
@@ -36,6 +38,21 @@ const redrawEvery = 100 * time.Millisecond
 
 // newProgress returns a progress that draws on the stream itself: it moves the cursor.
 func newProgress(o *output) *progress { return &progress{w: o.raw, width: terminalWidth(o)} }
+
+// quietFlag adds the flag by which a command shows no progress.
+func quietFlag(cmd *cobra.Command, quiet *bool) {
+	cmd.Flags().BoolVarP(quiet, "quiet", "q", false, "don't show progress")
+}
+
+// showProgress has a command show its progress, unless it is quiet, and returns what a call reports it
+// to; nil if nothing is shown.
+func (a *app) showProgress(quiet bool) func(smolvm.Progress) {
+	if quiet {
+		return nil
+	}
+	a.progress = newProgress(a.Stderr)
+	return a.progress.report()
+}
 
 func (p *progress) update(step smolvm.Progress) {
 	p.mu.Lock()

@@ -1,33 +1,20 @@
 package cli_test
 
 import (
-	"archive/tar"
-	"bytes"
 	"encoding/json"
-	"errors"
-	"io"
-	"log"
-	"net/http/httptest"
-	"strings"
 	"testing"
 
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/registrytest"
 )
 
 // pushed pushes an image to a registry of its own on loopback, and returns its name. Its
 // configuration has all that one can have; its only file holds the text.
 func pushed(t *testing.T, text string) string {
 	t.Helper()
-	return pushedImage(t, "file", []byte(text), v1.Config{
+	return pushedImage(t, "file", text, v1.Config{
 		Entrypoint: []string{"/run"}, Cmd: []string{"it"}, Env: []string{"A_b=1"}, WorkingDir: "/srv", User: "1:2",
 		ExposedPorts: map[string]struct{}{"80/tcp": {}}, Volumes: map[string]struct{}{"/data": {}},
 		StopSignal: "SIGINT", Labels: map[string]string{"x/Y.z": "1"},
@@ -39,38 +26,16 @@ func pushed(t *testing.T, text string) string {
 // makes it another image than others of the same program.
 func pushedProgram(t *testing.T, label string, program []byte) string {
 	t.Helper()
-	return pushedImage(t, "say", program, v1.Config{
+	return pushedImage(t, "say", string(program), v1.Config{
 		Entrypoint: []string{"/say"}, Cmd: []string{"by itself"}, Env: []string{"GREETING=hello"}, User: "7:8",
 		ExposedPorts: map[string]struct{}{"80/tcp": {}}, Labels: map[string]string{"test": label},
 	})
 }
 
-func pushedImage(t *testing.T, file string, content []byte, config v1.Config) string {
+func pushedImage(t *testing.T, file, content string, config v1.Config) string {
 	t.Helper()
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
-	err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: file, Mode: 0o755, Size: int64(len(content))})
-	_, writeErr := w.Write(content)
-	if err := errors.Join(err, writeErr, w.Close()); err != nil {
-		t.Fatal(err)
-	}
-	made, err := mutate.AppendLayers(empty.Image, static.NewLayer(archive.Bytes(), types.DockerUncompressedLayer))
-	if err == nil {
-		made, err = mutate.Config(made, config)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
-	t.Cleanup(server.Close)
-	ref := strings.TrimPrefix(server.URL, "http://") + "/image:1"
-	tag, err := name.NewTag(ref)
-	if err == nil {
-		err = remote.Write(tag, made, remote.WithContext(t.Context()))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	ref := registrytest.New(t).Host + "/image:1"
+	registrytest.Push(t, ref, map[string]string{file: content}, config)
 	return ref
 }
 

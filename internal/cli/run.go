@@ -46,6 +46,7 @@ type runFlags struct {
 	start    smolvm.StartOptions
 	keep, rm bool
 	timings  bool
+	wait     waitFor
 }
 
 func (a *app) runCommand() *cobra.Command {
@@ -60,6 +61,7 @@ func (a *app) runCommand() *cobra.Command {
 	flags.vm.register(cmd)
 	flags.exec.register(cmd)
 	startFlags(cmd, &flags.start)
+	flags.wait.register(cmd)
 	cmd.Flags().BoolVar(&flags.keep, "keep", false, "keep the VM running, and print its id on standard error")
 	cmd.Flags().BoolVar(&flags.rm, "rm", false, "remove the VM at the end (the default)")
 	cmd.Flags().BoolVar(&flags.timings, "timings", false, "print on standard error how the VM was started and how long each phase took")
@@ -134,7 +136,7 @@ func (a *app) run(ctx context.Context, m smolvm.Service, config smolvm.VMConfig,
 			}
 		}
 	}()
-	if err := checkCommand(ctx, m, vm, command); err != nil {
+	if err := errors.Join(checkCommand(ctx, m, vm, command), flags.wait.check(vm)); err != nil {
 		return err
 	}
 	started, err := m.Start(ctx, vm.ID, flags.start)
@@ -160,7 +162,19 @@ func (a *app) run(ctx context.Context, m smolvm.Service, config smolvm.VMConfig,
 	if command = vm.Config.CommandLine(command...); len(command) == 0 {
 		command = loginShell()
 	}
-	err = a.execute(ctx, m, vm.ID, flags.exec, smolvm.Command{Args: command})
+	execute := func(ctx context.Context) error {
+		return a.execute(ctx, m, vm.ID, flags.exec, smolvm.Command{Args: command})
+	}
+	switch {
+	case flags.wait == "":
+		err = execute(ctx)
+	case vm.Config.Init != "":
+		if err = flags.wait.await(ctx, m, vm.ID); err == nil {
+			err = execute(ctx)
+		}
+	default:
+		err = a.executeHealthy(ctx, m, vm.ID, execute)
+	}
 	times.lap("first exec") // with the login
 	return err
 }

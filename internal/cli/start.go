@@ -14,6 +14,7 @@ commands can be run in it.`
 func (a *app) startCommand() *cobra.Command {
 	var options smolvm.StartOptions
 	var timings *bool
+	var wait waitFor
 	cmd := &cobra.Command{
 		Use:               "start [flags] ID...",
 		Short:             "Start VMs",
@@ -23,12 +24,13 @@ func (a *app) startCommand() *cobra.Command {
 		RunE: a.does(func(cmd *cobra.Command, args []string) error {
 			return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 				return eachOf(args, func(id string) (smolvm.VMInfo, error) {
-					return m.Start(cmd.Context(), id, options)
+					return startVM(cmd.Context(), m, id, options, wait)
 				}, func(vm smolvm.VMInfo) error { return a.printStarted(vm, *timings) })
 			})
 		}),
 	}
 	startFlags(cmd, &options)
+	wait.register(cmd)
 	timings = timingsFlag(cmd)
 	return cmd
 }

@@ -62,23 +62,11 @@ type kindFlags struct {
 }
 
 func (f *kindFlags) register(cmd *cobra.Command) {
-	flags := cmd.Flags()
-	flags.IntVar(&f.vcpus, "vcpus", 0, "`N` virtual CPUs (default 2)")
-	flags.FuncP("memory", "m", "memory of `SIZE`: MiB, or as in 2G (default 512)", func(text string) error {
-		size, err := parseMebibytes(text)
-		f.memory = int(size)
-		return err
-	})
-	flags.Func("disk-size", "disk of `SIZE`: MiB, or as in 8G (default: as the image)", func(text string) (err error) {
-		f.disk, err = parseMebibytes(text)
-		return err
-	})
+	machineFlags(cmd, &f.vcpus, &f.memory, "")
+	diskSizeFlag(cmd, &f.disk)
 	cmd.Flags().StringVar((*string)(&f.network), "network", "", "`MODE` of the network: user (default), tap (of bridges too) or none")
 	complete(cmd, "network", words(string(smolvm.NetworkUser), string(smolvm.NetworkTAP), string(smolvm.NetworkNone)))
 	warmUpFlag(cmd, &f.warmUp)
-	for _, name := range []string{"vcpus", "memory", "disk-size"} {
-		complete(cmd, name, words())
-	}
 }
 
 func warmUpFlag(cmd *cobra.Command, warmUp *string) {
@@ -106,8 +94,7 @@ func (a *app) templateBuildCommand() *cobra.Command {
 		if len(args) > 0 {
 			options.Image = args[0]
 		}
-		a.progress = newProgress(a.Stderr)
-		options.Progress = a.progress.report()
+		options.Progress = a.showProgress(false)
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			template, err := m.BuildTemplate(cmd.Context(), options)
 			a.progress.finish()

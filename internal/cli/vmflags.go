@@ -17,6 +17,7 @@ type vmFlags struct {
 	config  smolvm.VMConfig
 	egress  egressFlags
 	secrets secretFlags
+	health  healthFlags
 	pull    smolvm.PullPolicy
 	quiet   bool
 }
@@ -29,7 +30,8 @@ func (f *vmFlags) creation(a *app) smolvm.CreateOptions {
 func (f *vmFlags) register(cmd *cobra.Command) {
 	flags, config := cmd.Flags(), &f.config
 	flags.StringVar(&config.ID, "name", "", "`ID` of the VM (default: made up)")
-	flags.IntVar(&config.VCPUs, "vcpus", 0, fmt.Sprintf("`N` virtual CPUs (default %d)", smolvm.DefaultVCPUs))
+	machineFlags(cmd, &config.VCPUs, &config.MemoryMiB, "")
+	diskSizeFlag(cmd, &config.DiskSizeMiB)
 	flags.Float64Var(&config.CPULimit, "cpus", 0, "let the VM take the time of `N` of the host's CPUs, as in 0.5 (default: no limit)")
 	flags.Func("disk-bps", "let the VM read and write `SIZE` a second on all its disks: MiB, or as in 512K (default: no limit)", func(text string) (err error) {
 		config.DiskBytesPerSecond, err = size.ParseBytes(text)
@@ -37,15 +39,6 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	})
 	flags.Int64Var(&config.DiskIOPS, "disk-iops", 0, "let the VM make `N` reads and writes a second on all its disks (default: no limit)")
 	flags.BoolVar(&config.NestedVirtualization, "nested", false, "let the guest run VMs itself, if its kernel has KVM")
-	flags.FuncP("memory", "m", fmt.Sprintf("memory of `SIZE`: MiB, or as in 2G (default %d)", smolvm.DefaultMemoryMiB), func(text string) error {
-		size, err := parseMebibytes(text)
-		config.MemoryMiB = int(size)
-		return err
-	})
-	flags.Func("disk-size", "disk of `SIZE`: MiB, or as in 8G (default: as the image)", func(text string) (err error) {
-		config.DiskSizeMiB, err = parseMebibytes(text)
-		return err
-	})
 	flags.Func("drive", "attach a disk image: `PATH[:ro][:FORMAT]`, raw (default) or qcow2, with ,backing=PATH:FORMAT after it for each file that it is based on (repeatable)", func(text string) error {
 		drive, err := parseDrive(text)
 		config.Drives = append(config.Drives, drive)
@@ -73,6 +66,7 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&config.Init, "init", "", "run the image's own init at `PATH` as the first process (default: what the image says, or /sbin/init)")
 	flags.Lookup("init").NoOptDefVal = smolvm.InitAuto
 	flags.StringVar(&config.StopSignal, "stop-signal", "", "`SIGNAL` for the VM's processes when it is stopped (default: the image's, else SIGTERM)")
+	f.health.register(cmd)
 	flags.Func("entrypoint", "run `PROGRAM` in place of the image's entrypoint; empty for none", func(text string) error {
 		config.Entrypoint = []string{text}
 		return nil
@@ -108,9 +102,32 @@ func (f *vmFlags) register(cmd *cobra.Command) {
 	complete(cmd, "ready", words(string(smolvm.ReadyAgent), string(smolvm.ReadySSH), string(smolvm.ReadyStarted)))
 	complete(cmd, "rootfs-format", words(string(smolvm.FormatRaw), string(smolvm.FormatQCOW2)))
 	complete(cmd, "disk-mode", words(string(smolvm.DiskIsolated), string(smolvm.DiskShared)))
-	for _, name := range []string{"name", "vcpus", "cpus", "memory", "disk-size", "disk-bps", "disk-iops", "publish", "env", "label", "hostname", "ttl", "ssh-addr", "boot-args"} {
+	for _, name := range []string{"name", "cpus", "disk-bps", "disk-iops", "publish", "env", "label", "hostname", "ttl", "ssh-addr", "boot-args"} {
 		complete(cmd, name, words())
 	}
+}
+
+// machineFlags adds the flags for how many CPUs and how much memory a VM has. The purpose is what help
+// says that they are for, as in " for RUN"; it may be empty.
+func machineFlags(cmd *cobra.Command, vcpus, memoryMiB *int, purpose string) {
+	flags := cmd.Flags()
+	flags.IntVar(vcpus, "vcpus", 0, fmt.Sprintf("`N` virtual CPUs%s (default %d)", purpose, smolvm.DefaultVCPUs))
+	flags.FuncP("memory", "m", fmt.Sprintf("memory of `SIZE`%s: MiB, or as in 2G (default %d)", purpose, smolvm.DefaultMemoryMiB), func(text string) error {
+		size, err := parseMebibytes(text)
+		*memoryMiB = int(size)
+		return err
+	})
+	complete(cmd, "vcpus", words())
+	complete(cmd, "memory", words())
+}
+
+// diskSizeFlag adds the flag for how large a VM's disk is.
+func diskSizeFlag(cmd *cobra.Command, mebibytes *int64) {
+	cmd.Flags().Func("disk-size", "disk of `SIZE`: MiB, or as in 8G (default: as the image)", func(text string) (err error) {
+		*mebibytes, err = parseMebibytes(text)
+		return err
+	})
+	complete(cmd, "disk-size", words())
 }
 
 func checkPull(policy smolvm.PullPolicy) error {
@@ -169,6 +186,10 @@ func (f *vmFlags) resolve(a *app, image string) (config smolvm.VMConfig, err err
 	if config.Secrets, err = f.secrets.all(); err != nil {
 		return config, err
 	}
+	if config.Healthcheck, err = f.health.check(); err != nil {
+		return config, err
+	}
+	config.NoHealthcheck = f.health.none
 	config.Image = image
 	config.Backend = a.backend
 	if !f.quiet {

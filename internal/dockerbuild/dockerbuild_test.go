@@ -9,8 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,14 +17,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/catalog"
@@ -36,6 +27,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/image/ocistore"
 	"github.com/smolvm/smolvm/internal/image/registries"
+	"github.com/smolvm/smolvm/internal/image/registrytest"
 	"github.com/smolvm/smolvm/internal/testenv"
 )
 
@@ -68,6 +60,8 @@ func newBuilder(t testing.TB) *Builder {
 	}}
 }
 
+// archiveOf returns an archive of those files, whose owner and mode are not those of a directory of
+// the test's.
 func archiveOf(t testing.TB, content map[string]string) []byte {
 	t.Helper()
 	var archive bytes.Buffer
@@ -169,17 +163,10 @@ func shown(events []smolvm.BuildEvent) []string {
 // An image that is missing is pulled, and asked for again only by Pull.
 func TestPull(t *testing.T) {
 	b := newBuilder(t)
-	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
-	defer server.Close()
-	from := strings.TrimPrefix(server.URL, "http://") + "/one:1"
+	registry := registrytest.New(t)
+	from := registry.Host + "/one:1"
 	push := func(content string) {
-		made, err := mutate.AppendLayers(empty.Image, static.NewLayer(archiveOf(t, map[string]string{"file": content}), types.DockerUncompressedLayer))
-		must(t, err)
-		made, err = mutate.ConfigFile(made, &v1.ConfigFile{OS: "linux", Architecture: "amd64", RootFS: v1.RootFS{Type: "layers", DiffIDs: diffIDs(t, made)}, Config: v1.Config{Env: []string{"V=" + content}}})
-		must(t, err)
-		ref, err := name.ParseReference(from)
-		must(t, err)
-		must(t, remote.Write(ref, made))
+		registrytest.Push(t, from, map[string]string{"file": content}, v1.Config{Env: []string{"V=" + content}})
 	}
 	push("first")
 	build := func(pull bool) string {
@@ -197,7 +184,7 @@ func TestPull(t *testing.T) {
 	if got := build(true); got != "second" {
 		t.Errorf("with Pull it is %q", got)
 	}
-	server.Close()
+	registry.Close()
 	_, err := b.Build(t.Context(), smolvm.DockerfileOptions{DockerfileText: []byte("FROM " + strings.Replace(from, "one", "two", 1))})
 	if at := (*smolvm.DockerfileError)(nil); !errors.As(err, &at) || at.Line != 1 {
 		t.Errorf("an image that can't be had: %v", err)
@@ -207,14 +194,8 @@ func TestPull(t *testing.T) {
 // Base images come from where the configuration of registries has them, as those that are run do.
 func TestPullFromMirror(t *testing.T) {
 	b := newBuilder(t)
-	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
-	defer server.Close()
-	host := strings.TrimPrefix(server.URL, "http://")
-	made, err := mutate.AppendLayers(empty.Image, static.NewLayer(archiveOf(t, map[string]string{"file": "mirrored"}), types.DockerUncompressedLayer))
-	must(t, err)
-	ref, err := name.ParseReference(host + "/cache/owner/one:1")
-	must(t, err)
-	must(t, remote.Write(ref, made))
+	host := registrytest.New(t).Host
+	registrytest.Push(t, host+"/cache/owner/one:1", map[string]string{"file": "mirrored"}, v1.Config{})
 	file := filepath.Join(t.TempDir(), "registries.conf")
 	must(t, os.WriteFile(file, []byte("[[registry]]\nlocation = 'docker.io'\n[[registry.mirror]]\nlocation = '"+host+"/cache'\n[[registry]]\nlocation = 'blocked.example.com'\nblocked = true\n"), 0o600))
 	t.Setenv("CONTAINERS_REGISTRIES_CONF", file)
@@ -224,13 +205,6 @@ func TestPullFromMirror(t *testing.T) {
 	if _, err := b.Build(t.Context(), smolvm.DockerfileOptions{DockerfileText: []byte("FROM blocked.example.com/one:1\n")}); !errors.Is(err, registries.ErrBlocked) {
 		t.Errorf("from a registry that is blocked: %v", err)
 	}
-}
-
-func diffIDs(t testing.TB, made v1.Image) []v1.Hash {
-	t.Helper()
-	config, err := made.ConfigFile()
-	must(t, err)
-	return config.RootFS.DiffIDs
 }
 
 // A built-in name means the image of packages, and not a registry's.

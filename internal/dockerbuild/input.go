@@ -17,7 +17,6 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/dockerfile"
-	"github.com/smolvm/smolvm/internal/image/ext4fs"
 	"github.com/smolvm/smolvm/internal/image/imagebuild/files"
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
 )
@@ -52,7 +51,7 @@ func open(ctx context.Context, opts smolvm.DockerfileOptions, temp string) (*inp
 	case opts.ContextArchive != nil:
 		err = in.openArchive(ctx, opts, temp)
 	default:
-		in.tree = files.Nodes{Root: emptyRoot()}
+		in.tree = files.Empty()
 	}
 	if err == nil && in.text == nil {
 		err = errors.New("there is no Dockerfile: give its text, or a context that has it")
@@ -66,8 +65,6 @@ func open(ctx context.Context, opts smolvm.DockerfileOptions, temp string) (*inp
 	}
 	return in, nil
 }
-
-func emptyRoot() *ext4fs.Node { return &ext4fs.Node{Mode: unix.S_IFDIR | 0o755} }
 
 // openDir opens a context that is a directory.
 func (in *input) openDir(opts smolvm.DockerfileOptions) error {
@@ -206,7 +203,7 @@ func (in *input) readText(r io.Reader, opts smolvm.DockerfileOptions) error {
 		return fmt.Errorf("read Dockerfile: %w", err)
 	}
 	in.text = text // how long it may be is checked with the rest
-	in.tree = files.Nodes{Root: emptyRoot()}
+	in.tree = files.Empty()
 	return nil
 }
 

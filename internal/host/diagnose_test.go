@@ -2,6 +2,7 @@ package host
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -166,9 +167,7 @@ func TestForbiddenKVM(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			files := map[string]string{kvmDevice: ""}
-			for name, text := range test.files {
-				files[name] = text
-			}
+			maps.Copy(files, test.files)
 			h := newTestHost(t, files)
 			h.groups = append(h.groups, test.groups...)
 			if err := os.Chown(h.path(kvmDevice), 0, test.group); err != nil {

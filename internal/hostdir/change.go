@@ -4,12 +4,14 @@ import (
 	"context"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // made answers with an entry that put makes in the directory of a request.
 func (d *Dir) made(asked *request, put func(dir int, name string) error) (*answer, error) {
 	return d.inDir(asked, func(parent *node, dir int, name string) (*answer, error) {
-		if err := retry(func() error { return put(dir, name) }); err != nil {
+		if err := dirfd.Retry(func() error { return put(dir, name) }); err != nil {
 			return nil, err
 		}
 		return d.entry(parent, dir, name)
@@ -84,7 +86,7 @@ func (d *Dir) remove(asked *request, flags int) (*answer, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := retry(func() error { return unix.Unlinkat(dir, name, flags) }); err != nil {
+		if err := dirfd.Retry(func() error { return unix.Unlinkat(dir, name, flags) }); err != nil {
 			return nil, err
 		}
 		d.nodes.removed(st, parent, name)
@@ -125,7 +127,7 @@ func (d *Dir) rename(_ context.Context, asked *request) (*answer, error) {
 		return nil, err
 	}
 	replaced, replacedErr := fstatat(toDir, newName)
-	if err := retry(func() error {
+	if err := dirfd.Retry(func() error {
 		return unix.Renameat2(fromDir, oldName, toDir, newName, uint(flags))
 	}); err != nil {
 		return nil, err

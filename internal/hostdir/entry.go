@@ -7,13 +7,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm/internal/dirfd"
 	"github.com/smolvm/smolvm/internal/fuserelay"
 )
 
 // fstat returns the attributes of an open file.
 func fstat(fd int) (*unix.Stat_t, error) {
 	var st unix.Stat_t
-	if err := retry(func() error { return unix.Fstat(fd, &st) }); err != nil {
+	if err := dirfd.Retry(func() error { return unix.Fstat(fd, &st) }); err != nil {
 		return nil, err
 	}
 	return &st, nil
@@ -21,20 +22,8 @@ func fstat(fd int) (*unix.Stat_t, error) {
 
 // fstatat returns the attributes of an entry of an open directory.
 func fstatat(dir int, name string) (*unix.Stat_t, error) {
-	var st unix.Stat_t
-	if err := retry(func() error { return unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW) }); err != nil {
-		return nil, err
-	}
-	return &st, nil
-}
-
-// retry makes a system call again that a signal has interrupted.
-func retry(call func() error) error {
-	for {
-		if err := call(); err != unix.EINTR { //nolint:errorlint // system calls return it bare
-			return err
-		}
-	}
+	st, err := dirfd.Lstat(dir, name)
+	return &st, err
 }
 
 // procPath is a path that leads to an open file itself, whatever it is.
@@ -115,7 +104,7 @@ var kernelFS = map[int64]bool{
 // refuseKernelFS returns an error if an open file is the kernel's.
 func refuseKernelFS(fd int) error {
 	var fs unix.Statfs_t
-	if err := retry(func() error { return unix.Fstatfs(fd, &fs) }); err != nil {
+	if err := dirfd.Retry(func() error { return unix.Fstatfs(fd, &fs) }); err != nil {
 		return err
 	}
 	if kernelFS[int64(fs.Type)] { //nolint:unconvert // its type depends on the architecture
@@ -322,7 +311,7 @@ func (d *Dir) change(n *node, fd int, c changes) error {
 		if n.kind == unix.S_IFLNK {
 			return unix.EOPNOTSUPP
 		}
-		if err := retry(func() error { return unix.Chmod(path, c.mode&(unix.S_ISVTX|0o777)) }); err != nil {
+		if err := dirfd.Retry(func() error { return unix.Chmod(path, c.mode&(unix.S_ISVTX|0o777)) }); err != nil {
 			return err
 		}
 	}
@@ -342,19 +331,19 @@ func (d *Dir) change(n *node, fd int, c changes) error {
 	}
 	times := c.times()
 	if n.kind == unix.S_IFLNK {
-		return retry(func() error { return unix.UtimesNanoAt(fd, "", times, unix.AT_EMPTY_PATH) })
+		return dirfd.Retry(func() error { return unix.UtimesNanoAt(fd, "", times, unix.AT_EMPTY_PATH) })
 	}
-	return retry(func() error { return unix.UtimesNanoAt(unix.AT_FDCWD, path, times, 0) })
+	return dirfd.Retry(func() error { return unix.UtimesNanoAt(unix.AT_FDCWD, path, times, 0) })
 }
 
 // truncate cuts an open file, by its handle if the guest named one that can write.
 func truncate(fd int, c changes) error {
 	if c.handle != 0 {
-		if err := retry(func() error { return unix.Ftruncate(fd, c.size) }); err != unix.EBADF && err != unix.EINVAL { //nolint:errorlint // bare
+		if err := dirfd.Retry(func() error { return unix.Ftruncate(fd, c.size) }); err != unix.EBADF && err != unix.EINVAL { //nolint:errorlint // bare
 			return err
 		}
 	}
-	return retry(func() error { return unix.Truncate(procPath(fd), c.size) })
+	return dirfd.Retry(func() error { return unix.Truncate(procPath(fd), c.size) })
 }
 
 // clearSetID takes the set-id bits of an open file away before it is written to: the kernel does
@@ -364,7 +353,7 @@ func (d *Dir) clearSetID(fd int) error {
 	if err != nil || st.Mode&(unix.S_ISUID|unix.S_ISGID) == 0 {
 		return err
 	}
-	return retry(func() error { return unix.Chmod(procPath(fd), st.Mode&(unix.S_ISVTX|0o777)) })
+	return dirfd.Retry(func() error { return unix.Chmod(procPath(fd), st.Mode&(unix.S_ISVTX|0o777)) })
 }
 
 func (d *Dir) readlink(_ context.Context, asked *request) (*answer, error) {
@@ -389,7 +378,7 @@ func (d *Dir) readlink(_ context.Context, asked *request) (*answer, error) {
 
 func (d *Dir) statfs(context.Context, *request) (*answer, error) {
 	var fs unix.Statfs_t
-	if err := retry(func() error { return unix.Fstatfs(d.root, &fs) }); err != nil {
+	if err := dirfd.Retry(func() error { return unix.Fstatfs(d.root, &fs) }); err != nil {
 		return nil, err
 	}
 	a := newAnswer(80)

@@ -4,6 +4,8 @@ import (
 	"context"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // keptFlags are the flags of an open that the host's file gets as well. The guest's kernel does
@@ -31,7 +33,7 @@ func (d *Dir) reopen(path int, flags uint32) (fd int, err error) {
 		}
 	}
 	mode := int(flags&keptFlags) | unix.O_CLOEXEC | unix.O_NOCTTY | unix.O_NONBLOCK
-	err = retry(func() (err error) {
+	err = dirfd.Retry(func() (err error) {
 		fd, err = unix.Open(procPath(path), mode, 0)
 		return err
 	})
@@ -151,7 +153,7 @@ func (d *Dir) created(parent *node, name string, fd int) (*answer, error) {
 
 func (d *Dir) createIn(dir int, name string, flags, mode uint32) (fd int, err error) {
 	making := int(flags&keptFlags) | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC | unix.O_NONBLOCK
-	err = retry(func() (err error) {
+	err = dirfd.Retry(func() (err error) {
 		fd, err = unix.Openat(dir, name, making, mode)
 		return err
 	})
@@ -181,7 +183,7 @@ func (d *Dir) read(ctx context.Context, asked *request) (*answer, error) {
 		done := 0
 		for done < len(data) { // a short answer is the end of the file
 			var n int
-			err := retry(func() (err error) {
+			err := dirfd.Retry(func() (err error) {
 				n, err = unix.Pread(h.fd, data[done:], offset+int64(done))
 				return err
 			})
@@ -208,7 +210,7 @@ func (d *Dir) write(_ context.Context, asked *request) (*answer, error) {
 	if asked.body.short || offset < 0 {
 		return nil, unix.EINVAL
 	}
-	if err := d.take(int64(size)); err != nil {
+	if err := d.room.Take(d.root, int64(size)); err != nil {
 		return nil, err
 	}
 	done := 0
@@ -216,7 +218,7 @@ func (d *Dir) write(_ context.Context, asked *request) (*answer, error) {
 		defer d.nodes.wrote(h.node)
 		for done < len(data) {
 			var n int
-			err := retry(func() (err error) {
+			err := dirfd.Retry(func() (err error) {
 				n, err = unix.Pwrite(h.fd, data[done:], offset+int64(done))
 				return err
 			})
@@ -239,12 +241,12 @@ func (d *Dir) write(_ context.Context, asked *request) (*answer, error) {
 func (d *Dir) fallocate(_ context.Context, asked *request) (*answer, error) {
 	id, offset, length, mode := asked.body.u64(), int64(asked.body.u64()), int64(asked.body.u64()), asked.body.u32()
 	if mode&unix.FALLOC_FL_PUNCH_HOLE == 0 {
-		if err := d.take(max(length, 0)); err != nil {
+		if err := d.room.Take(d.root, max(length, 0)); err != nil {
 			return nil, err
 		}
 	}
 	return nil, d.withHandle(asked, id, func(h *handle) error {
-		return retry(func() error { return unix.Fallocate(h.fd, mode, offset, length) })
+		return dirfd.Retry(func() error { return unix.Fallocate(h.fd, mode, offset, length) })
 	})
 }
 
@@ -271,7 +273,7 @@ func (d *Dir) copyFileRange(_ context.Context, asked *request) (*answer, error) 
 	from, fromOffset := asked.body.u64(), int64(asked.body.u64())
 	toNode, to, toOffset := asked.body.u64(), asked.body.u64(), int64(asked.body.u64())
 	length := min(asked.body.u64(), maxCopy)
-	if err := d.take(int64(length)); err != nil {
+	if err := d.room.Take(d.root, int64(length)); err != nil {
 		return nil, err
 	}
 	n, err := d.nodes.get(toNode)
@@ -285,7 +287,7 @@ func (d *Dir) copyFileRange(_ context.Context, asked *request) (*answer, error) 
 	defer target.done()
 	copied := 0
 	err = d.withHandle(asked, from, func(h *handle) error {
-		return retry(func() (err error) {
+		return dirfd.Retry(func() (err error) {
 			copied, err = unix.CopyFileRange(h.fd, &fromOffset, target.fd, &toOffset, int(length), 0)
 			return err
 		})

@@ -5,6 +5,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // maxHandles bounds how many files and directories a guest may have open in one directory.
@@ -144,8 +146,8 @@ func (d *Dir) fsync(_ context.Context, asked *request) (*answer, error) {
 	id, flags := asked.body.u64(), asked.body.u32()
 	return nil, d.withHandle(asked, id, func(h *handle) error {
 		if flags&fsyncData != 0 {
-			return retry(func() error { return unix.Fdatasync(h.fd) })
+			return dirfd.Retry(func() error { return unix.Fdatasync(h.fd) })
 		}
-		return retry(func() error { return unix.Fsync(h.fd) })
+		return dirfd.Retry(func() error { return unix.Fsync(h.fd) })
 	})
 }

@@ -29,6 +29,8 @@ import (
 
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/diskspace"
 )
 
 // Options of a [Dir]. The zero value serves it for reading and writing.
@@ -56,7 +58,7 @@ type Dir struct {
 	// uid and gid are the user and group of the guest that everything is owned by.
 	uid, gid uint32
 
-	room    room
+	room    diskspace.Room
 	watcher watcher
 	nodes   table
 	handles handles

@@ -7,6 +7,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // reading is a directory that is being read.
@@ -68,7 +70,7 @@ func (r *reading) fill(fd int, at int64) error {
 	const enough = 32 << 10
 	space := make([]byte, enough)
 	n := 0
-	err := retry(func() (err error) {
+	err := dirfd.Retry(func() (err error) {
 		n, err = unix.ReadDirent(fd, space)
 		return err
 	})

@@ -200,8 +200,8 @@ func (t *table) paths(n *node) []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	paths := make([]string, 0, 1)
-	for i := len(n.links) - 1; i >= 0; i-- {
-		if path, ok := n.links[i].path(); ok {
+	for _, link := range slices.Backward(n.links) {
+		if path, ok := link.path(); ok {
 			paths = append(paths, path)
 		}
 	}
@@ -222,9 +222,7 @@ func (l link) path() (string, bool) {
 			return "", false
 		}
 	}
-	for i, j := 0, len(names)-1; i < j; i, j = i+1, j-1 {
-		names[i], names[j] = names[j], names[i]
-	}
+	slices.Reverse(names)
 	return strings.Join(names, "/"), true
 }
 

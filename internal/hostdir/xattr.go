@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // xattrPrefix is that of the extended attributes that are shared with the guest: those of users.
@@ -39,7 +41,7 @@ func (d *Dir) withXattrs(id uint64, do func(path string) error) error {
 	if n.kind != unix.S_IFREG && n.kind != unix.S_IFDIR {
 		return unix.ENODATA
 	}
-	return d.withNode(n, 0, func(fd int) error { return retry(func() error { return do(procPath(fd)) }) })
+	return d.withNode(n, 0, func(fd int) error { return dirfd.Retry(func() error { return do(procPath(fd)) }) })
 }
 
 // sized answers with a value, or with its size if no room for it was given.

@@ -71,7 +71,7 @@ func buildInChild(job childJob, result *childResult) (smolvm.Image, error) {
 	}
 	return store.Ensure(context.Background(), image.Recipe{
 		Name: job.Name, Agent: job.Agent, Kernel: job.Kernel, Rootfs: job.Rootfs,
-		Progress: func(p image.Progress) {
+		Progress: func(p smolvm.Progress) {
 			result.Phases = append(result.Phases, p.Phase)
 			if p.Phase == job.HangAt {
 				fmt.Println("hanging")
@@ -211,7 +211,7 @@ func TestBuildCanceled(t *testing.T) {
 	store := open(t, filepath.Join(work, "store"))
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	recipe.Progress = func(p image.Progress) {
+	recipe.Progress = func(p smolvm.Progress) {
 		if p.Phase == "make root file system" {
 			cancel()
 		}
@@ -232,7 +232,7 @@ func TestEnsure(t *testing.T) {
 	store := open(t, filepath.Join(work, "store"))
 	ensure := func() (digest string, built bool) {
 		t.Helper()
-		recipe.Progress = func(image.Progress) { built = true }
+		recipe.Progress = func(smolvm.Progress) { built = true }
 		got, err := store.Ensure(context.Background(), recipe)
 		if err != nil {
 			t.Fatal(err)
@@ -294,7 +294,7 @@ func TestRecipeRefused(t *testing.T) {
 		"kernel is a program": {func(r *image.Recipe) { r.Kernel = "/bin/ls" }, "/bin/ls: is a program, not a kernel"}, // case 29
 		"before all else": {func(r *image.Recipe) {
 			r.Kernel, r.Rootfs = "", text
-			r.Progress = func(p image.Progress) { t.Errorf("it begins to %s", p.Phase) }
+			r.Progress = func(p smolvm.Progress) { t.Errorf("it begins to %s", p.Phase) }
 		}, "holds no file system"},
 		"modules, no kernel":    {func(r *image.Recipe) { r.ModulesDir, r.Kernel = work, "" }, "give both"},
 		"root file system":      {func(r *image.Recipe) { r.Rootfs = "/no/rootfs" }, "/no/rootfs"},
@@ -542,7 +542,7 @@ func TestEnsureRemembersAgent(t *testing.T) {
 	if err := os.WriteFile(recipe.Agent, agent, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	recipe.Progress = func(image.Progress) { t.Error("the image was built again") }
+	recipe.Progress = func(smolvm.Progress) { t.Error("the image was built again") }
 	// A program that another test is just starting may hold the store's lock for a moment: then
 	// it is written down at a later time.
 	for !strings.Contains(ensure(), recipe.Agent) { // the test's time bounds it

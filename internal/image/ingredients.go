@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+
+	"github.com/smolvm/smolvm"
 )
 
 // Ingredients are the files that the default image is made from, as the distribution's
@@ -18,7 +20,7 @@ type Ingredients struct {
 
 // Gather fetches the ingredients of the default image into dir, which must be there and be
 // empty: for who makes another image of them. Progress is told of each phase; it may be nil.
-func Gather(ctx context.Context, dir string, progress func(Progress)) (Ingredients, error) {
+func Gather(ctx context.Context, dir string, progress func(smolvm.Progress)) (Ingredients, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return Ingredients{}, fmt.Errorf("gather ingredients: %w", err)

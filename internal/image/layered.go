@@ -40,7 +40,7 @@ type Layered struct {
 	// Limits bound what the layers may make.
 	Limits ocilayer.Limits
 	// Progress is told how far it is; it may be nil.
-	Progress func(Progress)
+	Progress func(smolvm.Progress)
 }
 
 // key names all that the image is made of.
@@ -217,7 +217,7 @@ func (l Layered) report() ocilayer.Progress {
 		total += size
 	}
 	return func(layer int, bytes int64) {
-		l.Progress(Progress{Phase: "unpack layers", Done: before[layer] + bytes, Total: total})
+		l.Progress(smolvm.Progress{Phase: "unpack layers", Done: before[layer] + bytes, Total: total})
 	}
 }
 

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 func must(t testing.TB, errs ...error) {
@@ -287,10 +288,10 @@ func TestWriteLayersAsContainerd(t *testing.T) {
 			with(link(tar.TypeBlock, "disk", ""), func(h *tar.Header) { h.Devmajor, h.Devminor = 259, 70_000 }),
 			link(tar.TypeSymlink, "short", strings.Repeat("x", 59)), link(tar.TypeSymlink, "longer", strings.Repeat("x/", 1000)),
 			with(file("capable", "x"), func(h *tar.Header) {
-				h.PAXRecords = map[string]string{xattrRecord + "security.capability": "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
-					xattrRecord + "user.word": "value", xattrRecord + "user.long": strings.Repeat("long", 200), xattrRecord + "trusted.overlay.opaque": "y"}
+				h.PAXRecords = map[string]string{ocitar.XattrRecord + "security.capability": "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+					ocitar.XattrRecord + "user.word": "value", ocitar.XattrRecord + "user.long": strings.Repeat("long", 200), ocitar.XattrRecord + "trusted.overlay.opaque": "y"}
 			}),
-			with(link(tar.TypeSymlink, "linkattr", "x"), func(h *tar.Header) { h.PAXRecords = map[string]string{xattrRecord + "user.word": "v"} }))},
+			with(link(tar.TypeSymlink, "linkattr", "x"), func(h *tar.Header) { h.PAXRecords = map[string]string{ocitar.XattrRecord + "user.word": "v"} }))},
 		"names":                      {layerOf(t, file(long, "x"), file("new\nline \"quoted\" \\ \xff\xfe \x1b[31m", "x"), file(strings.Repeat("deep/", 200)+"x", "x"), file("ünïcödé", "x"), file(" ", "x"))},
 		"times":                      {layerOf(t, with(file("old", ""), func(h *tar.Header) { h.ModTime = time.Unix(-5, 0) }), with(file("far", ""), func(h *tar.Header) { h.ModTime = time.Unix(1<<35, 0) }), with(file("2100", ""), func(h *tar.Header) { h.ModTime = time.Unix(4102444800, 0) }))},
 		"replaced":                   {base, layerOf(t, file("etc/passwd", "other"), file("a/b", "now a file"), dir("s"), file("s/in", "x"), link(tar.TypeSymlink, "a/d", "b"), with(dir("etc"), func(h *tar.Header) { h.Mode = 0o700; h.Uid = 5 }))},
@@ -336,9 +337,6 @@ func TestWriteLayersAsContainerd(t *testing.T) {
 		})
 	}
 }
-
-// xattrRecord is what the name of an extended attribute begins with in an archive.
-const xattrRecord = "SCHILY.xattr."
 
 // randomLayer returns a layer of few names, so that entries meet.
 func randomLayer(t testing.TB, r *rand.Rand) layer {
@@ -454,10 +452,10 @@ func TestWriteLayersRefuses(t *testing.T) {
 		{"device that Linux has not", header(func(h *tar.Header) { h.Typeflag, h.Devmajor = tar.TypeChar, 5000 }), ocilayer.Limits{}, "device"},
 		{"lost+found is a file", []layer{layerOf(t, file("lost+found", ""))}, ocilayer.Limits{}, "lost+found"},
 		{"large attribute", header(func(h *tar.Header) {
-			h.PAXRecords = map[string]string{xattrRecord + "user.x": strings.Repeat("x", 5000)}
+			h.PAXRecords = map[string]string{ocitar.XattrRecord + "user.x": strings.Repeat("x", 5000)}
 		}), ocilayer.Limits{}, "attributes"},
 		{"long attribute's name", header(func(h *tar.Header) {
-			h.PAXRecords = map[string]string{xattrRecord + "user." + strings.Repeat("x", 256): "x"}
+			h.PAXRecords = map[string]string{ocitar.XattrRecord + "user." + strings.Repeat("x", 256): "x"}
 		}), ocilayer.Limits{}, "attributes"},
 		{"many names of one file", func() []layer {
 			members := []member{file("x", "")}

@@ -20,13 +20,6 @@ import (
 // recipeVersion changes whenever the same ingredients make another image.
 const recipeVersion = 6
 
-// Progress is how far a build is.
-type Progress struct {
-	Phase string
-	// Done of Total; Total is zero where it is not known.
-	Done, Total int64
-}
-
 // Recipe says how to build an image.
 type Recipe struct {
 	// Name that will mean the image.
@@ -45,12 +38,12 @@ type Recipe struct {
 	// Force builds even if an image of this recipe is there.
 	Force bool
 	// Progress is told of each phase; it may be nil.
-	Progress func(Progress)
+	Progress func(smolvm.Progress)
 }
 
 func (r Recipe) say(phase string, done, total int64) {
 	if r.Progress != nil {
-		r.Progress(Progress{Phase: phase, Done: done, Total: total})
+		r.Progress(smolvm.Progress{Phase: phase, Done: done, Total: total})
 	}
 }
 

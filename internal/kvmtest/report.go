@@ -104,9 +104,7 @@ func (r *reporter) begin(test string) {
 	}
 	s := &subtest{name: test, started: make(chan *testing.T, 1), over: make(chan struct{}), events: make(chan event)}
 	r.subtests[test] = s
-	parent.children.Add(1)
-	go func() {
-		defer parent.children.Done()
+	parent.children.Go(func() {
 		defer close(s.over)
 		select {
 		case t := <-parent.started:
@@ -114,7 +112,7 @@ func (r *reporter) begin(test string) {
 			t.Run(name, func(t *testing.T) { s.run(t, r.maySkip) })
 		case <-parent.over:
 		}
-	}()
+	})
 }
 
 // run is the subtest.

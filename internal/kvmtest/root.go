@@ -164,7 +164,7 @@ func ensureImage(ctx context.Context, dir, tools, agent string, progress func(st
 	if err != nil {
 		return smolvm.Image{}, err
 	}
-	say := func(p image.Progress) { progress(p.Phase) }
+	say := func(p smolvm.Progress) { progress(p.Phase) }
 	root := filepath.Join(dir, "root-"+key)
 	if _, err := os.Stat(root); errors.Is(err, fs.ErrNotExist) {
 		if err := layOut(ctx, dir, root, files, say); err != nil {
@@ -185,7 +185,7 @@ func ensureImage(ctx context.Context, dir, tools, agent string, progress func(st
 
 // layOut makes root, with the kernel and the tree of the root file system in it, in the place
 // of all that were made before.
-func layOut(ctx context.Context, dir, root string, files map[string]string, say func(image.Progress)) error {
+func layOut(ctx context.Context, dir, root string, files map[string]string, say func(smolvm.Progress)) error {
 	old, err := filepath.Glob(filepath.Join(dir, "root-*"))
 	if err != nil {
 		return err
@@ -213,7 +213,7 @@ func layOut(ctx context.Context, dir, root string, files map[string]string, say 
 	if err != nil {
 		return err
 	}
-	say(image.Progress{Phase: "lay out programs"})
+	say(smolvm.Progress{Phase: "lay out programs"})
 	for name, source := range files {
 		if err := place(ctx, source, filepath.Join(tree, name)); err != nil {
 			return err

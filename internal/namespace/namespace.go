@@ -32,6 +32,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -289,7 +290,7 @@ func newCall(cmd *exec.Cmd, opts Options) (_ *call, err error) {
 	}
 	launcher.Dir, launcher.Env = cmd.Dir, cmd.Env
 	launcher.Stdin, launcher.Stdout, launcher.Stderr = orders, cmd.Stdout, cmd.Stderr
-	launcher.ExtraFiles = append(cmd.ExtraFiles[:len(cmd.ExtraFiles):len(cmd.ExtraFiles)], reports, stdin)
+	launcher.ExtraFiles = append(slices.Clip(cmd.ExtraFiles), reports, stdin)
 	launcher.SysProcAttr = attributes(cmd.SysProcAttr, opts)
 	c.launcher = launcher
 	return c, nil

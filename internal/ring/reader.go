@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -70,8 +71,8 @@ func same(file *os.File, path string) bool {
 func (r *Reader) SeekTail(n int) error {
 	buffer := make([]byte, 32<<10)
 	atEnd := true
-	for i := len(r.files) - 1; i >= 0; i-- {
-		info, err := r.files[i].Stat()
+	for i, file := range slices.Backward(r.files) {
+		info, err := file.Stat()
 		if err != nil {
 			return err
 		}
@@ -83,7 +84,7 @@ func (r *Reader) SeekTail(n int) error {
 		for end := size; end > 0; {
 			length := min(end, int64(len(buffer)))
 			end -= length
-			if _, err := r.files[i].ReadAt(buffer[:length], end); err != nil {
+			if _, err := file.ReadAt(buffer[:length], end); err != nil {
 				return err
 			}
 			for k := length - 1; k >= 0; k-- {

@@ -63,18 +63,26 @@ func (s *Session) dialLink(ctx context.Context) (net.Conn, error) {
 	return link.Open(ctx)
 }
 
-// runInGuest runs commands, one after the other, as root.
-func (s *Session) runInGuest(ctx context.Context, commands ...smolvm.Command) error {
+// newClient returns a client of the guest's agent, for the session itself.
+func (s *Session) newClient() (*agent.Client, error) {
 	hostKey, err := ssh.NewSignerFromKey(ed25519.PrivateKey(s.spec.Hello.HostKey))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	client := agent.NewClient(agent.ClientConfig{
+	return agent.NewClient(agent.ClientConfig{
 		Dial:    s.dialLink,
 		User:    "root",
 		Signer:  hostKey, // none is asked for over the guest channel
 		HostKey: hostKey.PublicKey(),
-	})
+	}), nil
+}
+
+// runInGuest runs commands, one after the other, as root.
+func (s *Session) runInGuest(ctx context.Context, commands ...smolvm.Command) error {
+	client, err := s.newClient()
+	if err != nil {
+		return err
+	}
 	defer func() { _ = client.Close() }()
 	for _, command := range commands {
 		var output lastWords

@@ -65,6 +65,9 @@ func (s *Session) Resume(ctx context.Context) error {
 
 func (s *Session) setPaused(paused bool) {
 	s.paused.Store(paused)
+	if paused {
+		s.holds.Add(1)
+	}
 	if link := s.line.current(); link != nil {
 		link.SetHeld(paused)
 	}

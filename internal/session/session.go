@@ -17,6 +17,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/agent/wire"
+	"github.com/smolvm/smolvm/internal/health"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/vmm"
@@ -61,12 +62,14 @@ type Session struct {
 
 	paused atomic.Bool
 	halts  *halts
-	saving sync.Mutex // held by Save
+	holds  atomic.Int64 // how often the guest was paused
+	saving sync.Mutex   // held by Save
 
 	mu          sync.Mutex // guards the following
 	consolePath string
 	forwards    map[shim.Forward]io.Closer
-	notes       []string // why and how the VM was stopped
+	notes       []string        // why and how the VM was stopped
+	health      *health.Monitor // nil: no checks are made, or not yet
 }
 
 // New returns the session of the VM of a spec. Nothing of it runs.
@@ -324,7 +327,7 @@ func (s *Session) Status() shim.Status {
 	answer, end := s.line.told()
 	status := shim.Status{
 		ID: s.spec.ID, Run: s.spec.Run, VMMPID: s.instance.PID(), Uptime: time.Since(s.began),
-		Halt: s.halts.why(), Forwards: s.allForwards(), Answer: answer,
+		Halt: s.halts.why(), Forwards: s.allForwards(), Health: s.foundHealth(), Answer: answer,
 		Unreachable: s.Reach.Lost(), ChannelEnd: end,
 	}
 	if setter, ok := s.network.(network.EgressSetter); ok {

@@ -31,10 +31,14 @@ func TestProtocolOfSecrets(t *testing.T) {
 		t.Errorf("an order with secrets is of protocol %d, want 5", got)
 	}
 	with.Mounts = []smolvm.Mount{{}}
-	if got := with.protocol(); got != OrderProtocol {
-		t.Errorf("an order with mounts is of protocol %d, want %d", got, OrderProtocol)
+	if got := with.protocol(); got != 6 {
+		t.Errorf("an order with mounts is of protocol %d, want 6", got)
 	}
-	with.Mounts = nil
+	with.Health = &Health{}
+	if got := with.protocol(); got != OrderProtocol {
+		t.Errorf("an order with checks of health is of protocol %d, want %d", got, OrderProtocol)
+	}
+	with.Mounts, with.Health = nil, nil
 	if got := without.protocol(); got >= with.protocol() {
 		t.Errorf("an order without is of protocol %d", got)
 	}

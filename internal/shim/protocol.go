@@ -19,7 +19,8 @@ const Protocol = 1
 // let everything out. One for the user network with a rate has 4: a shim from before would not
 // keep it. One with secrets has 5: a shim from before there were any would give the guest no
 // placeholders. One with mounts has 6: a shim from before there were any would leave them out.
-const OrderProtocol = 6
+// One with checks of the guest's health has 7: a shim from before there were any would make none.
+const OrderProtocol = 7
 
 // Operations of the control socket. A connection carries one request and one
 // response, a line of JSON each; after a successful dial it is the connection.
@@ -75,6 +76,8 @@ type Status struct {
 	EgressRevision int64 `json:"egress_revision,omitempty"`
 	// Halt is why the VMM has paused the guest by itself; empty if it has not.
 	Halt string `json:"halt,omitempty"`
+	// Health is what the checks of the guest's health have found; nil: none are made.
+	Health *smolvm.Health `json:"health,omitempty"`
 	// Answer is the agent's, if there is one.
 	Answer *wire.Answer `json:"answer,omitempty"`
 	// Unreachable is why the guest's agent can't be reached although the guest runs; empty

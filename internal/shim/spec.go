@@ -37,6 +37,9 @@ type Spec struct {
 	Mounts []smolvm.Mount `json:"mounts,omitempty"`
 	// User is the user of the guest that all in them is owned by. Empty: root.
 	User string `json:"user,omitempty"`
+	// Health is how to find out whether what runs in the guest works; nil: nobody wants to know.
+	// It needs a Hello.
+	Health *Health `json:"health,omitempty"`
 	// Forwards are set up at the start. The launcher has bound their ports
 	// already; see [Launch].
 	Forwards []Forward `json:"forwards,omitempty"`
@@ -68,15 +71,26 @@ type Spec struct {
 	FlowLog string `json:"flow_log,omitempty"`
 	// RuntimeDir holds the shim's two sockets. The shim makes it and removes it.
 	RuntimeDir string `json:"runtime_dir"`
-	// Origin comes back in [ExitRecord] and [HaltRecord].
+	// Origin comes back in [ExitRecord], [HealthRecord] and [HaltRecord].
 	Origin Origin `json:"origin"`
+}
+
+// Health says how to find out whether what runs in a guest works.
+type Health struct {
+	// Check has no zeros where there are defaults.
+	Check smolvm.Healthcheck `json:"check"`
+	// User runs it, and Dir is where; empty: those of the guest.
+	User string `json:"user,omitempty"`
+	Dir  string `json:"dir,omitempty"`
 }
 
 // protocol returns the number that an order is sent with: its own, or the lowest with which
 // no shim misunderstands it.
 func (s Spec) protocol() int {
-	const withMode, withEgress, withRate, withSecrets, withMounts = 2, 3, 4, 5, 6
+	const withMode, withEgress, withRate, withSecrets, withMounts, withHealth = 2, 3, 4, 5, 6, 7
 	switch {
+	case s.Health != nil:
+		return cmp.Or(s.Protocol, withHealth)
 	case len(s.Mounts) > 0:
 		return cmp.Or(s.Protocol, withMounts)
 	case len(s.Secrets) > 0:
@@ -145,6 +159,14 @@ type ExitRecord struct {
 	// Committed is false if the launcher died, or gave up, before it confirmed
 	// the start.
 	Committed bool `json:"committed"`
+}
+
+// HealthRecord is what a shim reports when the status of its guest's health has changed.
+type HealthRecord struct {
+	ID     string        `json:"id"`
+	Run    string        `json:"run"`
+	Health smolvm.Health `json:"health"`
+	Origin Origin        `json:"origin"`
 }
 
 // HaltRecord is what a shim reports when the VMM has paused the guest by itself, or when the

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/smolvm/smolvm"
@@ -98,8 +99,8 @@ func (r *run) check(ctx context.Context, a *attempt, spec shim.Spec, launched *s
 	phases := launchPhases(launched, a.method, time.Since(r.phaseBegan))
 	report := r.report
 	report.Method, report.Source, report.Limits = a.method, a.source, launched.Limits
-	report.Timeline = append(report.Timeline[:len(report.Timeline):len(report.Timeline)], phases...)
-	report.Warnings = append(report.Warnings[:len(report.Warnings):len(report.Warnings)], launched.Warnings...)
+	report.Timeline = append(slices.Clip(report.Timeline), phases...)
+	report.Warnings = append(slices.Clip(report.Warnings), launched.Warnings...)
 	if spec.Hello == nil {
 		return report, nil
 	}

@@ -169,6 +169,9 @@ func (r *run) orders(ctx context.Context) (shim.LaunchOptions, error) {
 		RuntimeDir:   runtimeDir,
 		Origin:       shim.Origin{DataDir: r.Dir.Root(), State: vm.State},
 	}
+	if check := vm.Config.Healthcheck; check != nil && vm.Config.UsesImage() {
+		spec.Health = &shim.Health{Check: *check, User: vm.Config.User, Dir: vm.Config.WorkingDir}
+	}
 	if vm.Config.UsesImage() {
 		client, err := r.ClientKey()
 		if err != nil {

@@ -77,6 +77,24 @@ func RecordReach(ctx context.Context, record shim.HaltRecord) error {
 	return mark(ctx, record, smolvm.StateRunning, "unreachable")
 }
 
+// RecordHealth writes down, in the shim's process, that the status of a guest's health has changed.
+func RecordHealth(ctx context.Context, record shim.HealthRecord) error {
+	site, err := open(ctx, record.Origin.DataDir)
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	vm, err := site.Store.GetVM(ctx, record.ID)
+	if err == nil && vm.Run == record.Run && vm.State.Alive() {
+		var why string
+		if record.Health.Status == smolvm.HealthUnhealthy {
+			why = record.Health.Reason()
+		}
+		site.Note(ctx, record.ID, string(record.Health.Status), began, why)
+	}
+	return errors.Join(err, site.Store.Close())
+}
+
 // mark writes down the cause of a VM that is alive, and an event if that is something new.
 func mark(ctx context.Context, record shim.HaltRecord, state smolvm.VMState, action string) error {
 	site, err := open(ctx, record.Origin.DataDir)

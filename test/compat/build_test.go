@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -155,7 +156,7 @@ func (p program) states(t *testing.T) map[string]string {
 
 // with returns the program with another data directory.
 func (p program) with(dataDir string) program {
-	p.env = append(p.env[:len(p.env):len(p.env)], "SMOLVM_DATA_DIR="+dataDir)
+	p.env = append(slices.Clip(p.env), "SMOLVM_DATA_DIR="+dataDir)
 	return p
 }
 

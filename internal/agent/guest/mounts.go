@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -41,8 +42,8 @@ func (m *hostMounts) drop() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var errs []error
-	for i := len(m.mounts) - 1; i >= 0; i-- { // the later ones may be in earlier ones
-		errs = append(errs, m.mounts[i].fs.Abort())
+	for _, mount := range slices.Backward(m.mounts) { // the later ones may be in earlier ones
+		errs = append(errs, mount.fs.Abort())
 	}
 	for _, mount := range m.mounts {
 		if mount.merged != 0 {
@@ -141,8 +142,7 @@ const (
 	lowersDir   = "/run/smolvm-lowers"
 )
 
-// overlay mounts the overlay of a directory of the host. As in workspaces, renames of directories
-// and changes of metadata are copies, so that the upper directory says all of them.
+// overlay mounts the overlay of a directory of the host.
 func (m *hostMounts) overlay(mount *hostMount) error {
 	if err := m.modules.load("overlay"); err != nil {
 		return err
@@ -154,15 +154,10 @@ func (m *hostMounts) overlay(mount *hostMount) error {
 			return err
 		}
 	}
-	var stat unix.Stat_t
-	if err := unix.Stat(lower, &stat); err != nil {
+	if err := copyOwnerAndMode(lower, upper); err != nil {
 		return err
 	}
-	if err := errors.Join(unix.Chown(upper, int(stat.Uid), int(stat.Gid)), unix.Chmod(upper, stat.Mode&0o7777)); err != nil {
-		return err
-	}
-	data := "lowerdir=" + lower + ",upperdir=" + upper + ",workdir=" + work + ",index=off,metacopy=off,redirect_dir=off"
-	if err := unix.Mount("overlay", mount.target, "overlay", unix.MS_NOSUID|unix.MS_NODEV, data); err != nil {
+	if err := unix.Mount("overlay", mount.target, "overlay", unix.MS_NOSUID|unix.MS_NODEV, overlayOptions(lower, upper, work)); err != nil {
 		return err
 	}
 	merged, err := unix.Open(mount.target, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -283,8 +284,8 @@ func removeStubs(number int) error {
 	}
 	defer func() { _ = upper.Close() }()
 	paths := strings.Split(string(text), "\x00")
-	for i := len(paths) - 1; i >= 0; i-- { // what is in a directory was made after it
-		path := strings.TrimPrefix(paths[i], "/")
+	for _, stub := range slices.Backward(paths) { // what is in a directory was made after it
+		path := strings.TrimPrefix(stub, "/")
 		info, err := upper.Lstat(path)
 		if path == "" || err != nil || info.Mode().IsRegular() && info.Size() > 0 {
 			continue

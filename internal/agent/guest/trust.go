@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 // trust makes the guest's programs trust an authority of the host's, beside those of its
@@ -156,7 +157,7 @@ func withoutMarked(bundle []byte) []byte {
 	if !ok {
 		return bundle
 	}
-	return append(before[:len(before):len(before)], after...)
+	return append(slices.Clip(before), after...)
 }
 
 // write writes a file whole, beside it first.

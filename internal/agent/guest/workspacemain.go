@@ -144,19 +144,11 @@ func moveRoot(root, lower string) error {
 			return err
 		}
 	}
-	var stat unix.Stat_t
-	if err := unix.Stat(root, &stat); err != nil {
-		return err
-	}
-	return errors.Join(unix.Chown(lower, int(stat.Uid), int(stat.Gid)), unix.Chmod(lower, stat.Mode&0o7777))
+	return copyOwnerAndMode(root, lower)
 }
 
 // moveMountPoint makes a directory like one that can't be moved, and moves what is in it.
 func moveMountPoint(from, to string) error {
-	var stat unix.Stat_t
-	if err := unix.Stat(from, &stat); err != nil {
-		return err
-	}
 	if err := os.Mkdir(to, 0o700); err != nil {
 		return err
 	}
@@ -169,7 +161,7 @@ func moveMountPoint(from, to string) error {
 			return err
 		}
 	}
-	return errors.Join(unix.Chown(to, int(stat.Uid), int(stat.Gid)), unix.Chmod(to, stat.Mode&0o7777))
+	return copyOwnerAndMode(from, to)
 }
 
 // layerDir is where a layer is.
@@ -187,17 +179,11 @@ func makeLayer(number int) error {
 	if err := os.Mkdir(filepath.Join(temp, upperName), 0o755); err != nil && !os.IsExist(err) {
 		return err
 	}
-	// The root of an overlay has owner and mode of the upper directory.
 	below := filepath.Join(workspaceDir, lowerDir)
 	if number > 1 {
 		below = filepath.Join(layerDir(number-1), upperName)
 	}
-	var stat unix.Stat_t
-	if err := unix.Stat(below, &stat); err != nil {
-		return err
-	}
-	upper := filepath.Join(temp, upperName)
-	if err := errors.Join(unix.Chown(upper, int(stat.Uid), int(stat.Gid)), unix.Chmod(upper, stat.Mode&0o7777)); err != nil {
+	if err := copyOwnerAndMode(below, filepath.Join(temp, upperName)); err != nil {
 		return err
 	}
 	return os.Rename(temp, layerDir(number))
@@ -221,9 +207,8 @@ func currentLayer() (int, error) {
 	return number, nil
 }
 
-// mountMerged mounts the overlay of all layers. What it leaves out of the kernel's abilities
-// would have upper directories that are no whole layers: renames of directories and changes of
-// metadata are copies. It is volatile, as the guest is: nothing waits for the disk.
+// mountMerged mounts the overlay of all layers. It is volatile, as the guest is: nothing waits for
+// the disk.
 func mountMerged(number int) error {
 	if err := os.Chdir(workspaceDir); err != nil {
 		return err
@@ -239,8 +224,7 @@ func mountMerged(number int) error {
 	}
 	lowers = append(lowers, lowerDir)
 	current := strconv.Itoa(number)
-	data := "lowerdir=" + strings.Join(lowers, ":") + ",upperdir=" + current + "/" + upperName + ",workdir=" + current + "/" + workName +
-		",volatile,index=off,metacopy=off,redirect_dir=off"
+	data := overlayOptions(strings.Join(lowers, ":"), current+"/"+upperName, current+"/"+workName) + ",volatile"
 	if err := unix.Mount("overlay", mergedDir, "overlay", 0, data); err != nil {
 		return fmt.Errorf("mount an overlay of %d layers: %w", number, err)
 	}

@@ -11,6 +11,9 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // Base is what is in the layers below the one that is written: only what differs from it is
@@ -111,7 +114,7 @@ func (b *Base) has(dir int, name, path string, stat *unix.Stat_t) bool {
 	case unix.S_IFCHR, unix.S_IFBLK:
 		return known.Device == stat.Rdev
 	case unix.S_IFLNK:
-		link, err := readLink(dir, name)
+		link, err := dirfd.ReadLink(dir, name)
 		return err == nil && link == known.Link
 	}
 	return true
@@ -131,7 +134,7 @@ func (b *Base) missing(dir string, there []string) []string {
 	}
 	var gone []string
 	for _, name := range b.names[path.Clean(dir)] {
-		if _, found := slices.BinarySearch(there, name); !found && !strings.HasPrefix(name, Whiteout) {
+		if _, found := slices.BinarySearch(there, name); !found && !strings.HasPrefix(name, ocitar.Whiteout) {
 			gone = append(gone, name)
 		}
 	}

@@ -12,6 +12,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // extractor unpacks an archive into a directory.
@@ -50,7 +53,7 @@ func Extract(ctx context.Context, r io.Reader, dir string) error {
 	}
 	for name, at := range e.dirs {
 		if inner, err := e.open(name); err == nil {
-			setTime(int(inner.Fd()), ".", at)
+			_ = dirfd.SetTime(int(inner.Fd()), ".", at)
 			_ = inner.Close()
 		}
 	}
@@ -62,7 +65,7 @@ func Extract(ctx context.Context, r io.Reader, dir string) error {
 func (e *extractor) open(name string) (*os.File, error) {
 	how := unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
 	var fd int
-	err := retry(func() (err error) {
+	err := dirfd.Retry(func() (err error) {
 		fd, err = unix.Openat2(int(e.root.Fd()), "./"+name, &how)
 		return err
 	})
@@ -102,10 +105,10 @@ func (e *extractor) entry(header *tar.Header, content io.Reader) error {
 	}
 	defer func() { _ = dir.Close() }()
 	switch {
-	case base == Opaque:
+	case base == ocitar.Opaque:
 		return clearDir(dir)
-	case strings.HasPrefix(base, Whiteout):
-		return removeAll(dir, strings.TrimPrefix(base, Whiteout))
+	case strings.HasPrefix(base, ocitar.Whiteout):
+		return removeAll(dir, strings.TrimPrefix(base, ocitar.Whiteout))
 	}
 	made, err := e.make(dir, base, header, content)
 	if made == nil || err != nil {
@@ -123,8 +126,8 @@ type attributes func(dir int, name string) error
 // make makes a file, in place of what is there, and returns what is to be set on it.
 func (e *extractor) make(dir *os.File, name string, header *tar.Header, content io.Reader) (attributes, error) {
 	fd := int(dir.Fd())
-	var stat unix.Stat_t
-	there := unix.Fstatat(fd, name, &stat, unix.AT_SYMLINK_NOFOLLOW) == nil
+	stat, statErr := dirfd.Lstat(fd, name)
+	there := statErr == nil
 	both := there && header.Typeflag == tar.TypeDir && stat.Mode&unix.S_IFMT == unix.S_IFDIR
 	if there && !both {
 		if err := removeAll(dir, name); err != nil {
@@ -169,11 +172,10 @@ func (e *extractor) link(target string, dir int, name string) error {
 }
 
 func writeFile(dir int, name string, content io.Reader) error {
-	fd, err := unix.Openat(dir, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	file, err := dirfd.Open(dir, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
-	file := os.NewFile(uintptr(fd), name)
 	_, err = io.Copy(struct{ io.Writer }{file}, content)
 	return errors.Join(err, file.Close())
 }
@@ -190,7 +192,7 @@ func setAttributes(dir int, name string, header *tar.Header) error {
 		}
 	}
 	for record, value := range header.PAXRecords {
-		attribute, ok := strings.CutPrefix(record, xattrRecord)
+		attribute, ok := strings.CutPrefix(record, ocitar.XattrRecord)
 		if !ok || !kept(attribute) {
 			continue
 		}
@@ -199,14 +201,8 @@ func setAttributes(dir int, name string, header *tar.Header) error {
 			return fmt.Errorf("set its extended attribute %s: %w", attribute, err)
 		}
 	}
-	setTime(dir, name, header.ModTime)
+	_ = dirfd.SetTime(dir, name, header.ModTime)
 	return nil
-}
-
-// setTime sets the time of the last change of what a directory has under a name.
-func setTime(dir int, name string, at time.Time) {
-	stamp := unix.NsecToTimespec(at.UnixNano())
-	_ = unix.UtimesNanoAt(dir, name, []unix.Timespec{stamp, stamp}, unix.AT_SYMLINK_NOFOLLOW)
 }
 
 // clearDir removes what is in a directory.
@@ -243,7 +239,7 @@ func removeAll(dir *os.File, name string) error {
 	case !errors.Is(err, unix.EISDIR):
 		return err
 	}
-	inner, err := openDir(fd, name)
+	inner, err := dirfd.OpenDir(fd, name)
 	if err != nil {
 		return err
 	}

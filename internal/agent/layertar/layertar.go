@@ -2,8 +2,8 @@
 // unpacks such archives. It runs in guests.
 //
 // Of a directory that is the upper one of an overlay file system, an archive has what a layer
-// has: a whiteout ([Whiteout]) for what is hidden, and an entry ([Opaque]) in a directory that
-// hides all that is below it. See the image specification's layer.md.
+// has: whiteouts for what is hidden, and opaque entries in directories that hide all that is below
+// them; see package ocitar.
 //
 // Times are cut to seconds, as docker has them: files without more are most of a layer, and
 // each would need another header.
@@ -12,48 +12,14 @@ package layertar
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// Names that stand for what is not there any more.
-const (
-	// Whiteout begins the name of an entry that hides what has the rest of its name.
-	Whiteout = ".wh."
-	// Opaque is the name of an entry whose directory shows nothing of lower layers.
-	Opaque = ".wh..wh..opq"
-)
-
-// xattrRecord is what the name of an extended attribute begins with in an archive.
-const xattrRecord = "SCHILY.xattr."
-
 // maxXattr bounds an extended attribute, in bytes: the kernel's limit.
 const maxXattr = 64 << 10
-
-// retry repeats a system call that a signal interrupts.
-func retry(call func() error) error {
-	for {
-		if err := call(); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
-// openDir opens a directory of a directory, and follows no link.
-func openDir(dir int, name string) (*os.File, error) {
-	var fd int
-	err := retry(func() (err error) {
-		fd, err = unix.Openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), name), nil
-}
 
 // pathOf returns a path to what a directory has under a name. It is the same file whatever
 // is renamed, and shorter than the kernel's limit however deep the directory is.

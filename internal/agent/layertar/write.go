@@ -12,6 +12,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // The extended attributes by which an overlay file system marks a directory that hides all
@@ -95,7 +98,7 @@ func (w *writer) dir(dir *os.File, path string) error {
 		if w.skip(path+name) == Whole {
 			continue
 		}
-		if err := w.whiteout(path + Whiteout + name); err != nil {
+		if err := w.whiteout(path + ocitar.Whiteout + name); err != nil {
 			return err
 		}
 	}
@@ -117,8 +120,7 @@ func (w *writer) child(dir *os.File, path, name string) error {
 		return nil
 	}
 	fd := int(dir.Fd())
-	var stat unix.Stat_t
-	err := retry(func() error { return unix.Fstatat(fd, name, &stat, unix.AT_SYMLINK_NOFOLLOW) })
+	stat, err := dirfd.Lstat(fd, name)
 	if errors.Is(err, unix.ENOENT) {
 		return nil // it was removed since
 	}
@@ -160,10 +162,10 @@ func (w *writer) entry(dir int, path, name string, stat *unix.Stat_t, skip Skip)
 		return err
 	}
 	if hidden {
-		return w.whiteout(path[:len(path)-len(name)] + Whiteout + name)
+		return w.whiteout(path[:len(path)-len(name)] + ocitar.Whiteout + name)
 	}
-	if strings.HasPrefix(name, Whiteout) {
-		return fmt.Errorf("an image can't hold a file whose name begins with %s: there it would hide another; remove or rename it", Whiteout)
+	if strings.HasPrefix(name, ocitar.Whiteout) {
+		return fmt.Errorf("an image can't hold a file whose name begins with %s: there it would hide another; remove or rename it", ocitar.Whiteout)
 	}
 	header, err := w.header(dir, path, name, stat)
 	if header == nil || err != nil {
@@ -223,7 +225,7 @@ func (w *writer) header(dir int, path, name string, stat *unix.Stat_t) (*tar.Hea
 	case unix.S_IFDIR:
 		header.Typeflag, header.Name = tar.TypeDir, path+"/"
 	case unix.S_IFLNK:
-		target, err := readLink(dir, name)
+		target, err := dirfd.ReadLink(dir, name)
 		if err != nil {
 			return nil, err
 		}
@@ -268,7 +270,7 @@ func addXattrs(header *tar.Header, dir int, name string) error {
 		if header.PAXRecords == nil {
 			header.PAXRecords = map[string]string{}
 		}
-		header.PAXRecords[xattrRecord+attribute] = value
+		header.PAXRecords[ocitar.XattrRecord+attribute] = value
 	}
 	return nil
 }
@@ -289,12 +291,12 @@ func (w *writer) subdir(dir int, name string, header *tar.Header, stat *unix.Sta
 			return err
 		}
 		if opaque {
-			if err := w.whiteout(header.Name + Opaque); err != nil {
+			if err := w.whiteout(header.Name + ocitar.Opaque); err != nil {
 				return err
 			}
 		}
 	}
-	inner, err := openDir(dir, name)
+	inner, err := dirfd.OpenDir(dir, name)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
@@ -307,18 +309,13 @@ func (w *writer) subdir(dir int, name string, header *tar.Header, stat *unix.Sta
 
 // file writes a regular file. One that changes meanwhile is written in the size that it had.
 func (w *writer) file(dir int, path, name string, header *tar.Header) error {
-	var fd int
-	err := retry(func() (err error) {
-		fd, err = unix.Openat(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-		return err
-	})
+	file, err := dirfd.Open(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	file := os.NewFile(uintptr(fd), name)
 	defer func() { _ = file.Close() }()
 	if w.opts.Replace != nil && header.Size <= MaxReplaced {
 		read := func() ([]byte, error) { return io.ReadAll(io.LimitReader(file, MaxReplaced)) }
@@ -356,17 +353,4 @@ type zeros struct{}
 func (zeros) Read(p []byte) (int, error) {
 	clear(p)
 	return len(p), nil
-}
-
-func readLink(dir int, name string) (string, error) {
-	buf := make([]byte, unix.PathMax)
-	var n int
-	err := retry(func() (err error) {
-		n, err = unix.Readlinkat(dir, name, buf)
-		return err
-	})
-	if err != nil {
-		return "", err
-	}
-	return string(buf[:n]), nil
 }

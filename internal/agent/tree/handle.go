@@ -7,6 +7,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // handle is an open directory. What is done with a name in it is done there and
@@ -22,16 +24,13 @@ func (h handle) close() {
 }
 
 // stat describes what the directory has under a name; "." is the directory itself.
-func (h handle) stat(name string) (stat unix.Stat_t, err error) {
-	err = retry(func() error { return unix.Fstatat(h.fd, name, &stat, unix.AT_SYMLINK_NOFOLLOW) })
-	return stat, err
-}
+func (h handle) stat(name string) (unix.Stat_t, error) { return dirfd.Lstat(h.fd, name) }
 
 // enter opens the directory of a name; "." and ".." are two.
 func (h handle) enter(name string) (handle, error) {
 	inner := noHandle()
 	const flags = unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
-	err := retry(func() (err error) {
+	err := dirfd.Retry(func() (err error) {
 		inner.fd, err = unix.Openat(h.fd, name, unix.O_RDONLY|flags, 0)
 		if errors.Is(err, fs.ErrPermission) { // what may not be listed may be entered
 			inner.fd, err = unix.Openat(h.fd, name, unix.O_PATH|flags, 0)
@@ -46,24 +45,24 @@ func (h handle) enter(name string) (handle, error) {
 
 // mkdir makes a directory that nobody else may enter, until all that is in it has come.
 func (h handle) mkdir(name string) error {
-	return retry(func() error { return unix.Mkdirat(h.fd, name, 0o700) })
+	return dirfd.Retry(func() error { return unix.Mkdirat(h.fd, name, 0o700) })
 }
 
 func (h handle) chmod(mode uint32) error {
-	return retry(func() error { return unix.Fchmod(h.fd, mode) })
+	return dirfd.Retry(func() error { return unix.Fchmod(h.fd, mode) })
 }
 
 func (h handle) remove(name string) error {
-	return retry(func() error { return unix.Unlinkat(h.fd, name, 0) })
+	return dirfd.Retry(func() error { return unix.Unlinkat(h.fd, name, 0) })
 }
 
 func (h handle) rename(from, to string) error {
-	return retry(func() error { return unix.Renameat(h.fd, from, h.fd, to) })
+	return dirfd.Retry(func() error { return unix.Renameat(h.fd, from, h.fd, to) })
 }
 
 // create makes a file of which nobody else may read yet. It must not exist.
 func (h handle) create(name string) (*os.File, error) {
-	return openAt(h.fd, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	return dirfd.Open(h.fd, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW, 0o600)
 }
 
 // temporary calls create with new names, until one is not taken.

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // output is a file that is being received.
@@ -88,7 +90,7 @@ func (h handle) output(entry Entry, untrusted bool) (*output, error) {
 
 // openOld opens the file that was there before.
 func (o *output) openOld() (*os.File, error) {
-	file, err := openAt(o.dir.fd, o.name, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	file, err := dirfd.Open(o.dir.fd, o.name, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -206,7 +208,7 @@ func chmod(file *os.File, mode uint32) error {
 		return err
 	}
 	controlErr := raw.Control(func(fd uintptr) {
-		err = retry(func() error { return unix.Fchmod(int(fd), mode) })
+		err = dirfd.Retry(func() error { return unix.Fchmod(int(fd), mode) })
 	})
 	return errors.Join(controlErr, err)
 }
@@ -217,7 +219,7 @@ func (o *output) commit() error {
 	if o.temp != "" {
 		name = o.temp
 	}
-	if err := setTime(o.dir.fd, name, o.mtime); err != nil && !isUnsupported(err) {
+	if err := dirfd.SetTime(o.dir.fd, name, o.mtime); err != nil && !isUnsupported(err) {
 		return &writeError{err}
 	}
 	if o.temp == "" {
@@ -264,7 +266,7 @@ func isUnsupported(err error) bool {
 // overwrite writes the new content into the old file. Whether there is room for it is
 // looked at first, as the old content is then lost.
 func (o *output) overwrite() error {
-	from, err := openAt(o.dir.fd, o.temp, unix.O_RDONLY|unix.O_NOFOLLOW, 0)
+	from, err := dirfd.Open(o.dir.fd, o.temp, unix.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}
@@ -293,7 +295,7 @@ func (o *output) overwrite() error {
 		}
 	}
 	// With permission to write, but not the owner, it has the time of now.
-	if err := setTime(o.dir.fd, o.name, o.mtime); err != nil && !isUnsupported(err) {
+	if err := dirfd.SetTime(o.dir.fd, o.name, o.mtime); err != nil && !isUnsupported(err) {
 		return err
 	}
 	return to.Close()

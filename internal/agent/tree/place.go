@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // Target says where a copy is to go.
@@ -55,7 +57,7 @@ func (t Target) find(kind Kind) (place, error) {
 		return place{}, err
 	}
 	var stat unix.Stat_t
-	err := retry(func() error { return unix.Stat(t.Path, &stat) })
+	err := dirfd.Retry(func() error { return unix.Stat(t.Path, &stat) })
 	switch {
 	case err == nil && stat.Mode&unix.S_IFMT == unix.S_IFDIR:
 		return t.inside(kind)
@@ -83,7 +85,7 @@ func (t Target) inside(kind Kind) (place, error) {
 	}
 	path := strings.TrimRight(t.Path, "/") + "/" + t.Name
 	var stat unix.Stat_t
-	err := retry(func() error { return unix.Lstat(path, &stat) })
+	err := dirfd.Retry(func() error { return unix.Lstat(path, &stat) })
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
@@ -142,7 +144,7 @@ func (t Target) over(path string, kind Kind) (place, error) {
 		return place{path: path, special: func(context.Context) (*os.File, error) { return dup(link.own, path) }}, nil
 	}
 	var stat unix.Stat_t
-	err = retry(func() error { return unix.Stat(path, &stat) })
+	err = dirfd.Retry(func() error { return unix.Stat(path, &stat) })
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && t.Untrusted && !link.proc: // a link to what is not there: it is replaced
 	case errors.Is(err, fs.ErrNotExist):
@@ -211,7 +213,7 @@ func dup(fd int, path string) (*os.File, error) {
 
 func openDir(path string) (*os.File, error) {
 	var fd int
-	err := retry(func() (err error) {
+	err := dirfd.Retry(func() (err error) {
 		fd, err = unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if errors.Is(err, fs.ErrPermission) { // what may not be listed may be entered
 			fd, err = unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // Receive reads a stream and puts the tree in its place, with modes and times. What
@@ -149,8 +151,7 @@ func isFinal(err error) bool {
 // plain returns the text of an error without the name of the file, which the message has
 // already.
 func plain(err error) string {
-	var inner *fs.PathError
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*fs.PathError](err); ok {
 		return inner.Err.Error()
 	}
 	return err.Error()
@@ -229,7 +230,7 @@ func (r *receiver) leave() error {
 	var err error
 	if l.made {
 		for _, setErr := range []error{
-			setTime(r.dir.fd, ".", l.entry.ModTime),
+			dirfd.SetTime(r.dir.fd, ".", l.entry.ModTime),
 			r.dir.chmod(l.entry.Permissions(r.target.Untrusted)),
 		} {
 			if !isUnsupported(setErr) {
@@ -337,8 +338,7 @@ func (r *receiver) rootFile(entry Entry) error {
 
 // withoutPath returns an error without the name of a file that the system's error has.
 func withoutPath(err error) error {
-	var inner *fs.PathError
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*fs.PathError](err); ok {
 		return inner.Err
 	}
 	return err
@@ -368,8 +368,7 @@ func (r *receiver) file(entry Entry) error {
 	}
 	// The sender tells of its own failure.
 	_, err = out.receive(r.in)
-	var lost *writeError
-	if errors.As(err, &lost) {
+	if lost, ok := errors.AsType[*writeError](err); ok {
 		if err := r.failed(entry.Name, lost.err); err != nil {
 			return err
 		}

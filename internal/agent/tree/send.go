@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
 
 // sender writes what it finds on disk to a stream.
@@ -36,7 +38,7 @@ func Send(ctx context.Context, out *Encoder, path string, note func(Note)) error
 	}
 	s := &sender{ctx: ctx, out: out, note: note, buf: make([]byte, maxChunk)}
 	var stat unix.Stat_t
-	if err := retry(func() error { return unix.Stat(path, &stat) }); err != nil {
+	if err := dirfd.Retry(func() error { return unix.Stat(path, &stat) }); err != nil {
 		return &fs.PathError{Op: "read", Path: path, Err: err}
 	}
 	var err error
@@ -146,9 +148,8 @@ func (s *sender) dir(dir *os.File, path string, entry Entry) error {
 
 // child sends what a directory has under a name.
 func (s *sender) child(dir *os.File, path, name string, dev uint64) error {
-	var stat unix.Stat_t
 	fd := int(dir.Fd())
-	err := retry(func() error { return unix.Fstatat(fd, name, &stat, unix.AT_SYMLINK_NOFOLLOW) })
+	stat, err := dirfd.Lstat(fd, name)
 	if err != nil {
 		s.left(path, err)
 		return nil
@@ -163,7 +164,7 @@ func (s *sender) child(dir *os.File, path, name string, dev uint64) error {
 	case unix.S_IFDIR:
 		return s.subdir(fd, path, name, dev)
 	case unix.S_IFLNK:
-		link, err := readLink(fd, name)
+		link, err := dirfd.ReadLink(fd, name)
 		if err != nil {
 			s.left(path, err)
 			return nil
@@ -177,7 +178,7 @@ func (s *sender) child(dir *os.File, path, name string, dev uint64) error {
 }
 
 func (s *sender) subdir(fd int, path, name string, dev uint64) error {
-	inner, err := openAt(fd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	inner, err := dirfd.OpenDir(fd, name)
 	if err != nil {
 		s.left(path, err)
 		return nil
@@ -200,7 +201,7 @@ func (s *sender) subdir(fd int, path, name string, dev uint64) error {
 
 func (s *sender) file(fd int, path, name string) error {
 	// Without waiting, should it have become a FIFO meanwhile.
-	file, err := openAt(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	file, err := dirfd.Open(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		s.left(path, err)
 		return nil
@@ -224,8 +225,7 @@ func (s *sender) file(fd int, path, name string) error {
 // left notes that something could not be sent. That it is not there any more is no
 // failure: the tree is then as it is without it.
 func (s *sender) left(path string, err error) {
-	var inner *fs.PathError
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*fs.PathError](err); ok {
 		err = inner.Err
 	}
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) {
@@ -237,8 +237,7 @@ func (s *sender) left(path string, err error) {
 
 // fail ends a file that can't be read to its end.
 func (s *sender) fail(path string, err error) error {
-	var inner *fs.PathError
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*fs.PathError](err); ok {
 		err = inner.Err
 	}
 	s.left(path, err)

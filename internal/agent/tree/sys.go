@@ -6,32 +6,11 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/dirfd"
 )
-
-// retry repeats a system call that a signal interrupts.
-func retry(call func() error) error {
-	for {
-		if err := call(); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
-// openAt opens a name in a directory.
-func openAt(dir int, name string, flags int, mode uint32) (*os.File, error) {
-	var fd int
-	err := retry(func() (err error) {
-		fd, err = unix.Openat(dir, name, flags|unix.O_CLOEXEC, mode)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), name), nil
-}
 
 // fstat describes an open file, and leaves it as it is: asking it for its descriptor
 // would make it one that waits.
@@ -41,7 +20,7 @@ func fstat(file *os.File) (stat unix.Stat_t, err error) {
 		return stat, err
 	}
 	controlErr := raw.Control(func(fd uintptr) {
-		err = retry(func() error { return unix.Fstat(int(fd), &stat) })
+		err = dirfd.Retry(func() error { return unix.Fstat(int(fd), &stat) })
 	})
 	return stat, errors.Join(controlErr, err)
 }
@@ -75,28 +54,6 @@ func openWaiting(ctx context.Context, path string, flags int) (*os.File, error) 
 		}
 	}()
 	return nil, context.Cause(ctx)
-}
-
-// readLink reads a symbolic link.
-func readLink(dir int, name string) (string, error) {
-	buf := make([]byte, maxPath)
-	var n int
-	err := retry(func() (err error) {
-		n, err = unix.Readlinkat(dir, name, buf)
-		return err
-	})
-	if err != nil {
-		return "", err
-	}
-	return string(buf[:n]), nil
-}
-
-// setTime sets the time of the last change of what a directory has under a name.
-func setTime(dir int, name string, t time.Time) error {
-	stamp := unix.Timespec{Sec: t.Unix(), Nsec: int64(t.Nanosecond())}
-	return retry(func() error {
-		return unix.UtimesNanoAt(dir, name, []unix.Timespec{stamp, stamp}, unix.AT_SYMLINK_NOFOLLOW)
-	})
 }
 
 func parseUint32(text string) (uint32, error) {

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -61,7 +62,7 @@ func userName() string {
 
 // command prepares a program of apt's.
 func (c *Client) command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, name, append(c.options[:len(c.options):len(c.options)], args...)...)
+	cmd := exec.CommandContext(ctx, name, append(slices.Clip(c.options), args...)...)
 	cmd.Dir = c.dir
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	cmd.WaitDelay = killDelay

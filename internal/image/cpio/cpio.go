@@ -5,6 +5,7 @@ package cpio
 import (
 	"fmt"
 	"io"
+	"slices"
 )
 
 // File types, as in stat(2).
@@ -65,4 +66,4 @@ func (c *Writer) write(b []byte) {
 	}
 }
 
-func pad4(b []byte) []byte { return append(b[:len(b):len(b)], make([]byte, -len(b)&3)...) }
+func pad4(b []byte) []byte { return append(slices.Clip(b), make([]byte, -len(b)&3)...) }

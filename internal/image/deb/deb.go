@@ -12,9 +12,7 @@ import (
 	"path"
 	"strings"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-	"github.com/therootcompany/xz"
+	"github.com/smolvm/smolvm/internal/image/decompress"
 )
 
 const (
@@ -23,9 +21,6 @@ const (
 	maxControl = 32 << 20
 	// maxControlFiles bounds how many files a control archive has.
 	maxControlFiles = 256
-	// maxWindow is how much memory packed data may need, in bytes: what xz -9 and zstd --ultra
-	// ask for.
-	maxWindow = 128 << 20
 )
 
 // Package is an open package.
@@ -81,7 +76,7 @@ func isTar(name, archive string) bool {
 }
 
 func (p *Package) readControl(m member) error {
-	unpacked, err := decompress(m)
+	unpacked, err := unpack(m)
 	if err != nil {
 		return err
 	}
@@ -133,49 +128,29 @@ func isAlphanumeric(r rune) bool {
 
 // Data opens the archive of the package's files.
 func (p *Package) Data() (io.ReadCloser, error) {
-	unpacked, err := decompress(p.data)
+	unpacked, err := unpack(p.data)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.data.name, err)
 	}
 	return unpacked, nil
 }
 
-// stream is a reader of what was packed.
-type stream struct {
-	io.Reader
-	close func()
-}
-
-// Close ends its goroutines.
-func (s *stream) Close() error {
-	if s.close != nil {
-		s.close()
-	}
-	return nil
-}
-
-// decompress unpacks a member by what its name ends in. bzip2 and lzma no distribution that we
+// unpack unpacks a member by what its name ends in. bzip2 and lzma no distribution that we
 // know uses any more.
-func decompress(m member) (*stream, error) {
-	from := io.NewSectionReader(m, 0, m.size)
+func unpack(m member) (io.ReadCloser, error) {
+	var format decompress.Format
 	switch _, packed, _ := strings.Cut(m.name, ".tar"); packed {
 	case "":
-		return &stream{Reader: from}, nil
 	case ".gz":
-		unpacked, err := gzip.NewReader(from)
-		return &stream{Reader: unpacked}, err
+		format = decompress.Gzip
 	case ".xz":
-		unpacked, err := xz.NewReader(from, maxWindow)
-		return &stream{Reader: unpacked}, err
+		format = decompress.Xz
 	case ".zst":
-		unpacked, err := zstd.NewReader(from, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1))
-		if err != nil {
-			return nil, err
-		}
-		return &stream{Reader: unpacked, close: unpacked.Close}, nil
+		format = decompress.Zstd
 	default:
 		return nil, fmt.Errorf("is packed in a way that is not known (%.10q); gzip, xz and zstd are", packed)
 	}
+	return decompress.NewReader(io.NewSectionReader(m, 0, m.size), format)
 }
 
 // bounded is a reader that fails when there is more than there may be.

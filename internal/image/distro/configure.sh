@@ -7,17 +7,41 @@
 # to them by its postinst. A preinst of others runs before anything of theirs is configured.
 set -e
 export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true LC_ALL=C.UTF-8 HOME=/root
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PATH=/run/configure/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 architecture=$1
 shift
 cd /
 umask 022
 
+# An emulator translates a program once for each address that it runs at. With one address for
+# all of a program's processes they start in a third of the time.
+[ ! -w /proc/sys/kernel/randomize_va_space ] || echo 0 >/proc/sys/kernel/randomize_va_space
+
 # Of dpkg's database each change is written out to the disk, which nobody needs here.
-mkdir -p /run/dpkg
-mount -t tmpfs -o mode=755 tmpfs /run/dpkg
-cp -a /var/lib/dpkg/. /run/dpkg/
-mount --bind /run/dpkg /var/lib/dpkg
+mkdir -p /run/configure
+mount -t tmpfs -o mode=755 tmpfs /run/configure
+mkdir /run/configure/bin /run/configure/dpkg
+cp -a /var/lib/dpkg/. /run/configure/dpkg/
+mount --bind /run/configure/dpkg /var/lib/dpkg
+
+# ca-certificates makes the bundle of certificates when it is configured, and once more by its
+# trigger, for hooks, by a thousand processes each time. Where there is no hook, and neither the
+# configuration nor a certificate is newer than the bundle, the second time would change nothing.
+if [ -x /usr/sbin/update-ca-certificates ]; then
+	cat >/run/configure/bin/update-ca-certificates <<-'END'
+		#!/bin/sh
+		made=/run/configure/certificates-made
+		if [ $# = 0 ] && [ -e $made ] && [ -z "$(ls -A /etc/ca-certificates/update.d 2>&1)" ]; then
+			newer=$(find /etc/ca-certificates.conf /usr/share/ca-certificates /usr/local/share/ca-certificates -newer $made 2>&1)
+			[ -n "$newer" ] || exit 0
+		fi
+		rm -f $made
+		touch $made.begun
+		/usr/sbin/update-ca-certificates "$@" || exit
+		mv $made.begun $made
+	END
+	chmod 755 /run/configure/bin/update-ca-certificates
+fi
 
 version=$(dpkg-query -W -f '${Version}' dpkg)
 preinst() {
@@ -40,9 +64,9 @@ left=$(dpkg --audit)
 [ -z "$left" ] || { echo "$left" >&2; exit 1; }
 
 umount /var/lib/dpkg
-cp -a /run/dpkg/. /var/lib/dpkg/
-umount /run/dpkg
-rmdir /run/dpkg
+cp -a /run/configure/dpkg/. /var/lib/dpkg/
+umount /run/configure
+rmdir /run/configure
 
 # What tells when and where the image was made, and what no two machines may share.
 rm -f /var/lib/dpkg/*-old /var/cache/debconf/*-old /var/log/*.log /var/log/apt/* /var/cache/ldconfig/aux-cache \

@@ -17,6 +17,7 @@ import (
 	"github.com/smolvm/smolvm/internal/image/deb"
 	"github.com/smolvm/smolvm/internal/image/ocilayer"
 	"github.com/smolvm/smolvm/internal/image/readahead"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // Limits bound what packages may make when they are unpacked. Zeros stand for the defaults.
@@ -288,7 +289,7 @@ func cleanPath(name string) (string, error) {
 		return "", errors.New("is no name that dpkg can keep")
 	}
 	for part := range strings.SplitSeq(name, "/") {
-		if part == ".." || strings.HasPrefix(part, ".wh.") {
+		if part == ".." || strings.HasPrefix(part, ocitar.Whiteout) {
 			return "", errors.New("is a name that a package must not have")
 		}
 	}

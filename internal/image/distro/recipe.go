@@ -21,6 +21,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/image/deb"
+	"github.com/smolvm/smolvm/internal/image/ociconfig"
 )
 
 // Recipe says what an image of the distribution's packages is made of. A file of one is YAML
@@ -50,9 +51,6 @@ type Recipe struct {
 
 // maxRecipe bounds a file of a recipe, in bytes.
 const maxRecipe = 1 << 20
-
-// defaultPath is where commands are looked for, as in images of containers.
-const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 //go:embed recipes/*.yaml
 var recipeFiles embed.FS
@@ -193,7 +191,7 @@ const keyVersion = 1
 
 // Environment returns the environment of a recipe's commands, as NAME=value, in order.
 func (r Recipe) Environment() []string {
-	env := map[string]string{"PATH": defaultPath}
+	env := map[string]string{"PATH": ociconfig.DefaultPath}
 	maps.Copy(env, r.Env)
 	var list []string
 	for _, name := range slices.Sorted(maps.Keys(env)) {

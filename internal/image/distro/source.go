@@ -97,8 +97,7 @@ func OpenSource(dir string, release Release) (*Source, error) {
 // Lists that nobody has signed, or the wrong one, are an error.
 func (s *Source) Update(ctx context.Context, progress func(percent float64)) (warning string, err error) {
 	complaint, err := s.apt.Fetch(ctx, progress, "update")
-	var failed *apt.Error
-	if errors.As(err, &failed) {
+	if failed, ok := errors.AsType[*apt.Error](err); ok {
 		complaint = failed.Complaint
 	} else if err != nil {
 		return "", err

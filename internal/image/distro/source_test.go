@@ -146,8 +146,7 @@ func TestSource(t *testing.T) {
 }
 
 func hintOf(err error) string {
-	var hinted *smolvm.Error
-	if errors.As(err, &hinted) {
+	if hinted, ok := errors.AsType[*smolvm.Error](err); ok {
 		return hinted.Hint
 	}
 	return ""

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/ociconfig"
 )
 
 // bases are the images that the tests' Dockerfiles are based on.
@@ -185,7 +186,7 @@ func TestConfig(t *testing.T) {
 		{"entrypoint by the shell", "FROM base\nSHELL [\"s\"]\nENTRYPOINT exec $x", func(c Config) any { return c.Config.Entrypoint }, []string{"s", "exec $x"}},
 		{"empty entrypoint", "FROM base\nENTRYPOINT []", func(c Config) any { return len(c.Config.Entrypoint) }, 0},
 		{"environment", "FROM base\nENV A=1 B=$A BASE=2\nENV C=$A$BASE \\\n  D=\"x y\"\nENV E long value", func(c Config) any { return c.Config.Env }, []string{base, "BASE=2", "A=1", "B=", "C=12", "D=x y", "E=long value"}},
-		{"arguments are not in the image", "FROM plain\nARG A=1\nENV B=${A}2", func(c Config) any { return c.Config.Env }, []string{"PATH=" + defaultPath, "B=12"}},
+		{"arguments are not in the image", "FROM plain\nARG A=1\nENV B=${A}2", func(c Config) any { return c.Config.Env }, []string{"PATH=" + ociconfig.DefaultPath, "B=12"}},
 		{"working directory", "FROM base\nWORKDIR a\nENV x=b\nWORKDIR $x", func(c Config) any { return c.Config.WorkingDir }, "/home/a/b"},
 		{"user", "FROM base\nARG u=1000\nUSER $u:g", func(c Config) any { return c.Config.User }, "1000:g"},
 		{"ports", "FROM base\nENV P=80\nEXPOSE $P 53/UDP 8000-8002/tcp", func(c Config) any { return slices.Sorted(keys(c.Config.ExposedPorts)) }, []string{"53/udp", "80/tcp", "8000/tcp", "8001/tcp", "8002/tcp"}},
@@ -379,8 +380,7 @@ func TestErrors(t *testing.T) {
 			if text := err.Error(); !strings.HasPrefix(text, begin) || !strings.Contains(text, part) {
 				t.Errorf("error %.300q, want %q", text, test.want)
 			}
-			var at *Error
-			if !errors.As(err, &at) {
+			if _, ok := errors.AsType[*Error](err); !ok {
 				t.Errorf("%T", err)
 			}
 			if strings.Contains(test.want, "is not supported") && !errors.Is(err, smolvm.ErrUnsupported) {

@@ -9,8 +9,6 @@ import (
 )
 
 const (
-	// defaultPath is the PATH where an image sets none, as in docker.
-	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	// epochArg is the argument that has the time of all that is made, in seconds.
 	epochArg = "SOURCE_DATE_EPOCH"
 	// maxExpanded is the longest text that variables may make of a word, in bytes.

@@ -13,6 +13,8 @@ import (
 
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
+
+	"github.com/smolvm/smolvm/internal/image/ociconfig"
 )
 
 // Bounds of a Dockerfile.
@@ -359,7 +361,7 @@ func (p *planner) inherit(ctx context.Context, d *draft) (triggers []string, err
 	config := &d.stage.Config
 	config.Config.OnBuild, config.Created = nil, nil
 	if _, ok := lookup(config.Config.Env, "PATH"); !ok {
-		config.Config.Env = append(config.Config.Env, "PATH="+defaultPath)
+		config.Config.Env = append(config.Config.Env, "PATH="+ociconfig.DefaultPath)
 	}
 	if base := d.stage.Base; base.Stage == nil {
 		for _, one := range config.Config.Env {

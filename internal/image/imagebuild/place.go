@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/smolvm/smolvm/internal/image/ext4fs"
 	"github.com/smolvm/smolvm/internal/image/imagebuild/files"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // dirMode is the mode of directories that are made for what is copied.
@@ -96,7 +96,7 @@ func (l *newLayer) makeDirs(name string) error {
 
 // put puts a file in its place. No part of the name is a link, and its directory is there.
 func (l *newLayer) put(name string, file files.File, from item) error {
-	if base := path.Base(name); strings.HasPrefix(base, ".wh.") {
+	if base := path.Base(name); strings.HasPrefix(base, ocitar.Whiteout) {
 		return fmt.Errorf("%q can't be in an image: a name that begins with .wh. hides another", "/"+name)
 	}
 	there, err := l.Lstat(name)
@@ -255,6 +255,3 @@ func headerOf(name string, file files.File) *tar.Header {
 func inMemory(content []byte) func() (io.ReadCloser, error) {
 	return func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(content)), nil }
 }
-
-// emptyRoot returns the root of a tree that has nothing.
-func emptyRoot() *ext4fs.Node { return &ext4fs.Node{Mode: dirMode} }

@@ -117,7 +117,7 @@ const inArea = "mount"
 
 // areaLayer returns a layer for an area.
 func (m *mounts) areaLayer() *newLayer {
-	return newLayerOver(files.Nodes{Root: emptyRoot()}, owner{}, m.fileTime())
+	return newLayerOver(files.Empty(), owner{}, m.fileTime())
 }
 
 // add adds a mount to the command.

@@ -10,7 +10,6 @@ package ocilayer
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -20,9 +19,7 @@ import (
 	"hash"
 	"io"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-
+	"github.com/smolvm/smolvm/internal/image/decompress"
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
 	"github.com/smolvm/smolvm/internal/image/readahead"
 )
@@ -158,11 +155,12 @@ func unpackLayer(ctx context.Context, t *tree, layer Layer, left *budget, progre
 		return "", err
 	}
 	defer func() { _ = file.Close() }()
-	unpacked, err := decompress(&counter{r: file, tell: progress})
+	packed := bufio.NewReaderSize(&counter{r: file, tell: progress}, 1<<20)
+	unpacked, err := decompress.Detect(packed, decompress.Gzip, decompress.Zstd)
 	if err != nil {
 		return "", err
 	}
-	defer unpacked.Close()
+	defer func() { _ = unpacked.Close() }()
 	// It is unpacked ahead, as that and what follows take about as long as each other.
 	ahead := readahead.New(ctx, unpacked)
 	defer ahead.Stop()
@@ -205,38 +203,4 @@ func (s *summer) Read(b []byte) (int, error) {
 	}
 	s.hash.Write(b[:n])
 	return n, err
-}
-
-// maxWindow is how much memory a layer packed by zstd may need, in bytes: more than its tool
-// asks for unless it is told to.
-const maxWindow = 128 << 20
-
-// unpacker is a reader of what was packed.
-type unpacker struct {
-	io.Reader
-	close func()
-}
-
-// Close ends its goroutines.
-func (u unpacker) Close() { u.close() }
-
-// decompress unpacks what is packed by gzip or zstd.
-func decompress(r io.Reader) (unpacker, error) {
-	buffered := bufio.NewReaderSize(r, 1<<20)
-	head, err := buffered.Peek(4)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return unpacker{}, err
-	}
-	switch {
-	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
-		unpacked, err := gzip.NewReader(buffered)
-		return unpacker{unpacked, func() {}}, err
-	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], []byte{0x2a, 0x4d, 0x18}):
-		unpacked, err := zstd.NewReader(buffered, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1))
-		if err != nil {
-			return unpacker{}, err
-		}
-		return unpacker{unpacked, unpacked.Close}, nil
-	}
-	return unpacker{buffered, func() {}}, nil
 }

@@ -12,6 +12,7 @@ import (
 	"testing/iotest"
 
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
 
 // nowhere takes content and keeps none.
@@ -123,7 +124,7 @@ func FuzzUnpack(f *testing.F) {
 		{{Typeflag: tar.TypeDir, Name: "a/"}, {Typeflag: tar.TypeReg, Name: "a/.wh..wh..opq"}, {Typeflag: tar.TypeLink, Name: "b", Linkname: "a/c"}},
 		{{Typeflag: tar.TypeSymlink, Name: "s", Linkname: "../s/.."}, {Typeflag: tar.TypeReg, Name: "s/x"}, {Typeflag: tar.TypeReg, Name: ".wh.s"}},
 		{{Typeflag: tar.TypeReg, Name: "x"}, {Typeflag: tar.TypeLink, Name: "y", Linkname: "/x"}, {Typeflag: tar.TypeDir, Name: "x"}, {Typeflag: tar.TypeFifo, Name: "x/../z"}},
-		{{Typeflag: tar.TypeChar, Name: "c", Devmajor: 1, Devminor: 3, PAXRecords: map[string]string{xattrRecord + "security.x": "1"}}},
+		{{Typeflag: tar.TypeChar, Name: "c", Devmajor: 1, Devminor: 3, PAXRecords: map[string]string{ocitar.XattrRecord + "security.x": "1"}}},
 	} {
 		f.Add(layerOf(f, headers...))
 	}
@@ -163,7 +164,7 @@ func sound(n *ext4fs.Node, above map[*ext4fs.Node]bool) error {
 func FuzzCheck(f *testing.F) {
 	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeDir, Name: "a/"}, tar.Header{Typeflag: tar.TypeReg, Name: "a/.wh..wh..opq"}, tar.Header{Typeflag: tar.TypeReg, Name: "a/b"}))
 	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeSymlink, Name: "s", Linkname: ".."}, tar.Header{Typeflag: tar.TypeLink, Name: "l", Linkname: "s"}))
-	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeBlock, Name: "b", Devmajor: 8, PAXRecords: map[string]string{xattrRecord + "security.x": "1"}}))
+	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeBlock, Name: "b", Devmajor: 8, PAXRecords: map[string]string{ocitar.XattrRecord + "security.x": "1"}}))
 	f.Add(layerOf(f, tar.Header{Typeflag: tar.TypeReg, Name: strings.Repeat("n", 300)}))
 	f.Fuzz(func(t *testing.T, archive []byte) {
 		limits := Limits{Entries: 100, Bytes: 1 << 20}

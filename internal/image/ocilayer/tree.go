@@ -14,17 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
+	"github.com/smolvm/smolvm/internal/ocitar"
 )
-
-// Names in a layer that stand for what is not there any more. See the image specification's
-// layer.md.
-const (
-	whiteout = ".wh."
-	opaque   = ".wh..wh..opq"
-)
-
-// xattrRecord is what the name of an extended attribute begins with in an archive.
-const xattrRecord = "SCHILY.xattr."
 
 // Bounds of one name.
 const (
@@ -114,15 +105,15 @@ func (t *tree) applyEntry(header *tar.Header, content io.Reader) error {
 		return nil
 	case len(base) > maxName:
 		return fmt.Errorf("the name is longer than %d bytes", maxName)
-	case t.plain && strings.HasPrefix(base, whiteout):
+	case t.plain && strings.HasPrefix(base, ocitar.Whiteout):
 		return errWhiteout
-	case base == opaque && t.opaque[dir]:
+	case base == ocitar.Opaque && t.opaque[dir]:
 		return nil
-	case base == opaque:
+	case base == ocitar.Opaque:
 		t.opaque[dir] = true
 		return t.makeOpaque(dir)
-	case strings.HasPrefix(base, whiteout):
-		hidden := strings.TrimPrefix(base, whiteout)
+	case strings.HasPrefix(base, ocitar.Whiteout):
+		hidden := strings.TrimPrefix(base, ocitar.Whiteout)
 		if hidden == "" || hidden == "." || hidden == ".." {
 			return errors.New("it hides no file")
 		}
@@ -404,7 +395,7 @@ func addXattrs(n *ext4fs.Node, records map[string]string) {
 	kind := n.Mode & unix.S_IFMT
 	var found map[string][]byte
 	for record, value := range records {
-		name, ok := strings.CutPrefix(record, xattrRecord)
+		name, ok := strings.CutPrefix(record, ocitar.XattrRecord)
 		if !ok || strings.HasPrefix(name, "trusted.") || strings.HasPrefix(name, "user.") && kind != unix.S_IFREG && kind != unix.S_IFDIR {
 			continue
 		}

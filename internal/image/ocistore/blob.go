@@ -34,29 +34,41 @@ func (s *Store) claim(ctx context.Context, want v1.Descriptor) (*partial, error)
 		return nil, err
 	}
 	for !s.has(digits, want.Size) {
-		file, err := os.OpenFile(s.path(partialDir, digits), os.O_CREATE|os.O_RDWR, 0o600)
-		if err != nil {
-			return nil, err
+		p, err := s.take(ctx, want, digits)
+		if err != nil || p != nil {
+			return p, err
 		}
-		if err := flock.Lock(ctx, file); err != nil {
-			return nil, err
-		}
-		// Whoever had the lock may have finished it.
-		held, err := file.Stat()
-		if err != nil {
-			return nil, errors.Join(err, file.Close())
-		}
-		if there, err := os.Stat(s.path(partialDir, digits)); err != nil || !os.SameFile(held, there) {
-			_ = file.Close()
-			continue
-		}
-		p := &partial{store: s, file: file, digits: digits, want: want, hash: sha256.New()}
-		if err := p.catchUp(ctx, held.Size()); err != nil {
-			return nil, errors.Join(err, file.Close())
-		}
-		return p, nil
 	}
 	return nil, nil
+}
+
+// take takes what there is of a blob, when nobody else has it any more. The result is nil if
+// somebody has finished it meanwhile.
+func (s *Store) take(ctx context.Context, want v1.Descriptor, digits string) (*partial, error) {
+	path := s.path(partialDir, digits)
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := flock.Lock(ctx, file); err != nil {
+		return nil, err
+	}
+	held, err := file.Stat()
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	if there, err := os.Stat(path); err != nil || !os.SameFile(held, there) {
+		return nil, file.Close() // whoever had the lock has finished it
+	}
+	if s.has(digits, want.Size) {
+		// It was finished after the caller had looked, and this file was made after that.
+		return nil, errors.Join(os.Remove(path), file.Close())
+	}
+	p := &partial{store: s, file: file, digits: digits, want: want, hash: sha256.New()}
+	if err := p.catchUp(ctx, held.Size()); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return p, nil
 }
 
 // catchUp reads what is there, as its hash is that of the whole.

@@ -3,8 +3,6 @@ package ocistore
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
-	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -22,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/image/decompress"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 )
 
@@ -102,10 +101,11 @@ var errNoArchive = errors.New("this is no archive of an image: neither of `docke
 
 // fill reads an archive.
 func (f *spool) fill(ctx context.Context, r io.Reader, room func(int64) error) error {
-	unpacked, err := gunzip(bufio.NewReaderSize(r, 256<<10))
+	unpacked, err := decompress.Detect(bufio.NewReaderSize(r, 256<<10), decompress.Gzip)
 	if err != nil {
 		return err
 	}
+	defer func() { _ = unpacked.Close() }()
 	archive := tar.NewReader(contextReader{ctx, unpacked})
 	for count := 0; ; count++ {
 		header, err := archive.Next()
@@ -123,14 +123,6 @@ func (f *spool) fill(ctx context.Context, r io.Reader, room func(int64) error) e
 			return err
 		}
 	}
-}
-
-// gunzip unpacks what is packed by gzip, and leaves all else as it is.
-func gunzip(r *bufio.Reader) (io.Reader, error) {
-	if head, _ := r.Peek(2); !bytes.Equal(head, []byte{0x1f, 0x8b}) {
-		return r, nil
-	}
-	return gzip.NewReader(r)
 }
 
 func (f *spool) take(header *tar.Header, content io.Reader, room func(int64) error) error {

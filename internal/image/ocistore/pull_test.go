@@ -594,6 +594,28 @@ func TestPullAtOnce(t *testing.T) {
 	}
 }
 
+// Who has seen that a blob is missing just before another one has finished it does not fetch it
+// again, and leaves nothing behind.
+func TestTakeOfFinishedBlob(t *testing.T) {
+	registry, s := newServer(t), openStore(t, Limits{})
+	want := imageOf(t, 1, 10_000)
+	_, err := pull(t, s, registry.push(t, want, "image"))
+	must(t, err)
+	layers, err := want.Layers()
+	must(t, err)
+	digest, err := layers[0].Digest()
+	must(t, err)
+	size, err := layers[0].Size()
+	must(t, err)
+	p, err := s.take(t.Context(), v1.Descriptor{Digest: digest, Size: size}, digest.Hex)
+	if p != nil || err != nil {
+		t.Errorf("a blob that is there is to be fetched (%v)", err)
+	}
+	if left := files(t, s, partialDir); len(left) > 0 {
+		t.Errorf("%q are left", left)
+	}
+}
+
 func TestPullLimits(t *testing.T) {
 	registry := newServer(t)
 	ref := registry.push(t, imageOf(t, 1, 60_000, 60_000), "image")

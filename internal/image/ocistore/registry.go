@@ -231,9 +231,8 @@ func (r *remote) try(ctx context.Context, attempt func(ctx context.Context) (pro
 		if !isTemporary(err) || failed >= maxAttempts {
 			return err
 		}
-		var status *statusError
 		pause := wait
-		if errors.As(err, &status) {
+		if status, ok := errors.AsType[*statusError](err); ok {
 			pause = max(pause, status.after)
 		}
 		if err := r.wait(ctx, pause); err != nil {

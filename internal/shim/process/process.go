@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/network"
 	"github.com/smolvm/smolvm/internal/proc"
@@ -44,6 +45,9 @@ type Options struct {
 	// Reached is called when the agent of a guest that runs can't be reached any more, and
 	// when it can be again. Nil: nobody wants to know.
 	Reached func(context.Context, shim.HaltRecord) error
+	// Healthy is called when the status of the guest's health has changed. Nil: nobody wants to
+	// know.
+	Healthy func(context.Context, shim.HealthRecord) error
 }
 
 // process is the running shim.
@@ -318,6 +322,9 @@ func (s *process) awaitEnd(ctx context.Context) {
 	var stops sync.WaitGroup
 	defer stops.Wait()
 	stop := func(how shim.Stop, reason string) { stops.Go(func() { s.session.Stop(how, reason) }) }
+	checking, endChecks := context.WithCancel(context.WithoutCancel(ctx))
+	defer endChecks()
+	stops.Go(func() { s.session.WatchHealth(checking, s.noteHealth) })
 	for {
 		select {
 		case <-s.session.Done():
@@ -398,6 +405,17 @@ func (s *process) noteHalt() {
 
 // noteReach writes down whether the guest's agent can be reached.
 func (s *process) noteReach() { s.writeDown(s.opts.Reached, s.session.Reach.Lost()) }
+
+// noteHealth writes down that the status of the guest's health has changed.
+func (s *process) noteHealth(found smolvm.Health) {
+	if s.opts.Healthy == nil {
+		return
+	}
+	err := s.opts.Healthy(context.Background(), shim.HealthRecord{ID: s.spec.ID, Run: s.spec.Run, Health: found, Origin: s.spec.Origin})
+	if err != nil {
+		s.log.Error("write down the guest's health", "status", found.Status, "error", err)
+	}
+}
 
 func (s *process) writeDown(record func(context.Context, shim.HaltRecord) error, cause string) {
 	if record == nil {

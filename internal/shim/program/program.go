@@ -54,6 +54,7 @@ func Run(ctx context.Context, orders io.Reader, backends ...vmm.Backend) error {
 		Exited:   teardown.RecordExit,
 		Halted:   teardown.RecordHalt,
 		Reached:  teardown.RecordReach,
+		Healthy:  teardown.RecordHealth,
 	})
 }
 

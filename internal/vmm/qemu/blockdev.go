@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"encoding/json"
+	"slices"
 
 	"github.com/smolvm/smolvm/internal/vmm"
 )
@@ -29,8 +30,8 @@ func (b backing) MarshalJSON() ([]byte, error) { return json.Marshal(b.node) }
 // files, its own first.
 func blockNode(name string, drive vmm.Drive, sets []int) string {
 	var below *node
-	for i := len(drive.Backing) - 1; i >= 0; i-- {
-		next := diskNode(drive.Backing[i], true, sets[i+1])
+	for i, file := range slices.Backward(drive.Backing) {
+		next := diskNode(file, true, sets[i+1])
 		next.basedOn(below)
 		below = next
 	}

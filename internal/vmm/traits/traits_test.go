@@ -2,6 +2,7 @@ package traits
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -52,10 +53,8 @@ func TestFirst(t *testing.T) {
 		"none can":    {[]string{"first", "second"}, ""},
 	} {
 		lacks := func(t vmm.Traits) []smolvm.Finding {
-			for _, lacking := range test.lacking {
-				if t.Name == lacking {
-					return []smolvm.Finding{{Name: t.Name + "-program", Problem: "not installed", Severity: smolvm.SeverityError}}
-				}
+			if slices.Contains(test.lacking, t.Name) {
+				return []smolvm.Finding{{Name: t.Name + "-program", Problem: "not installed", Severity: smolvm.SeverityError}}
 			}
 			return nil
 		}
@@ -85,12 +84,7 @@ func TestAccelerator(t *testing.T) {
 		"nothing that it has": {[]string{vmm.KVM}, []string{vmm.TCG}, ""},
 	} {
 		has := func(name string) bool {
-			for _, one := range test.has {
-				if one == name {
-					return true
-				}
-			}
-			return false
+			return slices.Contains(test.has, name)
 		}
 		if got, ok := Accelerator(vmm.Traits{Accelerators: test.can}, has); got != test.want || ok != (test.want != "") {
 			t.Errorf("%s: Accelerator = %q, %v", name, got, ok)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/smolvm/smolvm"
@@ -47,14 +48,13 @@ func change(ctx context.Context, config *Config, instruction, arch string) error
 		Base: func(context.Context, string) (dockerfile.Config, error) { return base, nil },
 	})
 	if err != nil {
-		var at *dockerfile.Error
-		if errors.As(err, &at) {
+		if at, ok := errors.AsType[*dockerfile.Error](err); ok {
 			return at.Err // its line is of a file that nobody has
 		}
 		return err
 	}
 	changed := plan.Target().Config
-	changed.Config.OnBuild = append(onBuild[:len(onBuild):len(onBuild)], changed.Config.OnBuild...)
+	changed.Config.OnBuild = append(slices.Clip(onBuild), changed.Config.OnBuild...)
 	changed.History = history
 	*config = changed
 	return nil

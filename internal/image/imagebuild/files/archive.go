@@ -3,48 +3,15 @@ package files
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
-	"compress/bzip2"
 	"errors"
 	"io"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-	"github.com/therootcompany/xz"
+	"github.com/smolvm/smolvm/internal/image/decompress"
 )
 
-// maxWindow is how much memory an archive packed by xz or zstd may need, in bytes.
-const maxWindow = 128 << 20
-
-// Beginnings of files by which it is known how they are packed.
-const (
-	magicGzip  = "\x1f\x8b"
-	magicBzip2 = "BZh"
-	magicXz    = "\xfd7zXZ\x00"
-	magicZstd  = "\x28\xb5\x2f\xfd"
-)
-
-// unpacked returns a reader of what is packed by gzip, bzip2, xz or zstd, or is not packed.
-func unpacked(r *bufio.Reader) (io.Reader, func(), error) {
-	nothing := func() {}
-	head, _ := r.Peek(8)
-	switch {
-	case bytes.HasPrefix(head, []byte(magicGzip)):
-		unpacked, err := gzip.NewReader(r)
-		return unpacked, nothing, err
-	case bytes.HasPrefix(head, []byte(magicBzip2)):
-		return bzip2.NewReader(r), nothing, nil
-	case bytes.HasPrefix(head, []byte(magicXz)):
-		unpacked, err := xz.NewReader(r, maxWindow)
-		return unpacked, nothing, err
-	case bytes.HasPrefix(head, []byte(magicZstd)):
-		unpacked, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1))
-		if err != nil {
-			return nil, nothing, err
-		}
-		return unpacked, unpacked.Close, nil
-	}
-	return r, nothing, nil
+// detect returns a reader of an archive, packed or not.
+func detect(r *bufio.Reader) (io.ReadCloser, error) {
+	return decompress.Detect(r, decompress.Gzip, decompress.Bzip2, decompress.Xz, decompress.Zstd)
 }
 
 // IsArchive reports whether a file is an archive by tar: its first header can be read.
@@ -55,10 +22,10 @@ func IsArchive(open func() (io.ReadCloser, error)) (bool, error) {
 	}
 	defer func() { _ = file.Close() }()
 	head := &failed{r: file}
-	content, done, err := unpacked(bufio.NewReader(head))
-	defer done()
+	content, err := detect(bufio.NewReader(head))
 	if err == nil {
 		_, err = tar.NewReader(content).Next()
+		_ = content.Close()
 	}
 	return err == nil, head.err
 }
@@ -83,18 +50,18 @@ func OpenArchive(open func() (io.ReadCloser, error)) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	content, done, err := unpacked(bufio.NewReaderSize(file, 1<<20))
+	content, err := detect(bufio.NewReaderSize(file, 1<<20))
 	if err != nil {
 		return nil, errors.Join(err, file.Close())
 	}
-	return &archive{content, func() error { done(); return file.Close() }}, nil
+	return &archive{content, file}, nil
 }
 
 // archive is an archive that is unpacked.
 type archive struct {
-	io.Reader
-	close func() error
+	io.ReadCloser
+	file io.Closer
 }
 
-// Close closes its file.
-func (a *archive) Close() error { return a.close() }
+// Close closes its file, too.
+func (a *archive) Close() error { return errors.Join(a.ReadCloser.Close(), a.file.Close()) }

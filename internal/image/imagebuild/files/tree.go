@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
 )
 
@@ -79,6 +81,9 @@ type Nodes struct {
 	Root  *ext4fs.Node
 	Spool *Spool
 }
+
+// Empty returns a tree that has no files.
+func Empty() Nodes { return Nodes{Root: &ext4fs.Node{Mode: unix.S_IFDIR | 0o755}} }
 
 // Find finds a file without following links; nil if it is not there.
 func (t Nodes) Find(name string) *ext4fs.Node {
