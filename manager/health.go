@@ -5,13 +5,16 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/store"
 )
 
-// healthTime bounds how long a shim may take to say what is known of its guest's health.
-const healthTime = time.Second
+// healthTime bounds how long shims may take to say what is known of their guests' health, and
+// healthAsked how many are asked at once.
+const healthTime, healthAsked = time.Second, 64
 
 // WaitHealthy returns when the checks of a VM's health have found that it works. The error
 // matches [smolvm.ErrUnhealthy] if they find that it does not, and [smolvm.ErrInvalidState] if the
@@ -56,7 +59,7 @@ func (m *Manager) WaitHealthy(ctx context.Context, id string) (smolvm.VMInfo, er
 // withHealth adds to what is known of a VM what the checks of its health have found, which its
 // shim knows.
 func (m *Manager) withHealth(ctx context.Context, info smolvm.VMInfo, vm store.VM) smolvm.VMInfo {
-	if !vm.State.Alive() || vm.Config.Healthcheck == nil {
+	if !isChecked(vm) {
 		return info
 	}
 	ctx, cancel := context.WithTimeout(ctx, healthTime)
@@ -67,3 +70,24 @@ func (m *Manager) withHealth(ctx context.Context, info smolvm.VMInfo, vm store.V
 	}
 	return info
 }
+
+// addHealth is [Manager.withHealth] for many VMs. Their shims are asked at the same time, so that those
+// that don't answer take no longer than one.
+func (m *Manager) addHealth(ctx context.Context, infos []smolvm.VMInfo, vms []store.VM) {
+	ctx, cancel := context.WithTimeout(ctx, healthTime)
+	defer cancel()
+	var group errgroup.Group
+	group.SetLimit(healthAsked)
+	for i, vm := range vms {
+		if isChecked(vm) {
+			group.Go(func() error {
+				infos[i] = m.withHealth(ctx, infos[i], vm)
+				return nil
+			})
+		}
+	}
+	_ = group.Wait() // none fails
+}
+
+// isChecked reports whether checks of a VM's health are made.
+func isChecked(vm store.VM) bool { return vm.State.Alive() && vm.Config.Healthcheck != nil }

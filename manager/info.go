@@ -41,6 +41,7 @@ func (m *Manager) List(ctx context.Context, opts smolvm.ListOptions) ([]smolvm.V
 		return nil, fmt.Errorf("list VMs: %w", err)
 	}
 	infos := make([]smolvm.VMInfo, 0, len(vms))
+	selected := vms[:0]
 	for _, vm := range vms {
 		if vm, err = m.settle(ctx, vm); errors.Is(err, smolvm.ErrVMNotFound) {
 			continue // it was deleted meanwhile
@@ -48,9 +49,11 @@ func (m *Manager) List(ctx context.Context, opts smolvm.ListOptions) ([]smolvm.V
 			return nil, fmt.Errorf("list VMs: %w", err)
 		}
 		if selects(opts, vm) {
-			infos = append(infos, m.withHealth(ctx, m.info(vm), vm))
+			infos = append(infos, m.info(vm))
+			selected = append(selected, vm)
 		}
 	}
+	m.addHealth(ctx, infos, selected)
 	return infos, nil
 }
 
