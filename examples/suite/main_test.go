@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/xml"
 	"errors"
 	"fmt"
@@ -94,7 +93,7 @@ func TestSuite(t *testing.T) {
 	testenv.RequireQEMU(t)
 	dir := t.TempDir()
 	data := filepath.Join(dir, "data")
-	testenv.SeedImages(t, data)
+	testenv.OwnImages(t, data) // those of the Dockerfiles' steps have no names to be removed by
 	testenv.NoProcesses(t, data)
 	config := manager.Config{
 		DataDir:   data,
@@ -108,7 +107,6 @@ func TestSuite(t *testing.T) {
 	}
 	defer func() { _ = m.Close() }()
 	image := useImage(t, m)
-	defer remove(t, m, image)
 	packages := serveIndex(t)
 
 	// A test that fails is an error, and the result tells which.
@@ -172,14 +170,6 @@ func TestSuite(t *testing.T) {
 	}
 }
 
-// remove removes an image from the store that all tests share.
-func remove(t *testing.T, m *manager.Manager, name string) {
-	t.Helper()
-	if err := m.RemoveImage(context.WithoutCancel(t.Context()), name); err != nil {
-		t.Error(err)
-	}
-}
-
 // byDockerfile builds an image by a project's Dockerfile, and returns what its command says in a VM
 // that reaches nothing.
 func byDockerfile(t *testing.T, m *manager.Manager, base, project string, packages *index) string {
@@ -198,7 +188,6 @@ func byDockerfile(t *testing.T, m *manager.Manager, base, project string, packag
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer remove(t, m, project+"-suite")
 	result, err := m.Run(t.Context(), smolvm.VMConfig{
 		Image: project + "-suite", MemoryMiB: memoryMiB, Network: smolvm.Network{Mode: smolvm.NetworkNone},
 	}, smolvm.Command{})

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"os/exec"
@@ -168,6 +169,48 @@ func SeedImages(t testing.TB, dataDir string) {
 		t.Fatal(err)
 	}
 	if err := os.Symlink(Images(t), filepath.Join(dataDir, "images")); err != nil && !errors.Is(err, os.ErrExist) {
+		t.Fatal(err)
+	}
+}
+
+// OwnImages gives a data directory a store of images of its own, with the default image: for a test
+// that makes images that would stay among the shared ones.
+func OwnImages(t testing.TB, dataDir string) {
+	t.Helper()
+	from := filepath.Dir(Image(t).KernelPath)
+	images := filepath.Join(dataDir, "images")
+	name := filepath.Join("names", smolvm.DefaultImage)
+	to := filepath.Join(images, filepath.Base(from))
+	if err := errors.Join(os.MkdirAll(to, 0o700), os.MkdirAll(filepath.Join(images, "names"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	files, err := os.ReadDir(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		share(t, filepath.Join(from, file.Name()), filepath.Join(to, file.Name()))
+	}
+	share(t, filepath.Join(Images(t), name), filepath.Join(images, name))
+}
+
+// share makes a file appear in another place too, by a link where one can be made.
+func share(t testing.TB, from, to string) {
+	t.Helper()
+	if os.Link(from, to) == nil {
+		return
+	}
+	in, err := os.Open(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = in.Close() }()
+	out, err := os.Create(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = io.Copy(out, in)
+	if err := errors.Join(err, out.Close()); err != nil {
 		t.Fatal(err)
 	}
 }
