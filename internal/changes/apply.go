@@ -14,18 +14,26 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/ocitar"
+	"github.com/smolvm/smolvm/internal/step"
 )
 
 // tempPrefix begins the names of files that are not whole yet.
 const tempPrefix = ".smolvm-apply-"
 
 // Apply brings what a guest has changed to a directory of the host, as planned. Each file is the old
-// or the new one at any time; when it fails, or ctx is done, some are new.
+// or the new one at any time; when it fails, ctx is done, or the process is killed, some are new, and
+// another scan and Apply bring the rest.
 func Apply(ctx context.Context, archive Archive, root *os.Root, plan *Plan) error {
 	if len(plan.Special) > 0 {
 		return fmt.Errorf("%q is neither a file, a directory nor a link, and can't be brought back", plan.Special[0])
 	}
+	unlock, err := claim(ctx, root, plan)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	// First, as the archive may have something else in the place of what goes.
 	for name, kind := range plan.kinds {
 		if kind != smolvm.ChangeDeleted {
@@ -34,6 +42,7 @@ func Apply(ctx context.Context, archive Archive, root *os.Root, plan *Plan) erro
 		if err := root.RemoveAll(name); err != nil {
 			return err
 		}
+		step.Reached(ctx, "apply/removed")
 	}
 	return archive.each(ctx, func(name string, header *tar.Header, content io.Reader) error {
 		if kind := plan.kinds[name]; kind != smolvm.ChangeAdded && kind != smolvm.ChangeChanged {
@@ -42,15 +51,62 @@ func Apply(ctx context.Context, archive Archive, root *os.Root, plan *Plan) erro
 		if strings.HasPrefix(path.Base(name), ocitar.Whiteout) {
 			return nil
 		}
-		if err := bring(root, name, header, content); err != nil {
+		if err := bring(ctx, root, name, header, content); err != nil {
 			return fmt.Errorf("bring back %q: %w", name, err)
 		}
+		step.Reached(ctx, "apply/brought")
 		return nil
 	})
 }
 
+// claim waits until nobody else brings anything to the directory, and removes files that are not
+// whole: whoever made them was killed. Where directories can't be locked nothing is removed.
+func claim(ctx context.Context, root *os.Root, plan *Plan) (unlock func(), err error) {
+	dir, err := root.Open(".")
+	if err != nil {
+		return nil, err
+	}
+	if err := flock.Lock(ctx, dir); err != nil { // it has closed the directory
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return func() {}, nil
+	}
+	swept := map[string]bool{}
+	for name := range plan.kinds {
+		within := path.Dir(name)
+		if swept[within] {
+			continue
+		}
+		swept[within] = true
+		if err := sweep(root, within); err != nil {
+			return nil, errors.Join(err, dir.Close())
+		}
+	}
+	return func() { _ = dir.Close() }, nil
+}
+
+// sweep removes files of a directory that are not whole.
+func sweep(root *os.Root, name string) error {
+	if info, err := root.Lstat(name); err != nil || !info.IsDir() {
+		return nil // what the guest has there is yet to be made
+	}
+	dir, err := root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = dir.Close() }()
+	names, err := dir.Readdirnames(-1)
+	for _, file := range names {
+		if strings.HasPrefix(file, tempPrefix) {
+			err = errors.Join(err, removeIfThere(root, path.Join(name, file)))
+		}
+	}
+	return err
+}
+
 // bring makes one file of the host what the guest has.
-func bring(root *os.Root, name string, header *tar.Header, content io.Reader) error {
+func bring(ctx context.Context, root *os.Root, name string, header *tar.Header, content io.Reader) error {
 	perm := fs.FileMode(header.Mode & modeBits)
 	there, err := root.Lstat(name)
 	if err != nil && !isMissing(err) {
@@ -69,6 +125,7 @@ func bring(root *os.Root, name string, header *tar.Header, content io.Reader) er
 	if err := makeTemp(root, temp, header, content, perm); err != nil {
 		return errors.Join(err, removeIfThere(root, temp))
 	}
+	step.Reached(ctx, "apply/made")
 	if there != nil && there.IsDir() {
 		if err := root.RemoveAll(name); err != nil {
 			return errors.Join(err, removeIfThere(root, temp))
