@@ -324,3 +324,26 @@ func TestInput(t *testing.T) {
 		})
 	}
 }
+
+// An image that was built and pushed is the same one for who pulls it elsewhere.
+func TestPushBuilt(t *testing.T) {
+	b := newBuilder(t)
+	name := registrytest.New(t).Host + "/team/app:2"
+	made, err := b.Build(t.Context(), smolvm.DockerfileOptions{
+		Context: write(t, map[string]string{"Dockerfile": "FROM base\nCOPY a /a\nCMD [\"x\"]\n", "a": "A"}), Tags: []string{name},
+	})
+	must(t, err)
+	must(t, b.Catalog.Push(t.Context(), name, smolvm.PushOptions{}))
+	elsewhere := newBuilder(t).Catalog
+	pulled, err := elsewhere.Pull(t.Context(), name, smolvm.PullOptions{})
+	must(t, err)
+	if pulled.OCI == nil || pulled.OCI.Digest != made.OCI.Digest || !slices.Equal(pulled.Config.Cmd, []string{"x"}) {
+		t.Errorf("pulled %+v, built %+v", pulled, made)
+	}
+	// The same by its digest.
+	pinned, err := elsewhere.Pull(t.Context(), strings.TrimSuffix(name, ":2")+"@"+made.OCI.Digest, smolvm.PullOptions{})
+	must(t, err)
+	if pinned.Digest != pulled.Digest {
+		t.Errorf("by its digest it is %s, by its name %s", pinned.Digest, pulled.Digest)
+	}
+}
