@@ -16,13 +16,13 @@ import (
 	"github.com/smolvm/smolvm/internal/changes"
 )
 
-// sourceOf returns what a guest has changed in a directory that it has at /work.
+// sourceOf returns what a guest has changed in a directory that it has at /project.
 func sourceOf(t testing.TB, dir string, since time.Time, entries ...entry) changes.Source {
 	t.Helper()
 	archive := archiveOf(t, entries...)
-	mount := smolvm.Mount{Source: dir, Target: "/work", Mode: smolvm.MountOverlay, Since: since}
+	mount := smolvm.Mount{Source: dir, Target: "/project", Mode: smolvm.MountOverlay, Since: since}
 	return changes.Source{
-		Mount: mount, Mounts: []smolvm.Mount{mount, {Source: "/", Target: "/work/other"}, {Source: "/", Target: "/workshop"}},
+		Mount: mount, Mounts: []smolvm.Mount{mount, {Source: "/", Target: "/project/other"}, {Source: "/", Target: "/projects"}},
 		TempDir: t.TempDir(), Limit: archive.Size,
 		Send: func(_ context.Context, w io.Writer) error {
 			_, err := io.Copy(w, io.NewSectionReader(archive.File, 0, archive.Size))
@@ -41,7 +41,7 @@ func TestFetch(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer o.Close()
-	want := []smolvm.Change{{Kind: smolvm.ChangeChanged, Path: "/work/a"}, {Kind: smolvm.ChangeAdded, Path: "/work/new"}}
+	want := []smolvm.Change{{Kind: smolvm.ChangeChanged, Path: "/project/a"}, {Kind: smolvm.ChangeAdded, Path: "/project/new"}}
 	if diff := cmp.Diff(want, o.Changes()); diff != "" {
 		t.Error(diff)
 	}
