@@ -57,10 +57,7 @@ func (a *app) imageKernelCommand() *cobra.Command {
 			}
 			return a.withManager(cmd.Context(), func(m smolvm.Service) error { return m.ResetKernel(cmd.Context()) })
 		}
-		if !quiet {
-			a.progress = newProgress(a.Stderr)
-			options.Progress = a.progress.report()
-		}
+		options.Progress = a.showProgress(quiet)
 		return a.withManager(cmd.Context(), func(m smolvm.Service) error {
 			kernel, err := m.BuildKernel(cmd.Context(), options)
 			if err != nil {
