@@ -56,14 +56,19 @@ func open(ctx context.Context, dataDir string) (*Site, error) {
 	}, nil
 }
 
-// RecordExit writes down the end of a VM, in its shim's process, and deletes the VM if it is
-// ephemeral.
-func RecordExit(ctx context.Context, record shim.ExitRecord) error {
-	site, err := open(ctx, record.Origin.DataDir)
+// visit opens the data directory of a VM for as long as do takes.
+func visit(ctx context.Context, origin shim.Origin, do func(*Site) error) error {
+	site, err := open(ctx, origin.DataDir)
 	if err != nil {
 		return err
 	}
-	return errors.Join(site.recordExit(ctx, record), site.Store.Close())
+	return errors.Join(do(site), site.Store.Close())
+}
+
+// RecordExit writes down the end of a VM, in its shim's process, and deletes the VM if it is
+// ephemeral.
+func RecordExit(ctx context.Context, record shim.ExitRecord) error {
+	return visit(ctx, record.Origin, func(s *Site) error { return s.recordExit(ctx, record) })
 }
 
 // RecordHalt writes down that a VMM has paused its guest, in the shim's process.
@@ -79,34 +84,30 @@ func RecordReach(ctx context.Context, record shim.HaltRecord) error {
 
 // RecordHealth writes down, in the shim's process, that the status of a guest's health has changed.
 func RecordHealth(ctx context.Context, record shim.HealthRecord) error {
-	site, err := open(ctx, record.Origin.DataDir)
-	if err != nil {
-		return err
-	}
-	began := time.Now()
-	vm, err := site.Store.GetVM(ctx, record.ID)
-	if err == nil && vm.Run == record.Run && vm.State.Alive() {
-		var why string
-		if record.Health.Status == smolvm.HealthUnhealthy {
-			why = record.Health.Reason()
+	return visit(ctx, record.Origin, func(s *Site) error {
+		began := time.Now()
+		vm, err := s.Store.GetVM(ctx, record.ID)
+		if err == nil && vm.Run == record.Run && vm.State.Alive() {
+			var why string
+			if record.Health.Status == smolvm.HealthUnhealthy {
+				why = record.Health.Reason()
+			}
+			s.Note(ctx, record.ID, string(record.Health.Status), began, why)
 		}
-		site.Note(ctx, record.ID, string(record.Health.Status), began, why)
-	}
-	return errors.Join(err, site.Store.Close())
+		return err
+	})
 }
 
 // mark writes down the cause of a VM that is alive, and an event if that is something new.
 func mark(ctx context.Context, record shim.HaltRecord, state smolvm.VMState, action string) error {
-	site, err := open(ctx, record.Origin.DataDir)
-	if err != nil {
+	return visit(ctx, record.Origin, func(s *Site) error {
+		began := time.Now()
+		changed, err := s.Store.MarkCause(ctx, record.ID, record.Run, state, record.Cause)
+		if changed && record.Cause != "" {
+			s.Note(ctx, record.ID, action, began, record.Cause)
+		}
 		return err
-	}
-	began := time.Now()
-	changed, err := site.Store.MarkCause(ctx, record.ID, record.Run, state, record.Cause)
-	if changed && record.Cause != "" {
-		site.Note(ctx, record.ID, action, began, record.Cause)
-	}
-	return errors.Join(err, site.Store.Close())
+	})
 }
 
 func (s *Site) recordExit(ctx context.Context, record shim.ExitRecord) error {
