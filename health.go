@@ -76,16 +76,19 @@ func (h Health) Reason() string {
 	return text + ": " + line
 }
 
-// Least times of a [Healthcheck], as docker has them.
+// minHealthTime is the least that a time of a [Healthcheck] may be, as docker has it.
 const minHealthTime = time.Millisecond
 
 // problem says what is wrong with a check; empty: nothing.
 func (h Healthcheck) problem() string {
-	for name, d := range map[string]time.Duration{
-		"interval_ms": h.Interval, "timeout_ms": h.Timeout, "start_period_ms": h.StartPeriod, "start_interval_ms": h.StartInterval,
+	for _, given := range []struct {
+		name string
+		time time.Duration
+	}{
+		{"interval_ms", h.Interval}, {"timeout_ms", h.Timeout}, {"start_period_ms", h.StartPeriod}, {"start_interval_ms", h.StartInterval},
 	} {
-		if d != 0 && d < minHealthTime {
-			return fmt.Sprintf("%s is %s, less than %s", name, d, minHealthTime)
+		if given.time != 0 && given.time < minHealthTime {
+			return fmt.Sprintf("%s is %s, less than %s", given.name, given.time, minHealthTime)
 		}
 	}
 	switch {
