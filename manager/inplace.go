@@ -13,6 +13,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/start"
 	"github.com/smolvm/smolvm/internal/step"
 	"github.com/smolvm/smolvm/internal/store"
@@ -151,5 +152,5 @@ func (m *Manager) putDiskBack(ctx context.Context, vm store.VM) error {
 	if err := os.Remove(kept); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return disk.SyncDir(filepath.Dir(vm.DiskPath))
+	return durable.Sync(filepath.Dir(vm.DiskPath))
 }

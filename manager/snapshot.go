@@ -18,6 +18,7 @@ import (
 	"github.com/smolvm/smolvm/internal/compat"
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/machine"
 	"github.com/smolvm/smolvm/internal/shim"
 	"github.com/smolvm/smolvm/internal/snapshot"
@@ -278,7 +279,7 @@ func (m *Manager) saveOverlay(ctx context.Context, vm store.VM, draft *snapshot.
 		return saved, err
 	}
 	step.Reached(ctx, "save/saved")
-	return saved, errors.Join(m.store.Bases().Persist(ctx, vm.DiskPath, layerPath), disk.SyncDir(m.DiskDir()))
+	return saved, errors.Join(m.store.Bases().Persist(ctx, vm.DiskPath, layerPath), durable.Sync(m.DiskDir()))
 }
 
 // makeLayer makes a disk a layer and the disk of a draft as well, and an overlay of it.

@@ -31,6 +31,7 @@ import (
 
 	"github.com/smolvm/smolvm/internal/datadir"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/flock"
 )
 
@@ -140,7 +141,7 @@ func (d *Disks) Derive(ctx context.Context, o Disk) error {
 func (d *Disks) Persist(path string) error {
 	file, err := os.Open(path)
 	if err == nil {
-		err = errors.Join(file.Sync(), file.Close(), disk.SyncDir(filepath.Dir(path)))
+		err = errors.Join(file.Sync(), file.Close(), durable.Sync(filepath.Dir(path)))
 	}
 	if err != nil {
 		return fmt.Errorf("write disk out: %w", err)
@@ -320,7 +321,7 @@ func (d *Disks) AddLayer(ctx context.Context, path, name string) error {
 		err = os.Link(path, layer)
 	}
 	if err == nil {
-		err = disk.SyncDir(d.dir.Layers())
+		err = durable.Sync(d.dir.Layers())
 	}
 	if err != nil {
 		return fmt.Errorf("keep disk: %w", err)

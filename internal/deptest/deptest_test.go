@@ -57,7 +57,7 @@ func tiers() [][]string {
 	return [][]string{
 		{"."}, // the contract
 		{ // ground: knows nothing of VMs
-			"internal/cgroup", "internal/compat", "internal/dirfd", "internal/diskspace", "internal/errcode", "internal/flock", "internal/fuserelay", "internal/glob", "internal/health", "internal/ocitar", "internal/proc",
+			"internal/cgroup", "internal/compat", "internal/dirfd", "internal/diskspace", "internal/durable", "internal/errcode", "internal/flock", "internal/fuserelay", "internal/glob", "internal/health", "internal/ocitar", "internal/proc",
 			"internal/ring", "internal/size", "internal/step", "internal/stream", "internal/termsafe",
 		},
 		{"internal/changes", "internal/datadir", "internal/disk", "internal/flowlog", "internal/hostdir", "internal/namespace"}, // files, and programs in namespaces

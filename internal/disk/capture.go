@@ -12,6 +12,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/smolvm/smolvm/internal/durable"
 )
 
 const (
@@ -108,7 +110,7 @@ func (c *Capture) finish(ctx context.Context) error {
 }
 
 // Sync writes the copy, and its name, to stable storage.
-func (c *Capture) Sync() error { return errors.Join(c.out.Sync(), SyncDir(filepath.Dir(c.path))) }
+func (c *Capture) Sync() error { return errors.Join(c.out.Sync(), durable.Sync(filepath.Dir(c.path))) }
 
 // Close closes the files, and removes the copy if it is not whole.
 func (c *Capture) Close() error {

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/step"
 )
 
@@ -70,7 +71,7 @@ func Copy(ctx context.Context, o CopyOptions) error {
 		return err
 	})
 	if err == nil && o.Sync {
-		err = SyncDir(filepath.Dir(o.Path))
+		err = durable.Sync(filepath.Dir(o.Path))
 	}
 	if err != nil {
 		return fmt.Errorf("copy disk %s: %w", o.Base, err)

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/flock"
 )
 
@@ -73,7 +74,7 @@ func CreateOverlay(ctx context.Context, o Overlay) error {
 		return out.Sync()
 	})
 	if err == nil && o.Sync {
-		err = SyncDir(filepath.Dir(o.Path))
+		err = durable.Sync(filepath.Dir(o.Path))
 	}
 	if err != nil {
 		return fmt.Errorf("make disk: %w", err)
@@ -239,12 +240,3 @@ func link(temp, path string) error {
 
 // TempPrefix begins the names of files that are not complete yet.
 const TempPrefix = ".disk-"
-
-// SyncDir writes the names in a directory to stable storage.
-func SyncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
-}

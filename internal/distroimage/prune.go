@@ -14,19 +14,14 @@ import (
 // Prune removes the lists and packages that are kept for the next build, and returns how many bytes
 // that freed. While an image is built of them nothing is removed.
 func (i *Images) Prune() (freed int64, err error) {
-	lock, err := os.OpenFile(filepath.Join(i.Dir, distro.LockName), os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil // no image was ever built
+	unlock, err := flock.TryAt(filepath.Join(i.Dir, distro.LockName))
+	if errors.Is(err, flock.ErrLocked) || errors.Is(err, fs.ErrNotExist) {
+		return 0, nil // an image is built, or none ever was
 	}
 	if err != nil {
 		return 0, err
 	}
-	defer func() { _ = lock.Close() }()
-	if err := flock.TryLock(lock); errors.Is(err, flock.ErrLocked) {
-		return 0, nil
-	} else if err != nil {
-		return 0, err
-	}
+	defer unlock()
 	entries, err := os.ReadDir(i.Dir)
 	if err != nil {
 		return 0, err

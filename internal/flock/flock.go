@@ -59,6 +59,18 @@ func lock(ctx context.Context, file *os.File, how int) error {
 	}
 }
 
+// TryAt is [At], but takes the lock only if it is free; otherwise the error is [ErrLocked].
+func TryAt(path string) (unlock func(), err error) {
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := TryLock(file); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return func() { _ = file.Close() }, nil
+}
+
 // TryLock takes the lock if it is free; otherwise it returns [ErrLocked].
 func TryLock(file *os.File) error { return try(file, unix.LOCK_EX) }
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/image/ext4fs"
 	"github.com/smolvm/smolvm/internal/step"
@@ -121,7 +122,7 @@ func (s *Store) appear(ctx context.Context, work, out string, meta metadata) err
 		return err
 	}
 	for _, name := range append(imageFiles(), metadataFile, ".") {
-		if err := syncFile(filepath.Join(out, name)); err != nil {
+		if err := durable.Sync(filepath.Join(out, name)); err != nil {
 			return err
 		}
 	}
@@ -138,15 +139,7 @@ func (s *Store) appear(ctx context.Context, work, out string, meta metadata) err
 		return err
 	}
 	step.Reached(ctx, "image build/moved")
-	return syncFile(s.dir)
-}
-
-func syncFile(path string) error {
-	file, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(file.Sync(), file.Close())
+	return durable.Sync(s.dir)
 }
 
 // builder is one build.

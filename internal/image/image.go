@@ -30,6 +30,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/glob"
 	"github.com/smolvm/smolvm/internal/step"
@@ -301,7 +302,7 @@ func (s *Store) writeRecord(path string, record any) error {
 	if err := writeJSON(temp, record); err != nil {
 		return err
 	}
-	if err := syncFile(temp); err != nil {
+	if err := durable.Sync(temp); err != nil {
 		return err
 	}
 	return os.Rename(temp, path)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/smolvm/smolvm"
 	"github.com/smolvm/smolvm/internal/disk"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/flock"
 )
 
@@ -77,7 +78,7 @@ func (d *Draft) Commit(ctx context.Context, meta any, bootID string) (Snapshot, 
 		}
 		f := file{Name: name}
 		if f.Sum, err = disk.Sum(ctx, d.Path(name)); err == nil {
-			err = syncFile(d.Path(name))
+			err = durable.Sync(d.Path(name))
 		}
 		if err != nil {
 			return fail(err)
@@ -92,7 +93,7 @@ func (d *Draft) Commit(ctx context.Context, meta any, bootID string) (Snapshot, 
 		err = os.WriteFile(d.Path(recordFile), text, 0o600)
 	}
 	if err == nil {
-		err = errors.Join(syncFile(d.Path(recordFile)), syncFile(d.dir))
+		err = errors.Join(durable.Sync(d.Path(recordFile)), durable.Sync(d.dir))
 	}
 	if err != nil {
 		return fail(err)
@@ -102,18 +103,10 @@ func (d *Draft) Commit(ctx context.Context, meta any, bootID string) (Snapshot, 
 		return fail(fmt.Errorf("%w: %w", smolvm.ErrAlreadyExists, err))
 	}
 	_ = d.lock.Close()
-	if err := syncFile(d.store.dir); err != nil {
+	if err := durable.Sync(d.store.dir); err != nil {
 		return Snapshot{}, fmt.Errorf("make snapshot %q: %w", d.name, err)
 	}
 	return d.store.Get(d.name)
-}
-
-func syncFile(path string) error {
-	file, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(file.Sync(), file.Close())
 }
 
 // Clean removes the files that killed processes have left.

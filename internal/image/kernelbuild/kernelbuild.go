@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/image/deb"
 	"github.com/smolvm/smolvm/internal/step"
@@ -157,7 +158,7 @@ func (s *Store) lock(ctx context.Context) (*os.File, error) {
 	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	file, err := os.OpenFile(filepath.Join(s.Dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	file, err := os.OpenFile(s.lockPath(), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -166,6 +167,8 @@ func (s *Store) lock(ctx context.Context) (*os.File, error) {
 	}
 	return file, nil
 }
+
+func (s *Store) lockPath() string { return filepath.Join(s.Dir, "lock") }
 
 // load reads a kernel.
 func (s *Store) load(key string) (smolvm.Kernel, error) {
@@ -232,16 +235,14 @@ func (s *Store) Prune() error {
 	if err != nil {
 		return err
 	}
-	lock, err := os.OpenFile(filepath.Join(s.Dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	unlock, err := flock.TryAt(s.lockPath())
+	if errors.Is(err, flock.ErrLocked) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	defer func() { _ = lock.Close() }()
-	if err := flock.TryLock(lock); errors.Is(err, flock.ErrLocked) {
-		return nil
-	} else if err != nil {
-		return err
-	}
+	defer unlock()
 	var used usedRecord
 	if err := readJSON(s.usedPath(), &used); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return damaged(err)
@@ -274,25 +275,21 @@ func readJSON(path string, value any) error {
 	return nil
 }
 
-// writeJSON makes a small file appear whole.
+// writeJSON makes a small file appear whole. Only one process at a time does that: it holds the
+// store's lock.
 func writeJSON(path string, value any) error {
 	text, err := json.MarshalIndent(value, "", "\t")
 	if err != nil {
 		return err
 	}
-	temp, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
+	temp := path + ".new"
+	if err := os.WriteFile(temp, append(text, '\n'), 0o600); err != nil {
 		return err
 	}
-	_, err = temp.Write(append(text, '\n'))
-	err = errors.Join(err, temp.Sync(), temp.Close())
-	if err == nil {
-		err = os.Rename(temp.Name(), path)
+	if err := durable.Sync(temp); err != nil {
+		return err
 	}
-	if err != nil {
-		_ = os.Remove(temp.Name())
-	}
-	return err
+	return os.Rename(temp, path)
 }
 
 func hashFile(path string) (string, error) {
@@ -308,14 +305,6 @@ func hashFile(path string) (string, error) {
 	return hex.EncodeToString(hash.Sum(nil)), nil
 }
 
-func syncFile(path string) error {
-	file, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(file.Sync(), file.Close())
-}
-
 // publish makes what is in a directory the kernel of a key.
 func (s *Store) publish(ctx context.Context, out, key string) error {
 	entries, err := os.ReadDir(out)
@@ -323,11 +312,11 @@ func (s *Store) publish(ctx context.Context, out, key string) error {
 		return err
 	}
 	for _, entry := range entries {
-		if err := syncFile(filepath.Join(out, entry.Name())); err != nil {
+		if err := durable.Sync(filepath.Join(out, entry.Name())); err != nil {
 			return err
 		}
 	}
-	if err := syncFile(out); err != nil {
+	if err := durable.Sync(out); err != nil {
 		return err
 	}
 	final := filepath.Join(s.Dir, key)
@@ -339,5 +328,5 @@ func (s *Store) publish(ctx context.Context, out, key string) error {
 		return err
 	}
 	step.Reached(ctx, "image kernel/moved")
-	return syncFile(s.Dir)
+	return durable.Sync(s.Dir)
 }

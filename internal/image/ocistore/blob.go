@@ -12,6 +12,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/step"
 )
@@ -135,7 +136,7 @@ func (p *partial) finish(ctx context.Context) error {
 		return err
 	}
 	step.Reached(ctx, "image pull/stored")
-	return syncFile(p.store.path("blobs", algorithm))
+	return durable.Sync(p.store.path("blobs", algorithm))
 }
 
 // close lets others have it.

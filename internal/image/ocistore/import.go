@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/image/decompress"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 )
@@ -230,7 +231,7 @@ func (f *spool) blob(ctx context.Context, s *Store, want v1.Descriptor, report f
 		return fmt.Errorf("%s has %d bytes in the archive, and %d in the manifest", want.Digest, file.size, want.Size)
 	}
 	// Several images of the archive may have it: the first takes the file away.
-	err := syncFile(file.path)
+	err := durable.Sync(file.path)
 	if err == nil {
 		err = os.Rename(file.path, s.blobPath(want.Digest.Hex))
 	}
@@ -241,7 +242,7 @@ func (f *spool) blob(ctx context.Context, s *Store, want v1.Descriptor, report f
 		return errors.Join(err, context.Cause(ctx))
 	}
 	report(want.Size)
-	return syncFile(s.path("blobs", algorithm))
+	return durable.Sync(s.path("blobs", algorithm))
 }
 
 // dockerImage is an image in the manifest.json of an archive of docker.

@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/step"
 )
@@ -82,7 +83,7 @@ func (s *Store) addLayer(ctx context.Context, r io.Reader) (_ Layer, err error) 
 		return Layer{}, err
 	}
 	step.Reached(ctx, "image add/layer stored")
-	return layer, syncFile(s.path("blobs", algorithm))
+	return layer, durable.Sync(s.path("blobs", algorithm))
 }
 
 // packedWriter writes what is packed, and counts and hashes it.

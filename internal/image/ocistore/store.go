@@ -35,6 +35,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/durable"
 	"github.com/smolvm/smolvm/internal/flock"
 	"github.com/smolvm/smolvm/internal/image/ociref"
 	"github.com/smolvm/smolvm/internal/step"
@@ -418,16 +419,7 @@ func (s *Store) writeFile(dir, name string, content []byte) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(temp.Name()))
 	}
-	return syncFile(dir)
-}
-
-// syncFile writes a file, or the names in a directory, out to the disk.
-func syncFile(path string) error {
-	file, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(file.Sync(), file.Close())
+	return durable.Sync(dir)
 }
 
 // putDocument stores a document.
