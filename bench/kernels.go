@@ -59,7 +59,7 @@ func kernels(ctx context.Context, args []string) error {
 		both = append(both, b)
 	}
 	for n := range *runs {
-		fmt.Fprintf(os.Stderr, "\r\033[Kround %d of %d", n+1, *runs)
+		status("round %d of %d", n+1, *runs)
 		for _, b := range both {
 			if err := b.round(); err != nil {
 				return fmt.Errorf("%s: %w", b.image, err)
@@ -71,7 +71,7 @@ func kernels(ctx context.Context, args []string) error {
 			return fmt.Errorf("%s: %w", b.image, err)
 		}
 	}
-	fmt.Fprint(os.Stderr, "\r\033[K")
+	status("")
 	printKernels(os.Stdout, both[0], both[1])
 	return nil
 }
@@ -87,7 +87,7 @@ func (b *booting) prepare() error {
 		return err
 	}
 	b.kernel = info.Size()
-	fmt.Fprintf(os.Stderr, "\r\033[K%s: make a template", b.image)
+	status("%s: make a template", b.image)
 	template, err := b.m.BuildTemplate(b.ctx, smolvm.TemplateOptions{Image: b.image})
 	b.template = template.Size
 	return err

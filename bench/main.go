@@ -108,7 +108,7 @@ func run(ctx context.Context, args []string) error {
 			return err
 		}
 	}
-	fmt.Fprint(os.Stderr, "\r\033[K")
+	status("")
 	fmt.Println("| What | Measured | Target |\n|---|---|---|")
 	for _, row := range b.rows {
 		fmt.Printf("| %s | %s | %s |\n", row[0], row[1], row[2])
@@ -153,7 +153,7 @@ func open(ctx context.Context, config manager.Config, images string) (_ *manager
 	if images != "" {
 		return m, dir, closeAll, nil
 	}
-	if _, err := m.BuildImage(ctx, smolvm.BuildOptions{Progress: func(p smolvm.Progress) { fmt.Fprintf(os.Stderr, "\r\033[K%s", p.Phase) }}); err != nil {
+	if _, err := m.BuildImage(ctx, smolvm.BuildOptions{Progress: func(p smolvm.Progress) { status("%s", p.Phase) }}); err != nil {
 		closeAll()
 		return nil, "", nil, err
 	}
@@ -174,7 +174,8 @@ func removeVMs(ctx context.Context, m *manager.Manager) {
 }
 
 func (b *bench) row(what, measured, target string) {
-	fmt.Fprintf(os.Stderr, "\r\033[K%s: %s\n", what, measured)
+	status("")
+	fmt.Fprintf(os.Stderr, "%s: %s\n", what, measured)
 	b.rows = append(b.rows, [3]string{what, measured, target})
 }
 
@@ -204,10 +205,6 @@ func p95(times []time.Duration) time.Duration {
 
 // both are the median and the 95th percentile, in words.
 func both(times []time.Duration) string { return ms(median(times)) + ", p95 " + ms(p95(times)) }
-
-func ms(d time.Duration) string {
-	return strconv.FormatFloat(float64(d)/float64(time.Millisecond), 'g', 3, 64) + " ms"
-}
 
 func ratio(a, b time.Duration) string { return fmt.Sprintf("%.3g ×", float64(a)/float64(b)) }
 
