@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -85,5 +84,7 @@ func (a *app) tellKernel(kernel smolvm.Kernel) {
 	if kernel.Used {
 		notes = append(notes, "images boot with it from now on; smolvm image kernel --reset ends that")
 	}
-	a.errorf("smolvm: %s", strings.Join(notes, "\nsmolvm: "))
+	for _, note := range notes {
+		a.errorf("smolvm: %s", note)
+	}
 }

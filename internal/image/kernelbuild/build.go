@@ -34,7 +34,7 @@ const (
 	needBytes = 3 << 30
 	// compiled is about how many files are compiled, to tell how far a build is; each step of the
 	// progress tells of so many.
-	compiled, compiledStep = 2600, 200
+	compiled, compiledStep = 2400, 200
 	// maxConfig bounds the configuration of a kernel, in bytes; one has some 130 KB.
 	maxConfig = 4 << 20
 )
