@@ -2,7 +2,6 @@ package manager_test
 
 import (
 	"errors"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,49 +12,38 @@ import (
 	"github.com/smolvm/smolvm/manager"
 )
 
-// kernelEnv asks for the test that builds a kernel, which takes a quarter of an hour of a processor
-// the first time; see make test-kernel.
-const kernelEnv = "SMOLVM_TEST_KERNEL"
-
-// openWithKernel opens a Manager whose images boot with a kernel that is built here, unless it was
-// before.
+// openWithKernel opens a Manager whose images boot with a kernel that `smolvm image kernel` has built;
+// see make test-kernel, which takes a quarter of an hour of a processor the first time.
 func openWithKernel(t *testing.T) *manager.Manager {
 	t.Helper()
-	if os.Getenv(kernelEnv) == "" {
-		t.Skip("builds a kernel: make test-kernel")
+	kernel := testenv.KernelOfOurs()
+	if kernel == "" {
+		t.Skip("needs a kernel that is built: make test-kernel")
 	}
 	testenv.RequireQEMU(t)
-	dir := tempDir(t)
-	setKind(t, dir, realKind)
-	config := testConfig(t, dir)
-	config.AgentPath, config.Templates = testenv.Agent(t), manager.TemplateConfig{}
-	cache := testenv.Cache(t)
-	// Of what is built and fetched nothing changes with the data directory. Images do: theirs are others.
-	for name, shared := range map[string]string{"kernels": "kernels", "cache/packages": "packages"} {
-		target, link := filepath.Join(cache, shared), filepath.Join(config.DataDir, name)
-		err := errors.Join(os.MkdirAll(target, 0o700), os.MkdirAll(filepath.Dir(link), 0o700), os.Symlink(target, link))
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	config := useReal(t)
+	config.Templates = manager.TemplateConfig{}
+	sharePackages(t, config.DataDir)
 	m := openAt(t, config)
-	t.Cleanup(func() { // the next one that builds decides anew
-		if err := os.Remove(filepath.Join(cache, "kernels", "used.json")); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			t.Error(err)
-		}
-	})
-	last := ""
-	built, err := m.BuildKernel(t.Context(), smolvm.KernelOptions{Progress: func(p smolvm.Progress) {
-		if p.Phase != last {
-			t.Log(p.Phase)
-		}
-		last = p.Phase
-	}})
+	// It is found again, by all that decides what it is.
+	built, err := m.BuildKernel(t.Context(), smolvm.KernelOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%s, by %s", built.Name, built.Compiler)
+	if got, want := filepath.Base(filepath.Dir(built.Path)), filepath.Base(filepath.Dir(kernel)); got != want {
+		t.Fatalf("%s, by %s, is kept as %s, want %s", built.Name, built.Compiler, got, want)
+	}
 	return m
+}
+
+// sharePackages has a data directory keep packages where all tests do, so that they are fetched once.
+func sharePackages(t *testing.T, dataDir string) {
+	t.Helper()
+	packages, shared := filepath.Join(dataDir, "cache", "packages"), filepath.Join(testenv.Cache(t), "packages")
+	err := errors.Join(os.MkdirAll(shared, 0o700), os.MkdirAll(filepath.Dir(packages), 0o700), os.Symlink(shared, packages))
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // A kernel that is built here boots, and has what images, Docker and smolvm itself rely on; in clones,

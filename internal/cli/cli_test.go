@@ -67,7 +67,7 @@ func TestScript(t *testing.T) {
 func TestVM(t *testing.T) {
 	t.Parallel()
 	testenv.RequireQEMU(t)
-	agent, images := testenv.Agent(t), testenv.Images(t)
+	agent, shared := testenv.Agent(t), testenv.Shared(t)
 	kernel := testenv.Kernel(t)
 	program := testenv.Build(t, "github.com/smolvm/smolvm/internal/testenv/sayargs")
 	initramfs := testenv.Initramfs(t, "echo console of the guest >/dev/ttyS0; poweroff -f\n")
@@ -80,7 +80,7 @@ func TestVM(t *testing.T) {
 		env.Setenv("OCI", pushedProgram(t, filepath.Base(env.WorkDir), program))
 		env.Setenv("INITRAMFS", initramfs)
 		env.Defer(func() { checkEmpty(env) })
-		return seed(env, agent, images)
+		return seed(env, agent, shared)
 	}))
 }
 
@@ -163,8 +163,8 @@ func seal(env *testscript.Env) error {
 
 func dataDir(env *testscript.Env) string { return filepath.Join(env.WorkDir, ".data") }
 
-// seed gives a script the agent and the default image.
-func seed(env *testscript.Env, agent, images string) error {
+// seed gives a script the agent, and what data directories share, by links.
+func seed(env *testscript.Env, agent string, shared map[string]string) error {
 	bin := filepath.Join(env.WorkDir, ".bin")
 	for _, dir := range []string{bin, dataDir(env)} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -172,10 +172,12 @@ func seed(env *testscript.Env, agent, images string) error {
 		}
 	}
 	env.Setenv("PATH", bin+string(filepath.ListSeparator)+env.Getenv("PATH"))
-	return errors.Join(
-		os.Symlink(agent, filepath.Join(bin, "smolvm-agent")),
-		os.Symlink(images, filepath.Join(dataDir(env), "images")),
-	)
+	for name, target := range shared {
+		if err := os.Symlink(target, filepath.Join(dataDir(env), name)); err != nil {
+			return err
+		}
+	}
+	return os.Symlink(agent, filepath.Join(bin, "smolvm-agent"))
 }
 
 // checkEmpty fails a script that has left a VM, or anything of one.

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
 )
 
 // Where the outer machine has what was built of this checkout: its drive, mounted at mountPoint.
@@ -94,7 +95,26 @@ func (d drive) addCache(ctx context.Context, agent string, base smolvm.Image) er
 		names = append(names, filepath.Join(filepath.Base(imageDir), entry.Name()))
 	}
 	for _, name := range names {
-		if err := link(ctx, filepath.Join(store, name), filepath.Join(cache, "images", name)); err != nil {
+		if err := link(ctx, filepath.Join(store, name), filepath.Join(cache, filepath.Base(store), name)); err != nil {
+			return err
+		}
+	}
+	return d.addKernel(ctx, cache)
+}
+
+// addKernel adds the kernel that guests boot with, if it is not the distribution's.
+func (d drive) addKernel(ctx context.Context, cache string) error {
+	kernel := testenv.KernelOfOurs()
+	if kernel == "" {
+		return nil
+	}
+	from := filepath.Dir(kernel)
+	files, err := os.ReadDir(from)
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		if err := link(ctx, filepath.Join(from, file.Name()), filepath.Join(cache, filepath.Base(from), file.Name())); err != nil {
 			return err
 		}
 	}

@@ -19,7 +19,12 @@ const bedEnv = "SMOLVM_TEST_BED"
 // BedEnvironment returns the environment of tests that run in the outer machine of package
 // kvmtest, where their cache is in a directory.
 func BedEnvironment(cache string) []string {
-	return []string{bedEnv + "=1", cacheEnv + "=" + cache}
+	env := []string{bedEnv + "=1", cacheEnv + "=" + cache}
+	if kernel := KernelOfOurs(); kernel != "" {
+		// The drive has it as the host does: by its key.
+		env = append(env, kernelEnv+"="+filepath.Join(cache, filepath.Base(filepath.Dir(kernel)), filepath.Base(kernel)))
+	}
+	return env
 }
 
 func inBed() bool { return os.Getenv(bedEnv) != "" }

@@ -121,14 +121,14 @@ func Images(t testing.TB) string {
 	if missing := missingTools(); len(missing) > 0 && !inBed() {
 		t.Skip("real VMs need the default image, which is made with ", strings.Join(missing, ", "))
 	}
-	dir := filepath.Join(Cache(t), "images")
+	dir := filepath.Join(Cache(t), imagesDir())
 	store, err := image.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), buildTimeout)
 	defer cancel()
-	if _, err := store.Ensure(ctx, image.Recipe{Name: smolvm.DefaultImage, Agent: Agent(t)}); err != nil {
+	if _, err := store.Ensure(ctx, recipe(t)); err != nil {
 		t.Fatal(err)
 	}
 	return dir
@@ -162,15 +162,35 @@ func Image(t testing.TB) smolvm.Image {
 	return found
 }
 
-// SeedImages gives a data directory the shared images, by a link.
+// SeedImages gives a data directory the shared images, and the kernel that they boot with.
 func SeedImages(t testing.TB, dataDir string) {
 	t.Helper()
 	if err := os.MkdirAll(dataDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink(Images(t), filepath.Join(dataDir, "images")); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := link(Shared(t), dataDir); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// Shared returns what data directories of all tests share: a link's name, and what it leads to.
+func Shared(t testing.TB) map[string]string {
+	t.Helper()
+	shared := map[string]string{"images": Images(t)}
+	if kernels := kernels(t); kernels != "" {
+		shared["kernels"] = kernels
+	}
+	return shared
+}
+
+// link makes links in a directory, but for those that are there.
+func link(links map[string]string, dir string) error {
+	for name, target := range links {
+		if err := os.Symlink(target, filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // OwnImages gives a data directory a store of images of its own, with the default image: for a test
@@ -192,6 +212,7 @@ func OwnImages(t testing.TB, dataDir string) {
 		share(t, filepath.Join(from, file.Name()), filepath.Join(to, file.Name()))
 	}
 	share(t, filepath.Join(Images(t), name), filepath.Join(images, name))
+	SeedImages(t, dataDir) // the kernel, if it is not the distribution's
 }
 
 // share makes a file appear in another place too, by a link where one can be made.
