@@ -232,7 +232,7 @@ func (a *agent) handOver(init string, file *os.File, kind string) error {
 	}
 	runtime.LockOSThread()
 	resetTimerSlack()
-	if err := syscall.Exec(init, []string{init}, []string{"PATH=" + defaultPath, "TERM=linux", "container=smolvm"}); err != nil {
+	if err := syscall.Exec(init, []string{init}, []string{"PATH=" + defaultPath, "TERM=linux", "SYSTEMD_GETTY_AUTO=0"}); err != nil {
 		return fmt.Errorf("run init %s: %w", init, err)
 	}
 	return nil

@@ -1,9 +1,14 @@
 package guest
 
 import (
+	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -63,16 +68,82 @@ func (a *agent) end(shutdown wire.Shutdown, command int) {
 	_ = unix.Reboot(command)
 }
 
+// initsOfPrograms are the inits, sysvinit's first, that are asked by a program that comes with them.
+var initsOfPrograms = []string{"init", "openrc-init", "runit", "runit-init", "dinit", "s6-svscan"}
+
+// initEvery is how often it is looked whether an init takes signals already: nothing tells of that.
+const initEvery = 50 * time.Millisecond
+
 // shutdownBesideInit asks the image's own init to power off, in the way it knows.
-func shutdownBesideInit(wire.Shutdown) {
-	if _, err := os.Stat("/run/systemd/system"); err == nil {
-		_ = unix.Kill(1, systemdPowerOff)
-		return
-	}
-	if init, err := os.Readlink("/proc/1/exe"); err == nil && strings.Contains(filepath.Base(init), "busybox") {
-		_ = unix.Kill(1, unix.SIGUSR2)
+func shutdownBesideInit(shutdown wire.Shutdown) {
+	// Who is killed as it takes too long has at least what was written before.
+	unix.Sync()
+	ctx, cancel := context.WithTimeout(context.Background(), shutdown.Grace)
+	defer cancel()
+	if askInit(ctx) == nil {
 		return
 	}
 	unix.Sync()
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+}
+
+// askInit asks the init to power off. It fails if there is no way that we know, and when ctx ends
+// before it could be asked.
+func askInit(ctx context.Context) error {
+	self, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	again := time.NewTicker(initEvery)
+	defer again.Stop()
+	for {
+		init, err := os.Readlink("/proc/1/exe")
+		if err != nil {
+			return err
+		}
+		ask, early := unix.Signal(0), false
+		switch name := filepath.Base(init); {
+		case init == self:
+			early = true // PID 1 is the agent that hands over to the init
+		case strings.HasPrefix(name, "systemd"):
+			ask = systemdPowerOff
+			// The kernel drops what is sent to PID 1 before that takes it.
+			early = !takesSignal("/proc/1/status", ask)
+		case strings.HasPrefix(name, "busybox"):
+			ask = unix.SIGUSR2
+			early = !takesSignal("/proc/1/status", ask)
+		case slices.Contains(initsOfPrograms, name):
+			return exec.CommandContext(ctx, "/sbin/poweroff").Run()
+		default:
+			return fmt.Errorf("init %s is none that is known", init)
+		}
+		if !early {
+			return unix.Kill(1, ask)
+		}
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// takesSignal reports whether a process, by its status in /proc, has a handler for a signal, or
+// blocks it, as one does that reads signals from a file.
+func takesSignal(status string, sig unix.Signal) bool {
+	text, err := os.ReadFile(status)
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(line, ":")
+		if name != "SigBlk" && name != "SigCgt" {
+			continue
+		}
+		mask, err := strconv.ParseUint(strings.TrimSpace(value), 16, 64)
+		if err == nil && mask>>(uint(sig)-1)&1 != 0 {
+			return true
+		}
+	}
+	return false
 }
