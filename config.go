@@ -267,7 +267,8 @@ type PortForward struct {
 	// HostAddr is the address to listen on. Zero: 127.0.0.1.
 	HostAddr netip.Addr `json:"host_addr,omitzero"`
 	// HostPort to listen on. Zero: any free port, chosen when the VM is created or
-	// the forward is added, and the VM's from then on.
+	// the forward is added, and the VM's from then on, unless another program has it when
+	// the VM is started: then another is chosen.
 	HostPort int `json:"host_port"`
 	// GuestPort to connect to, 1 to 65535.
 	GuestPort int `json:"guest_port"`

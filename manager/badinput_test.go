@@ -269,6 +269,47 @@ func TestSSHPortTakenMeanwhile(t *testing.T) {
 	}
 }
 
+// So it is with the port of a forward that was left open, but not with one that was named.
+func TestForwardPortTakenMeanwhile(t *testing.T) {
+	t.Parallel()
+	m := openFake(t)
+	addr := ownAddr(t)
+	for name, hostPort := range map[string]int{"chosen": 0, "named": 18_080} {
+		t.Run(name, func(t *testing.T) {
+			vm := mustCreate(t, m, smolvm.VMConfig{PortForwards: []smolvm.PortForward{{HostAddr: addr, HostPort: hostPort, GuestPort: 22}}})
+			before := vm.Network.PortForwards[0]
+			taken, err := net.Listen("tcp", hostAddr(before))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = taken.Close() }()
+			started, err := m.Start(t.Context(), vm.ID, smolvm.StartOptions{})
+			if name == "named" {
+				if !errors.Is(err, smolvm.ErrPortInUse) {
+					t.Errorf("error = %v, want ErrPortInUse", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			after := started.Network.PortForwards[0]
+			if after.HostPort == before.HostPort {
+				t.Errorf("the VM still has port %d", before.HostPort)
+			}
+			if listed, err := m.PortForwards(t.Context(), vm.ID); err != nil || len(listed) != 1 || listed[0] != after {
+				t.Errorf("its forwards are %v, %v, want %v", listed, err, after)
+			}
+			conn := dialTCP(t, after)
+			defer func() { _ = conn.Close() }()
+			banner := make([]byte, 4)
+			if _, err := conn.Read(banner); err != nil || string(banner) != "SSH-" {
+				t.Errorf("at the new port: %q, %v", banner, err)
+			}
+		})
+	}
+}
+
 // What keeps a start from succeeding leaves the VM as it is to be, its log readable, and
 // nothing running.
 func TestFailedStarts(t *testing.T) {

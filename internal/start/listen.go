@@ -18,42 +18,48 @@ type boundForward struct {
 	forward  shim.Forward
 }
 
-// bind binds the host ports of the VM. The SSH port moves on if another program
-// has taken it since it was reserved; a port that the user named is an error then.
+// bind binds the host ports of the VM. One that another program has taken since it was reserved moves
+// on, that of SSH too; one that the user named is an error then.
 func (s *Starter) bind(ctx context.Context, vm *store.VM) ([]boundForward, error) {
 	var bound []boundForward
 	if vm.SSHPort == 0 { // its network mode has no forwards
 		return nil, nil
 	}
-	sshListener, err := s.bindSSH(ctx, vm)
+	sshListener, port, err := listen(ctx, shim.SSHForward(vm.Config.SSHHostAddr, vm.SSHPort), func(free store.PortFree) (int, error) {
+		return s.Store.Ports().MoveSSH(ctx, vm.ID, free)
+	})
 	if err != nil {
-		return nil, err
+		return nil, &smolvm.NetworkError{ID: vm.ID, Op: "forward SSH", Err: err}
 	}
-	bound = append(bound, boundForward{sshListener, shim.SSHForward(vm.Config.SSHHostAddr, vm.SSHPort)})
-	for _, forward := range vm.Forwards {
-		forwarded := shim.ForwardOf(forward)
-		listener, err := forwarded.Listen(ctx)
+	vm.SSHPort = port
+	bound = append(bound, boundForward{sshListener, shim.SSHForward(vm.Config.SSHHostAddr, port)})
+	for i, forward := range vm.Forwards {
+		listener, port, err := listen(ctx, shim.ForwardOf(forward), func(free store.PortFree) (int, error) {
+			return s.Store.Ports().MoveForward(ctx, vm.ID, forward, free)
+		})
 		if err != nil {
 			closeAll(bound)
 			return nil, &smolvm.NetworkError{ID: vm.ID, Op: "forward " + forward.String(), Err: err}
 		}
-		bound = append(bound, boundForward{listener, forwarded})
+		vm.Forwards[i].HostPort = port
+		bound = append(bound, boundForward{listener, shim.ForwardOf(vm.Forwards[i])})
 	}
 	return bound, nil
 }
 
-func (s *Starter) bindSSH(ctx context.Context, vm *store.VM) (io.Closer, error) {
-	listener, err := shim.SSHForward(vm.Config.SSHHostAddr, vm.SSHPort).Listen(ctx)
-	if err == nil {
-		return listener, nil
+// listen listens on the host port of a forward, and returns it. If a program has taken it, move moves the
+// forward to another, unless it may not, which is [smolvm.ErrNotFound].
+func listen(ctx context.Context, forward shim.Forward, move func(store.PortFree) (int, error)) (io.Closer, int, error) {
+	listener, err := forward.Listen(ctx)
+	if err == nil || !errors.Is(err, smolvm.ErrPortInUse) {
+		return listener, int(forward.Host.Port()), err
 	}
-	if !errors.Is(err, smolvm.ErrPortInUse) {
-		return nil, &smolvm.NetworkError{ID: vm.ID, Op: "forward SSH", Err: err}
-	}
+	taken := err
 	// The port that is found free stays bound from that moment on, so no other
 	// program can take it before it is ours in the database as well.
-	port, err := s.Store.Ports().MoveSSH(ctx, vm.ID, func(_ smolvm.Protocol, addr netip.Addr, port int) bool {
-		candidate, err := shim.SSHForward(addr, port).Listen(ctx)
+	port, err := move(func(_ smolvm.Protocol, _ netip.Addr, port int) bool {
+		forward.Host = netip.AddrPortFrom(forward.Host.Addr(), uint16(port))
+		candidate, err := forward.Listen(ctx)
 		if err != nil {
 			return false
 		}
@@ -63,14 +69,16 @@ func (s *Starter) bindSSH(ctx context.Context, vm *store.VM) (io.Closer, error) 
 		listener = candidate
 		return true
 	})
-	if err != nil {
-		if listener != nil {
-			_ = listener.Close()
-		}
-		return nil, &smolvm.NetworkError{ID: vm.ID, Op: "reserve SSH port", Err: err}
+	switch {
+	case err == nil:
+		return listener, port, nil
+	case listener != nil:
+		_ = listener.Close()
 	}
-	vm.SSHPort = port
-	return listener, nil
+	if errors.Is(err, smolvm.ErrNotFound) && !errors.Is(err, smolvm.ErrVMNotFound) {
+		err = taken
+	}
+	return nil, 0, err
 }
 
 func closeAll(forwards []boundForward) {

@@ -33,25 +33,47 @@ func (s *Store) Ports() Ports { return Ports{s} }
 // which another program has taken, and returns the new one. Free is not asked again
 // once it has accepted a port, so it may bind it. The error matches
 // [smolvm.ErrVMNotFound] or [ErrNoneFree].
-func (p Ports) MoveSSH(ctx context.Context, id string, free PortFree) (int, error) {
-	var port int
-	err := p.s.update(ctx, func(tx *sql.Tx) error {
-		var seq int64
-		var addr netip.Addr
-		err := tx.QueryRowContext(ctx, `SELECT ports.seq, host_addr FROM vms JOIN ports ON vm = vms.seq
-			WHERE id = ? AND kind = ?`, id, kindSSH).Scan(&seq, address{&addr})
+func (p Ports) MoveSSH(ctx context.Context, id string, free PortFree) (port int, err error) {
+	err = p.s.update(ctx, func(tx *sql.Tx) error {
+		port, err = p.s.move(ctx, tx, free, "kind = ?", kindSSH, id)
 		if errors.Is(err, sql.ErrNoRows) {
-			return notFound(id)
+			err = notFound(id)
 		}
-		if err != nil {
-			return err
-		}
-		if port, err = p.s.choosePort(ctx, tx, smolvm.TCP, addr, free); err != nil {
-			return err
-		}
-		_, err = tx.ExecContext(ctx, "UPDATE ports SET host_port = ? WHERE seq = ?", port, seq)
 		return err
 	})
+	return port, err
+}
+
+// MoveForward is MoveSSH of a forward of the VM, if its host port was left open when it was added. The
+// error matches [smolvm.ErrNotFound] if it was named, or there is no such forward.
+func (p Ports) MoveForward(ctx context.Context, id string, forward smolvm.PortForward, free PortFree) (port int, err error) {
+	err = p.s.update(ctx, func(tx *sql.Tx) error {
+		port, err = p.s.move(ctx, tx, free, "chosen AND kind = 'forward' AND protocol = ? AND host_port = ?",
+			text[smolvm.Protocol]{&forward.Protocol}, forward.HostPort, id)
+		if errors.Is(err, sql.ErrNoRows) {
+			err = fmt.Errorf("forward of host port %d/%s of VM %q, chosen by smolvm: %w", forward.HostPort, forward.Protocol, id, smolvm.ErrNotFound)
+		}
+		return err
+	})
+	return port, err
+}
+
+// move chooses another host port for the one row that a condition has, of a VM: the condition's
+// arguments, and the VM's ID. The error is [sql.ErrNoRows] if there is none.
+func (s *Store) move(ctx context.Context, tx *sql.Tx, free PortFree, condition string, args ...any) (int, error) {
+	var seq int64
+	var addr netip.Addr
+	var protocol smolvm.Protocol
+	err := tx.QueryRowContext(ctx, `SELECT ports.seq, protocol, host_addr FROM vms JOIN ports ON vm = vms.seq WHERE `+condition+` AND id = ?`,
+		args...).Scan(&seq, text[smolvm.Protocol]{&protocol}, address{&addr})
+	if err != nil {
+		return 0, err
+	}
+	port, err := s.choosePort(ctx, tx, protocol, addr, free)
+	if err != nil {
+		return 0, err
+	}
+	_, err = tx.ExecContext(ctx, "UPDATE ports SET host_port = ? WHERE seq = ?", port, seq)
 	return port, err
 }
 
@@ -64,14 +86,13 @@ func (p Ports) AddForward(ctx context.Context, id string, forward smolvm.PortFor
 		if err != nil {
 			return err
 		}
-		if forward.HostPort == 0 {
-			port, err := p.s.choosePort(ctx, tx, forward.Protocol, forward.HostAddr, free)
-			if err != nil {
+		chosen := forward.HostPort == 0
+		if chosen {
+			if forward.HostPort, err = p.s.choosePort(ctx, tx, forward.Protocol, forward.HostAddr, free); err != nil {
 				return err
 			}
-			forward.HostPort = port
 		}
-		return insertPort(ctx, tx, vm, kindForward, forward)
+		return insertPort(ctx, tx, vm, kindForward, forward, chosen)
 	})
 	return forward, err
 }
@@ -107,14 +128,15 @@ func (s *Store) insertPorts(ctx context.Context, tx *sql.Tx, vm int64, n NewVM) 
 		return 0, nil, err
 	}
 	err = insertPort(ctx, tx, vm, kindSSH,
-		smolvm.PortForward{Protocol: smolvm.TCP, HostAddr: n.Config.SSHHostAddr, HostPort: sshPort, GuestPort: guestSSHPort})
+		smolvm.PortForward{Protocol: smolvm.TCP, HostAddr: n.Config.SSHHostAddr, HostPort: sshPort, GuestPort: guestSSHPort}, true)
 	for i := 0; i < len(forwards) && err == nil; i++ {
-		if forwards[i].HostPort == 0 {
+		chosen := forwards[i].HostPort == 0
+		if chosen {
 			if forwards[i].HostPort, err = s.choosePort(ctx, tx, forwards[i].Protocol, forwards[i].HostAddr, spare); err != nil {
 				break
 			}
 		}
-		err = insertPort(ctx, tx, vm, kindForward, forwards[i])
+		err = insertPort(ctx, tx, vm, kindForward, forwards[i], chosen)
 	}
 	return sshPort, forwards, err
 }
@@ -142,11 +164,11 @@ func (s *Store) choosePort(ctx context.Context, tx *sql.Tx, protocol smolvm.Prot
 	}
 }
 
-// insertPort reserves the host port of a forward.
-func insertPort(ctx context.Context, tx *sql.Tx, vm int64, kind string, f smolvm.PortForward) error {
+// insertPort reserves the host port of a forward, which was chosen here or named.
+func insertPort(ctx context.Context, tx *sql.Tx, vm int64, kind string, f smolvm.PortForward, chosen bool) error {
 	_, err := tx.ExecContext(ctx,
-		"INSERT INTO ports (vm, kind, protocol, host_addr, host_port, guest_port) VALUES (?, ?, ?, ?, ?, ?)",
-		vm, kind, text[smolvm.Protocol]{&f.Protocol}, address{&f.HostAddr}, f.HostPort, f.GuestPort)
+		"INSERT INTO ports (vm, kind, protocol, host_addr, host_port, guest_port, chosen) VALUES (?, ?, ?, ?, ?, ?, ?)",
+		vm, kind, text[smolvm.Protocol]{&f.Protocol}, address{&f.HostAddr}, f.HostPort, f.GuestPort, chosen)
 	if resultCode(err) != sqlite3.SQLITE_CONSTRAINT_UNIQUE {
 		return err
 	}

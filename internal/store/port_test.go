@@ -180,6 +180,39 @@ func TestMoveSSHPort(t *testing.T) {
 	}
 }
 
+// A forward moves on as SSH does if its port was chosen here; one that was named stays.
+func TestMoveForward(t *testing.T) {
+	t.Parallel()
+	s := openTemp(t, Options{})
+	n := newVM("a")
+	n.Config.PortForwards = []smolvm.PortForward{forward(0, 80), forward(8080, 81)}
+	vm := mustCreate(t, s, n)
+	added, err := s.Ports().AddForward(t.Context(), "a", forward(0, 82), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []smolvm.PortForward{forward(2300, 80), forward(8080, 81), forward(2301, 82)}
+	for i, f := range []smolvm.PortForward{vm.Forwards[0], added} {
+		port, err := s.Ports().MoveForward(t.Context(), "a", f, func(protocol smolvm.Protocol, addr netip.Addr, port int) bool {
+			if protocol != smolvm.TCP || addr != loopback {
+				t.Errorf("asked about %s of %s", protocol, addr)
+			}
+			return port >= 2300
+		})
+		if err != nil || port != 2300+i {
+			t.Errorf("port = %d, %v; want %d", port, err, 2300+i)
+		}
+	}
+	for name, f := range map[string]smolvm.PortForward{"named": forward(8080, 81), "moved": vm.Forwards[0], "SSH's": forward(vm.SSHPort, 22)} {
+		if port, err := s.Ports().MoveForward(t.Context(), "a", f, nil); !errors.Is(err, smolvm.ErrNotFound) {
+			t.Errorf("%s: port = %d, error = %v, want ErrNotFound", name, port, err)
+		}
+	}
+	if diff := cmp.Diff(want, mustGet(t, s, "a").Forwards, equalAddrs); diff != "" {
+		t.Errorf("forwards (-want +got):\n%s", diff)
+	}
+}
+
 func TestNoneFree(t *testing.T) {
 	t.Parallel()
 	leases := openTemp(t, Options{Leases: Range{2, 3}})
