@@ -82,8 +82,9 @@ func run(t testing.TB, dir, line string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "sh", "-ec", line)
-	cmd.Dir = dir
+	// The shell changes its directory by itself: this process serves it, and can't while it forks one
+	// that waits for it.
+	cmd := exec.CommandContext(ctx, "sh", "-ec", "cd \"$0\"\n"+line, dir)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%s: %v\n%s", line, err, out)
@@ -187,8 +188,7 @@ func TestBothWrite(t *testing.T) {
 		go func() {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 			defer cancel()
-			cmd := exec.CommandContext(ctx, "sh", "-ec", job, "sh", strconv.Itoa(i))
-			cmd.Dir = place
+			cmd := exec.CommandContext(ctx, "sh", "-ec", "cd \"$0\"\n"+job, place, strconv.Itoa(i))
 			out, err := cmd.CombinedOutput()
 			if err != nil {
 				err = fmt.Errorf("%w: %s", err, out)
