@@ -101,7 +101,8 @@ func askInit(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		ask, early := unix.Signal(0), false
+		var ask unix.Signal
+		var early bool
 		switch name := filepath.Base(init); {
 		case init == self:
 			early = true // PID 1 is the agent that hands over to the init
