@@ -2,6 +2,7 @@ package manager_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"strings"
 	"testing"
@@ -29,14 +30,15 @@ func TestSystemd(t *testing.T) {
 	if _, err := m.BuildImage(ctx, smolvm.BuildOptions{Name: "systemd-of-test", Packages: []string{"systemd-sysv", "dbus"}}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := m.RemoveImage(context.WithoutCancel(ctx), "systemd-of-test"); err != nil {
-			t.Error(err)
-		}
-	})
 	vm := mustCreate(t, m, smolvm.VMConfig{Image: "systemd-of-test", Init: "/sbin/init", Healthcheck: &smolvm.Healthcheck{
 		Command: []string{"systemctl", "is-active", "multi-user.target"}, Interval: time.Second, StartPeriod: 3 * time.Minute,
 	}})
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(ctx)
+		if err := errors.Join(m.Delete(ctx, vm.ID, smolvm.DeleteOptions{}), m.RemoveImage(ctx, "systemd-of-test")); err != nil {
+			t.Error(err)
+		}
+	})
 	start := func() {
 		t.Helper()
 		if _, err := m.Start(ctx, vm.ID, smolvm.StartOptions{}); err != nil {
