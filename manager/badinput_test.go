@@ -261,7 +261,13 @@ func TestSSHPortTakenMeanwhile(t *testing.T) {
 	if started.Network.SSHHostPort == vm.Network.SSHHostPort {
 		t.Errorf("the VM still has port %d", vm.Network.SSHHostPort)
 	}
-	conn := dialTCP(t, smolvm.PortForward{HostAddr: started.Network.SSHHostAddr, HostPort: started.Network.SSHHostPort})
+	mustBeSSH(t, smolvm.PortForward{HostAddr: started.Network.SSHHostAddr, HostPort: started.Network.SSHHostPort})
+}
+
+// mustBeSSH checks that a guest's SSH server answers at the host port of a forward.
+func mustBeSSH(t *testing.T, f smolvm.PortForward) {
+	t.Helper()
+	conn := dialTCP(t, f)
 	defer func() { _ = conn.Close() }()
 	banner := make([]byte, 4)
 	if _, err := conn.Read(banner); err != nil || string(banner) != "SSH-" {
@@ -300,12 +306,7 @@ func TestForwardPortTakenMeanwhile(t *testing.T) {
 			if listed, err := m.PortForwards(t.Context(), vm.ID); err != nil || len(listed) != 1 || listed[0] != after {
 				t.Errorf("its forwards are %v, %v, want %v", listed, err, after)
 			}
-			conn := dialTCP(t, after)
-			defer func() { _ = conn.Close() }()
-			banner := make([]byte, 4)
-			if _, err := conn.Read(banner); err != nil || string(banner) != "SSH-" {
-				t.Errorf("at the new port: %q, %v", banner, err)
-			}
+			mustBeSSH(t, after)
 		})
 	}
 }

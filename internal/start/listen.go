@@ -69,10 +69,10 @@ func listen(ctx context.Context, forward shim.Forward, move func(store.PortFree)
 		listener = candidate
 		return true
 	})
-	switch {
-	case err == nil:
+	if err == nil {
 		return listener, port, nil
-	case listener != nil:
+	}
+	if listener != nil {
 		_ = listener.Close()
 	}
 	if errors.Is(err, smolvm.ErrNotFound) && !errors.Is(err, smolvm.ErrVMNotFound) {

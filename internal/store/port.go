@@ -48,8 +48,8 @@ func (p Ports) MoveSSH(ctx context.Context, id string, free PortFree) (port int,
 // error matches [smolvm.ErrNotFound] if it was named, or there is no such forward.
 func (p Ports) MoveForward(ctx context.Context, id string, forward smolvm.PortForward, free PortFree) (port int, err error) {
 	err = p.s.update(ctx, func(tx *sql.Tx) error {
-		port, err = p.s.move(ctx, tx, free, "chosen AND kind = 'forward' AND protocol = ? AND host_port = ?",
-			text[smolvm.Protocol]{&forward.Protocol}, forward.HostPort, id)
+		port, err = p.s.move(ctx, tx, free, "chosen AND kind = ? AND protocol = ? AND host_port = ?",
+			kindForward, text[smolvm.Protocol]{&forward.Protocol}, forward.HostPort, id)
 		if errors.Is(err, sql.ErrNoRows) {
 			err = fmt.Errorf("forward of host port %d/%s of VM %q, chosen by smolvm: %w", forward.HostPort, forward.Protocol, id, smolvm.ErrNotFound)
 		}
@@ -86,13 +86,8 @@ func (p Ports) AddForward(ctx context.Context, id string, forward smolvm.PortFor
 		if err != nil {
 			return err
 		}
-		chosen := forward.HostPort == 0
-		if chosen {
-			if forward.HostPort, err = p.s.choosePort(ctx, tx, forward.Protocol, forward.HostAddr, free); err != nil {
-				return err
-			}
-		}
-		return insertPort(ctx, tx, vm, kindForward, forward, chosen)
+		forward, err = p.s.insertForward(ctx, tx, vm, forward, free)
+		return err
 	})
 	return forward, err
 }
@@ -130,15 +125,22 @@ func (s *Store) insertPorts(ctx context.Context, tx *sql.Tx, vm int64, n NewVM) 
 	err = insertPort(ctx, tx, vm, kindSSH,
 		smolvm.PortForward{Protocol: smolvm.TCP, HostAddr: n.Config.SSHHostAddr, HostPort: sshPort, GuestPort: guestSSHPort}, true)
 	for i := 0; i < len(forwards) && err == nil; i++ {
-		chosen := forwards[i].HostPort == 0
-		if chosen {
-			if forwards[i].HostPort, err = s.choosePort(ctx, tx, forwards[i].Protocol, forwards[i].HostAddr, spare); err != nil {
-				break
-			}
-		}
-		err = insertPort(ctx, tx, vm, kindForward, forwards[i], chosen)
+		forwards[i], err = s.insertForward(ctx, tx, vm, forwards[i], spare)
 	}
 	return sshPort, forwards, err
+}
+
+// insertForward reserves the host port of a forward, which is chosen here if that is left open, and
+// returns the forward with it.
+func (s *Store) insertForward(ctx context.Context, tx *sql.Tx, vm int64, f smolvm.PortForward, free PortFree) (smolvm.PortForward, error) {
+	chosen := f.HostPort == 0
+	if chosen {
+		var err error
+		if f.HostPort, err = s.choosePort(ctx, tx, f.Protocol, f.HostAddr, free); err != nil {
+			return f, err
+		}
+	}
+	return f, insertPort(ctx, tx, vm, kindForward, f, chosen)
 }
 
 // choosePort returns the lowest host port of a protocol that no VM has and that is free.
