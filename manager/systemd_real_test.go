@@ -3,23 +3,20 @@ package manager_test
 import (
 	"context"
 	"errors"
-	"os"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/smolvm/smolvm"
+	"github.com/smolvm/smolvm/internal/testenv"
 	"github.com/smolvm/smolvm/manager"
 )
-
-// packagesEnv asks for tests whose images are built of packages; see make test-dev.
-const packagesEnv = "SMOLVM_TEST_DEV"
 
 // An image with systemd boots to the end beside the agent, is healthy then, and is shut down by its own
 // init: services are stopped in their way, and the file system is clean. Also when it is stopped before
 // it has booted.
 func TestSystemd(t *testing.T) {
-	if os.Getenv(packagesEnv) == "" {
+	if !testenv.Dev() {
 		t.Skip("builds an image of packages: make test-dev")
 	}
 	config := useReal(t)

@@ -31,10 +31,6 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// devEnv has the example be tested with the image dev itself, which takes minutes to build where
-// there is no KVM.
-const devEnv = "SMOLVM_TEST_DEV"
-
 // junit is what both test runners write.
 type junit struct {
 	Cases []struct {
@@ -151,7 +147,7 @@ func TestSuite(t *testing.T) {
 		})
 	}
 	dockerfiles := map[string]string{"python": "3 passed"}
-	if os.Getenv(devEnv) != "" { // npm takes long to start where there is no KVM
+	if testenv.Dev() { // npm takes long to start where there is no KVM
 		dockerfiles["node"] = "# pass 1\n"
 	}
 	for project, want := range dockerfiles {
@@ -208,7 +204,7 @@ func useImage(t *testing.T, m *manager.Manager) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if dev, ok := distro.BuiltIn("dev"); ok && os.Getenv(devEnv) != "" {
+	if dev, ok := distro.BuiltIn("dev"); ok && testenv.Dev() {
 		// The tests reach no network that has pytest, so the distribution's comes with it.
 		dev.Name, dev.Packages = "dev-suite", append(dev.Packages, "python3-pytest")
 		recipe = dev

@@ -172,12 +172,7 @@ func seed(env *testscript.Env, agent string, shared map[string]string) error {
 		}
 	}
 	env.Setenv("PATH", bin+string(filepath.ListSeparator)+env.Getenv("PATH"))
-	for name, target := range shared {
-		if err := os.Symlink(target, filepath.Join(dataDir(env), name)); err != nil {
-			return err
-		}
-	}
-	return os.Symlink(agent, filepath.Join(bin, "smolvm-agent"))
+	return errors.Join(os.Symlink(agent, filepath.Join(bin, "smolvm-agent")), testenv.LinkShared(shared, dataDir(env)))
 }
 
 // checkEmpty fails a script that has left a VM, or anything of one.

@@ -78,7 +78,10 @@ func recipe(t testing.TB) image.Recipe {
 // with another kernel are others.
 func imagesDir() string {
 	if path := KernelOfOurs(); path != "" {
-		return "images-" + filepath.Base(filepath.Dir(path))
+		return "images-" + keyOf(path)
 	}
 	return "images"
 }
+
+// keyOf returns the key of a kernel, by which a store keeps it, from its path.
+func keyOf(path string) string { return filepath.Base(filepath.Dir(path)) }

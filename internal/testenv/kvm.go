@@ -22,7 +22,7 @@ func BedEnvironment(cache string) []string {
 	env := []string{bedEnv + "=1", cacheEnv + "=" + cache}
 	if kernel := KernelOfOurs(); kernel != "" {
 		// The drive has it as the host does: by its key.
-		env = append(env, kernelEnv+"="+filepath.Join(cache, filepath.Base(filepath.Dir(kernel)), filepath.Base(kernel)))
+		env = append(env, kernelEnv+"="+filepath.Join(cache, keyOf(kernel), filepath.Base(kernel)))
 	}
 	return env
 }

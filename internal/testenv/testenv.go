@@ -27,6 +27,13 @@ import (
 // cacheEnv names a directory in which images are kept from one run to the next.
 const cacheEnv = "SMOLVM_TEST_CACHE"
 
+// devEnv asks for what make test-dev runs: tests in images that take minutes to build where there is
+// no KVM.
+const devEnv = "SMOLVM_TEST_DEV"
+
+// Dev reports whether such images may be built.
+func Dev() bool { return os.Getenv(devEnv) != "" }
+
 // buildTimeout bounds the building of the image, which downloads packages.
 const buildTimeout = 10 * time.Minute
 
@@ -168,7 +175,7 @@ func SeedImages(t testing.TB, dataDir string) {
 	if err := os.MkdirAll(dataDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := link(Shared(t), dataDir); err != nil {
+	if err := LinkShared(Shared(t), dataDir); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -183,10 +190,10 @@ func Shared(t testing.TB) map[string]string {
 	return shared
 }
 
-// link makes links in a directory, but for those that are there.
-func link(links map[string]string, dir string) error {
-	for name, target := range links {
-		if err := os.Symlink(target, filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrExist) {
+// LinkShared gives a data directory what [Shared] has returned, but for what is there.
+func LinkShared(shared map[string]string, dataDir string) error {
+	for name, target := range shared {
+		if err := os.Symlink(target, filepath.Join(dataDir, name)); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
 	}
