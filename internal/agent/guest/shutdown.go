@@ -7,7 +7,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -68,9 +67,6 @@ func (a *agent) end(shutdown wire.Shutdown, command int) {
 	_ = unix.Reboot(command)
 }
 
-// initsOfPrograms are the inits, sysvinit's first, that are asked by a program that comes with them.
-var initsOfPrograms = []string{"init", "openrc-init", "runit", "runit-init", "dinit", "s6-svscan"}
-
 // initEvery is how often it is looked whether an init takes signals already: nothing tells of that.
 const initEvery = 50 * time.Millisecond
 
@@ -101,24 +97,15 @@ func askInit(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		var ask unix.Signal
-		var early bool
-		switch name := filepath.Base(init); {
-		case init == self:
-			early = true // PID 1 is the agent that hands over to the init
-		case strings.HasPrefix(name, "systemd"):
-			ask = systemdPowerOff
-			// The kernel drops what is sent to PID 1 before that takes it.
-			early = !takesSignal("/proc/1/status", ask)
-		case strings.HasPrefix(name, "busybox"):
-			ask = unix.SIGUSR2
-			early = !takesSignal("/proc/1/status", ask)
-		case slices.Contains(initsOfPrograms, name):
+		name := filepath.Base(init)
+		ask := powerOffSignal(name)
+		switch {
+		case init == self: // PID 1 is the agent that hands over to the init
+		case asksByProgram(name):
 			return exec.CommandContext(ctx, "/sbin/poweroff").Run()
-		default:
+		case ask == 0:
 			return fmt.Errorf("init %s is none that is known", init)
-		}
-		if !early {
+		case takesSignal("/proc/1/status", ask): // the kernel drops what is sent to PID 1 before that
 			return unix.Kill(1, ask)
 		}
 		select {
@@ -127,6 +114,28 @@ func askInit(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// powerOffSignal returns the signal by which an init of that name is told to power off; 0: by none that
+// we know.
+func powerOffSignal(name string) unix.Signal {
+	switch {
+	case strings.HasPrefix(name, "systemd"):
+		return systemdPowerOff
+	case strings.HasPrefix(name, "busybox"):
+		return unix.SIGUSR2
+	}
+	return 0
+}
+
+// asksByProgram reports whether an init of that name, sysvinit's first, is told to power off by a program
+// that comes with it.
+func asksByProgram(name string) bool {
+	switch name {
+	case "init", "openrc-init", "runit", "runit-init", "dinit", "s6-svscan":
+		return true
+	}
+	return false
 }
 
 // takesSignal reports whether a process, by its status in /proc, has a handler for a signal, or
